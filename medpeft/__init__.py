@@ -1,0 +1,19 @@
+"""Parameter-efficient fine-tuning for medical image analysis, on any PyTorch model."""
+
+from . import methods as _methods  # noqa: F401 - registers the built-in methods; the name is taken by the function below
+from .adapter import Adapter as Adapter
+from .adapter import Site as Site
+from .errors import CheckpointError as CheckpointError
+from .errors import MedpeftError as MedpeftError
+from .merging import merge as merge
+from .merging import merged as merged
+from .model import Plan as Plan
+from .model import apply as apply
+from .model import disabled as disabled
+from .model import plan as plan
+from .model import remove as remove
+from .optimizer import parameter_groups as parameter_groups
+from .registry import methods as methods
+from .registry import register as register
+from .report import Report as Report
+from .report import report as report

@@ -1,0 +1,82 @@
+"""AdaptFormer. Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition" (NeurIPS 2022),
+arXiv 2205.13535, Eq. 2 and 3; the input is the residual stream, as in the authors' code (their figure shows LN(x))."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import roles
+from ..adapter import Adapter, Site, cast
+from ..errors import MedpeftError, require_choice, require_positive
+from ..registry import register
+from ..targets import Network
+
+
+@register("adaptformer", hint="it adapts transformer blocks with an attention, a norm and an MLP. Try 'lora' or 'ssf'.")
+class AdaptFormer(Adapter):
+    """A bottleneck parallel to the MLP of every transformer block: y + s·up(drop(relu(down(x)))).
+
+    x is the residual stream after attention, (B, …, D); the sum is outside drop-path and LayerScale.
+
+    Args:
+        site: A transformer block, tapped before its MLP.
+        bottleneck: Width between `down` and `up`.
+        scale: s, or "learnable" (one scalar, initially 1).
+        dropout: Probability between `down` and `up`.
+    """
+
+    def __init__(
+        self, site: Site, *, bottleneck: int = 64, scale: float | str = 0.1, dropout: float = 0.1
+    ) -> None:
+        super().__init__(site)
+        require_positive("bottleneck", bottleneck)
+        if not isinstance(scale, (int, float)):
+            require_choice("scale", scale, ("learnable", 0.1))
+        width_in, width_out, self.axis = _widths(site)
+        self.down = nn.Parameter(torch.empty(bottleneck, width_in))
+        self.down_bias = nn.Parameter(torch.zeros(bottleneck))
+        self.up = nn.Parameter(torch.zeros(width_out, bottleneck))
+        self.up_bias = nn.Parameter(torch.zeros(width_out))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5, generator=site.generator)
+        self.scale = nn.Parameter(torch.ones(())) if scale == "learnable" else scale
+        self.dropout = nn.Dropout(dropout)
+
+    @classmethod
+    def sites(cls, network: Network, *, targeted: bool = False, input: str = "residual") -> Iterator[Site]:
+        """Transformer blocks; x is what enters the norm before the MLP, or the MLP itself (input="norm")."""
+        require_choice("input", input, ("residual", "norm"))
+        for name, block, mlp, norm in network.blocks():
+            # In a block that normalises after its MLP, the MLP runs first, and its input is the residual stream.
+            taps = (mlp,) if input == "norm" else (norm, mlp)
+            site = Site(name, block, "block", "", "", taps=taps)
+            if _matmuls(site):
+                yield site
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + s·up(drop(relu(down(x)))), `x` tapped inside the block, `y` its output."""
+        x = cast(x, self.down).movedim(self.axis, -1)
+        hidden = self.dropout(F.linear(x, self.down, self.down_bias).relu())
+        change = self.scale * F.linear(hidden, self.up, self.up_bias)
+        return y + change.movedim(-1, self.axis).reshape(y.shape).to(y.dtype)
+
+
+def _matmuls(site: Site) -> list[nn.Module]:
+    """The MLP's matrix layers, in order."""
+    mlp = site.layer.get_submodule(site.taps[-1])
+    return [m for m in mlp.modules() if isinstance(m, nn.Linear) or roles.is_conv(m)]
+
+
+def _widths(site: Site) -> tuple[int, int, int]:
+    """Width of what enters the MLP, of what leaves it, and the axis of its channels."""
+    layers = _matmuls(site)
+    if not layers:
+        raise MedpeftError(f"{site.name} has no MLP whose width is known.")
+    first, last = layers[0], layers[-1]
+    axis = 1 if roles.is_conv(first) else -1
+    width_in = first.weight.shape[1]  # type: ignore[union-attr,operator,index]  # a Linear or convolution has a weight
+    return width_in, last.weight.shape[0], axis  # type: ignore[union-attr,operator,index,return-value]  # as above

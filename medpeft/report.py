@@ -1,0 +1,169 @@
+"""What trains, in numbers: a table per method and per layer type."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .adapter import Adapter, adapted_layers, own_state
+from .state import require_applied, trained_tensors
+
+
+@dataclass(frozen=True)
+class Row:
+    """Parameters that one method trains in one layer (or in all layers of a type)."""
+
+    method: str
+    layer: str
+    type: str
+    parameters: int
+
+
+@dataclass
+class Table:
+    """Rows with a title, as aligned text, Markdown or HTML."""
+
+    title: str
+    rows: list[Row]
+    columns: tuple[str, ...] = ("method", "layer", "type", "parameters")
+    notes: list[str] = field(default_factory=list)
+
+    def cells(self) -> list[list[str]]:
+        """The rows as text, a total last."""
+        body = [[_text(getattr(row, column)) for column in self.columns] for row in self.rows]
+        total = ["total", *[""] * (len(self.columns) - 2), _text(sum(row.parameters for row in self.rows))]
+        return [*body, total]
+
+    def __str__(self) -> str:
+        lines = [list(self.columns), *self.cells()]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        text = ["  ".join(_pad(cell, widths[i], i, len(widths)) for i, cell in enumerate(line)).rstrip() for line in lines]
+        rule = "-" * max(map(len, text))
+        return "\n".join([self.title, rule, text[0], rule, *text[1:-1], rule, text[-1], *self.notes])
+
+    def to_markdown(self) -> str:
+        """The table as GitHub Markdown."""
+        head = f"| {' | '.join(self.columns)} |\n|{' --- |' * (len(self.columns) - 1)} ---: |"
+        notes = "".join(f"\n\n{note}" for note in self.notes)
+        return "\n".join([head, *(f"| {' | '.join(line)} |" for line in self.cells())]) + notes
+
+    def to_html(self) -> str:
+        """The table as HTML, every text escaped."""
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in self.cells()
+        )
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return f"<table><caption>{html.escape(self.title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+
+
+@dataclass
+class Report:
+    """What an adapted model trains. Print it.
+
+    Attributes:
+        method: The methods, as "bias+norm".
+        trainable: Parameters that train, the head's included.
+        total: All parameters, the adapters' included.
+        head: Parameters of the head.
+        checkpoint_bytes: Bytes of the tensors that `save` writes.
+        rows: Trainable parameters per method and layer type, the head apart.
+        warnings: Layers whose adapter is larger than they are.
+    """
+
+    method: str
+    model: str
+    trainable: int
+    total: int
+    head: int
+    checkpoint_bytes: int
+    rows: list[Row]
+    warnings: list[str]
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters in percent of all."""
+        return 100.0 * self.trainable / max(self.total, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings, lists and dicts."""
+        plain = {k: v for k, v in vars(self).items() if k != "rows"}
+        return {**plain, "percent": self.percent, "rows": [dict(vars(row)) for row in self.rows]}
+
+    def _table(self) -> Table:
+        notes = [
+            f"trainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.4g}%), "
+            f"{self.head:,} of them in the head; checkpoint {self.checkpoint_bytes:,} bytes",
+            *(f"warning: {text}" for text in self.warnings),
+        ]
+        return Table(f"{self.method} on {self.model}", self.rows, ("method", "type", "parameters"), notes)
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def to_markdown(self) -> str:
+        """The report as GitHub Markdown."""
+        return self._table().to_markdown()
+
+    def _repr_html_(self) -> str:
+        return self._table().to_html()
+
+
+def report(model: nn.Module) -> Report:
+    """What an adapted model trains, per method and per layer type, the head apart.
+
+    Raises:
+        MedpeftError: nothing was applied.
+    """
+    record = require_applied(model)
+    trains = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    by_adapter = {id(p): (a.method, layer) for _, layer, a in _adapters(model) for p in a.parameters()}
+    modules = dict(model.named_modules())
+    counts: dict[tuple[str, str], int] = {}
+    for name, parameter in trains:
+        selected_by = record.selected.get(name, ""), modules[name.rpartition(".")[0]]
+        method, layer = by_adapter.get(id(parameter), selected_by)
+        counts[method, type(layer).__name__] = counts.get((method, type(layer).__name__), 0) + parameter.numel()
+    order = [*record.methods, "head"]
+    ordered = sorted(counts, key=lambda key: order.index(key[0]))
+    saved = {**dict(own_state(model)), **dict(trained_tensors(model, record))}
+    return Report(
+        method=record.name,
+        model=type(model).__name__,
+        trainable=sum(p.numel() for _, p in trains),
+        total=sum(p.numel() for p in model.parameters()),
+        head=sum(p.numel() for name, p in trains if record.selected.get(name) == "head"),
+        checkpoint_bytes=sum(t.numel() * t.element_size() for t in saved.values()),
+        rows=[Row(method, "", kind, counts[method, kind]) for method, kind in ordered],
+        warnings=_oversized(model),
+    )
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
+    for name, layer, adapters in adapted_layers(model):
+        for adapter in adapters.acting(on_output=False) + adapters.acting(on_output=True):
+            yield name, layer, adapter
+
+
+def _oversized(model: nn.Module) -> list[str]:
+    """One sentence for each adapter that is larger than its layer, at most five."""
+    found = []
+    for name, layer, adapter in _adapters(model):
+        size = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+        own = sum(p.numel() for p in layer.parameters()) - sum(p.numel() for p in layer.adapters.parameters())  # type: ignore[union-attr]  # Adapters
+        if size > own:
+            found.append(f"{adapter.method} has {size:,} parameters at {name}, a {type(layer).__name__} of {own:,}")
+    more = [f"{len(found) - 5} more adapters are larger than their layers"] if len(found) > 5 else []
+    return found[:5] + more
+
+
+def _text(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _pad(cell: str, width: int, column: int, columns: int) -> str:
+    return cell.rjust(width) if column == columns - 1 else cell.ljust(width)

@@ -1,0 +1,266 @@
+"""Which layers of a model a method is offered, and which of them a target or an exclusion picks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+from torch import nn
+
+from . import roles
+from .adapter import Site, own_tensor
+from .errors import MedpeftError
+from .reads import reads
+
+Predicate = Callable[[str, nn.Module], bool]
+Pattern = str | re.Pattern[str] | type[nn.Module] | Predicate
+Target = Pattern | Sequence[Pattern] | None
+
+ROLES = ("attention", "mlp", "linear", "conv", "norm", "embedding")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module that owns parameters, as a selective method sees it: its name, itself, and what it belongs to.
+
+    Attributes:
+        name: As in `model.named_modules()`.
+        module: The module.
+        attention: Name of the attention layer it belongs to, "" for none.
+        attention_block: Name of the block around that attention, "" for none.
+    """
+
+    name: str
+    module: nn.Module
+    attention: str = ""
+    attention_block: str = ""
+
+
+class Network:
+    """A model with what the methods ask about it, each found once."""
+
+    def __init__(self, model: nn.Module, head: Sequence[str] = ()) -> None:
+        self.model = model
+        self.head = tuple(head)
+        self.modules = dict(model.named_modules())
+
+    def inside(self, name: str, ancestors: Sequence[str]) -> bool:
+        """Whether a module is one of `ancestors` or lies in one."""
+        return any(name == a or name.startswith(a + ".") for a in ancestors)
+
+    @cached_property
+    def attentions(self) -> dict[str, list[roles.Projection]]:
+        """Every module that owns the projections of an attention, with them."""
+        found = ((name, roles.projections(module)) for name, module in self.modules.items())
+        return {name: parts for name, parts in found if parts}
+
+    @cached_property
+    def attention_layers(self) -> dict[str, str]:
+        """Whole attention layers: name of the layer for each module of `attentions`, shells included."""
+        return {core: self._shell(core) for core in self.attentions}
+
+    def _shell(self, name: str) -> str:
+        parent = name.rpartition(".")[0]
+        while name and parent and roles.is_attention_shell(self.modules[parent]):
+            name, parent = parent, parent.rpartition(".")[0]
+        return name
+
+    @cached_property
+    def attention_blocks(self) -> dict[str, str]:
+        """The block around each attention layer: diffusers' element of `attentions`, else the attention's parent."""
+        return {core: self._block(layer) for core, layer in self.attention_layers.items()}
+
+    def _block(self, layer: str) -> str:
+        element = re.search(r"^(.*\battentions\.\d+)(\.|$)", layer)
+        return element.group(1) if element else layer.rpartition(".")[0]
+
+    @cached_property
+    def _projections(self) -> dict[tuple[str, str], roles.Projection]:
+        return {
+            (f"{core}.{p.path}".strip("."), p.weight): p for core, parts in self.attentions.items() for p in parts
+        }
+
+    @cached_property
+    def _readers(self) -> dict[tuple[str, str], str]:
+        """Outermost module that reads a tensor without calling its layer, by layer and name of the tensor."""
+        found: dict[tuple[str, str], str] = {}
+        for name, module in self.modules.items():
+            for path in reads(type(module)):
+                for layer, tensor in _resolve(name, module, path):
+                    found.setdefault((layer, tensor), name)
+        return found
+
+    def reader(self, layer: str, *tensors: str) -> str | None:
+        """Outermost module that reads one of the layer's tensors without calling the layer."""
+        found = [self._readers[layer, t] for t in tensors if (layer, t) in self._readers]
+        return min(found, key=len, default=None)
+
+    def sites(self, *kinds: str) -> Iterator[Site]:
+        """Every place outside the head with a weight of one of these kinds, in the order of the model."""
+        for name, module in self.modules.items():
+            if self.inside(name, self.head):
+                continue
+            for site in self._sites_of(name, module):
+                if not kinds or site.kind in kinds:
+                    yield site
+
+    def _sites_of(self, name: str, module: nn.Module) -> Iterator[Site]:
+        kind = _kind(module)
+        if kind:
+            yield self._site(name, module, kind, "weight", "bias")
+        for projection in self.attentions.get(name, ()):
+            if projection.path == "" and projection.weight != "weight":
+                yield self._site(name, module, "linear", projection.weight, projection.bias)
+
+    def _site(self, name: str, module: nn.Module, kind: str, weight: str, bias: str) -> Site:
+        found = self._projections.get((name, weight))
+        site = Site(name, module, kind, weight, bias, reader=self.reader(name, weight, bias))
+        if site.reader is not None and site.tensor(bias) is None and (name, bias) not in self._readers:
+            site = replace(site, bias="")  # The reader brings a bias of its own, as BEiT's q_bias and v_bias.
+        if weight != "weight" and site.reader is None:
+            site = replace(site, reader=name)
+        return site if found is None else replace(site, rows=found.rows, parts=found.parts)
+
+    def blocks(self) -> Iterator[tuple[str, nn.Module, str, str]]:
+        """Transformer blocks with an attention and an MLP: name, block, names of the MLP and of the norm before it."""
+        layers = set(self.attention_layers.values())
+        for name, module in self.modules.items():
+            children = {child: f"{name}.{child}".strip(".") for child in module._modules}
+            attends = [child for child, full in children.items() if full in layers]
+            mlp = next((c for c, full in children.items() if self._is_whole_mlp(full)), "")
+            norm = _norm_before_mlp(list(children), len(attends))
+            if attends and mlp and norm and not self.inside(name, self.head) and name:
+                yield name, module, mlp, norm
+
+    def _is_whole_mlp(self, name: str) -> bool:
+        module = self.modules.get(name)
+        return module is not None and not _kind(module) and roles.is_mlp(name, module)
+
+    def erased(self, site: Site) -> bool:
+        """Whether a batch or instance norm right after the site's layer undoes a scale and shift of its output."""
+        parent = site.name.rpartition(".")[0]
+        names = self._weighted
+        after = next(iter(names[names.index(site.name) + 1 :]), "")
+        follows = after.startswith(parent + ".") if parent else bool(after)
+        norm = self.modules[after] if follows else None
+        host = site.host
+        channels = host.shape[1] * getattr(site.layer, "groups", 1) if site.kind == "transposed" else host.shape[0]
+        return norm is not None and roles.erases_scale(norm) and roles.norm_channels(norm) == channels
+
+    @cached_property
+    def _weighted(self) -> list[str]:
+        return [name for name, module in self.modules.items() if _kind(module)]
+
+    def layer(self, name: str) -> Layer:
+        """The module as a selective method sees it."""
+        return Layer(name, self.modules[name], *self._attention_of.get(name, ("", "")))
+
+    @cached_property
+    def _attention_of(self) -> dict[str, tuple[str, str]]:
+        layers, blocks = set(self.attention_layers.values()), set(self.attention_blocks.values())
+        return {name: (self._around(name, layers), self._around(name, blocks)) for name in self.modules}
+
+    def _around(self, name: str, places: set[str]) -> str:
+        while name and name not in places:
+            name = name.rpartition(".")[0]
+        return name
+
+    def has_role(self, name: str, role: str) -> bool:
+        """Whether the layer has one of `ROLES`, itself or by what it belongs to."""
+        if role == "attention":
+            return bool(self.layer(name).attention)
+        if role == "mlp":
+            steps = name.split(".")
+            around = (".".join(steps[: i + 1]) for i in range(len(steps)))
+            return any(roles.is_mlp(full, self.modules[full]) for full in around if full in self.modules)
+        kind = _kind(self.modules[name])
+        return role == ("conv" if kind == "transposed" else kind)
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if roles.is_conv(module):
+        return "transposed" if roles.is_transposed(module) else "conv"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "norm" if roles.is_norm(module) else ""
+
+
+def _resolve(name: str, module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
+    """The layers and tensors below `module` that a path with `*` for any index names."""
+    *steps, tensor = path.split(".")
+    found = [(name, module)]
+    for step in steps:
+        found = [
+            (f"{n}.{child}".strip("."), m._modules[child])
+            for n, m in found
+            for child in (m._modules if step == "*" else [step])
+            if m._modules.get(child) is not None
+        ]  # type: ignore[misc]  # the condition leaves out children that are None
+    return ((n, tensor) for n, m in found if own_tensor(m, tensor) is not None or tensor in m._parameters)
+
+
+def _norm_before_mlp(children: list[str], attentions: int) -> str:
+    """By name, the norm whose input is the residual stream after the (last) attention."""
+    third = ("norm3",) if attentions > 1 else ()
+    names = (*third, "norm2", "ln_2", "layernorm_after", "layer_norm2", "final_layer_norm", "ffn_norm", "norm_mlp")
+    return next((name for name in names if name in children), "")
+
+
+def picks(network: Network, pattern: Pattern, name: str) -> bool:
+    """Whether one pattern of a target picks a module: a role, a glob of its name or of a module around it, a
+    compiled regular expression, a layer type, or a predicate `(name, layer) -> bool`."""
+    module = network.modules[name]
+    if isinstance(pattern, str) and pattern in ROLES:
+        return network.has_role(name, pattern)
+    if isinstance(pattern, str):
+        return fnmatchcase(name, pattern) or fnmatchcase(name, pattern + ".*")
+    if isinstance(pattern, re.Pattern):
+        return pattern.search(name) is not None
+    if isinstance(pattern, type):
+        return isinstance(module, pattern)
+    return bool(pattern(name, module))
+
+
+def patterns(target: Target) -> list[Pattern]:
+    """A target as a list of patterns."""
+    if target is None:
+        return []
+    if isinstance(target, (str, re.Pattern, type)) or callable(target):
+        return [target]
+    found = list(target)
+    for pattern in found:
+        if not (isinstance(pattern, (str, re.Pattern, type)) or callable(pattern)):
+            raise MedpeftError(
+                f"target {pattern!r} is no pattern: give a glob such as 'blocks.*', a role ({', '.join(ROLES)}), a "
+                "compiled regular expression, a layer type, or a predicate (name, layer) -> bool."
+            )
+    return found
+
+
+def choose(network: Network, names: Sequence[str], target: Target, exclude: Target, method: str) -> set[str]:
+    """Those of `names` that the target picks and the exclusion does not.
+
+    Raises:
+        MedpeftError: a pattern picks none of them; the message shows which names there are.
+    """
+    wanted = patterns(target)
+    for pattern in (*wanted, *patterns(exclude)):
+        if not any(picks(network, pattern, name) for name in names):
+            raise MedpeftError(_no_hit(network, names, pattern, method))
+    chosen = (n for n in names if not wanted or any(picks(network, p, n) for p in wanted))
+    return {n for n in chosen if not any(picks(network, p, n) for p in patterns(exclude))}
+
+
+def _no_hit(network: Network, names: Sequence[str], pattern: Pattern, method: str) -> str:
+    head = [n for n in network.modules if network.inside(n, network.head) and picks(network, pattern, n)]
+    if head:
+        why = f"it names the head {head[0]!r}, which is trained whole: pass head=None to adapt it instead."
+    else:
+        shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
+        why = f"{method!r} fits {len(names)} layers here: {shown}." if names else f"{method!r} fits no layer here."
+    return f"The pattern {pattern!r} picks no layer that {method!r} fits in {type(network.model).__name__}: {why}"
