@@ -7,11 +7,11 @@ from .errors import CheckpointError as CheckpointError
 from .errors import MedpeftError as MedpeftError
 from .merging import merge as merge
 from .merging import merged as merged
-from .model import Plan as Plan
 from .model import apply as apply
 from .model import disabled as disabled
-from .model import plan as plan
 from .model import remove as remove
+from .planning import Plan as Plan
+from .planning import plan as plan
 from .optimizer import parameter_groups as parameter_groups
 from .registry import methods as methods
 from .registry import register as register

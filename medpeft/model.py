@@ -1,116 +1,22 @@
-"""What a user does to a model: plan, apply, disabled, remove."""
+"""What a user does to a model: apply, disabled, remove."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from .adapter import Adapter, Site, adapted_layers, attach, detach
-from .batchnorm import freeze_statistics, release_statistics, with_statistics
-from .errors import MedpeftError, require, require_choice
-from .head import Head, find_head
-from .registry import Method, Methods, resolve
-from .report import Row, Table
-from .state import Applied, applied, require_applied, set_applied, trained_tensors
-from .targets import Network, Target, choose, patterns
-
-
-@dataclass
-class Plan:
-    """What `apply` would do: every site and every parameter that would train. Print it.
-
-    Attributes:
-        sites: Method and site of every adapter.
-        selected: Existing parameters that would train, by name, with their method; "head" for the head's.
-        record: What `apply` would leave on the model.
-    """
-
-    model: nn.Module
-    methods: list[tuple[Method, dict[str, Any]]]
-    sites: list[tuple[Method, Site]]
-    selected: dict[str, str]
-    record: Applied
-
-    def table(self) -> Table:
-        """One row per adapter and per layer with selected parameters: method, layer, type, parameters."""
-        rows = [
-            Row(method.name, site.name, type(site.layer).__name__, _count(adapter))
-            for method, site, adapter in _build(self, dry=True)
-        ]
-        modules = dict(self.model.named_modules())
-        for name, parameter in self.model.named_parameters():
-            if name in self.selected:
-                owner = name.rpartition(".")[0]
-                rows.append(Row(self.selected[name], name, type(modules[owner]).__name__, parameter.numel()))
-        return Table(f"{self.record.name} on {type(self.model).__name__}", rows)
-
-    @property
-    def trainable(self) -> int:
-        """Parameters that would train, the head's included."""
-        return sum(row.parameters for row in self.table().rows)
-
-    def __str__(self) -> str:
-        return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table().to_html()
-
-
-def plan(
-    model: nn.Module,
-    method: Methods,
-    *,
-    target: Target = None,
-    exclude: Target = None,
-    head: Head = "auto",
-    batchnorm: str | None = None,
-    keep_base: bool | None = None,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> Plan:
-    """What `apply` with the same arguments would do; the model is untouched and nothing is computed.
-
-    Raises:
-        MedpeftError: as `apply`.
-    """
-    _refuse(model)
-    network = Network(model, find_head(model, head))
-    resolved = resolve(method, options)
-    sites: list[tuple[Method, Site]] = []
-    selected: dict[str, str] = {}
-    for chosen, own, where in resolved:
-        wanted, unwanted = where.get("target", target), where.get("exclude", exclude)
-        if chosen.adapter is not None:
-            sites += [(chosen, site) for site in _sites(network, chosen, own, wanted, unwanted)]
-        else:
-            selected = {**_selected(network, chosen, own, wanted, unwanted), **selected}
-    heads = [n for n, _ in model.named_parameters() if network.inside(n, network.head)]
-    selected |= dict.fromkeys(heads, "head")
-    require(bool(sites or selected), f"{method!r} would train nothing: {type(model).__name__} has no head; pass head='name'.")
-    full = any(chosen.name == "full" for chosen, _, _ in resolved)
-    policy = batchnorm if batchnorm is not None else ("adapt" if full else "frozen")
-    require_choice("batchnorm", policy, ("frozen", "adapt"))
-    record = Applied(
-        methods={chosen.name: own for chosen, own, _ in resolved},
-        sites=[(chosen.name, site.name, site.weight) for chosen, site in sites],
-        selected=selected,
-        head=network.head,
-        batchnorm=policy,
-        statistics=_statistics(model) if policy == "adapt" else [],
-        trained_before={name: p.requires_grad for name, p in model.named_parameters()},
-        base=None if keep_base is False or (keep_base is None and full) else {},
-        seed=seed,
-        dtype=dtype,
-    )
-    return Plan(model, [(chosen, own) for chosen, own, _ in resolved], sites, selected, record)
+from .adapter import adapted_layers, attach, detach
+from .batchnorm import freeze_statistics, release_statistics
+from .errors import MedpeftError
+from .head import Head
+from .planning import Plan, build, plan
+from .registry import Methods
+from .state import Applied, require_applied, set_applied, trained_tensors
+from .targets import Target
 
 
 def apply(
@@ -162,7 +68,7 @@ def apply(
 def carry_out(planned: Plan) -> nn.Module:
     """Do what a plan says."""
     model, record = planned.model, planned.record
-    built = _build(planned)
+    built = build(planned)
     if record.base is not None:
         record.base = {name: _kept(tensor) for name, tensor in trained_tensors(model, record)}
     for name, parameter in model.named_parameters():
@@ -236,117 +142,3 @@ def _base(record: Applied, action: str) -> dict[str, Tensor]:
             "every method but 'full')."
         )
     return record.base
-
-
-def _refuse(model: nn.Module) -> None:
-    """Raise where hooks would not be seen, or would be seen twice."""
-    if not isinstance(model, nn.Module):
-        raise MedpeftError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself.")
-    here = applied(model)
-    below = "" if here else next((n for n, m in model.named_modules() if applied(m) is not None), "")
-    if here or below:
-        name = here.name if here else require_applied(model.get_submodule(below)).name
-        raise MedpeftError(
-            f"This {type(model).__name__}{f' ({below})' if below else ''} is adapted already, by {name!r}: remove or merge "
-            "that first, or apply both at once, as in 'lora+bias'."
-        )
-    for name, module in model.named_modules():
-        compiled = getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
-        if compiled or isinstance(module, torch.jit.ScriptModule):
-            raise MedpeftError(
-                f"{name or type(model).__name__} is compiled, and a compiled model does not see adapters added to it: apply "
-                "first, then compile."
-            )
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            raise MedpeftError(f"{name} has no shape yet: run the model once, then apply.")
-        if hasattr(module, "adapters") and any(True for _ in module.parameters(recurse=False)):
-            raise MedpeftError(f"{name} has an attribute 'adapters' already, which medpeft needs for its own.")
-
-
-def _sites(network: Network, method: Method, options: dict[str, Any], target: Target, exclude: Target) -> list[Site]:
-    assert method.adapter is not None  # noqa: S101 - asked by plan
-    targeted = bool(patterns(target))
-    found = list(method.adapter.sites(network, targeted=targeted, **method.sites_with(options)))
-    names = list(dict.fromkeys(site.name for site in found))
-    if found or targeted:
-        chosen = choose(network, names, target, exclude, method.name)
-        found = [site for site in found if site.name in chosen]
-    require(bool(found), _fits_nothing(network, method, target))
-    return found
-
-
-def _selected(
-    network: Network, method: Method, options: dict[str, Any], target: Target, exclude: Target
-) -> dict[str, str]:
-    predicate: Any = method.define
-    names = []
-    for name, parameter in network.model.named_parameters():
-        owner = name.rpartition(".")[0]
-        if not network.inside(owner, network.head) and predicate(name, parameter, network.layer(owner), **method.own(options)):
-            names.append(name)
-    if names or patterns(target):
-        owners = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-        chosen = choose(network, owners, target, exclude, method.name)
-        names = [name for name in names if name.rpartition(".")[0] in chosen]
-    require(bool(names) or method.name == "linear_probe", _fits_nothing(network, method, target))
-    return dict.fromkeys(names, method.name)
-
-
-def _fits_nothing(network: Network, method: Method, target: Target) -> str:
-    types: dict[str, int] = {}
-    for module in network.modules.values():
-        if any(True for _ in module.parameters(recurse=False)):
-            types[type(module).__name__] = types.get(type(module).__name__, 0) + 1
-    listed = ", ".join(sorted(types, key=lambda name: -types[name])[:6]) or "no parameters"
-    hint = method.hint or "see its docstring for the layers that it adapts."
-    return (
-        f"{method.name!r} found nothing to train in {type(network.model).__name__} (target={target!r}): {hint} "
-        f"This model has {listed}."
-    )
-
-
-def _statistics(model: nn.Module) -> list[str]:
-    return [f"{name}.{b}".lstrip(".") for name, layer in with_statistics(model) for b, _ in layer.named_buffers(recurse=False)]
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def _build(planned: Plan, *, dry: bool = False) -> list[tuple[Method, Site, Adapter]]:
-    """The adapters of a plan, on their layers' devices; shapes alone if `dry`."""
-    options = dict((method.name, own) for method, own in planned.methods)
-    record = planned.record
-    built = []
-    for method, site in tqdm(planned.sites, desc=record.name, delay=1.0, leave=False, disable=dry):
-        seeded = torch.Generator().manual_seed(zlib.crc32(f"{record.seed}:{method.name}:{site.name}:{site.weight}".encode()))
-        device, dtype = _place(site)
-        shapes_alone = dry or device.type == "meta"
-        at = replace(site, generator=seeded, dry=dry)
-        with torch.device("meta" if shapes_alone else "cpu"):
-            adapter = method.define(at, **method.own(options[method.name]))  # type: ignore[arg-type]  # additive
-        assert isinstance(adapter, Adapter)  # noqa: S101 - `sites` holds additive methods alone
-        _check_forms(method, site, adapter)
-        adapter.to(device="meta" if shapes_alone else device, dtype=record.dtype or dtype)
-        adapter.train(site.layer.training)
-        adapter.method = method.name
-        built.append((method, site, adapter))
-    return built
-
-
-def _check_forms(method: Method, site: Site, adapter: Adapter) -> None:
-    can_merge = type(adapter).merged is not Adapter.merged
-    if not adapter.on_output and not can_merge:
-        raise MedpeftError(
-            f"{method.name!r} acts on the output of {site.name}, but {site.reader or 'its parent'} reads the layer's weight "
-            "without calling it, so the output never is: exclude it, or use a method that acts on weights, such as 'lora'."
-        )
-
-
-def _place(site: Site) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of an adapter: its layer's device; float32, or the layer's dtype if that is wider."""
-    tensors = [site.tensor(site.weight)] if site.weight else list(site.layer.parameters())
-    tensors = [t for t in tensors if t is not None and t.is_floating_point()] or list(site.layer.parameters())
-    if not tensors:
-        return torch.device("cpu"), torch.float32
-    return tensors[0].device, torch.promote_types(tensors[0].dtype, torch.float32)

@@ -80,12 +80,10 @@ def register(name: str, *, hint: str = "") -> Callable[[Defined], Defined]:
         adapter = isinstance(define, type) and issubclass(define, Adapter)
         if not adapter and (isinstance(define, type) or not callable(define)):
             raise MedpeftError(f"{define!r} is no method: register a class derived from medpeft.Adapter or a predicate.")
-        for_sites = _options(define.sites) if adapter else {}  # type: ignore[union-attr]  # shown to be an Adapter
+        for_sites = _options(define.sites) if adapter else {}
         for_sites.pop("targeted", None)
         options = _options(define.__init__ if adapter else define)  # type: ignore[misc]  # its signature is what is wanted
-        _METHODS[name] = Method(
-            name, define, {**for_sites, **options}, frozenset(for_sites), frozenset(options), hint
-        )
+        _METHODS[name] = Method(name, define, {**for_sites, **options}, frozenset(for_sites), frozenset(options), hint)
         return define
 
     return add
@@ -139,7 +137,7 @@ def resolve(requested: Methods, common: Mapping[str, Any]) -> list[tuple[Method,
     resolved = []
     for name, method in found.items():
         own = {**given[name], **{k: v for k, v in common.items() if k in method.options}}
-        where = {key: own.pop(key) for key in ("target", "exclude") if key in own and key not in method.options}
+        where: dict[str, Any] = {key: own.pop(key) for key in ("target", "exclude") if key in own and key not in method.options}
         for option in own:
             if option not in method.options:
                 raise _unknown_option(option, [method])

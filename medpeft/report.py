@@ -54,11 +54,10 @@ class Table:
     def to_html(self) -> str:
         """The table as HTML, every text escaped."""
         head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in self.cells()
-        )
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in self.cells())
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return f"<table><caption>{html.escape(self.title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+        title = f"<caption>{html.escape(self.title)}</caption>"
+        return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
 
 
 @dataclass
@@ -154,7 +153,7 @@ def _oversized(model: nn.Module) -> list[str]:
     found = []
     for name, layer, adapter in _adapters(model):
         size = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        own = sum(p.numel() for p in layer.parameters()) - sum(p.numel() for p in layer.adapters.parameters())  # type: ignore[union-attr]  # Adapters
+        own = sum(p.numel() for name, p in layer.named_parameters() if not name.startswith("adapters."))
         if size > own:
             found.append(f"{adapter.method} has {size:,} parameters at {name}, a {type(layer).__name__} of {own:,}")
     more = [f"{len(found) - 5} more adapters are larger than their layers"] if len(found) > 5 else []

@@ -36,7 +36,7 @@ _FUSED = {
     "to_kv": ("k", "v"),
     "qk": ("q", "k"),
 }
-_SEPARATE = {name: part for part, names in zip("qkv", (_QUERY, _KEY, _VALUE)) for name in names}
+_SEPARATE = {name: part for part, names in zip("qkv", (_QUERY, _KEY, _VALUE), strict=True) for name in names}
 
 
 def class_names(layer: nn.Module) -> list[str]:
@@ -58,7 +58,7 @@ def is_norm(layer: nn.Module) -> bool:
     """Whether the layer normalises: torch's norms, and any class called …Norm… that owns only vectors."""
     if isinstance(layer, NORMS):
         return True
-    own = [p for p in layer.parameters(recurse=False)]
+    own = list(layer.parameters(recurse=False))
     nested = sum(1 for _ in layer.parameters()) > len(own)
     named = any("Norm" in name for name in class_names(layer))
     return named and bool(own) and not nested and all(p.numel() == max(p.shape, default=1) for p in own)
@@ -95,8 +95,7 @@ def _own_tensors(layer: nn.Module) -> set[str]:
 
 def norm_channels(layer: nn.Module) -> int:
     """Number of channels of a norm, affine or not; 0 where its type does not say."""
-    weight = layer._parameters.get("weight")
-    weight = layer._buffers.get("weight") if weight is None else weight
+    weight = {**layer._buffers, **layer._parameters}.get("weight")
     if isinstance(weight, Tensor):
         return weight.numel()
     if isinstance(layer, nn.LayerNorm):
@@ -199,7 +198,7 @@ def _layout(attention: nn.Module, projection: nn.Module, parts: tuple[str, ...])
     if sum(sizes) * groups != channels:
         return ()
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return tuple(Rows(*row, groups) for row in zip(parts, starts, sizes))
+    return tuple(Rows(*row, groups) for row in zip(parts, starts, sizes, strict=True))
 
 
 def _part_sizes(attention: nn.Module, parts: tuple[str, ...], channels: int, heads: int) -> tuple[list[int], int]:

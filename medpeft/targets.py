@@ -79,9 +79,7 @@ class Network:
 
     @cached_property
     def _projections(self) -> dict[tuple[str, str], roles.Projection]:
-        return {
-            (f"{core}.{p.path}".strip("."), p.weight): p for core, parts in self.attentions.items() for p in parts
-        }
+        return {(f"{core}.{p.path}".strip("."), p.weight): p for core, parts in self.attentions.items() for p in parts}
 
     @cached_property
     def _readers(self) -> dict[tuple[str, str], str]:
@@ -213,7 +211,8 @@ def _norm_before_mlp(children: list[str], attentions: int) -> str:
 
 def picks(network: Network, pattern: Pattern, name: str) -> bool:
     """Whether one pattern of a target picks a module: a role, a glob of its name or of a module around it, a
-    compiled regular expression, a layer type, or a predicate `(name, layer) -> bool`."""
+    compiled regular expression, a layer type, or a predicate `(name, layer) -> bool`.
+    """
     module = network.modules[name]
     if isinstance(pattern, str) and pattern in ROLES:
         return network.has_role(name, pattern)

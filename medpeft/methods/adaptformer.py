@@ -1,10 +1,10 @@
 """AdaptFormer. Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition" (NeurIPS 2022),
-arXiv 2205.13535, Eq. 2 and 3; the input is the residual stream, as in the authors' code (their figure shows LN(x))."""
+arXiv 2205.13535, Eq. 2 and 3; the input is the residual stream, as in the authors' code (their figure shows LN(x)).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,7 @@ class AdaptFormer(Adapter):
         dropout: Probability between `down` and `up`.
     """
 
-    def __init__(
-        self, site: Site, *, bottleneck: int = 64, scale: float | str = 0.1, dropout: float = 0.1
-    ) -> None:
+    def __init__(self, site: Site, *, bottleneck: int = 64, scale: float | str = 0.1, dropout: float = 0.1) -> None:
         super().__init__(site)
         require_positive("bottleneck", bottleneck)
         if not isinstance(scale, (int, float)):

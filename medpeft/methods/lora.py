@@ -90,7 +90,7 @@ class LoRA(Adapter):
             inner = set(site.parts) & set("qkv")
             if inner and not inner & set(parts):
                 continue
-            by_default = inner or ("o" in site.parts and "o" in parts) or (convolutional and "conv" == site.kind)
+            by_default = inner or ("o" in site.parts and "o" in parts) or (convolutional and site.kind == "conv")
             if targeted or by_default:
                 yield replace(site, rows=tuple(row for row in site.rows if row.part in parts))
 
@@ -125,7 +125,7 @@ class LoRA(Adapter):
         return torch.cat([F.linear(h, u) for h, u in parts], -1)
 
     def _convolved(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        assert self.geometry is not None  # noqa: S101 - the kind is "conv"
+        assert self.geometry is not None
         groups, dims = self.geometry.groups, self.geometry.dims
         kernel = down.view(len(down), -1, *self.geometry.kernel)
         if groups > 1:  # Every group of inputs meets the same A.
@@ -140,7 +140,7 @@ class LoRA(Adapter):
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """W + s·B·A; with DoRA m·(W + s·B·A)/‖W + s·B·A‖, row by row."""
-        assert weight is not None  # noqa: S101 - every site has one
+        assert weight is not None
         change = self._delta(self.down, self.up)
         if self.start:
             change = change - self._delta(self.down_start, self.up_start)

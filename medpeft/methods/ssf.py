@@ -1,5 +1,6 @@
 """SSF. Lian, Zhou, Feng & Wang, "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning" (NeurIPS 2022),
-arXiv 2210.08823, Eq. 2."""
+arXiv 2210.08823, Eq. 2.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ class SSF(Adapter):
         """y·γ + β on the channel axis of `y`."""
         shape = [1] * y.ndim
         shape[self.axis] = -1
-        assert self.shift is not None  # noqa: S101 - it is None only where a parent reads the weight
+        assert self.shift is not None
         return (y * self.scale.view(shape) + self.shift.view(shape)).to(y.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

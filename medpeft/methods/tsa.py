@@ -1,5 +1,6 @@
 """TSA. Li, Liu & Bilen, "Cross-domain Few-shot Learning with Task-specific Adapters" (CVPR 2022), arXiv 2107.00358, Eq. 5
-and 6."""
+and 6.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +39,14 @@ class TSA(Adapter):
         columns = {"matrix": inputs * (groups if dense else 1), "series": outputs, "vector": 1}[form]
         alpha = torch.zeros(outputs, columns)
         if init == "eye" and form != "series":
-            alpha += 1e-4 * (torch.eye(outputs, columns) if form == "matrix" and (dense or groups == 1) else _eye(alpha, groups))
+            alpha += 1e-4 * (
+                torch.eye(outputs, columns) if form == "matrix" and (dense or groups == 1) else _eye(alpha, groups)
+            )
         self.alpha = nn.Parameter(alpha[:, 0].clone() if form == "vector" else alpha)
         self.bias = nn.Parameter(torch.zeros(outputs)) if form == "series" else None
 
     @classmethod
-    def sites(
-        cls, network: Network, *, targeted: bool = False, sites: str = "body", form: str = "matrix"
-    ) -> Iterator[Site]:
+    def sites(cls, network: Network, *, targeted: bool = False, sites: str = "body", form: str = "matrix") -> Iterator[Site]:
         """Convolutions of residual blocks but stem and downsample ("body"), the 3×3 of them ("3x3"), or all."""
         require_choice("sites", sites, ("body", "3x3", "all"))
         require_choice("form", form, ("matrix", "vector", "series"))
@@ -69,7 +70,7 @@ class TSA(Adapter):
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """W with α added at the tap that sees what α sees; (I + A)·W and (I + A)·b + shift for a series."""
-        assert weight is not None  # noqa: S101 - a convolution has one
+        assert weight is not None
         if self.bias is not None:
             mix = self.alpha + torch.eye(len(self.alpha), dtype=self.alpha.dtype, device=self.alpha.device)
             shift = self.bias if bias is None else mix @ bias.to(mix.dtype) + self.bias
