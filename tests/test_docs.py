@@ -28,11 +28,8 @@ NOT_YET = {"check", "inspect", "load", "save"}
 
 def built_in():
     """The methods of the package, without those that other tests may have registered."""
-    return {
-        name: method
-        for name, method in registry._METHODS.items()
-        if method.define.__module__.startswith("medpeft.")
-    }
+    methods = registry._METHODS.items()
+    return {name: m for name, m in methods if m.define.__module__.startswith("medpeft.")}
 
 
 def names(pages):
