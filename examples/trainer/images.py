@@ -1,0 +1,133 @@
+"""Every image is decoded and resized once, and stays in memory as 8-bit pixels."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm.contrib.concurrent import thread_map
+
+from .errors import TrainerError
+
+Bytes = npt.NDArray[np.uint8]
+Integers = npt.NDArray[np.int64]
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+@dataclass
+class Images:
+    """A labelled set of images.
+
+    Attributes:
+        pixels: (N, C, H, W), uint8; C is 1 (grey) or 3 (RGB).
+        labels: (N,), positions in `classes`.
+        classes: the names of the classes, in a fixed order.
+        groups: (N,), images with one number never fall into different parts of a split.
+        parts: (N,), "train", "val" or "test" where the data bring their own split, else None.
+    """
+
+    pixels: Tensor
+    labels: Integers
+    classes: list[str]
+    groups: Integers
+    parts: npt.NDArray[np.str_] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_images(paths: Sequence[Path], size: int) -> tuple[Tensor, list[str]]:
+    """Decode files side by side, as pixels (N, C, size, size) and a digest of each original."""
+    decoded = thread_map(
+        lambda path: _decode(path, size),
+        paths,
+        max_workers=4,
+        desc="reading images",
+        unit="image",
+        leave=False,
+    )
+    arrays = [array for array, _ in decoded]
+    if any(array.ndim == 3 for array in arrays):
+        arrays = [a if a.ndim == 3 else np.repeat(a[..., None], 3, axis=2) for a in arrays]
+    return stack(arrays), [digest for _, digest in decoded]
+
+
+def stack(arrays: Sequence[Bytes]) -> Tensor:
+    """Join images (H, W) or (H, W, 3) into one tensor (N, C, H, W)."""
+    pixels = torch.from_numpy(np.stack(arrays))
+    return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+
+
+def read_image(path: Path) -> Bytes:
+    """Decode one file of any depth as (H, W) or (H, W, 3), uint8.
+
+    Raises:
+        TrainerError: the file is no image, is damaged, or holds more than one grey or RGB plane.
+    """
+    try:
+        array = _read_with_pillow(path)
+    # Damaged files raise whatever their format's parser stumbles on.
+    except Exception as error:
+        raise TrainerError(
+            f"{path} could not be read as an image: {error}. Repair it, or take it out."
+        ) from error
+    if array.ndim == 3 and array.shape[2] == 4:
+        array = array[..., :3]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
+        raise TrainerError(
+            f"{path} has the shape {array.shape}; a grey or RGB image of shape (H, W) or "
+            "(H, W, 3) is needed. Store one file for each slice or page."
+        )
+    return to_uint8(array)
+
+
+def to_uint8(array: npt.NDArray[np.generic]) -> Bytes:
+    """Bring one image to 8 bit.
+
+    A file of 16 bits does not say how many of them the scanner used (12 are common), so an image
+    deeper than 8 bit is stretched from its own minimum to its own maximum.
+    """
+    if array.dtype == np.uint8:
+        return array.astype(np.uint8, copy=False)
+    values = array.astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    stretched = (values - low) * (255 / max(high - low, 1e-12))
+    return stretched.round().astype(np.uint8)
+
+
+def resize(array: Bytes, size: int) -> Bytes:
+    """Resize to (size, size). The whole image stays in view: a crop might cut off the finding."""
+    if array.shape[:2] == (size, size):
+        return array
+    return np.asarray(Image.fromarray(array).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def digest(array: Bytes) -> str:
+    """Name an image by its content, so that exact copies share a name."""
+    return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
+
+
+def _decode(path: Path, size: int) -> tuple[Bytes, str]:
+    array = read_image(path)
+    return resize(array, size), digest(array)
+
+
+def _read_with_pillow(path: Path) -> npt.NDArray[np.generic]:
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):
+                return np.asarray(image)
+            return np.asarray(image.convert("L" if image.mode in {"1", "L", "LA"} else "RGB"))
+    except UnidentifiedImageError:
+        # Pillow has no mode for 16-bit RGB and some other kinds of TIFF.
+        if path.suffix.lower() not in {".tif", ".tiff"}:
+            raise
+        return np.asarray(tifffile.imread(path))

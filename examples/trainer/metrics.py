@@ -1,0 +1,95 @@
+"""Test scores that stay honest on small and unbalanced data."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+)
+
+
+def macro_f1(probabilities: Tensor, labels: Tensor) -> float:
+    """Average the F1 of the classes.
+
+    Args:
+        probabilities: (N, C).
+        labels: (N,).
+    """
+    score = multiclass_f1_score(
+        probabilities.argmax(1), labels, num_classes=probabilities.shape[1], average="macro"
+    )
+    return float(score)
+
+
+def score(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Score predictions.
+
+    Args:
+        probabilities: (N, C).
+        labels: (N,).
+
+    Returns:
+        `macro_f1`; `balanced_accuracy`, the mean recall of the classes that occur; `auroc`, macro
+        one against the rest, NaN where a class has none or nothing but positives, with the
+        number of such classes in `auroc_undefined_classes`; `auroc_per_class`;
+        `confusion_matrix`, rows true and columns predicted.
+    """
+    classes = probabilities.shape[1]
+    confusion = multiclass_confusion_matrix(probabilities.argmax(1), labels, num_classes=classes)
+    per_class = [_auroc(probabilities[:, i], labels == i) for i in range(classes)]
+    return {
+        "macro_f1": macro_f1(probabilities, labels),
+        "balanced_accuracy": _balanced_accuracy(confusion),
+        "auroc": sum(per_class) / classes,
+        "auroc_undefined_classes": sum(map(math.isnan, per_class)),
+        "auroc_per_class": per_class,
+        "confusion_matrix": confusion.tolist(),
+    }
+
+
+def table(scores: dict[str, Any], classes: list[str], title: str) -> str:
+    """Lay out the scores and the confusion matrix in aligned columns."""
+    undefined = scores["auroc_undefined_classes"]
+    note = f"  (undefined for {undefined} of {len(classes)} classes)" if undefined else ""
+    lines = [
+        title,
+        f"  {'macro-F1':<20}{scores['macro_f1']:.4f}",
+        f"  {'balanced accuracy':<20}{scores['balanced_accuracy']:.4f}",
+        f"  {'AUROC, one vs rest':<20}{scores['auroc']:.4f}{note}",
+        "",
+        "Confusion matrix (rows true, columns predicted)",
+    ]
+    first = max(map(len, classes))
+    widths = [max(len(name), 5) for name in classes]
+    header = "  ".join(f"{name:>{w}}" for name, w in zip(classes, widths, strict=True))
+    lines.append(f"  {'':<{first}}  {header}")
+    for name, row in zip(classes, scores["confusion_matrix"], strict=True):
+        cells = "  ".join(f"{count:>{w}}" for count, w in zip(row, widths, strict=True))
+        lines.append(f"  {name:<{first}}  {cells}")
+    return "\n".join(lines)
+
+
+def without_nan(value: Any) -> Any:
+    """Replace NaN by None at any depth: JSON has no NaN, and strict readers refuse it."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _auroc(scores: Tensor, positive: Tensor) -> float:
+    # torchmetrics answers 0 where the curve is undefined, which would read as a terrible model.
+    if positive.all() or not positive.any() or not torch.isfinite(scores).all():
+        return math.nan
+    return float(binary_auroc(scores, positive.long()))
+
+
+def _balanced_accuracy(confusion: Tensor) -> float:
+    support = confusion.sum(1)
+    recall = confusion.diag()[support > 0] / support[support > 0]
+    return float(recall.mean())
