@@ -132,7 +132,12 @@ def own_tensor(layer: nn.Module, name: str) -> Tensor | None:
 
 def cast(x: Tensor, parameter: Tensor) -> Tensor:
     """`x` in the adapter's dtype; unchanged under autocast, which casts by itself."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
+    return x if _autocasts(x.device.type) else x.to(parameter.dtype)
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on for a device type; the meta device has none, and torch raises when asked."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def covering(layer: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Tensor]:
@@ -145,9 +150,8 @@ def covering(layer: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Tensor]
     for adapter in adapters:
         names = adapter.weight_name, adapter.bias_name
         before = [values.get(name, own_tensor(layer, name)) for name in names]
-        for name, old, new in zip(names, before, adapter.merged(*before)):
-            if new is not old:
-                values[name] = new
+        for name, old, new in zip(names, before, adapter.merged(*before), strict=True):
+            values.update({name: new} if new is not old else {})
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -273,7 +277,7 @@ class Cover:
 def _full_precision(layer: nn.Module) -> Any:
     """Autocast off: a weight is adapted in its own precision, as merging does."""
     kind = next((p.device.type for p in layer.parameters()), "cpu")
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
 
 
 class Tap:
