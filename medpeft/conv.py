@@ -51,7 +51,7 @@ class Geometry:
         """Whether a 1×1 kernel of the same stride gives an output of the layer's size, for some input."""
         if not self.before:
             return True
-        spans = zip(self.kernel, self.dilation, self.before, self.after, self.stride)
+        spans = zip(self.kernel, self.dilation, self.before, self.after, self.stride, strict=True)
         return all(0 <= d * (k - 1) - b - a < s for k, d, b, a, s in spans)
 
     @property
@@ -59,16 +59,16 @@ class Geometry:
         """Tap of the kernel that sees what a 1×1 kernel of the same stride sees; None where no tap does."""
         if not self.before:
             return (0,) * self.dims if set(self.kernel) == {1} else None
-        if any(b % d for b, d in zip(self.before, self.dilation)):
+        if any(b % d for b, d in zip(self.before, self.dilation, strict=True)):
             return None
-        taps = tuple(b // d for b, d in zip(self.before, self.dilation))
-        return taps if all(t < k for t, k in zip(taps, self.kernel)) else None
+        taps = tuple(b // d for b, d in zip(self.before, self.dilation, strict=True))
+        return taps if all(t < k for t, k in zip(taps, self.kernel, strict=True)) else None
 
     def convolve(self, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
         """`x` convolved with `weight` at the layer's stride, padding, padding mode and dilation."""
         padding: tuple[int, ...] | int = self.before
         if self.mode != "zeros" or self.before != self.after:
-            pairs = [p for both in zip(self.before[::-1], self.after[::-1]) for p in both]
+            pairs = [p for both in zip(self.before[::-1], self.after[::-1], strict=True) for p in both]
             x, padding = F.pad(x, pairs, "constant" if self.mode == "zeros" else self.mode), 0
         return _CONVOLVE[self.dims](x, weight, None, self.stride, padding, self.dilation, groups)
 

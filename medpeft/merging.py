@@ -50,8 +50,8 @@ def merge(model: nn.Module, *, example_input: Any = None, tolerance: float = 1e-
         _log.info("merged outputs differ by %.2e of the largest", difference)
         require(
             difference <= tolerance,
-            f"The merged outputs would differ by {difference:.2e} of the largest one, more than tolerance={tolerance:.2e}. Is a "
-            "layer in train mode, or the weight in low precision? Nothing was merged.",
+            f"The merged outputs would differ by {difference:.2e} of the largest one, more than tolerance={tolerance:.2e}: is "
+            "the weight in low precision? Nothing was merged.",
         )
     created = [f"{name}.{tensor}" for name, tensor in values if own_tensor(model.get_submodule(name), tensor) is None]
     for (name, tensor), value in values.items():
@@ -101,7 +101,7 @@ def _merged_values(model: nn.Module, min_kept: float) -> Values:
             if tied:
                 problems.append(f"{name}: its {tensor} is tied to {tied[0]}, which has no such adapter")
             elif kept < min_kept:
-                problems.append(f"{name}: {own.dtype if own is not None else ''} would keep {kept:.0%} of the update")  # fmt: skip
+                problems.append(f"{name}: {value.dtype if own is None else own.dtype} would keep {kept:.0%} of the update")
             values[name, tensor] = value.to(_dtype(layer, own))
     if problems:
         shown = "\n  ".join(problems[:10]) + (f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,7 +195,7 @@ def build(planned: Plan, *, dry: bool = False) -> list[tuple[Method, Site, Adapt
         shapes_alone = dry or device.type == "meta"
         at = replace(site, generator=seeded, dry=dry)
         with torch.device("meta" if shapes_alone else "cpu"):
-            adapter = method.define(at, **method.own(options[method.name]))  # type: ignore[arg-type]  # additive
+            adapter = method.define(at, **method.own(options[method.name]))
         assert isinstance(adapter, Adapter)
         _check_forms(method, site, adapter)
         adapter.to(device="meta" if shapes_alone else device, dtype=record.dtype or dtype)

@@ -77,12 +77,12 @@ def register(name: str, *, hint: str = "") -> Callable[[Defined], Defined]:
     def add(define: Defined) -> Defined:
         if name in _METHODS:
             raise MedpeftError(f"A method called {name!r} is registered already: choose another name.")
-        adapter = isinstance(define, type) and issubclass(define, Adapter)
-        if not adapter and (isinstance(define, type) or not callable(define)):
+        adapter: Any = define if isinstance(define, type) and issubclass(define, Adapter) else None
+        if adapter is None and (isinstance(define, type) or not callable(define)):
             raise MedpeftError(f"{define!r} is no method: register a class derived from medpeft.Adapter or a predicate.")
-        for_sites = _options(define.sites) if adapter else {}
+        for_sites = _options(adapter.sites) if adapter else {}
         for_sites.pop("targeted", None)
-        options = _options(define.__init__ if adapter else define)  # type: ignore[misc]  # its signature is what is wanted
+        options = _options(adapter.__init__ if adapter else define)
         _METHODS[name] = Method(name, define, {**for_sites, **options}, frozenset(for_sites), frozenset(options), hint)
         return define
 

@@ -95,8 +95,10 @@ class Report:
 
     def _table(self) -> Table:
         notes = [
-            f"trainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.4g}%), "
-            f"{self.head:,} of them in the head; checkpoint {self.checkpoint_bytes:,} bytes",
+            (
+                f"trainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.4g}%), "
+                f"{self.head:,} of them in the head; checkpoint {self.checkpoint_bytes:,} bytes"
+            ),
             *(f"warning: {text}" for text in self.warnings),
         ]
         return Table(f"{self.method} on {self.model}", self.rows, ("method", "type", "parameters"), notes)

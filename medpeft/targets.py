@@ -86,7 +86,7 @@ class Network:
         """Outermost module that reads a tensor without calling its layer, by layer and name of the tensor."""
         found: dict[tuple[str, str], str] = {}
         for name, module in self.modules.items():
-            for path in reads(type(module)):
+            for path in reads(type(module)):  # type: ignore[arg-type]  # mypy does not see that a class is hashable
                 for layer, tensor in _resolve(name, module, path):
                     found.setdefault((layer, tensor), name)
         return found
@@ -194,11 +194,11 @@ def _resolve(name: str, module: nn.Module, path: str) -> Iterator[tuple[str, str
     found = [(name, module)]
     for step in steps:
         found = [
-            (f"{n}.{child}".strip("."), m._modules[child])
+            (f"{n}.{child}".strip("."), below)
             for n, m in found
-            for child in (m._modules if step == "*" else [step])
-            if m._modules.get(child) is not None
-        ]  # type: ignore[misc]  # the condition leaves out children that are None
+            for child, below in m._modules.items()
+            if step in ("*", child) and below is not None
+        ]
     return ((n, tensor) for n, m in found if own_tensor(m, tensor) is not None or tensor in m._parameters)
 
 

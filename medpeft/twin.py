@@ -1,0 +1,156 @@
+"""A twin of a model: the same structure, with trainable tensors and buffers of its own, so that what is tried on it leaves
+the model alone, bit for bit, whatever happens. Its frozen parameters are the model's own, or all of it is fake tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .errors import MedpeftError
+from .state import applied
+
+
+def real_twin(model: nn.Module) -> nn.Module:
+    """A copy that shares the frozen parameters' memory and owns all else.
+
+    Raises:
+        MedpeftError: the model cannot be copied; the message says why.
+    """
+    return _copy(model, _own_or_shared)
+
+
+def fake_twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy without values, on the model's devices (a model on the meta device becomes one on the CPU).
+
+    Raises:
+        MedpeftError: the model cannot be copied; the message says why.
+    """
+    return _copy(model, lambda tensor: _fake(tensor, mode))
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode in which tensors have shapes alone; tensors that the model holds out of sight are taken along."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def fake_input(example: Any, mode: FakeTensorMode) -> Any:
+    """The input with fake tensors for its tensors."""
+    return _mapped(example, lambda tensor: _fake(tensor, mode))
+
+
+def _copy(model: nn.Module, twin_of: Callable[[Tensor], Tensor]) -> nn.Module:
+    originals = {id(tensor): tensor for tensor in _held_tensors(model)}
+    memo: dict[int, Any] = {key: twin_of(tensor) for key, tensor in originals.items()}
+    for module in model.modules():
+        record = applied(module)
+        if record is not None:  # It holds the base's values, which a twin only reads.
+            memo[id(record)] = record
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise MedpeftError(
+            f"This {type(model).__name__} cannot be copied, and it is tried out on a copy: {type(error).__name__}: {error}. Pass "
+            "the plain model, before it is compiled, sharded or wrapped for training on several devices."
+        ) from error
+
+
+def _held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and the tensors that modules hold as plain attributes or in lists and dicts."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                yield from tensors_in(value)
+
+
+def _own_or_shared(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        own = nn.Parameter(tensor.detach().clone(), requires_grad=True)
+        return own if tensor.requires_grad else tensor
+    return tensor.detach().clone()
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    device = torch.device("cpu") if tensor.is_meta else tensor.device
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested lists, tuples and mappings with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor of an output: a tensor, or any nesting of tuples, lists, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (tensor for item in value.values() for tensor in tensors_in(item))
+    elif isinstance(value, (list, tuple)):
+        yield from (tensor for item in value for tensor in tensors_in(item))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from (tensor for field in dataclasses.fields(value) for tensor in tensors_in(getattr(value, field.name, None)))
+
+
+def run(model: nn.Module, example: Any) -> list[Tensor]:
+    """The floating-point outputs of the model for an input, a tuple of inputs, or a mapping of keyword inputs.
+
+    Raises:
+        MedpeftError: there is none.
+    """
+    if isinstance(example, tuple):
+        output = model(*example)
+    else:
+        output = model(**example) if isinstance(example, Mapping) else model(example)
+    found = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() or tensor.is_complex()]
+    if not found:
+        raise MedpeftError(f"{type(model).__name__} returned {type(output).__name__} without a floating-point tensor in it.")
+    return found
+
+
+@contextmanager
+def undisturbed() -> Iterator[list[str]]:
+    """Leaves torch's, NumPy's and Python's random state as it was; yields the texts of the warnings given inside."""
+    numbers, array = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state a model's code may draw from
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    heard: list[str] = []
+    try:
+        with torch.random.fork_rng(list(devices)), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                yield heard
+            finally:
+                heard.extend(str(warning.message) for warning in caught)
+    finally:
+        random.setstate(numbers)
+        np.random.set_state(array)  # noqa: NPY002
+
+
+def forget_cached(model: nn.Module) -> None:
+    """Empty the function caches of the model's source files, where a fake tensor may have come to lie."""
+    for name in {type(module).__module__ for module in model.modules()}:
+        for function in list(vars(sys.modules.get(name)).values()) if name in sys.modules else ():
+            if callable(getattr(function, "cache_clear", None)):
+                function.cache_clear()
