@@ -1,5 +1,6 @@
-"""A twin of a model: the same structure, with trainable tensors and buffers of its own, so that what is tried on it leaves
-the model alone, bit for bit, whatever happens. Its frozen parameters are the model's own, or all of it is fake tensors.
+"""A twin of a model has trainable tensors and buffers of its own: what is tried on it leaves the model alone, bit for bit.
+
+Its frozen parameters are the model's own, or all of it is fake tensors, which have shapes and no values.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,8 @@ def _copy(model: nn.Module, twin_of: Callable[[Tensor], Tensor]) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise MedpeftError(
-            f"This {type(model).__name__} cannot be copied, and it is tried out on a copy: {type(error).__name__}: {error}. Pass "
-            "the plain model, before it is compiled, sharded or wrapped for training on several devices."
+            f"This {type(model).__name__} cannot be copied, and it is tried out on a copy: {type(error).__name__}: {error}. "
+            "Pass the plain model, before it is compiled, sharded or wrapped for training on several devices."
         ) from error
 
 
@@ -149,8 +150,19 @@ def undisturbed() -> Iterator[list[str]]:
 
 
 def forget_cached(model: nn.Module) -> None:
-    """Empty the function caches of the model's source files, where a fake tensor may have come to lie."""
-    for name in {type(module).__module__ for module in model.modules()}:
-        for function in list(vars(sys.modules.get(name)).values()) if name in sys.modules else ():
-            if callable(getattr(function, "cache_clear", None)):
-                function.cache_clear()
+    """Empty the function caches that the model's classes and their source files use: a fake tensor may lie there."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__ if cls not in (nn.Module, object)}
+    files = {cls.__module__ for cls in classes} & set(sys.modules)
+    for namespace in (*classes, *(sys.modules[name] for name in files)):
+        for function in list(vars(namespace).values()):
+            # A decorator around functools' own, such as transformers', hides the cache in its closure.
+            for found in (function, *_closure(function)):
+                if type(found).__name__ == "_lru_cache_wrapper":
+                    found.cache_clear()
+
+
+def _closure(function: Any) -> Iterator[Any]:
+    """What a function holds from the function that made it."""
+    for cell in getattr(function, "__closure__", None) or ():
+        with suppress(ValueError):  # A cell may still be empty.
+            yield cell.cell_contents
