@@ -43,6 +43,9 @@ def main(given: Sequence[str] | None = None) -> int:
     except (TrainerError, medpeft.MedpeftError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted. Go on after the last whole epoch with --resume.", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -88,9 +91,7 @@ def adapted_model(args: argparse.Namespace, classes: int) -> nn.Module:
     model = build_model(args.model, classes, args.image_size, not args.no_pretrained)
     # Convolutions on a CPU take a third less time with channels last.
     model = model.to(memory_format=torch.channels_last)
-    return medpeft.apply(
-        model, args.option, target=args.target, batchnorm=args.batchnorm, seed=args.seed
-    )
+    return medpeft.apply(model, args.option, target=args.target, batchnorm=args.batchnorm, seed=args.seed)
 
 
 def batches_of(
@@ -205,10 +206,7 @@ def describe(images: Images, found: dict[str, Integers]) -> str:
     width = max(len(name) for name in [*images.classes, "images"])
     lines = [f"{'images':<{width}}" + "".join(f"{part:>8}" for part in PARTS)]
     counts = {part: count(images, rows) for part, rows in found.items()}
-    lines += [
-        f"{name:<{width}}" + "".join(f"{counts[part][name]:>8}" for part in PARTS)
-        for name in images.classes
-    ]
+    lines += [f"{name:<{width}}" + "".join(f"{counts[part][name]:>8}" for part in PARTS) for name in images.classes]
     if divided := divided_groups(images, found):
         lines.append(
             f"Warning: {divided} groups (exact copies, or one patient's images) fall into more "

@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 # From the palette of Okabe and Ito, told apart with any colour vision; markers differ as well.
 TRAIN, VAL, BEST = "#0072B2", "#D55E00", "#595959"
+CELL = 0.55  # inches, room for four digits
 
 
 def draw_training(
@@ -29,11 +30,15 @@ def draw_training(
         title: one line above all.
         path: the PNG to write.
     """
-    figure = Figure(figsize=(12.5, 4.2), dpi=150, layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.1])
+    side = min(12.0, max(3.6, CELL * len(classes)))
+    names = [_shorten(name) for name in classes]
+    # The matrix needs room for its labels too, about 0.09 inches a character.
+    margin = 0.9 + 0.09 * max(map(len, names))
+    figure = Figure(figsize=(8.6 + side + margin, 0.9 + side + margin / 2), dpi=150, layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[4.3, 4.3, side + margin])
     _draw_losses(left, history, best_epoch)
     _draw_scores(middle, history, best_epoch)
-    _draw_confusion(right, np.array(confusion), classes)
+    _draw_confusion(right, np.array(confusion), names, 72 * side / len(classes))
     figure.suptitle(title, fontsize=12)
     figure.savefig(path)
 
@@ -42,38 +47,43 @@ def _draw_losses(axes: Axes, history: list[dict[str, float]], best_epoch: int) -
     epochs = range(1, len(history) + 1)
     axes.plot(epochs, [r["train_loss"] for r in history], "o-", color=TRAIN, label="training")
     axes.plot(epochs, [r["val_loss"] for r in history], "s--", color=VAL, label="validation")
-    _finish_curve(axes, best_epoch, "cross entropy")
+    _finish_curve(axes, len(history), best_epoch, "cross entropy")
     axes.set_ylim(bottom=0)
 
 
 def _draw_scores(axes: Axes, history: list[dict[str, float]], best_epoch: int) -> None:
     scores = [r["val_macro_f1"] for r in history]
     axes.plot(range(1, len(history) + 1), scores, "s--", color=VAL, label="validation")
-    _finish_curve(axes, best_epoch, "macro-F1")
+    _finish_curve(axes, len(history), best_epoch, "macro-F1")
     axes.set_ylim(0, 1.02)
 
 
-def _finish_curve(axes: Axes, best_epoch: int, label: str) -> None:
+def _finish_curve(axes: Axes, epochs: int, best_epoch: int, label: str) -> None:
     axes.axvline(best_epoch, color=BEST, linewidth=1, linestyle=":", label="kept epoch")
-    axes.set(xlabel="epoch", ylabel=label)
+    axes.set(xlabel="epoch", ylabel=label, xlim=(0.5, epochs + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
 
 
-def _draw_confusion(axes: Axes, confusion: np.ndarray, classes: list[str]) -> None:
+def _draw_confusion(axes: Axes, confusion: np.ndarray, names: list[str], cell: float) -> None:
     """Shade by the share of the true class, so that rare classes show as well as common ones."""
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    names = [name if len(name) <= 18 else name[:17] + "…" for name in classes]
-    ticks = range(len(classes))
-    long = len(classes) > 3 or max(map(len, names)) > 10
-    axes.set_xticks(ticks, names, rotation=45 if long else 0, ha="right" if long else "center")
-    axes.set_yticks(ticks, names)
-    axes.set(xlabel="predicted", ylabel="true", title="test images, counted")
-    size = max(4, min(11, 70 / len(classes)))
+    longest = max(map(len, names))
+    upright = len(names) > 3 or longest > 10
+    axes.set_xticks(range(len(names)), names, rotation=90 if upright else 0)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="true", title="test images, shaded by row")
+    # A digit is about 0.65 of the font size wide, and a tenth of the cell stays free at each side.
+    size = min(11.0, 0.8 * cell / (0.65 * len(str(confusion.max()))))
     for row, column in np.ndindex(confusion.shape):
         colour = "white" if share[row, column] > 0.55 else "black"
         text = str(confusion[row, column])
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
+
+
+def _shorten(name: str) -> str:
+    # From the middle: long names often differ at their end.
+    return name if len(name) <= 22 else f"{name[:11]}…{name[-10:]}"

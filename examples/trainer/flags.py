@@ -21,9 +21,7 @@ FREE = {"data", "output", "resume", "num_workers", "patience"}
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Declare the flags of `train.py`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_data_flags(parser)
     _add_method_flags(parser)
     _add_training_flags(parser)
@@ -40,6 +38,8 @@ def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> argpa
     for name in ("epochs", "patience", "batch_size", "image_size"):
         if getattr(args, name) < 1:
             raise TrainerError(f"{_flag(name)} is {getattr(args, name)}; it must be at least 1.")
+    if not 0 <= args.seed < 1_000_000:
+        raise TrainerError(f"--seed is {args.seed}; it must be from 0 to 999999.")
     args.option = read_options(args.method, args.option)
     if args.lr is None:
         args.lr = min(RATES.get(name, RATE) for name in args.option)
@@ -154,8 +154,7 @@ def _add_method_flags(parser: argparse.ArgumentParser) -> None:
         "--target",
         action="append",
         metavar="LAYERS",
-        help="layers to adapt, such as 'blocks.5.*' or attention; may be repeated (default: "
-        "those of the method's paper)",
+        help="layers to adapt, such as 'blocks.5.*' or attention; may be repeated (default: those of the method's paper)",
     )
     add(
         "--batchnorm",
@@ -179,8 +178,7 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--lr",
         type=float,
-        help=f"peak learning rate of AdamW; it warms up, then falls in a cosine (default: {rates}, "
-        f"{RATE:g} for the others)",
+        help=f"peak learning rate of AdamW; it warms up, then falls in a cosine (default: {rates}, {RATE:g} for the others)",
     )
     add("--weight-decay", type=float, default=0.01, metavar="W", help="(default: 0.01)")
     add("--class-weights", action="store_true", help="weight rare classes up in the loss")

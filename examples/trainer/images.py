@@ -72,12 +72,10 @@ def read_image(path: Path) -> Bytes:
         TrainerError: the file is no image, is damaged, or holds more than one grey or RGB plane.
     """
     try:
-        array = _read_with_pillow(path)
+        array = _read(path)
     # Damaged files raise whatever their format's parser stumbles on.
     except Exception as error:
-        raise TrainerError(
-            f"{path} could not be read as an image: {error}. Repair it, or take it out."
-        ) from error
+        raise TrainerError(f"{path} could not be read as an image: {error}. Repair it, or take it out.") from error
     if array.ndim == 3 and array.shape[2] == 4:
         array = array[..., :3]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
@@ -119,15 +117,27 @@ def _decode(path: Path, size: int) -> tuple[Bytes, str]:
     return resize(array, size), digest(array)
 
 
-def _read_with_pillow(path: Path) -> npt.NDArray[np.generic]:
+def _read(path: Path) -> npt.NDArray[np.generic]:
+    is_tiff = path.suffix.lower() in {".tif", ".tiff"}
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):
-                return np.asarray(image)
-            return np.asarray(image.convert("L" if image.mode in {"1", "L", "LA"} else "RGB"))
+            pages = getattr(opened, "n_frames", 1)
+            if pages > 1:
+                raise TrainerError(f"it holds {pages} pages or slices; store each in a file of its own")
+            deep_colour = opened.mode.startswith("RGB") and ";16" in str(opened.tile)
+            if not deep_colour:
+                return _with_pillow(opened)
+            if not is_tiff:
+                # Pillow keeps the upper 8 of 16 bits; a wider type has them stretched like others.
+                return _with_pillow(opened).astype(np.uint16)
     except UnidentifiedImageError:
-        # Pillow has no mode for 16-bit RGB and some other kinds of TIFF.
-        if path.suffix.lower() not in {".tif", ".tiff"}:
+        if not is_tiff:
             raise
-        return np.asarray(tifffile.imread(path))
+    return np.asarray(tifffile.imread(path))
+
+
+def _with_pillow(opened: Image.Image) -> npt.NDArray[np.generic]:
+    image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith(("I", "F")):
+        return np.asarray(image)
+    return np.asarray(image.convert("L" if image.mode in {"1", "L", "LA"} else "RGB"))

@@ -77,7 +77,7 @@ def fit(
     while len(training.history) < epochs and not _stale(training, patience):
         start, epoch = time.perf_counter(), len(training.history) + 1
         # Each epoch draws from a seed of its own: a resumed run repeats the uninterrupted one.
-        fabric.seed_everything(seed + epoch, workers=True, verbose=False)
+        fabric.seed_everything(1000 * seed + epoch, workers=True, verbose=False)
         record = {"train_loss": train_epoch(fabric, training, train, loss, f"epoch {epoch}")}
         logits, labels = predict(training.model, val)
         record["val_loss"] = float(loss(logits, labels))
@@ -90,9 +90,7 @@ def fit(
     training.model.load_state_dict(training.best, strict=False)
 
 
-def train_epoch(
-    fabric: Fabric, training: Training, batches: Batches, loss: Loss, title: str
-) -> float:
+def train_epoch(fabric: Fabric, training: Training, batches: Batches, loss: Loss, title: str) -> float:
     """Take one step for each batch; give the mean loss of the images."""
     training.model.train()
     total, count = torch.zeros((), device=fabric.device), 0

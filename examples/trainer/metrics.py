@@ -19,9 +19,7 @@ def macro_f1(probabilities: Tensor, labels: Tensor) -> float:
         probabilities: (N, C).
         labels: (N,).
     """
-    score = multiclass_f1_score(
-        probabilities.argmax(1), labels, num_classes=probabilities.shape[1], average="macro"
-    )
+    score = multiclass_f1_score(probabilities.argmax(1), labels, num_classes=probabilities.shape[1], average="macro")
     return float(score)
 
 

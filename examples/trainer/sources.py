@@ -51,9 +51,7 @@ def read_data(data: Path | None, size: int, patient_column: str = "patient") -> 
             "subfolder a class, a .csv with the columns path and label, or a MedMNIST .npz."
         )
     if len(images.classes) < 2:
-        raise TrainerError(
-            f"--data {data} has only the class '{images.classes[0]}'. At least two are needed."
-        )
+        raise TrainerError(f"--data {data} has only the class '{images.classes[0]}'. At least two are needed.")
     return images
 
 
@@ -108,13 +106,11 @@ def read_npz(file: Path, size: int) -> Images:
         numbers = numbers[:, 0]
     if numbers.ndim != 1:
         raise TrainerError(
-            f"{file} has labels of shape {numbers.shape}: several for each image. "
-            "This trainer takes one class for each image."
+            f"{file} has labels of shape {numbers.shape}: several for each image. This trainer takes one class for each image."
         )
     if images.ndim != 3 and not (images.ndim == 4 and images.shape[3] == 3):
         raise TrainerError(
-            f"{file} has images of shape {images.shape}; this trainer takes 2-d ones, "
-            "(N, H, W) or (N, H, W, 3)."
+            f"{file} has images of shape {images.shape}; this trainer takes 2-d ones, (N, H, W) or (N, H, W, 3)."
         )
     eight_bit = [to_uint8(image) for image in images]
     pixels = stack([resize(i, size) if max(i.shape[:2]) > size else i for i in eight_bit])
@@ -170,11 +166,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
 
 
 def _number(names: Sequence[str]) -> tuple[Integers, list[str]]:

@@ -69,9 +69,7 @@ def join_groups(*columns: Sequence[Hashable]) -> Integers:
     return np.unique(roots, return_inverse=True)[1].astype(np.int64)
 
 
-def _draw(
-    images: Images, rows: Integers, shares: dict[str, float], seed: int
-) -> dict[str, Integers]:
+def _draw(images: Images, rows: Integers, shares: dict[str, float], seed: int) -> dict[str, Integers]:
     """Draw parts out of some rows; what is left is the training part."""
     labels, groups = images.labels[rows], images.groups[rows]
     rarest, members = _rarest_class(labels, groups)
@@ -111,13 +109,8 @@ def _rarest_class(labels: Integers, groups: Integers) -> tuple[int, int]:
 def _check(images: Images, found: dict[str, Integers]) -> None:
     for part in PARTS:
         if len(found[part]) == 0:
-            raise TrainerError(
-                f"The data's own split has no '{part}' images. Mark some, or leave the split out."
-            )
+            raise TrainerError(f"The data's own split has no '{part}' images. Mark some, or leave the split out.")
     seen = set(images.labels[found["train"]].tolist())
     unseen = [name for i, name in enumerate(images.classes) if i not in seen]
     if unseen:
-        raise TrainerError(
-            f"Class '{unseen[0]}' has no training image in this split. "
-            "Try another --seed, or add images."
-        )
+        raise TrainerError(f"Class '{unseen[0]}' has no training image in this split. Try another --seed, or add images.")
