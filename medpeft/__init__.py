@@ -3,6 +3,7 @@
 from . import methods as _methods  # noqa: F401 - registers the built-in methods; the name is taken by the function below
 from .adapter import Adapter as Adapter
 from .adapter import Site as Site
+from .check import check as check
 from .errors import CheckpointError as CheckpointError
 from .errors import MedpeftError as MedpeftError
 from .merging import merge as merge

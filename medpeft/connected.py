@@ -6,7 +6,7 @@ into its outputs: a path that only exists in training, such as one around a fuse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import MedpeftError
-from .twin import fake_input, fake_mode, fake_twin, forget_cached, run, undisturbed
+from .twin import on_fakes, run, undisturbed
 
 
 @dataclass(frozen=True)
@@ -68,37 +67,20 @@ def connected(model: nn.Module, example_input: Any) -> Connections:
     """
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     with undisturbed() as heard:
-        by_gradient = _guarded(_with_gradient, model, example_input)
-        by_dataflow = _guarded(_reaching, model, example_input)
+        by_gradient = on_fakes(_with_gradient, model, example_input)
+        by_dataflow = on_fakes(_reaching, model, example_input)
     found = Connections(trainable)
     modes = {n: _missing(n, train=by_gradient, eval=by_dataflow) for n in trainable}
     missing = {name: absent for name, absent in modes.items() if absent}
     if missing:
         with undisturbed():
-            reasons = _guarded(lambda m, x: _reasons(m, x, missing, heard), model, example_input)
+            reasons = on_fakes(lambda m, x: _reasons(m, x, missing, heard), model, example_input)
         found.silent = [Silent(name, absent, reasons[name]) for name, absent in missing.items()]
     return found
 
 
 def _missing(name: str, **found: set[str]) -> tuple[str, ...]:
     return tuple(mode for mode, names in found.items() if name not in names)
-
-
-def _guarded(step: Callable[[nn.Module, Any], Any], model: nn.Module, example: Any) -> Any:
-    """What `step` finds on a fresh fake twin."""
-    mode = fake_mode()
-    twin, inputs = fake_twin(model, mode), fake_input(example, mode)
-    try:
-        with mode, torch.enable_grad():
-            return step(twin, inputs)
-    except MedpeftError:
-        raise
-    except Exception as error:
-        raise MedpeftError(
-            f"{type(model).__name__} does not run on fake tensors: {type(error).__name__}: {str(error).strip() or 'no message'}"
-        ) from error
-    finally:
-        forget_cached(model)
 
 
 def _with_gradient(model: nn.Module, example: Any) -> set[str]:

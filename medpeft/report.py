@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .adapter import Adapter, adapted_layers, own_state
+from .costs import Costs, costs, full_costs
 from .state import require_applied, trained_tensors
 
 
@@ -72,6 +73,8 @@ class Report:
         checkpoint_bytes: Bytes of the tensors that `save` writes.
         rows: Trainable parameters per method and layer type, the head apart.
         warnings: Layers whose adapter is larger than they are.
+        costs: Costs of one training step on the example input, None without one.
+        full_costs: The same for full fine-tuning, without adapters.
     """
 
     method: str
@@ -82,6 +85,8 @@ class Report:
     checkpoint_bytes: int
     rows: list[Row]
     warnings: list[str]
+    costs: Costs | None = None
+    full_costs: Costs | None = None
 
     @property
     def percent(self) -> float:
@@ -90,8 +95,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, strings, lists and dicts."""
-        plain = {k: v for k, v in vars(self).items() if k != "rows"}
-        return {**plain, "percent": self.percent, "rows": [dict(vars(row)) for row in self.rows]}
+        plain = {k: v for k, v in vars(self).items() if k not in ("rows", "costs", "full_costs")}
+        steps = {k: None if v is None else dict(vars(v)) for k, v in (("costs", self.costs), ("full_costs", self.full_costs))}
+        return {**plain, **steps, "percent": self.percent, "rows": [dict(vars(row)) for row in self.rows]}
 
     def _table(self) -> Table:
         notes = [
@@ -99,6 +105,7 @@ class Report:
                 f"trainable {self.trainable:,} of {self.total:,} parameters ({self.percent:.4g}%), "
                 f"{self.head:,} of them in the head; checkpoint {self.checkpoint_bytes:,} bytes"
             ),
+            *_compared(self.costs, self.full_costs),
             *(f"warning: {text}" for text in self.warnings),
         ]
         return Table(f"{self.method} on {self.model}", self.rows, ("method", "type", "parameters"), notes)
@@ -114,11 +121,16 @@ class Report:
         return self._table().to_html()
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, example_input: Any = None) -> Report:
     """What an adapted model trains, per method and per layer type, the head apart.
 
+    Args:
+        model: A model after `apply`.
+        example_input: An input, a tuple of inputs, or a mapping of keyword inputs: the operations of a training step on it, and
+            the memory that it keeps for backward, are then counted beside those of full fine-tuning. Nothing is computed.
+
     Raises:
-        MedpeftError: nothing was applied.
+        MedpeftError: nothing was applied, or the model cannot run without values, as the message explains.
     """
     record = require_applied(model)
     trains = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -141,7 +153,24 @@ def report(model: nn.Module) -> Report:
         checkpoint_bytes=sum(t.numel() * t.element_size() for t in saved.values()),
         rows=[Row(method, "", kind, counts[method, kind]) for method, kind in ordered],
         warnings=_oversized(model),
+        costs=None if example_input is None else costs(model, example_input),
+        full_costs=None if example_input is None else full_costs(model, example_input),
     )
+
+
+def _compared(adapted: Costs | None, full: Costs | None) -> list[str]:
+    """One line for each kind of cost, beside that of full fine-tuning."""
+    if adapted is None or full is None:
+        return []
+
+    def line(label: str, a: int, b: int, size: float, unit: str) -> str:
+        return f"{label} {a / size:,.4g} {unit}, {100 * a / max(b, 1):.0f}% of full fine-tuning's {b / size:,.4g}"
+
+    return [
+        line("forward", adapted.forward_flops, full.forward_flops, 1e9, "GFLOPs"),
+        line("forward and backward", adapted.training_flops, full.training_flops, 1e9, "GFLOPs"),
+        line("saved for backward", adapted.saved_bytes, full.saved_bytes, 2**20, "MiB"),
+    ]
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:

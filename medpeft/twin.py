@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .errors import MedpeftError
 from .state import applied
 
+Found = TypeVar("Found")
+
 
 def real_twin(model: nn.Module) -> nn.Module:
     """A copy that shares the frozen parameters' memory and owns all else.
@@ -29,26 +31,39 @@ def real_twin(model: nn.Module) -> nn.Module:
     Raises:
         MedpeftError: the model cannot be copied; the message says why.
     """
-    return _copy(model, _own_or_shared)
+    return _copy(model, lambda tensor: tensor if _is_frozen(tensor) else _own(tensor))
 
 
-def fake_twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy without values, on the model's devices (a model on the meta device becomes one on the CPU).
+def own_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy that owns everything, in another floating-point type if asked.
 
     Raises:
         MedpeftError: the model cannot be copied; the message says why.
     """
-    return _copy(model, lambda tensor: _fake(tensor, mode))
+    return _copy(model, lambda tensor: _own(tensor, dtype))
 
 
-def fake_mode() -> FakeTensorMode:
-    """A mode in which tensors have shapes alone; tensors that the model holds out of sight are taken along."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+def on_fakes(step: Callable[[nn.Module, Any], Found], model: nn.Module, example: Any) -> Found:
+    """What `step(twin, input)` finds on a copy and an input without values; a model on the meta device becomes one on the CPU.
 
-
-def fake_input(example: Any, mode: FakeTensorMode) -> Any:
-    """The input with fake tensors for its tensors."""
-    return _mapped(example, lambda tensor: _fake(tensor, mode))
+    Raises:
+        MedpeftError: the model cannot be copied, or asks for values; the message says which.
+    """
+    # Tensors that the model holds out of sight are taken along.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    twin = _copy(model, lambda tensor: _fake(tensor, mode))
+    inputs = mapped(example, lambda tensor: _fake(tensor, mode))
+    try:
+        with mode, torch.enable_grad():
+            return step(twin, inputs)
+    except MedpeftError:
+        raise
+    except Exception as error:
+        raise MedpeftError(
+            f"{type(model).__name__} does not run on fake tensors: {type(error).__name__}: {str(error).strip() or 'no message'}"
+        ) from error
+    finally:
+        _forget_cached(model)
 
 
 def _copy(model: nn.Module, twin_of: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -77,11 +92,18 @@ def _held_tensors(model: nn.Module) -> Iterator[Tensor]:
                 yield from tensors_in(value)
 
 
-def _own_or_shared(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, nn.Parameter):
-        own = nn.Parameter(tensor.detach().clone(), requires_grad=True)
-        return own if tensor.requires_grad else tensor
-    return tensor.detach().clone()
+def _is_frozen(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+
+
+def _own(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    own = cast_floats(tensor.detach().clone(), dtype)
+    return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+
+
+def cast_floats(value: Any, dtype: torch.dtype | None) -> Any:
+    """Nested tensors with the floating-point ones in another type; unchanged for None."""
+    return mapped(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
@@ -91,14 +113,14 @@ def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
         return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A copy of nested lists, tuples and mappings with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {key: mapped(item, change) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_mapped(item, change) for item in value]
+        items = [mapped(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
@@ -131,6 +153,13 @@ def run(model: nn.Module, example: Any) -> list[Tensor]:
     return found
 
 
+def seed(number: int) -> None:
+    """Seed torch's generators that are in use; one that is not yet stays as it is, unlike with `torch.manual_seed`."""
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+
+
 @contextmanager
 def undisturbed() -> Iterator[list[str]]:
     """Leaves torch's, NumPy's and Python's random state as it was; yields the texts of the warnings given inside."""
@@ -149,7 +178,7 @@ def undisturbed() -> Iterator[list[str]]:
         np.random.set_state(array)  # noqa: NPY002
 
 
-def forget_cached(model: nn.Module) -> None:
+def _forget_cached(model: nn.Module) -> None:
     """Empty the function caches that the model's classes and their source files use: a fake tensor may lie there."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__ if cls not in (nn.Module, object)}
     files = {cls.__module__ for cls in classes} & set(sys.modules)
