@@ -19,7 +19,7 @@ NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _ATTENTION = re.compile(r"(Attention|Attn|SABlock)$")
 _MLP = re.compile(r"(Mlp|MLP|MLPBlock|FeedForward|FFN|Ffn|SwiGLU\w*|Intermediate)$")
 _RESIDUAL = re.compile(
-    r"Bottle|Residual|DenseLayer|MBConv|MbConv|CNBlock|ConvNe?Xt\w*Layer|BasicLayer|DepthwiseSeparable"
+    r"Bottle|Residual|DenseLayer|MBConv|MbConv|CNBlock|ConvNe[Xx]t\w*Layer|BasicLayer|DepthwiseSeparable"
     r"|Block(2D|2d|1D|3D|V2|v2)?$|BasicBlock"
 )
 _NOT_BODY = re.compile(r"(stem|downsampl|shortcut|skip|patch_embed|embedder|upsampl|residual$|transition)")
@@ -110,7 +110,9 @@ def channel_axis(layer: nn.Module) -> int:
     """Axis of the layer's output that holds its channels, from its type, never from matching sizes."""
     if isinstance(layer, (_ConvNd, _NormBase, nn.GroupNorm)):
         return 1
-    channels_first = re.compile(r"Norm(1d|2d|3d|Act|1)$|ConvNe?Xt\w*LayerNorm$|Norm(Act)?[23]d\w*$")
+    if hasattr(layer, "data_format"):  # Hugging Face's ConvNextLayerNorm is both
+        return 1 if layer.data_format == "channels_first" else -1
+    channels_first = re.compile(r"Norm(1d|2d|3d|Act|1)$|Norm(Act)?[23]d\w*$")
     return 1 if is_norm(layer) and channels_first.search(type(layer).__name__) else -1
 
 
