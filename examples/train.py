@@ -27,7 +27,7 @@ from trainer.errors import TrainerError
 from trainer.figure import draw_training
 from trainer.flags import changed_settings, make_parser, parse, settings_of
 from trainer.images import Images, Integers
-from trainer.loop import Training, fit, load_training, predict, save_training, warmup_cosine
+from trainer.loop import Training, fit, load_training, predict, restore_training, save_training, warmup_cosine
 from trainer.metrics import score, table, without_nan
 from trainer.models import build_model, input_statistics
 from trainer.sources import read_data
@@ -161,12 +161,14 @@ def resume(args: argparse.Namespace, training: Training, checkpoint: Path) -> No
     if not checkpoint.exists():
         print(f"{args.output} has no last.ckpt: beginning with epoch 1")
         return
-    changed = changed_settings(load_training(training, checkpoint), settings_of(args))
+    content = load_training(checkpoint)
+    changed = changed_settings(content["settings"], settings_of(args))
     if changed:
         raise TrainerError(
             f"{checkpoint} is from a run with other settings: {'; '.join(changed)}. "
             "Resume with the same ones, or choose another --output."
         )
+    restore_training(training, content)
     print(f"Resumed after epoch {len(training.history)}")
 
 

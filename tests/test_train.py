@@ -163,9 +163,14 @@ def test_resuming_without_a_checkpoint_begins(folder, tmp_path, capsys):
 
 
 def test_resuming_with_other_settings_is_refused(folder, tmp_path, capsys):
-    run(*flags(folder, tmp_path, "--epochs", "1"))
-    error = messages(capsys, *flags(folder, tmp_path, "--resume", "--epochs", "1", "--lr", "0.5"))
-    assert "--lr was 0.003 and is 0.5. Resume with the same ones" in error
+    given = flags(folder, tmp_path, "--epochs", "1", "--method", "bn")
+    run(*given)
+    for changed, text in (
+        (["--lr", "0.5"], "--lr was 0.003 and is 0.5. Resume with the same ones"),
+        (["--model", "test_resnet"], "--model was 'test_efficientnet' and is 'test_resnet'"),
+        (["--data", str(tmp_path)], "no images"),
+    ):
+        assert text in messages(capsys, *given, *changed, "--resume")
 
 
 def test_training_stops_early_and_keeps_the_best_epoch(folder, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ RATES = {"full": 3e-4, "attention": 3e-4, "tsa": 1e-3, "svdiff": 1e-2}
 RATE = 3e-3
 
 # What may change between a run and its continuation.
-FREE = {"data", "output", "resume", "num_workers", "patience"}
+FREE = {"output", "resume", "num_workers", "patience"}
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

@@ -143,15 +143,18 @@ def save_training(training: Training, settings: dict[str, Any], path: Path) -> N
     os.replace(unfinished, path)
 
 
-def load_training(training: Training, path: Path) -> dict[str, Any]:
-    """Continue from a checkpoint; give the settings of the run that wrote it."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
+def load_training(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, with the `settings` of the run that wrote it."""
+    return dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def restore_training(training: Training, content: dict[str, Any]) -> None:
+    """Go on from where a checkpoint was written."""
     training.model.load_state_dict(content["model"], strict=False)
     training.optimizer.load_state_dict(content["optimizer"])
     training.schedule.load_state_dict(content["schedule"])
     training.history, training.best = content["history"], content["best"]
     training.best_epoch = content["best_epoch"]
-    return dict(content["settings"])
 
 
 def _best_score(training: Training) -> float:
