@@ -40,6 +40,7 @@ _FUSED = {
     "qk": ("q", "k"),
 }
 _SEPARATE = {name: part for part, names in zip("qkv", (_QUERY, _KEY, _VALUE), strict=True) for name in names}
+_PROJECTIONS = {*_FUSED, *_SEPARATE, "in_proj_weight", "q_proj_weight"}
 
 
 def class_names(layer: nn.Module) -> list[str]:
@@ -61,10 +62,11 @@ def is_norm(layer: nn.Module) -> bool:
     """Whether the layer normalises: torch's norms, and any class called …Norm… that owns only vectors."""
     if isinstance(layer, NORMS):
         return True
+    if not any("Norm" in name for name in class_names(layer)):
+        return False
     own = list(layer.parameters(recurse=False))
     nested = sum(1 for _ in layer.parameters()) > len(own)
-    named = any("Norm" in name for name in class_names(layer))
-    return named and bool(own) and not nested and all(p.numel() == max(p.shape, default=1) for p in own)
+    return bool(own) and not nested and all(p.numel() == max(p.shape, default=1) for p in own)
 
 
 def is_batchnorm(layer: nn.Module) -> bool:
@@ -149,6 +151,8 @@ class Projection:
 
 def projections(layer: nn.Module) -> list[Projection]:
     """The query, key, value and output projections of an attention layer; empty where it is none."""
+    if not _PROJECTIONS & (layer._modules.keys() | layer._parameters.keys()):
+        return []
     found = [*_own_projections(layer), *_fused_projections(layer), *_separate_projections(layer)]
     needed = "kv" if _global_query(layer) else "qkv"
     if not set(needed) <= set("".join(p.parts for p in found)):
