@@ -11,10 +11,19 @@ from .merging import merged as merged
 from .model import apply as apply
 from .model import disabled as disabled
 from .model import remove as remove
+from .optimizer import parameter_groups as parameter_groups
 from .planning import Plan as Plan
 from .planning import plan as plan
-from .optimizer import parameter_groups as parameter_groups
 from .registry import methods as methods
 from .registry import register as register
 from .report import Report as Report
 from .report import report as report
+
+
+def __getattr__(name: str) -> str:
+    # Reading the version from the package's metadata would cost every import a few milliseconds.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("medpeft")
+    raise AttributeError(f"module 'medpeft' has no attribute {name!r}")

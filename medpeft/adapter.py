@@ -34,6 +34,7 @@ class Site:
         rows: Output channels to adapt in a fused projection; empty for all.
         parts: Letters of what the layer computes in an attention (q, k, v, o), "" elsewhere.
         reader: Name of the outermost module that reads the weight without calling the layer, None where there is none.
+        overwritten: Whether a module of the model works in place, so that the layer's output may be written over.
         taps: Submodules of the layer; the input of the first of them to run is the adapter's x in place of the layer's own.
         generator: Source of the adapter's initial values.
         dry: Whether only shapes are wanted; `host` is then on the meta device.
@@ -47,6 +48,7 @@ class Site:
     rows: tuple[Rows, ...] = ()
     parts: str = ""
     reader: str | None = None
+    overwritten: bool = False
     taps: tuple[str, ...] = ()
     generator: torch.Generator | None = field(default=None, compare=False)
     dry: bool = False
@@ -90,6 +92,7 @@ class Adapter(nn.Module):
         self.weight_name, self.bias_name = site.weight, site.bias
         self.on_output = type(self).forward is not Adapter.forward and site.reader is None
         self.method = ""
+        self.switches = False
         self.taps = site.taps
         self.tapped: dict[int, Tensor] = {}
 
@@ -105,6 +108,10 @@ class Adapter(nn.Module):
         """The adapted output, from the layer's input `x` and its output `y`."""
         raise NotImplementedError(f"{type(self).__name__} acts on the weight alone.")
 
+    def prefers_output(self, x: Tensor) -> bool:
+        """Whether an adapter that `switches` acts on the output for this input of the layer, where that is the cheaper."""
+        return False
+
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The adapted weight and bias; a `MedpeftError` with the reason where no weight computes the same."""
         raise MedpeftError(f"{type(self).__name__} computes what no weight of the layer can")
@@ -118,10 +125,12 @@ class Adapters(nn.ModuleDict):
         super().__init__(dict(ordered))
         self.enabled = True
 
-    def acting(self, on_output: bool) -> list[Adapter]:
-        """The adapters that act on the output, or those that act on the weight."""
+    def acting(self, on_output: bool, x: Any = None) -> list[Adapter]:
+        """The adapters that act on the output, or those that act on the weight, for the layer's input `x` if given."""
         found = (m for m in self._modules.values() if isinstance(m, Adapter))
-        return [adapter for adapter in found if adapter.on_output == on_output]
+        return [
+            a for a in found if (a.on_output or (a.switches and isinstance(x, Tensor) and a.prefers_output(x))) == on_output
+        ]
 
 
 def own_tensor(layer: nn.Module, name: str) -> Tensor | None:
@@ -168,7 +177,7 @@ def attach(model: nn.Module, planned: Iterable[tuple[str, Site, Adapter]]) -> No
             module = model.get_submodule(reader)
             module.register_forward_pre_hook(cover.put)
             module.register_forward_hook(cover.take, always_call=True)
-        if any(adapter.on_output for _, _, adapter in items):
+        if any(adapter.on_output or adapter.switches for _, _, adapter in items):
             layer.register_forward_hook(_adapt_output, prepend=True, with_kwargs=True)
         for _, _, adapter in items:
             _tap(layer, adapter)
@@ -234,7 +243,7 @@ def _adapt_output(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return output
     x = args[0] if args else next(iter(kwargs.values()), None)
     y = output[0] if isinstance(output, tuple) else output
-    for adapter in adapters.acting(on_output=True):
+    for adapter in adapters.acting(True, x):
         y = adapter(adapter.tapped.pop(_thread(), x) if adapter.taps else x, y)
     return (y, *output[1:]) if isinstance(output, tuple) else y
 
@@ -258,7 +267,7 @@ class Cover:
         if not adapters.enabled:
             return
         with _full_precision(layer):
-            values = covering(layer, adapters.acting(on_output=False))
+            values = covering(layer, adapters.acting(False, args[0] if args and not self.path else None))
         dtype = next((p.dtype for p in layer.parameters(recurse=False)), None)
         for name, value in values.items():
             layer.__dict__[name] = value.to(dtype)

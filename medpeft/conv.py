@@ -72,6 +72,12 @@ class Geometry:
             x, padding = F.pad(x, pairs, "constant" if self.mode == "zeros" else self.mode), 0
         return _CONVOLVE[self.dims](x, weight, None, self.stride, padding, self.dilation, groups)
 
+    def subsample(self, x: Tensor) -> Tensor:
+        """Every `stride`-th position of `x`, those that a 1×1 kernel sees."""
+        for axis, step in enumerate(self.stride, start=x.ndim - self.dims):
+            x = x[(slice(None),) * axis + (slice(None, None, step),)] if step > 1 else x
+        return x
+
     def pointwise(self, x: Tensor, weight: Tensor, groups: int = 1, strided: bool = True) -> Tensor:
         """`x` mixed over channels by `weight`, (O, I / groups), at the layer's stride."""
         kernel = weight.view(*weight.shape, *[1] * self.dims)

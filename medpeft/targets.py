@@ -91,6 +91,10 @@ class Network:
                     found.setdefault((layer, tensor), name)
         return found
 
+    @cached_property
+    def _works_in_place(self) -> bool:
+        return any(getattr(module, "inplace", False) is True for module in self.modules.values())
+
     def reader(self, layer: str, *tensors: str) -> str | None:
         """Outermost module that reads one of the layer's tensors without calling the layer."""
         found = [self._readers[layer, t] for t in tensors if (layer, t) in self._readers]
@@ -115,7 +119,8 @@ class Network:
 
     def _site(self, name: str, module: nn.Module, kind: str, weight: str, bias: str) -> Site:
         found = self._projections.get((name, weight))
-        site = Site(name, module, kind, weight, bias, reader=self.reader(name, weight, bias))
+        reader, overwritten = self.reader(name, weight, bias), self._works_in_place
+        site = Site(name, module, kind, weight, bias, reader=reader, overwritten=overwritten)
         if site.reader is not None and site.tensor(bias) is None and (name, bias) not in self._readers:
             site = replace(site, bias="")  # The reader brings a bias of its own, as BEiT's q_bias and v_bias.
         if weight != "weight" and site.reader is None:
@@ -210,8 +215,10 @@ def _norm_before_mlp(children: list[str], attentions: int) -> str:
 
 
 def picks(network: Network, pattern: Pattern, name: str) -> bool:
-    """Whether one pattern of a target picks a module: a role, a glob of its name or of a module around it, a
-    compiled regular expression, a layer type, or a predicate `(name, layer) -> bool`.
+    """Whether one pattern of a target picks a module.
+
+    A pattern is a role, a glob of the module's name or of the name of a module around it, a compiled regular expression, a
+    layer type, or a predicate `(name, layer) -> bool`.
     """
     module = network.modules[name]
     if isinstance(pattern, str) and pattern in ROLES:

@@ -1,5 +1,7 @@
-"""AdaptFormer. Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition" (NeurIPS 2022),
-arXiv 2205.13535, Eq. 2 and 3; the input is the residual stream, as in the authors' code (their figure shows LN(x)).
+"""AdaptFormer: a bottleneck beside the MLP of every transformer block.
+
+Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition" (NeurIPS 2022), arXiv 2205.13535, Eq. 2
+and 3. The input is the residual stream, as in the authors' code; their figure shows LN(x).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import roles
-from ..adapter import Adapter, Site, cast
+from ..adapter import Adapter, Site, cast, own_tensor
 from ..errors import MedpeftError, require_choice, require_positive
 from ..registry import register
 from ..targets import Network
@@ -41,7 +43,7 @@ class AdaptFormer(Adapter):
         self.up = nn.Parameter(torch.zeros(width_out, bottleneck))
         self.up_bias = nn.Parameter(torch.zeros(width_out))
         nn.init.kaiming_uniform_(self.down, a=5**0.5, generator=site.generator)
-        self.scale = nn.Parameter(torch.ones(())) if scale == "learnable" else scale
+        self.scale = nn.Parameter(torch.ones(())) if scale == "learnable" else float(scale)
         self.dropout = nn.Dropout(dropout)
 
     @classmethod
@@ -76,5 +78,11 @@ def _widths(site: Site) -> tuple[int, int, int]:
         raise MedpeftError(f"{site.name} has no MLP whose width is known.")
     first, last = layers[0], layers[-1]
     axis = 1 if roles.is_conv(first) else -1
-    width_in = first.weight.shape[1]  # type: ignore[union-attr,operator,index]  # a Linear or convolution has a weight
-    return width_in, last.weight.shape[0], axis  # type: ignore[union-attr,operator,index,return-value]  # as above
+    return _weight(first).shape[1], _weight(last).shape[0], axis
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = own_tensor(layer, "weight")
+    if weight is None:
+        raise MedpeftError(f"A {type(layer).__name__} of an MLP has no weight to read its width from.")
+    return weight

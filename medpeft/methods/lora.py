@@ -1,8 +1,8 @@
-"""LoRA. Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022), arXiv 2106.09685, Eq. 3.
+"""LoRA: a low-rank change of the weight.
 
-Options from: Kalajdzievski, rsLoRA (2023), arXiv 2312.03732; Liu et al., DoRA (2024), arXiv 2402.09353, Eq. 5 and 11; Meng,
-Wang & Zhang, PiSSA (2024), arXiv 2404.02948; Büyükakyüz, OLoRA (2024), arXiv 2406.01775; Zhang et al., LoRA-FA (2023), arXiv
-2308.03303.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022), arXiv 2106.09685, Eq. 3. Options from:
+Kalajdzievski, rsLoRA (2023), arXiv 2312.03732; Liu et al., DoRA (2024), arXiv 2402.09353, Eq. 5 and 11; Meng, Wang & Zhang,
+PiSSA (2024), arXiv 2404.02948; Büyükakyüz, OLoRA (2024), arXiv 2406.01775; Zhang et al., LoRA-FA (2023), arXiv 2308.03303.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, Site, cast
 from ..conv import Geometry, slides_plainly
 from ..errors import MedpeftError, require, require_choice, require_positive
+from ..kernels import AddLowRank, AddPointwise, in_place, writes_fresh_output
 from ..registry import register
 from ..roles import Rows
 from ..targets import Network
@@ -68,11 +69,14 @@ class LoRA(Adapter):
         self.down = nn.Parameter(torch.empty(rank * len(sizes), matrix.shape[1]))
         self.up = nn.Parameter(torch.zeros(sum(sizes), rank))
         nn.init.kaiming_uniform_(self.down, a=5**0.5, generator=site.generator)
-        if init != "kaiming":
+        self.start = init != "kaiming"
+        if self.start:
             self._start_from(matrix, init)
         self.magnitude = nn.Parameter(_row_norms(self._rows_of(matrix))) if dora else None
-        self.start = init != "kaiming"
         self.down.requires_grad_(not freeze_a)
+        contiguous = all(row.groups == 1 for row in self.rows) and (site.kind != "conv" or not self.rows)
+        ungrouped = self.geometry is None or self.geometry.groups == 1
+        self.simple = contiguous and ungrouped and not self.start and writes_fresh_output(site.layer)
         self.on_output = self.on_output and not dora and (site.kind != "transposed")
         self.on_output = self.on_output and (site.kind != "conv" or slides_plainly(site.layer))
         require(
@@ -99,10 +103,25 @@ class LoRA(Adapter):
         if self.kind == "embedding":
             return y + self._change(x, y, self.down, self.up)
         x = self.dropout(cast(x, self.down))
+        if self.simple and in_place(y):
+            return self._add_in_place(x, y)
         change = self._change(x, y, self.down, self.up)
         if self.start:
             change = change - self._change(x, y, self.down_start, self.up_start)
         return y + change
+
+    def _add_in_place(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same, written into `y` part by part."""
+        if self.kind == "conv":
+            assert self.geometry is not None
+            hidden = self.geometry.convolve(x, self.down.view(self.rank, -1, *self.geometry.kernel))
+            out: Tensor = AddPointwise.apply(y, hidden, self.up, self.scale)
+            return out
+        starts = [row.start for row in self.rows] or [0]
+        ups = self.up.split([row.size for row in self.rows] or [len(self.up)])
+        for start, down, up in zip(starts, self.down.split(self.rank), ups, strict=True):
+            y = AddLowRank.apply(y, x, down, up, self.scale, start)
+        return y
 
     def _change(self, x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """s·B·A·x in the shape and dtype of `y`."""
@@ -121,7 +140,7 @@ class LoRA(Adapter):
         if len(self.rows) < 2:
             return F.linear(hidden, up)
         sizes = [row.size * row.groups for row in self.rows]
-        parts = zip(hidden.split(self.rank, -1), up.split(sizes))
+        parts = zip(hidden.split(self.rank, -1), up.split(sizes), strict=True)
         return torch.cat([F.linear(h, u) for h, u in parts], -1)
 
     def _convolved(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -157,7 +176,7 @@ class LoRA(Adapter):
         if len(self.rows) < 2:
             return up @ down
         sizes = [row.size * row.groups for row in self.rows]
-        return torch.cat([u @ d for u, d in zip(up.split(sizes), down.split(self.rank))])
+        return torch.cat([u @ d for u, d in zip(up.split(sizes), down.split(self.rank), strict=True)])
 
     def _indices(self, channels: int) -> list[int]:
         return [i for row in self.rows for i in row.indices(channels)]
@@ -193,13 +212,14 @@ def _factors(matrix: Tensor, rank: int, init: str) -> tuple[Tensor, Tensor]:
 
 
 def _row_norms(matrix: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(matrix, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
+    return norms
 
 
 def _placed(change: Tensor, rows: tuple[Rows, ...], y: Tensor, axis: int) -> Tensor:
     """The parts' channels of `change` at their places among those of `y`, zero elsewhere."""
     placed = torch.zeros_like(y)
-    for row, part in zip(rows, change.split([row.size * row.groups for row in rows], axis)):
+    for row, part in zip(rows, change.split([row.size * row.groups for row in rows], axis), strict=True):
         there = placed.unflatten(axis, (row.groups, -1)).narrow(axis if axis < 0 else axis + 1, row.start, row.size)
         there.copy_(part.unflatten(axis, (row.groups, -1)))
     return placed

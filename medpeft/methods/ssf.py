@@ -1,5 +1,7 @@
-"""SSF. Lian, Zhou, Feng & Wang, "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning" (NeurIPS 2022),
-arXiv 2210.08823, Eq. 2.
+"""SSF: a scale and a shift for every channel.
+
+Lian, Zhou, Feng & Wang, "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning" (NeurIPS 2022), arXiv
+2210.08823, Eq. 2.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from .. import roles
 from ..adapter import Adapter, Site
 from ..errors import require_choice
+from ..kernels import ScaleShift, in_place, writes_fresh_output
 from ..registry import register
 from ..targets import Network
 
@@ -27,9 +30,11 @@ class SSF(Adapter):
         site: A linear, convolution or norm layer; γ and β have one element per output channel. There is no β where a parent
             reads the layer's weight and brings a bias of its own, as timm's BEiT does.
         init: "identity" (γ = 1, β = 0), or "official" (γ from N(1, 0.02²), β from N(0, 0.02²)).
+        keep_outputs: Keep y for backward. False finds y again from y·γ + β, which takes half the memory, and does not work in
+            a model that changes a layer's output in place. None is True where a module of the model has `inplace=True`.
     """
 
-    def __init__(self, site: Site, *, init: str = "identity") -> None:
+    def __init__(self, site: Site, *, init: str = "identity", keep_outputs: bool | None = None) -> None:
         super().__init__(site)
         require_choice("init", init, ("identity", "official"))
         channels = _channels(site)
@@ -40,6 +45,8 @@ class SSF(Adapter):
             if self.shift is not None:
                 nn.init.normal_(self.shift, 0.0, 0.02, generator=site.generator)
         self.axis = roles.channel_axis(site.layer)
+        keeps = site.overwritten if keep_outputs is None else keep_outputs
+        self.inverts = writes_fresh_output(site.layer) and not keeps
         self.groups = getattr(site.layer, "groups", 1) if site.kind == "transposed" else 0
         # Inside a norm's own affine it costs nothing, and comes before the activation that timm fuses into some norms.
         self.on_output = self.on_output and site.kind != "norm"
@@ -57,10 +64,14 @@ class SSF(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y·γ + β on the channel axis of `y`."""
+        assert self.shift is not None  # It is None only where a parent reads the weight.
+        if self.inverts and in_place(y):
+            inverted: Tensor = ScaleShift.apply(y, self.scale, self.shift, self.axis)
+            return inverted
         shape = [1] * y.ndim
         shape[self.axis] = -1
-        assert self.shift is not None
-        return (y * self.scale.view(shape) + self.shift.view(shape)).to(y.dtype)
+        out = y * self.scale.view(shape) + self.shift.view(shape)
+        return out.to(y.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W·γ over the output channels, b·γ + β."""
@@ -71,7 +82,8 @@ class SSF(Adapter):
         if self.groups:  # A transposed convolution's weight is (in, out / groups, …).
             split = weight.unflatten(0, (self.groups, -1))
             scale = self.scale.view(self.groups, 1, -1, *[1] * (weight.ndim - 2))
-            return (split * scale).flatten(0, 1)
+            scaled: Tensor = (split * scale).flatten(0, 1)
+            return scaled
         return weight * self.scale.view(-1, *[1] * (weight.ndim - 1))
 
 

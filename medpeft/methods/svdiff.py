@@ -1,13 +1,18 @@
-"""SV-Diff. Han et al., "SVDiff: Compact Parameter Space for Diffusion Fine-Tuning" (ICCV 2023), arXiv 2303.11305, Eq. 2 and 3."""
+"""SV-Diff: a shift of every weight's singular values.
+
+Han et al., "SVDiff: Compact Parameter Space for Diffusion Fine-Tuning" (ICCV 2023), arXiv 2303.11305, Eq. 2 and 3.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Site
+from ..adapter import Adapter, Site, cast
+from ..kernels import AddSpectrum, ShiftSpectrum, in_place, writes_fresh_output
 from ..registry import register
 from ..targets import Network
 
@@ -31,6 +36,9 @@ class SVDiff(Adapter):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         self.delta = nn.Parameter(torch.zeros(values.shape[0], device=values.device, dtype=values.dtype))
         self.scale = scale
+        # Both forms cost differently at different numbers of tokens; a weight that a parent reads leaves no choice.
+        self.switches = site.kind == "linear" and site.reader is None and writes_fresh_output(site.layer)
+        self.on_output = False
         for name, tensor in (("left", left), ("values", values), ("right", right)):
             self.register_buffer(name, tensor.contiguous(), persistent=keep_svd)
 
@@ -46,8 +54,30 @@ class SVDiff(Adapter):
             if site.tensor(site.weight) is not None:
                 yield site
 
+    def _shift(self) -> Tensor:
+        return (self.values + self.scale * self.delta).relu() - self.values
+
+    def prefers_output(self, x: Tensor) -> bool:
+        """Whether x is so few rows that k·(in + out) for each costs less than a product of U and Vᵀ, (out, k)·(k, in)."""
+        rows, out, columns, rank = x.shape[:-1].numel(), len(self.left), self.right.shape[1], len(self.values)
+        if not torch.is_grad_enabled():
+            return rows * (out + columns) < out * columns
+        # In training the weight's own gradient comes on top, and its product with U.
+        return 2 * rows * rank * (out + columns) < (2 * rank + rows) * out * columns
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + ((x·V)·diag(relu(σ + s·δ) − σ))·Uᵀ, for a linear layer."""
+        if in_place(y):
+            added: Tensor = AddSpectrum.apply(y, x, self.left, self._shift(), self.right)
+            return added
+        return y + F.linear(F.linear(cast(x, self.right), self.right) * self._shift(), self.left).to(y.dtype)
+
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """W + U·diag(relu(σ + s·δ) − σ)·Vᵀ."""
-        shift = (self.values + self.scale * self.delta).relu() - self.values
-        change = (self.left * shift) @ self.right
-        return None if weight is None else weight + change.view(weight.shape), bias
+        if weight is None:
+            return None, bias
+        matrix = (weight.flatten(1) if weight.ndim > 1 else weight[None]).to(self.left.dtype)
+        if torch.compiler.is_compiling() or not in_place(matrix):
+            return (matrix + (self.left * self._shift()) @ self.right).view(weight.shape), bias
+        shifted: Tensor = ShiftSpectrum.apply(matrix, self.left, self._shift(), self.right)
+        return shifted.view(weight.shape), bias

@@ -1,5 +1,6 @@
-"""TSA. Li, Liu & Bilen, "Cross-domain Few-shot Learning with Task-specific Adapters" (CVPR 2022), arXiv 2107.00358, Eq. 5
-and 6.
+"""TSA: a 1×1 convolution beside every convolution.
+
+Li, Liu & Bilen, "Cross-domain Few-shot Learning with Task-specific Adapters" (CVPR 2022), arXiv 2107.00358, Eq. 5 and 6.
 """
 
 from __future__ import annotations
@@ -7,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import roles
 from ..adapter import Adapter, Site, cast
 from ..conv import Geometry
 from ..errors import MedpeftError, require_choice
+from ..kernels import in_place, writes_fresh_output
 from ..registry import register
 from ..targets import Network
 
@@ -44,6 +47,10 @@ class TSA(Adapter):
             )
         self.alpha = nn.Parameter(alpha[:, 0].clone() if form == "vector" else alpha)
         self.bias = nn.Parameter(torch.zeros(outputs)) if form == "series" else None
+        # Beside a 1×1 convolution, one convolution with W + α costs less than two.
+        beside = form == "matrix" and set(self.geometry.kernel) == {1} and not self.dense
+        self.on_output = self.on_output and not (beside and self.geometry.centre is not None)
+        self.fresh = writes_fresh_output(site.layer)
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, sites: str = "body", form: str = "matrix") -> Iterator[Site]:
@@ -60,13 +67,16 @@ class TSA(Adapter):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y plus the 1×1 convolution of `x`, or of `y` in a series, (N, O, …)."""
         if self.form == "vector":
-            steps = (..., *(slice(None, None, s) for s in self.geometry.stride))
-            return y + (cast(x, self.alpha)[steps] * self.alpha.view(-1, *[1] * self.geometry.dims)).to(y.dtype)
+            return y + (self.geometry.subsample(cast(x, self.alpha)) * self._per_channel(self.alpha)).to(y.dtype)
         if self.bias is not None:
-            shift = self.bias.view(-1, *[1] * self.geometry.dims)
-            return y + (self.geometry.pointwise(cast(y, self.alpha), self.alpha, strided=False) + shift).to(y.dtype)
+            mixed = self.geometry.pointwise(cast(y, self.alpha), self.alpha, strided=False)
+            return y + (mixed + self._per_channel(self.bias)).to(y.dtype)
         groups = 1 if self.dense else self.geometry.groups
-        return y + self.geometry.pointwise(cast(x, self.alpha), self.alpha, groups).to(y.dtype)
+        change = self.geometry.pointwise(cast(x, self.alpha), self.alpha, groups).to(y.dtype)
+        return y.add_(change) if self.fresh and in_place(y) else y + change
+
+    def _per_channel(self, values: Tensor) -> Tensor:
+        return values.view(-1, *[1] * self.geometry.dims)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """W with α added at the tap that sees what α sees; (I + A)·W and (I + A)·b + shift for a series."""
@@ -83,8 +93,9 @@ class TSA(Adapter):
                 f"no tap of a kernel of {self.geometry.kernel} with padding {self.geometry.before or 'by input size'} sees "
                 "what the 1×1 kernel sees"
             )
-        change = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, self.alpha.dtype))
-        change[(..., *tap)] = self._spread(weight)
+        # All of the kernel but the tap is zero.
+        around = [n for t, k in zip(tap[::-1], self.geometry.kernel[::-1], strict=True) for n in (t, k - 1 - t)]
+        change = F.pad(self._spread(weight).view(*weight.shape[:2], *[1] * self.geometry.dims), around)
         return weight + change, bias
 
     def _spread(self, weight: Tensor) -> Tensor:
@@ -99,8 +110,7 @@ def _eye(like: Tensor, groups: int) -> Tensor:
     rows = torch.arange(outputs, device=like.device)
     group = rows // (outputs // groups)
     column = rows - group * columns
-    ones = ((column[:, None] == torch.arange(columns, device=like.device)) & (column[:, None] >= 0)).to(like.dtype)
-    return ones
+    return (column[:, None] == torch.arange(columns, device=like.device)).to(like.dtype)
 
 
 def _fits(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, form: str) -> bool:
