@@ -171,9 +171,8 @@ def _reasons(model: nn.Module, example: Any, missing: dict[str, tuple[str, ...]]
         model.train(training)
         uses = _watched(model, {owners[name] for name in names})
         flows = _flow(model, example)
-        owned = _owners_reached(model, flows)
         for name in names:
-            uses[owners[name]].read = owners[name] in owned
+            uses[owners[name]].read = _own_reached(owners[name], flows)
             reentrant = any("None of the inputs have requires_grad=True" in text for text in heard)
             found[name] = _reason(name, owners[name], uses[owners[name]], name in flows, reentrant)
     return found
@@ -199,9 +198,9 @@ def _watched(model: nn.Module, layers: set[str]) -> dict[str, _Use]:
     return uses
 
 
-def _owners_reached(model: nn.Module, flows: set[str]) -> set[str]:
-    """Layers of which an own tensor (not one of their adapters') reaches the output."""
-    return {name.rpartition(".")[0] for name in flows if ".adapters." not in f".{name}"}
+def _own_reached(owner: str, flows: set[str]) -> bool:
+    """Whether an own tensor of a layer (not one of its adapters') reaches the output."""
+    return any(name.rpartition(".")[0] == owner for name in flows)
 
 
 def _reason(name: str, owner: str, use: _Use, flows: bool, reentrant: bool) -> str:
@@ -218,5 +217,7 @@ def _reason(name: str, owner: str, use: _Use, flows: bool, reentrant: bool) -> s
     if use.read and not use.called:
         return f"the weight of {layer} is read, but the layer is never called; exclude it, or call the layer itself"
     if not use.called:
-        return f"{layer} never runs: its branch is not used for this input"
+        return f"{layer} never runs: its branch is not used for this input; exclude it"
+    if use.read:
+        return f"{layer} runs, but makes no use of it for this input; exclude it"
     return f"{layer} runs, but its output is not used for the output of the model"

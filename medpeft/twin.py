@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from types import FunctionType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -54,7 +56,7 @@ def on_fakes(step: Callable[[nn.Module, Any], Found], model: nn.Module, example:
     twin = _copy(model, lambda tensor: _fake(tensor, mode))
     inputs = mapped(example, lambda tensor: _fake(tensor, mode))
     try:
-        with mode, torch.enable_grad():
+        with mode, torch.enable_grad(), _unlogged("torch._subclasses.fake_tensor"):
             return step(twin, inputs)
     except MedpeftError:
         raise
@@ -64,6 +66,17 @@ def on_fakes(step: Callable[[nn.Module, Any], Found], model: nn.Module, example:
         ) from error
     finally:
         _forget_cached(model)
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Without that logger's messages: a failure is raised, and where fake tensors fail, real ones are tried."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _copy(model: nn.Module, twin_of: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -192,6 +205,7 @@ def _forget_cached(model: nn.Module) -> None:
 
 def _closure(function: Any) -> Iterator[Any]:
     """What a function holds from the function that made it."""
-    for cell in getattr(function, "__closure__", None) or ():
+    # Not isinstance: it asks a lazy import, of which MONAI has many, for its class, and that raises.
+    for cell in (function.__closure__ or ()) if type(function) is FunctionType else ():
         with suppress(ValueError):  # A cell may still be empty.
             yield cell.cell_contents
