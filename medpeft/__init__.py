@@ -4,6 +4,9 @@ from . import methods as _methods  # noqa: F401 - registers the built-in methods
 from .adapter import Adapter as Adapter
 from .adapter import Site as Site
 from .check import check as check
+from .checkpoint import inspect as inspect
+from .checkpoint import load as load
+from .checkpoint import save as save
 from .errors import CheckpointError as CheckpointError
 from .errors import MedpeftError as MedpeftError
 from .merging import merge as merge

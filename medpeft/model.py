@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import adapted_layers, attach, detach
+from .adapter import Adapter, Site, adapted_layers, attach, detach
 from .batchnorm import freeze_statistics, release_statistics
 from .errors import MedpeftError
 from .head import Head
 from .planning import Plan, build, plan
-from .registry import Methods
+from .registry import Method, Methods
 from .state import Applied, require_applied, set_applied, trained_tensors
 from .targets import Target
 
@@ -65,10 +65,10 @@ def apply(
     return carry_out(planned)
 
 
-def carry_out(planned: Plan) -> nn.Module:
-    """Do what a plan says."""
+def carry_out(planned: Plan, built: Sequence[tuple[Method, Site, Adapter]] | None = None) -> nn.Module:
+    """Do what a plan says, with adapters that were built for it if there are any."""
     model, record = planned.model, planned.record
-    built = build(planned)
+    built = build(planned) if built is None else built
     if record.base is not None:
         record.base = {name: _kept(tensor) for name, tensor in trained_tensors(model, record)}
     for name, parameter in model.named_parameters():
@@ -129,6 +129,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def _switch(model: nn.Module, record: Applied, values: dict[str, Tensor], *, enabled: bool) -> None:
+    record.enabled = enabled
     for name, tensor in trained_tensors(model, record):
         tensor.copy_(values[name])
     for _, _, adapters in adapted_layers(model):

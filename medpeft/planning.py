@@ -14,7 +14,7 @@ from .adapter import Adapter, Site
 from .batchnorm import with_statistics
 from .errors import MedpeftError, require, require_choice
 from .head import Head, find_head
-from .registry import Method, Methods, resolve
+from .registry import Method, Methods, find, resolve
 from .report import Row, Table
 from .state import Applied, applied, require_applied
 from .targets import Network, Target, choose, patterns
@@ -102,13 +102,42 @@ def plan(
         selected=selected,
         head=network.head,
         batchnorm=policy,
-        statistics=_statistics(model) if policy == "adapt" else [],
+        statistics=statistics_names(model) if policy == "adapt" else [],
         trained_before={name: p.requires_grad for name, p in model.named_parameters()},
         base=None if keep_base is False or (keep_base is None and full) else {},
         seed=seed,
         dtype=dtype,
     )
     return Plan(model, [(chosen, own) for chosen, own, _ in resolved], sites, selected, record)
+
+
+def plan_from(model: nn.Module, record: Applied) -> Plan:
+    """The plan that a record describes, its sites found by layer and weight, whatever target picked them once.
+
+    Raises:
+        MedpeftError: a method, an option, or a site is unknown here; or as `apply`.
+    """
+    _refuse(model)
+    network = Network(model, record.head)
+    methods = {name: (find(name), options) for name, options in record.methods.items()}
+    for name, (chosen, own) in methods.items():
+        unknown = [option for option in own if option not in chosen.options]
+        require(not unknown, f"{name!r} has no option {', '.join(map(repr, unknown))}: {', '.join(chosen.options) or 'none'}.")
+    by_method = {name: _all_sites(network, *methods[name]) for name in dict.fromkeys(site[0] for site in record.sites)}
+    found = {(name, layer, weight): by_method[name].get((layer, weight)) for name, layer, weight in record.sites}
+    missing = [f"{layer}.{weight}".strip(".") for (_, layer, weight), site in found.items() if site is None]
+    shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    require(not missing, f"{record.name!r} fits no {shown} in this {type(model).__name__}.")
+    sites = [(methods[name][0], site) for (name, _, _), site in found.items() if site is not None]
+    return Plan(model, list(methods.values()), sites, record.selected, record)
+
+
+def _all_sites(network: Network, method: Method, options: dict[str, Any]) -> dict[tuple[str, str], Site]:
+    """Every site that the method fits, with a target or without, by layer and weight."""
+    require(method.adapter is not None, f"{method.name!r} adds no adapters.")
+    assert method.adapter is not None
+    found = (method.adapter.sites(network, targeted=t, **method.sites_with(options)) for t in (False, True))
+    return {(site.name, site.weight): site for sites in found for site in sites}
 
 
 def _refuse(model: nn.Module) -> None:
@@ -176,7 +205,8 @@ def _fits_nothing(network: Network, method: Method, target: Target) -> str:
     )
 
 
-def _statistics(model: nn.Module) -> list[str]:
+def statistics_names(model: nn.Module) -> list[str]:
+    """Names of the buffers of every BatchNorm with running statistics."""
     return [f"{name}.{b}".lstrip(".") for name, layer in with_statistics(model) for b, _ in layer.named_buffers(recurse=False)]
 
 

@@ -28,6 +28,8 @@ class Applied:
         trained_before: Whether each parameter required a gradient before `apply`.
         base: The selected parameters and adapting buffers as they were, on the CPU; None if given up.
         seed: Seed of the adapters' initial values.
+        dtype: dtype asked for the adapters, None for the default.
+        enabled: False within `disabled`, where the base's values are in place.
     """
 
     methods: dict[str, dict[str, Any]]
@@ -40,6 +42,7 @@ class Applied:
     base: dict[str, Tensor] | None
     seed: int = 0
     dtype: torch.dtype | None = None
+    enabled: bool = True
 
     @property
     def name(self) -> str:

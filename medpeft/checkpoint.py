@@ -1,0 +1,324 @@
+"""Save what differs from the base into one safetensors file, and load it: everything is checked before anything changes."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, Site, adapted_layers, own_state
+from .base import class_of, differences, identify, pretrained_config, whole
+from .errors import CheckpointError, MedpeftError, require_choice
+from .fitting import draw_head, expected_tensors, explain, misfits, record_of, require_values, within
+from .header import MAX_DEPTH, SCHEMA, Header, compose, read_header, read_tensors
+from .model import carry_out, forget
+from .planning import Plan, build, plan_from
+from .registry import Method
+from .source import Source, name_of, opened
+from .state import Applied, applied, require_applied, trained_tensors
+
+_INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+Built = list[tuple[Method, Site, Adapter]]
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
+    """Write what training changed: adapters, selected parameters, head, adapting BatchNorm buffers, and nothing else.
+
+    The file is whole or not there: it is written under another name beside (".medpeft-….tmp"), flushed to the disk and
+    renamed, so that a crash leaves the old file or the new one.
+
+    Args:
+        model: A model after `apply`. One sharded by FSDP2 is gathered: then every rank has to call this, and the first writes.
+            Of a model in DDP pass `model.module`; any one rank writes the same.
+        path: The file, conventionally `*.safetensors`; its directory must exist.
+        metadata: Whatever is worth knowing later, as JSON; names of the classes belong under "classes".
+
+    Raises:
+        MedpeftError: nothing was applied.
+        CheckpointError: the file cannot be written, metadata is no JSON, or the model is not as `apply` left it (on the meta
+            device, within `disabled` or `merged`, a head replaced). A file that was there before stays.
+    """
+    record = require_applied(model)
+    _check_savable(model, record)
+    said = _json({} if metadata is None else metadata, "metadata")
+    if said.get("classes") is not None and not all(isinstance(c, str) for c in said["classes"]):
+        raise CheckpointError(f"metadata['classes'] must be names: {said['classes']!r}.")
+    options = {name: _json(own, f"the options of {name!r}") for name, own in record.methods.items()}
+    changed = {**dict(own_state(model)), **dict(trained_tensors(model, record))}
+    writes = _is_first(changed.values())
+    trained = {*record.selected, *record.statistics}
+    document = {
+        "schema": SCHEMA,
+        "medpeft": _version(),
+        "methods": options,
+        "sites": [list(site) for site in record.sites],
+        "selected": record.selected,
+        "head": list(record.head),
+        "batchnorm": record.batchnorm,
+        "statistics": record.statistics,
+        "dtype": None if record.dtype is None else str(record.dtype).removeprefix("torch."),
+        "seed": record.seed,
+        "input": _input(model),
+        "base": identify(model, lambda name: name not in trained),
+        "metadata": said,
+    }
+    tensors = {name: _plain(tensor) for name, tensor in changed.items()}
+    if writes:
+        _write(os.fspath(path), tensors, compose(document, tensors))
+
+
+def _check_savable(model: nn.Module, record: Applied) -> None:
+    """Raise where the tensors of the model are not those that were trained."""
+    if not record.enabled or any(not adapters.enabled for _, _, adapters in adapted_layers(model)):
+        raise CheckpointError("Within medpeft.disabled or medpeft.merged a model is not as it was trained: leave it first.")
+    here = {(a.method, name, a.weight_name) for name, _, found in adapted_layers(model) for a in _adapters(found)}
+    lost = [layer for method, layer, weight in record.sites if (method, layer, weight) not in here]
+    names = {name for name, _ in trained_tensors(model, record)}
+    lost += [name for name in (*record.selected, *record.statistics) if name not in names]
+    if lost:
+        raise CheckpointError(
+            f"{lost[0]!r}{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}, which {record.name!r} trains, is no longer "
+            "as apply left it: was a layer or the head replaced? Replace it before apply."
+        )
+    require_values(model)
+
+
+def _adapters(found: nn.Module) -> Iterator[Adapter]:
+    return (adapter for adapter in found.children() if isinstance(adapter, Adapter))
+
+
+def _json(value: Any, where: str, depth: int = 4) -> Any:
+    """A copy as plain JSON, or a `CheckpointError` that says which part is none."""
+    if isinstance(value, (str, bool, int)) or value is None:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if depth < MAX_DEPTH and isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value):
+            return {key: _json(item, f"{where}[{key!r}]", depth + 1) for key, item in value.items()}
+    elif depth < MAX_DEPTH and isinstance(value, (list, tuple)):
+        return [_json(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
+    raise CheckpointError(
+        f"{where} cannot be saved: {type(value).__name__} {str(value)[:60]!r}. It must be JSON: text, finite numbers, True, "
+        f"False, None, and lists and dicts (keys are text) of these, at most {MAX_DEPTH - 4} deep."
+    )
+
+
+def _input(model: nn.Module) -> dict[str, Any] | None:
+    """What timm says of the input that the model expects, None for other models."""
+    config = pretrained_config(model)
+    return {key: _json(config[key], f"pretrained_cfg[{key!r}]") for key in _INPUT if key in config} or None
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("medpeft")
+
+
+def _is_first(tensors: Any) -> bool:
+    """Whether this process writes: of the ranks that share a sharded model, the first; else always."""
+    meshes = [tensor.device_mesh for tensor in tensors if hasattr(tensor, "device_mesh")]
+    return all(not any(mesh.get_coordinate() or ()) for mesh in meshes)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """The whole tensor in CPU memory, contiguous and sharing memory with no other."""
+    full = whole(tensor).cpu().contiguous()
+    return full if full.untyped_storage().nbytes() == full.nbytes else full.clone()
+
+
+def _write(path: str, tensors: dict[str, Tensor], document: str) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    target = os.path.realpath(path)
+    unfinished = os.path.join(os.path.dirname(target), f".medpeft-{secrets.token_hex(8)}.tmp")
+    try:
+        if os.path.exists(target) and not os.path.isfile(target):
+            raise CheckpointError(f"{path} is no file that can be written over.")
+        save_file(tensors, unfinished, metadata={"medpeft": document})
+        if os.path.exists(target):
+            shutil.copymode(target, unfinished)
+        _flush(unfinished, os.O_RDWR)
+        os.replace(unfinished, target)
+        if os.name != "nt":  # Windows opens no directories.
+            _flush(os.path.dirname(target), os.O_RDONLY)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            os.remove(unfinished)
+
+
+def _flush(path: str, flags: int) -> None:
+    """Wait until what was written is on the disk."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def inspect(path: Source) -> Header:
+    """What a checkpoint says of itself, from its header alone. Print it.
+
+    Args:
+        path: As for `load`.
+
+    Raises:
+        CheckpointError: there is no such file, or it is no checkpoint of medpeft's.
+    """
+    with opened(path) as file:
+        return read_header(file, name_of(path))
+
+
+def load(
+    model: nn.Module, path: Source, *, check_base: bool = True, head: str = "strict", keep_base: bool | None = None
+) -> nn.Module:
+    """Load a checkpoint: onto the base it was trained on, or into a model adapted in the same way.
+
+    A base is adapted as the file says and trained from there or used. In a model that is adapted already with the same
+    methods, options and sites the values are swapped in place: no parameter is replaced, so optimizers keep theirs and a
+    compiled model stays compiled.
+
+    Args:
+        model: The base with its pretrained weights loaded, or a model after `apply` or `load`.
+        path: A path, the file's bytes, or "hf://owner/repository[@revision]/file" on the Hugging Face Hub (the one case that
+            uses a network; needs huggingface_hub).
+        check_base: Raise where class, shapes or sampled values of the frozen weights are not those of the base of the file, or
+            where a dtype would lose digits. False loads wherever the shapes allow it.
+        head: "strict" loads the head; "skip" leaves the model's own as it is; "reinit" draws it anew from the file's seed, both
+            for another task.
+        keep_base: As in `apply`, for a model that is not adapted yet.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        CheckpointError: the file is damaged, or does not fit; the message lists everything that is missing, unexpected or
+            misshapen. The model is untouched.
+    """
+    require_choice("head", head, ("strict", "skip", "reinit"))
+    with opened(path) as file:
+        header = read_header(file, name_of(path))
+        try:
+            fresh, record = _record(model, header, head, keep_base)
+            if check_base:
+                _check_base(model, header, record, head)
+            planned = plan_from(model, record) if fresh else None
+            wanted = _check_fit(model, header, record, planned, head, check_base)
+            values = {name: t for name, t in read_tensors(file, header).items() if name in wanted}
+            values |= draw_head(model, record) if head == "reinit" else {}
+            built = _fill(build(planned), values) if planned else []
+        except CheckpointError:
+            raise
+        except MedpeftError as error:
+            raise CheckpointError(f"{header.name} does not fit this {class_of(model).__name__}: {error}") from error
+    if planned is None:
+        _copy(model, record, values)
+    else:
+        carry_out(planned, built)
+        try:
+            _copy(model, record, values)
+        except BaseException:
+            forget(model)
+            raise
+    return model
+
+
+def _record(model: nn.Module, header: Header, head: str, keep_base: bool | None) -> tuple[bool, Applied]:
+    """Whether the model is not adapted yet, and the record of what will be, or is, applied to it."""
+    require_values(model)
+    here = applied(model)
+    if here is not None:
+        if not here.enabled or any(not adapters.enabled for _, _, adapters in adapted_layers(model)):
+            raise CheckpointError("Leave medpeft.disabled or medpeft.merged before loading.")
+        explain(header, here, model, with_head=head == "strict")
+        return False, here
+    below = next((name for name, module in model.named_modules() if applied(module) is not None), None)
+    if below is not None:
+        raise CheckpointError(f"The {type(model).__name__} only wraps the adapted model: load into its {below!r}.")
+    return True, record_of(header, model, head, keep_base)
+
+
+def _check_base(model: nn.Module, header: Header, record: Applied, head: str) -> None:
+    trained = {*record.selected, *record.statistics}
+    kept = head == "strict"
+    here = identify(model, lambda name: name not in trained and (kept or not within(name, record.head)))
+    saved = header.document["base"]
+    if not kept:
+        saved = {**saved, "tensors": {n: t for n, t in saved["tensors"].items() if not within(n, record.head)}}
+    found = differences(saved, here)
+    if found:
+        raise CheckpointError(
+            f"{header.name} was trained on another base than this {class_of(model).__name__}:\n  {found[0]}\nCreate the model "
+            "as in training, with the same pretrained weights and precision, or pass check_base=False to load it nevertheless."
+        )
+
+
+def _check_fit(model: nn.Module, header: Header, record: Applied, planned: Plan | None, head: str, exact: bool) -> set[str]:
+    """Names of the tensors to load; a `CheckpointError` lists everything that does not fit."""
+    wanted = expected_tensors(model, record, planned)
+    saved = dict(header.tensors)
+    if head != "strict":
+        wanted = {name: tensor for name, tensor in wanted.items() if not within(name, record.head)}
+        saved = {name: entry for name, entry in saved.items() if not within(name, record.head)}
+    # Adapters that are still to be built take the dtype of the file.
+    lossless = () if not exact else (*record.selected, *record.statistics) if planned else tuple(wanted)
+    problems = misfits(saved, wanted, record, lossless)
+    own = {name for name, _ in model.named_parameters()}
+    problems += [f"{name!r}: selected in the file, no parameter of the model" for name in record.selected if name not in own]
+    if problems:
+        listed = "\n  ".join(problems)
+        raise CheckpointError(f"{header.name} does not fit this {class_of(model).__name__}:\n  {listed}")
+    return set(wanted)
+
+
+def _fill(built: Built, values: dict[str, Tensor]) -> Built:
+    """Put the file's values into adapters that are not yet in the model, in the dtype that they were saved in."""
+    for method, site, adapter in built:
+        prefix = f"{site.name}.adapters.{method.name}{site.key}.".lstrip(".")
+        state = adapter.state_dict(keep_vars=True)
+        saved = {name: values.pop(prefix + name) for name in state}
+        adapter.to(dtype=next((t.dtype for t in saved.values() if t.is_floating_point()), None))
+        with torch.no_grad():
+            for name, tensor in adapter.state_dict(keep_vars=True).items():
+                tensor.copy_(saved[name])
+    return built
+
+
+@torch.no_grad()
+def _copy(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
+    """Copy the values into the model's own tensors; after an error all are as before."""
+    own = {**dict(own_state(model)), **dict(trained_tensors(model, record))}
+    pairs = [(own[name], _like(value, own[name])) for name, value in values.items()]
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for tensor, value in pairs:
+            before.append((tensor, tensor.detach().clone()))
+            tensor.copy_(value)
+    except BaseException:
+        for tensor, value in before:
+            tensor.copy_(value)
+        raise
+
+
+def _like(value: Tensor, own: Tensor) -> Tensor:
+    """The value in the dtype of the model's tensor, and sharded as it is."""
+    value = value.to(own.dtype)
+    if not hasattr(own, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)  # type: ignore[attr-defined]
