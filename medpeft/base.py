@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapters
+from .file import printable, short
 
 SAMPLES = 256
 """Elements of each tensor that enter its digest."""
@@ -68,7 +69,7 @@ def differences(saved: dict[str, Any], here: dict[str, Any], *, shown: int = 3) 
 def label(base: dict[str, Any]) -> str:
     """A base in words: its class, and timm's architecture and tag where known."""
     name = ".".join(part for part in (base["architecture"], base["tag"]) if part)
-    return f"{base['class']} ({name})" if name else str(base["class"])
+    return printable(f"{base['class']} ({name})" if name else base["class"])
 
 
 def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -109,7 +110,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _described(tensor: Tensor) -> str:
     size = "x".join(map(str, tensor.shape)) or "scalar"
-    return f"{size} {str(tensor.dtype).removeprefix('torch.')} {_sample(tensor)}"
+    return f"{size} {short(tensor.dtype)} {_sample(tensor)}"
 
 
 def _sample(tensor: Tensor) -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,8 +14,9 @@ from torch import Tensor, nn
 from .adapter import Adapter, Site, adapted_layers, own_state
 from .base import class_of, differences, identify, pretrained_config, whole
 from .errors import CheckpointError, MedpeftError, require_choice
+from .file import MAX_DEPTH, short, write
 from .fitting import draw_head, expected_tensors, explain, misfits, record_of, require_values, within
-from .header import MAX_DEPTH, SCHEMA, Header, compose, read_header, read_tensors
+from .header import KEY, SCHEMA, Header, compose, read, read_values
 from .model import carry_out, forget
 from .planning import Plan, build, plan_from
 from .registry import Method
@@ -49,30 +48,37 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     record = require_applied(model)
     _check_savable(model, record)
     said = _json({} if metadata is None else metadata, "metadata")
-    if said.get("classes") is not None and not all(isinstance(c, str) for c in said["classes"]):
-        raise CheckpointError(f"metadata['classes'] must be names: {said['classes']!r}.")
-    options = {name: _json(own, f"the options of {name!r}") for name, own in record.methods.items()}
+    if not isinstance(said, dict) or not _names(said.get("classes")):
+        raise CheckpointError("metadata must be a dict, and its 'classes' the names of the classes.")
     changed = {**dict(own_state(model)), **dict(trained_tensors(model, record))}
-    writes = _is_first(changed.values())
+    document = _document(model, record, said)
+    tensors = {name: _plain(tensor) for name, tensor in changed.items()}
+    if _is_first(changed.values()):
+        write(os.fspath(path), tensors, {KEY: compose(document, tensors)})
+
+
+def _names(classes: Any) -> bool:
+    return classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
+
+
+def _document(model: nn.Module, record: Applied, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What the header says but for the digests."""
     trained = {*record.selected, *record.statistics}
-    document = {
+    return {
         "schema": SCHEMA,
-        "medpeft": _version(),
-        "methods": options,
+        "medpeft": version("medpeft"),
+        "methods": {name: _json(own, f"the options of {name!r}") for name, own in record.methods.items()},
         "sites": [list(site) for site in record.sites],
         "selected": record.selected,
         "head": list(record.head),
         "batchnorm": record.batchnorm,
         "statistics": record.statistics,
-        "dtype": None if record.dtype is None else str(record.dtype).removeprefix("torch."),
+        "dtype": None if record.dtype is None else short(record.dtype),
         "seed": record.seed,
         "input": _input(model),
         "base": identify(model, lambda name: name not in trained),
-        "metadata": said,
+        "metadata": metadata,
     }
-    tensors = {name: _plain(tensor) for name, tensor in changed.items()}
-    if writes:
-        _write(os.fspath(path), tensors, compose(document, tensors))
 
 
 def _check_savable(model: nn.Module, record: Applied) -> None:
@@ -118,13 +124,7 @@ def _input(model: nn.Module) -> dict[str, Any] | None:
     return {key: _json(config[key], f"pretrained_cfg[{key!r}]") for key in _INPUT if key in config} or None
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("medpeft")
-
-
-def _is_first(tensors: Any) -> bool:
+def _is_first(tensors: Iterable[Tensor]) -> bool:
     """Whether this process writes: of the ranks that share a sharded model, the first; else always."""
     meshes = [tensor.device_mesh for tensor in tensors if hasattr(tensor, "device_mesh")]
     return all(not any(mesh.get_coordinate() or ()) for mesh in meshes)
@@ -134,40 +134,6 @@ def _plain(tensor: Tensor) -> Tensor:
     """The whole tensor in CPU memory, contiguous and sharing memory with no other."""
     full = whole(tensor).cpu().contiguous()
     return full if full.untyped_storage().nbytes() == full.nbytes else full.clone()
-
-
-def _write(path: str, tensors: dict[str, Tensor], document: str) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    target = os.path.realpath(path)
-    unfinished = os.path.join(os.path.dirname(target), f".medpeft-{secrets.token_hex(8)}.tmp")
-    try:
-        if os.path.exists(target) and not os.path.isfile(target):
-            raise CheckpointError(f"{path} is no file that can be written over.")
-        save_file(tensors, unfinished, metadata={"medpeft": document})
-        if os.path.exists(target):
-            shutil.copymode(target, unfinished)
-        _flush(unfinished, os.O_RDWR)
-        os.replace(unfinished, target)
-        if os.name != "nt":  # Windows opens no directories.
-            _flush(os.path.dirname(target), os.O_RDONLY)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            os.remove(unfinished)
-
-
-def _flush(path: str, flags: int) -> None:
-    """Wait until what was written is on the disk."""
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def inspect(path: Source) -> Header:
@@ -180,7 +146,7 @@ def inspect(path: Source) -> Header:
         CheckpointError: there is no such file, or it is no checkpoint of medpeft's.
     """
     with opened(path) as file:
-        return read_header(file, name_of(path))
+        return read(file, name_of(path))
 
 
 def load(
@@ -211,14 +177,14 @@ def load(
     """
     require_choice("head", head, ("strict", "skip", "reinit"))
     with opened(path) as file:
-        header = read_header(file, name_of(path))
+        header = read(file, name_of(path))
         try:
             fresh, record = _record(model, header, head, keep_base)
             if check_base:
                 _check_base(model, header, record, head)
             planned = plan_from(model, record) if fresh else None
             wanted = _check_fit(model, header, record, planned, head, check_base)
-            values = {name: t for name, t in read_tensors(file, header).items() if name in wanted}
+            values = {name: t for name, t in read_values(file, header).items() if name in wanted}
             values |= draw_head(model, record) if head == "reinit" else {}
             built = _fill(build(planned), values) if planned else []
         except CheckpointError:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .adapter import own_state
 from .base import own_tensors
 from .errors import CheckpointError, MedpeftError
-from .header import Entry, Header
+from .file import Entry, short
+from .header import Header
 from .planning import Plan, build, statistics_names
 from .registry import find
 from .state import Applied, trained_tensors
@@ -151,14 +152,10 @@ def misfits(saved: Mapping[str, Entry], wanted: Mapping[str, Tensor], record: Ap
             lines.append(f"{name!r}: {entry.shape} in the file, {tuple(tensor.shape)} in the model")
             heads += [entry.shape[0]] if within(name, record.head) and entry.shape else []
         elif not _fits(entry.dtype, tensor.dtype, exact=name in exact):
-            lines.append(f"{name!r}: {_short(entry.dtype)} in the file, {_short(tensor.dtype)} in the model")
+            lines.append(f"{name!r}: {short(entry.dtype)} in the file, {short(tensor.dtype)} in the model")
     if heads:
         lines.append(f"Build the model with num_classes={heads[0]}, or pass head='skip' or head='reinit' for another task.")
     return lines
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _fits(saved: torch.dtype, own: torch.dtype, *, exact: bool) -> bool:

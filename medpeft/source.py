@@ -6,7 +6,6 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
 
 from .errors import CheckpointError
 
@@ -23,7 +22,7 @@ def name_of(source: Source) -> str:
 
 
 @contextmanager
-def opened(source: Source) -> Iterator[IO[bytes]]:
+def opened(source: Source) -> Iterator[io.BufferedIOBase]:
     """The file, open for reading; a reference to the Hub is downloaded by huggingface_hub, which keeps a copy.
 
     Raises:
