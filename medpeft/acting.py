@@ -240,14 +240,14 @@ def _reason(model: nn.Module, name: str, zeros: list[str], normalised: bool) -> 
         is_norm = roles.is_norm(model.get_submodule(gate.rpartition(".")[0]))
         what = "a zero-initialised norm" if is_norm else "zero-initialised"
         return (
-            f"{gate} behind it is frozen and all zeros ({what}, as in a fresh model); load pretrained weights, or initialise "
+            f"{gate} is frozen and all zeros ({what}, as in a fresh model); load pretrained weights, or initialise "
             "the model without (timm: zero_init_last=False)"
         )
     if normalised:
-        norms = [n for n, layer in model.named_modules() if _normalises(layer)]
+        norms = [n for n, layer in model.named_modules() if _normalises(layer) and not name.startswith(f"{n}.")]
         norm = _nearest(model, name, norms)
         kind = type(model.get_submodule(norm)).__name__
-        return f"{norm}, a {kind} behind it, normalises it away; adapt the norm instead, or exclude this layer"
+        return f"{norm} ({kind}) behind it normalises it away; adapt the norm instead, or exclude this layer"
     return "its gradient is exactly zero, at random values too"
 
 
@@ -259,7 +259,7 @@ def _nearest(model: nn.Module, name: str, others: list[str]) -> str:
     def nearness(other: str) -> tuple[bool, int]:
         owner = other if other in order else other.rpartition(".")[0]
         shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(layer.split("."), other.split("."), strict=False))
-        behind = order[owner] > order[layer] or (owner != layer and f"{layer}.".startswith(f"{owner}."))
+        behind = order[owner] > order[layer] or f"{layer}.".startswith(f"{owner}.")
         return behind, len(list(shared))
 
     return max(others, key=nearness)

@@ -71,7 +71,7 @@ def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimi
     silent, notes = _silent(model, example_input, record)
     network = Network(model, record.head)
     exempt = {s.name: why for s in silent if (why := _exemption(network, record, s))}
-    problems += [(s.name, f"does not act in {' and '.join(s.modes)} mode: {s.reason}") for s in silent if s.name not in exempt]
+    problems += [(s.name, f"cannot act in {' and '.join(s.modes)} mode: {s.reason}") for s in silent if s.name not in exempt]
     if problems:
         raise MedpeftError(_message(model, problems))
     acting = [p for name, p in model.named_parameters() if p.requires_grad and name not in exempt]

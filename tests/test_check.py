@@ -106,13 +106,13 @@ def test_a_sound_model_passes_and_the_result_counts_what_acts():
         (unused, "second never runs: its branch is not used for this input"),
         (discarded, "second runs, but its output is not used for the output of the model"),
         (detached, "its gradient is cut off on the way"),
-        (in_training_alone, "does not act in eval mode"),
-        (with_gradients_alone, "does not act in eval mode"),
+        (in_training_alone, "cannot act in eval mode"),
+        (with_gradients_alone, "cannot act in eval mode"),
     ],
 )
 def test_an_adapter_that_cannot_act_is_named_with_the_reason(run, reason):
     text = failure(adapted(run))
-    assert "second.adapters.lora.down, second.adapters.lora.up does not act in " in text
+    assert "second.adapters.lora.down, second.adapters.lora.up cannot act in " in text
     assert reason in text
 
 
@@ -126,7 +126,7 @@ def test_a_tensor_of_a_sound_layer_is_not_named():
 def test_reentrant_checkpointing_on_frozen_inputs_is_found():
     model = medpeft.apply(Net(lambda net, x: checkpoint(net.second, x, use_reentrant=True)), "lora", target="second")
     text = failure(model)
-    assert "second.adapters.lora.down, second.adapters.lora.up does not act in train mode: reentrant checkpointing" in text
+    assert "second.adapters.lora.down, second.adapters.lora.up cannot act in train mode: reentrant checkpointing" in text
     assert "use_reentrant=False" in text
 
 
@@ -142,7 +142,7 @@ def test_an_eval_path_that_fake_tensors_do_not_show_is_found_on_real_values():
         return x if fast else net.second(x)
 
     text = failure(adapted(run))
-    assert "second.adapters.lora.up does not act in eval mode: without gradients (torch.no_grad)" in text
+    assert "second.adapters.lora.up cannot act in eval mode: without gradients (torch.no_grad)" in text
 
 
 def test_control_flow_that_depends_on_values_is_checked_on_real_values_with_a_note():
@@ -154,8 +154,13 @@ def test_control_flow_that_depends_on_values_is_checked_on_real_values_with_a_no
 def test_a_zero_initialised_norm_is_named():
     model = timm.create_model("resnet18", num_classes=3, channels=(8, 8, 8, 8))
     text = failure(medpeft.apply(model, "tsa"), torch.randn(2, 3, 32, 32))
-    assert "layer1.0.conv1.adapters.tsa.alpha, layer1.0.conv2.adapters.tsa.alpha does not act in train and eval mode" in text
-    assert "layer1.0.bn2.weight behind it is frozen and all zeros (a zero-initialised norm, as in a fresh model)" in text
+    assert "layer1.0.conv1.adapters.tsa.alpha, layer1.0.conv2.adapters.tsa.alpha cannot act in train and eval mode" in text
+    assert "layer1.0.bn2.weight is frozen and all zeros (a zero-initialised norm, as in a fresh model)" in text
+
+
+def test_a_zero_initialised_norm_is_named_for_its_own_adapter_too():
+    text = failure(medpeft.apply(timm.create_model("resnet18", num_classes=3, channels=(8, 8, 8, 8)), "ssf"), IMAGES)
+    assert "layer2.1.bn2.adapters.ssf.scale cannot act in train and eval mode: layer2.1.bn2.weight is frozen" in text
 
 
 def test_a_tiny_layer_scale_does_not_pass_for_a_zero():
@@ -180,16 +185,16 @@ def test_an_adapter_that_a_batchnorm_normalises_away_is_named():
 
     model = medpeft.apply(Norms(), "shift_for_this_test", batchnorm="adapt")
     text = failure(model, IMAGES)
-    assert "conv1.adapters.shift_for_this_test.shift does not act in train mode: bn1, a BatchNorm2d behind it" in text
-    assert "shift_for_this_test.shift does not act in train and eval mode: norm2, a InstanceNorm2d behind it" in text
+    assert "conv1.adapters.shift_for_this_test.shift cannot act in train mode: bn1 (BatchNorm2d) behind it" in text
+    assert "shift_for_this_test.shift cannot act in train and eval mode: norm2 (InstanceNorm2d) behind it" in text
     medpeft.remove(model)
 
 
 def test_a_selected_bias_that_a_norm_cancels_is_exempt():
     found = medpeft.check(medpeft.apply(Norms(), "full"), IMAGES)
     assert found.exempt == {
-        "conv1.bias": "bn1, a BatchNorm2d behind it, normalises it away",
-        "conv2.bias": "norm2, a InstanceNorm2d behind it, normalises it away",
+        "conv1.bias": "bn1 (BatchNorm2d) behind it normalises it away",
+        "conv2.bias": "norm2 (InstanceNorm2d) behind it normalises it away",
     }
     assert "exempt: conv1.bias: bn1" in str(found)
 
@@ -430,6 +435,14 @@ def test_every_bit_of_the_model_and_of_the_random_states_stays(method, fail):
     assert same(before, state_of(model))
     assert same(drawn, random_states())
     assert model.cache == {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_on_a_gpu_passes_and_the_gpus_random_state_stays():
+    model, x = adapted(lambda net, x: F.dropout(net.second(x), 0.2, net.training)).cuda(), X.cuda()
+    drawn = torch.cuda.get_rng_state()
+    assert medpeft.check(model, x).tensors == 6
+    assert torch.equal(drawn, torch.cuda.get_rng_state())
 
 
 def test_an_input_is_not_changed():
