@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import pairwise
 
 from torch import nn
 
@@ -144,18 +145,26 @@ class Network:
 
     def erased(self, site: Site) -> bool:
         """Whether a batch or instance norm right after the site's layer undoes a scale and shift of its output."""
-        parent = site.name.rpartition(".")[0]
-        names = self._weighted
-        after = next(iter(names[names.index(site.name) + 1 :]), "")
-        follows = after.startswith(parent + ".") if parent else bool(after)
-        norm = self.modules[after] if follows else None
+        norm = self._after.get(site.name)
         host = site.host
         channels = host.shape[1] * getattr(site.layer, "groups", 1) if site.kind == "transposed" else host.shape[0]
         return norm is not None and roles.erases_scale(norm) and roles.norm_channels(norm) == channels
 
     @cached_property
-    def _weighted(self) -> list[str]:
-        return [name for name, module in self.modules.items() if _kind(module)]
+    def _after(self) -> dict[str, nn.Module]:
+        """The layer with a weight that follows each, inside the same parent, by the order in which they were registered."""
+        names = [name for name, module in self.modules.items() if _kind(module)]
+        found = {}
+        for name, after in pairwise(names):
+            parent, _, own = name.rpartition(".")
+            # Where all convolutions are registered before all norms, as in MONAI's UnetResBlock, numbers pair them.
+            numbered = re.sub(r"^conv(?=\d+$)", "norm", own)
+            partner = f"{parent}.{numbered}".lstrip(".")
+            if numbered != own and partner in self.modules and _kind(self.modules[after]) != "norm":
+                after = partner
+            if not parent or after.startswith(parent + "."):
+                found[name] = self.modules[after]
+        return found
 
     def layer(self, name: str) -> Layer:
         """The module as a selective method sees it."""

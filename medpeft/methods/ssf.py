@@ -53,12 +53,12 @@ class SSF(Adapter):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, sites: str = "all") -> Iterator[Site]:
-        """Linear, convolution and norm layers; not the convolution whose scale a batch or instance norm undoes."""
+        """Linear, convolution and norm layers; not those whose scale a batch or instance norm right after them undoes."""
         require_choice("sites", sites, tuple(_KINDS))
         for site in network.sites(*_KINDS[sites]):
             if site.kind == "norm" and not (roles.is_scaling_norm(site.layer) and _channels(site)):
                 continue
-            if site.kind in ("conv", "transposed") and network.erased(site):
+            if site.kind != "norm" and network.erased(site):
                 continue
             yield site
 

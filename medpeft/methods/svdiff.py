@@ -5,6 +5,7 @@ Han et al., "SVDiff: Compact Parameter Space for Diffusion Fine-Tuning" (ICCV 20
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Site, cast
+from ..conv import Geometry
 from ..kernels import AddSpectrum, ShiftSpectrum, in_place, writes_fresh_output
 from ..registry import register
 from ..targets import Network
@@ -37,7 +39,9 @@ class SVDiff(Adapter):
         self.delta = nn.Parameter(torch.zeros(values.shape[0], device=values.device, dtype=values.dtype))
         self.scale = scale
         # Both forms cost differently at different numbers of tokens; a weight that a parent reads leaves no choice.
-        self.switches = site.kind == "linear" and site.reader is None and writes_fresh_output(site.layer)
+        self.geometry = Geometry.of(site.layer) if site.kind == "conv" else None  # type: ignore[arg-type]  # a convolution
+        plain = site.reader is None and writes_fresh_output(site.layer)
+        self.switches = plain and (site.kind == "linear" or (self.geometry is not None and self.geometry.groups == 1))
         self.on_output = False
         for name, tensor in (("left", left), ("values", values), ("right", right)):
             self.register_buffer(name, tensor.contiguous(), persistent=keep_svd)
@@ -59,14 +63,22 @@ class SVDiff(Adapter):
 
     def prefers_output(self, x: Tensor) -> bool:
         """Whether x is so few rows that k·(in + out) for each costs less than a product of U and Vᵀ, (out, k)·(k, in)."""
-        rows, out, columns, rank = x.shape[:-1].numel(), len(self.left), self.right.shape[1], len(self.values)
+        out, columns, rank = len(self.left), self.right.shape[1], len(self.values)
+        rows = x.shape[:-1].numel()
+        if self.geometry is not None:
+            rows = x.shape[0] * x.shape[2:].numel() // math.prod(self.geometry.stride)
         if not torch.is_grad_enabled():
             return rows * (out + columns) < out * columns
         # In training the weight's own gradient comes on top, and its product with U.
         return 2 * rows * rank * (out + columns) < (2 * rank + rows) * out * columns
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + ((x·V)·diag(relu(σ + s·δ) − σ))·Uᵀ, for a linear layer."""
+        """y + ((x·V)·diag(relu(σ + s·δ) − σ))·Uᵀ; a convolution with V, then a 1×1 with U."""
+        if self.geometry is not None:
+            kernel = self.right.view(len(self.values), -1, *self.geometry.kernel)
+            hidden = self.geometry.convolve(cast(x, kernel), kernel)
+            shift = self._shift().view(-1, *[1] * self.geometry.dims)
+            return y + self.geometry.pointwise(hidden * shift, self.left, strided=False).to(y.dtype)
         if in_place(y):
             added: Tensor = AddSpectrum.apply(y, x, self.left, self._shift(), self.right)
             return added
