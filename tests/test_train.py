@@ -22,8 +22,11 @@ from trainer.errors import TrainerError
 from trainer.figure import draw_training
 from trainer.flags import make_parser, parse, read_options
 from trainer.images import Images
-from trainer.loop import warmup_cosine
+from trainer.loop import predict, warmup_cosine
+from trainer.metrics import score
 from trainer.models import build_model, input_statistics
+from trainer.sources import read_data
+from trainer.split import split
 
 EXAMPLES = Path(train.__file__).parent
 TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32"]
@@ -82,6 +85,17 @@ def test_the_adapter_is_saved_with_what_it_takes_to_use_it(finished):
     described = str(medpeft.inspect(output / "adapter.safetensors"))
     for expected in ("tf_efficientnet_lite0", "across", "48"):
         assert expected in described
+
+
+def test_the_adapter_on_a_fresh_base_gives_the_same_scores(folder, finished):
+    output, record = finished
+    model = build_model("tf_efficientnet_lite0", 2, 48)
+    medpeft.load(model, output / "adapter.safetensors")
+    images = read_data(folder, 48)
+    plain = make_transform(48, *input_statistics(model), augment=False)
+    part = Part(images, split(images, seed=0)["test"], plain)
+    logits, labels = predict(model, make_batches(part, 8, 0, shuffle=False))
+    assert score(logits.softmax(1), labels) == record["test"]
 
 
 def test_the_metrics_are_saved_as_strict_json(finished):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 # From the palette of Okabe and Ito, told apart with any colour vision; markers differ as well.
@@ -34,7 +35,7 @@ def draw_training(
     names = [_shorten(name) for name in classes]
     # The matrix needs room for its labels too, about 0.09 inches a character.
     margin = 0.9 + 0.09 * max(map(len, names))
-    figure = Figure(figsize=(8.6 + side + margin, 0.9 + side + margin / 2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8.6 + side + margin, 0.9 + side + margin / 2), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12))
     left, middle, right = figure.subplots(1, 3, width_ratios=[4.3, 4.3, side + margin])
     _draw_losses(left, history, best_epoch)
     _draw_scores(middle, history, best_epoch)
