@@ -17,7 +17,8 @@ _NAMES = {
     "monai": ("classification_head", "class_layers.out", "class_layers", "_fc", "last_linear", "fc", "out"),
     "monai segmentation": ("conv_final", "final_conv", "output_block", "out_tr", "seg_head", "final"),
 }
-_HEADLESS = ("diffusers", "open_clip")
+# timm's models have `get_classifier`; what has none there is an encoder.
+_HEADLESS = ("diffusers", "open_clip", "timm")
 
 
 def find_head(model: nn.Module, head: Head = "auto") -> tuple[str, ...]:

@@ -78,7 +78,9 @@ def _widths(site: Site) -> tuple[int, int, int]:
         raise MedpeftError(f"{site.name} has no MLP whose width is known.")
     first, last = layers[0], layers[-1]
     axis = 1 if roles.is_conv(first) else -1
-    return _weight(first).shape[1], _weight(last).shape[0], axis
+    width = _weight(first).shape[1]
+    # Hugging Face's `intermediate` is the first half of an MLP: what enters the MLP, the residual stream, is what leaves it.
+    return width, width if len(layers) == 1 else _weight(last).shape[0], axis
 
 
 def _weight(layer: nn.Module) -> Tensor:
