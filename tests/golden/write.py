@@ -1,0 +1,51 @@
+"""Write the golden files of the present schema: `python tests/golden/write.py`, once for a schema, never again.
+
+Files that exist are left alone: that old ones stay readable is what they are there to show.
+"""
+
+from pathlib import Path
+
+import torch
+from model import Golden, example, fill
+from safetensors.torch import load_file, save_file
+
+import medpeft
+from medpeft.header import SCHEMA
+
+HERE = Path(__file__).parent / f"schema{SCHEMA}"
+
+CASES = {
+    **{name: (name, {}) for name in medpeft.methods()},
+    "bn_adapting": ("bn", {"batchnorm": "adapt"}),
+    "lora_dora": ("lora", {"rank": 2, "dora": True}),
+    "lora_everywhere": ({"lora": {"rank": 2, "alpha": 8, "rslora": True, "parts": "qkvo"}, "bias": {}}, {"target": "*"}),
+    "lora_pissa": ("lora", {"rank": 2, "init": "pissa", "target": "linear"}),
+    "svdiff_kept": ("svdiff", {"keep_svd": True, "norms": True}),
+    "no_head": ("ssf", {"head": None}),
+}
+
+
+def write():
+    """One file a case, and the outputs of all in `outputs.safetensors`."""
+    HERE.mkdir(exist_ok=True)
+    outputs = HERE / "outputs.safetensors"
+    found = load_file(outputs) if outputs.exists() else {}
+    for case, (method, options) in CASES.items():
+        if case in found:
+            continue
+        model = medpeft.apply(Golden(), method, seed=3, **options).eval()
+        changed = {name for name, p in model.named_parameters() if p.requires_grad}
+        changed |= {name for name, _ in model.named_buffers() if options.get("batchnorm") == "adapt"}
+        with torch.no_grad():
+            before = {name: t.clone() for name, t in model.state_dict().items()}
+            fill(model, start=7, only=changed)
+            for name, tensor in model.state_dict(keep_vars=True).items():
+                if name in changed and tensor.is_floating_point():
+                    tensor.copy_(before[name] + 0.25 * tensor)
+            found[case] = model(example())
+        medpeft.save(model, HERE / f"{case}.safetensors", metadata={"classes": ["a", "b", "c"], "case": case})
+    save_file(found, outputs)
+
+
+if __name__ == "__main__":
+    write()
