@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -154,14 +155,17 @@ class Network:
     def _after(self) -> dict[str, nn.Module]:
         """The layer with a weight that follows each, inside the same parent, by the order in which they were registered."""
         names = [name for name, module in self.modules.items() if _kind(module)]
+        around = Counter(a for name in names for a in _ancestors(name))
         found = {}
         for name, after in pairwise(names):
-            parent, _, own = name.rpartition(".")
+            # A module around this layer alone, as MONAI's Convolution, stands for it.
+            unit = next((a for a in _ancestors(name) if around[a] == 1), name)
+            parent, _, own = unit.rpartition(".")
             # Where all convolutions are registered before all norms, as in MONAI's UnetResBlock, numbers pair them.
-            numbered = re.sub(r"^conv(?=\d+$)", "norm", own)
-            partner = f"{parent}.{numbered}".lstrip(".")
-            if numbered != own and partner in self.modules and _kind(self.modules[after]) != "norm":
-                after = partner
+            numbered = f"{parent}.{re.sub('^conv', 'norm', own)}".lstrip(".")
+            follows = after.startswith(f"{parent}.".lstrip(".")) and _kind(self.modules[after]) == "norm"
+            if re.fullmatch(r"conv\d+", own) and numbered in self.modules and not follows:
+                after = numbered
             if not parent or after.startswith(parent + "."):
                 found[name] = self.modules[after]
         return found
@@ -190,6 +194,12 @@ class Network:
             return any(roles.is_mlp(full, self.modules[full]) for full in around if full in self.modules)
         kind = _kind(self.modules[name])
         return role == ("conv" if kind == "transposed" else kind)
+
+
+def _ancestors(name: str) -> list[str]:
+    """Names of the modules around a layer, the outermost first, the model itself left out."""
+    steps = name.split(".")
+    return [".".join(steps[:i]) for i in range(1, len(steps))]
 
 
 def _kind(module: nn.Module) -> str:
