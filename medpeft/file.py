@@ -11,7 +11,6 @@ import json
 import math
 import os
 import secrets
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-MAX_HEADER = 8 * 2**20
+MAX_HEADER = 4 * 2**20
 """Bytes of the longest header that is read."""
 
 MAX_DEPTH = 16
@@ -75,15 +74,17 @@ def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    target = os.path.realpath(path)
-    if os.path.exists(target) and not os.path.isfile(target):
-        raise CheckpointError(f"{path} is no file that can be written over.")
-    unfinished = os.path.join(os.path.dirname(target), f".medpeft-{secrets.token_hex(8)}.tmp")
+    unfinished = ""
     try:
+        target = os.path.realpath(path)
+        if os.path.exists(target) and not os.path.isfile(target):
+            raise CheckpointError(f"{path} is no file that can be written over.")
+        unfinished = os.path.join(os.path.dirname(target), f".medpeft-{secrets.token_hex(8)}.tmp")
+        os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL, 0o666))
+        mode = os.stat(target if os.path.exists(target) else unfinished).st_mode
         save_file(dict(tensors), unfinished, metadata=dict(metadata))
         _check_length(unfinished, path)
-        if os.path.exists(target):
-            shutil.copymode(target, unfinished)
+        os.chmod(unfinished, mode & 0o777)  # safetensors leaves the file to its owner alone.
         _flush(unfinished, os.O_RDWR)
         os.replace(unfinished, target)
         if os.name != "nt":  # Windows opens no directories.
