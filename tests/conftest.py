@@ -1,0 +1,18 @@
+"""What every test starts from: one thread, no state left over from another test."""
+
+import pytest
+import torch
+
+from medpeft import registry
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tiny models gain nothing from more threads, and test processes share the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """Methods that a test registers stay in it."""
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
