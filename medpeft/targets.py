@@ -135,7 +135,8 @@ class Network:
         for name, module in self.modules.items():
             children = {child: f"{name}.{child}".strip(".") for child in module._modules}
             attends = [child for child, full in children.items() if full in layers]
-            mlp = next((c for c, full in children.items() if self._is_whole_mlp(full)), "")
+            mlps = [c for c, full in children.items() if self._is_whole_mlp(full)]
+            mlp = mlps[0] if len(mlps) == 1 else ""  # Of several, as in TNT, each has a residual stream of its own.
             norm = _norm_before_mlp(list(children), len(attends))
             if attends and mlp and norm and not self.inside(name, self.head) and name:
                 yield name, module, mlp, norm

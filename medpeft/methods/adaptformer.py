@@ -62,7 +62,15 @@ class AdaptFormer(Adapter):
         x = cast(x, self.down).movedim(self.axis, -1)
         hidden = self.dropout(F.linear(x, self.down, self.down_bias).relu())
         change = self.scale * F.linear(hidden, self.up, self.up_bias)
-        return y + change.movedim(-1, self.axis).reshape(y.shape).to(y.dtype)
+        return y + _fitted(change.movedim(-1, self.axis), y).to(y.dtype)
+
+
+def _fitted(change: Tensor, y: Tensor) -> Tensor:
+    """`change` in the shape of `y`; zero for the tokens that the MLP does not see."""
+    if change.ndim == y.ndim == 3 and change.shape[1] < y.shape[1]:
+        # The class blocks of XCiT and VOLO run their MLP on the class token alone, which comes first.
+        return F.pad(change, (0, 0, 0, y.shape[1] - change.shape[1]))
+    return change.reshape(y.shape)
 
 
 def _matmuls(site: Site) -> list[nn.Module]:
