@@ -79,6 +79,8 @@ class LoRA(Adapter):
         self.simple = contiguous and ungrouped and not self.start and writes_fresh_output(site.layer)
         self.on_output = self.on_output and not dora and (site.kind != "transposed")
         self.on_output = self.on_output and (site.kind != "conv" or slides_plainly(site.layer))
+        # A grouped convolution's weight is small; A on every group of inputs costs ten times the step of a depthwise network.
+        self.on_output = self.on_output and (ungrouped or dropout > 0)
         require(
             self.on_output or dropout == 0.0,
             f"dropout={dropout!r} cannot act at {site.name}, where LoRA changes the weight itself (dora=True, a transposed or "
