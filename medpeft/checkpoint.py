@@ -52,8 +52,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
         raise CheckpointError("metadata must be a dict, and its 'classes' the names of the classes.")
     changed = {**dict(own_state(model)), **dict(trained_tensors(model, record))}
     document = _document(model, record, said)
-    tensors = {name: _plain(tensor) for name, tensor in changed.items()}
-    if _is_first(changed.values()):
+    tensors = {name: plain(tensor) for name, tensor in changed.items()}
+    if is_first(changed.values()):
         write(os.fspath(path), tensors, {KEY: compose(document, tensors)})
 
 
@@ -124,13 +124,13 @@ def _input(model: nn.Module) -> dict[str, Any] | None:
     return {key: _json(config[key], f"pretrained_cfg[{key!r}]") for key in _INPUT if key in config} or None
 
 
-def _is_first(tensors: Iterable[Tensor]) -> bool:
+def is_first(tensors: Iterable[Tensor]) -> bool:
     """Whether this process writes: of the ranks that share a sharded model, the first; else always."""
     meshes = [tensor.device_mesh for tensor in tensors if hasattr(tensor, "device_mesh")]
     return all(not any(mesh.get_coordinate() or ()) for mesh in meshes)
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def plain(tensor: Tensor) -> Tensor:
     """The whole tensor in CPU memory, contiguous and sharing memory with no other."""
     full = whole(tensor).cpu().contiguous()
     return full if full.untyped_storage().nbytes() == full.nbytes else full.clone()
@@ -192,11 +192,11 @@ def load(
         except MedpeftError as error:
             raise CheckpointError(f"{header.name} does not fit this {class_of(model).__name__}: {error}") from error
     if planned is None:
-        _copy(model, record, values)
+        copy_values(model, record, values)
     else:
         carry_out(planned, built)
         try:
-            _copy(model, record, values)
+            copy_values(model, record, values)
         except BaseException:
             forget(model)
             raise
@@ -265,7 +265,7 @@ def _fill(built: Built, values: dict[str, Tensor]) -> Built:
 
 
 @torch.no_grad()
-def _copy(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
+def copy_values(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
     """Copy the values into the model's own tensors; after an error all are as before."""
     own = {**dict(own_state(model)), **dict(trained_tensors(model, record))}
     pairs = [(own[name], _like(value, own[name])) for name, value in values.items()]

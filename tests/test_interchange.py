@@ -1,0 +1,274 @@
+"""LoRA files of peft and diffusers: each library loads what medpeft wrote, and the other way round, with the same outputs."""
+
+import json
+import random
+import warnings
+
+import pytest
+import torch
+from models import example, make, output, randomise_adapters
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import medpeft
+from medpeft.interchange import from_diffusers, from_peft, to_diffusers, to_peft
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft asks transformers 5 so
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
+peft = pytest.importorskip("peft")
+diffusers = pytest.importorskip("diffusers")
+
+MODELS = {
+    "fused qkv": ("vit", {"rank": 4, "alpha": 6}),
+    "one part of a fused qkv": ("vit", {"rank": 3, "parts": "v"}),
+    "every linear": ("vit", {"rank": 2, "target": "blocks.*", "parts": "qkvo", "rslora": True, "alpha": 3.0}),
+    "separate projections": ("hf_vit", {"rank": 4, "parts": "qkvo"}),
+    "heads before parts": ("coatnet", {"rank": 2, "target": "attention"}),
+    "convolutions": ("monai_densenet", {"rank": 2, "alpha": 5}),
+    "convolutions in 3-d": ("monai_unet3d", {"rank": 2, "target": ["model.0.*", "model.1.*"], "exclude": "*.conv.unit1.conv"}),
+    "pissa": ("vit", {"rank": 2, "init": "pissa"}),
+    "olora": ("hf_vit", {"rank": 2, "init": "olora", "alpha": 4}),
+}
+
+
+def close(a, b):
+    return bool((a - b).abs().max() <= 1e-9 * b.abs().max())
+
+
+def adapted(family, **options):
+    model = randomise_adapters(medpeft.apply(make(family), "lora", **options), size=0.3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and ".adapters." not in name:
+                p.add_(0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_peft_loads_what_medpeft_wrote_and_computes_the_same(case, tmp_path):
+    family, options = MODELS[case]
+    model, x = adapted(family, **options), example(family)
+    to_peft(model, tmp_path)
+
+    theirs = peft.PeftModel.from_pretrained(make(family), tmp_path).eval()
+    with torch.no_grad():
+        assert close(output(theirs, x), output(model, x))
+        assert not close(output(make(family), x), output(model, x))
+    back = from_peft(make(family), tmp_path)
+    assert close(output(back.eval(), x), output(model, x))
+    # Of PiSSA and OLoRA the file holds the change alone.
+    if "init" not in options:
+        assert medpeft.report(back).trainable == medpeft.report(model).trainable
+
+
+def trained_by_peft(base, tmp_path, **options):
+    """A model of peft's, its factors drawn anew, and its files."""
+    model = peft.get_peft_model(base, peft.LoraConfig(**options))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    model.save_pretrained(tmp_path)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("vit", {"r": 4, "lora_alpha": 7, "target_modules": ["qkv", "fc1"], "modules_to_save": ["head"]}),
+        ("vit", {"r": 4, "target_modules": r"blocks.*(qkv|proj|fc\d)", "use_rslora": True, "lora_dropout": 0.1}),
+        ("vit", {"r": 4, "target_modules": ["qkv", "proj"], "rank_pattern": {"blocks.0.attn.qkv": 2}}),
+        ("vit", {"r": 4, "target_modules": ["qkv"], "alpha_pattern": {"^blocks.1.attn.qkv": 1, "attn.qkv": 3}}),
+        ("hf_vit", {"r": 3, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}),
+        ("monai_densenet", {"r": 2, "lora_alpha": 3, "target_modules": r"features\..*conv\d"}),
+    ],
+)
+def test_medpeft_loads_what_peft_wrote_and_computes_the_same(family, options, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        theirs = trained_by_peft(make(family), tmp_path, **options)
+    ours = from_peft(make(family), tmp_path).eval()
+
+    x = example(family)
+    assert close(output(ours, x), output(theirs, x))
+    assert not close(output(ours, x), output(make(family), x))
+    medpeft.save(ours, tmp_path / "ours.safetensors")
+    assert torch.equal(output(medpeft.load(make(family), tmp_path / "ours.safetensors"), x), output(ours, x))
+
+
+def test_an_adapted_head_of_a_file_needs_a_model_without_one(tmp_path):
+    theirs = trained_by_peft(make("vit"), tmp_path, r=4, target_modules=["qkv", "head"])
+    refused(from_peft, make("vit"), tmp_path, "'head': in the file, but it is the head, trained whole: pass head=None")
+    x = example("vit")
+    assert close(output(from_peft(make("vit"), tmp_path, head=None).eval(), x), output(theirs, x))
+
+
+def test_parts_that_one_layer_leaves_out_stay_zero_there(tmp_path):
+    model = adapted("vit", rank=2, parts="qkv")
+    with torch.no_grad():
+        model.blocks[1].attn.qkv.adapters.lora.up[16:32] = 0
+    to_peft(model, tmp_path)
+    back = from_peft(make("vit"), tmp_path).eval()
+    assert close(output(back, example("vit")), output(model, example("vit")))
+    assert medpeft.report(back).trainable == medpeft.report(model).trainable
+
+
+def test_ranks_that_are_filled_up_still_train(tmp_path):
+    trained_by_peft(make("vit"), tmp_path, r=4, target_modules=["qkv", "proj"], rank_pattern={"blocks.0.attn.qkv": 2})
+    model = from_peft(make("vit"), tmp_path)
+    output(model, example("vit")).sum().backward()
+    up = model.blocks[0].attn.qkv.adapters.lora.up
+    assert torch.equal(up[:, 2:], torch.zeros_like(up[:, 2:]))
+    assert bool((up.grad[:16, 2:] != 0).all())
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "options", "reason"),
+    [
+        ("vit", "lora+bias", {}, "the methods lora+bias: these files hold LoRA alone"),
+        ("vit", "ssf", {}, "the methods ssf"),
+        ("vit", "lora", {"dora": True}, "blocks.0.attn.qkv: DoRA is not written"),
+        ("beit", "lora", {}, "blocks.0.attn.qkv: other code reads its weight without calling it"),
+        ("multihead_attention", "lora", {}, "attn: other code reads its weight without calling it"),
+        ("resnet", "lora", {"batchnorm": "adapt"}, "adapting BatchNorm statistics"),
+        ("regnet", "lora", {"target": "conv"}, "peft's convolutions ignore groups"),
+    ],
+)
+def test_what_peft_cannot_express_is_named_with_the_reason(family, method, options, reason, tmp_path):
+    model = medpeft.apply(make(family), method, **options)
+    with pytest.raises(medpeft.CheckpointError) as caught:
+        to_peft(model, tmp_path)
+    assert reason in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_dora": True}, "use_dora=True"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
+        ({"alpha_pattern": {r"blocks\.(a+)+$": 3}}, "medpeft reads names of layers alone"),
+        ({"lora_alpha": "4"}, "lora_alpha='4'"),
+        ({"lora_dropout": 3}, "dropout=3"),
+    ],
+)
+def test_configurations_that_lora_here_does_not_compute_are_refused(changes, reason, tmp_path):
+    to_peft(adapted("vit", rank=2), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    refused(from_peft, make("vit"), tmp_path, reason)
+
+
+def refused(call, model, path, reason, **options):
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(medpeft.CheckpointError) as caught:
+        call(model, path, **options)
+    assert reason in str(caught.value)
+    assert list(before) == list(model.state_dict())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_files_that_do_not_fit_name_every_reason(tmp_path):
+    to_peft(adapted("vit", rank=2), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = "base_model.model.blocks.0.attn.qkv.lora_B.weight"
+    changed = tensors | {first: torch.zeros(3, 4), "base_model.model.norm.weight": torch.ones(16)}
+    changed["base_model.model.nowhere.lora_A.weight"] = torch.zeros(2, 16)
+    changed["base_model.model.nowhere.lora_B.weight"] = torch.zeros(16, 2)
+    save_file(changed, path)
+    for reason in (
+        "'nowhere': in the file",
+        "'blocks.0.attn.qkv': A (4, 16) and B (3, 4) in the file",
+        "'norm.weight': in the file",
+    ):
+        refused(from_peft, make("vit"), tmp_path, reason)
+    save_file(tensors | {first.replace("lora_B.weight", "lora_magnitude_vector"): torch.zeros(3)}, path)
+    refused(from_peft, make("vit"), tmp_path, "lora_magnitude_vector")
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(from_peft, make("vit"), tmp_path, "cut off")
+    path.unlink()
+    refused(from_peft, make("vit"), tmp_path, "cannot be read")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_damaged_files_of_peft_load_or_are_refused_and_leave_the_model(file, tmp_path):
+    to_peft(adapted("vit", rank=1, parts="v"), tmp_path)
+    path, draw = tmp_path / file, random.Random(0)
+    data = path.read_bytes()
+    refusals = 0
+    for _ in range(150):
+        damaged = bytearray(data)
+        damaged[draw.randrange(min(len(data), 1200))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        model = make("vit")
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        try:
+            from_peft(model, tmp_path)
+        except medpeft.CheckpointError:
+            refusals += 1
+            assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+            assert list(before) == list(model.state_dict())
+    assert refusals > 50
+
+
+def denoised(unet, x):
+    return unet(x, torch.tensor(7), x.flatten(2)[:, :2, :6]).sample
+
+
+def unet():
+    return make("diffusion_unet").unet
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 4, "alpha": 6, "parts": "qkvo"}, {"rank": 2, "target": "*", "parts": "qkvo", "rslora": True}]
+)
+def test_diffusers_loads_what_medpeft_wrote_and_computes_the_same(options, tmp_path):
+    model = randomise_adapters(medpeft.apply(unet(), "lora", head=None, **options), size=0.3).eval()
+    x, path = example("diffusion_unet"), tmp_path / "lora.safetensors"
+    to_diffusers(model, path)
+
+    theirs = unet()
+    theirs.load_lora_adapter(str(tmp_path), weight_name="lora.safetensors", prefix="unet")
+    with torch.no_grad():
+        assert close(denoised(theirs.eval(), x), denoised(model, x))
+        assert not close(denoised(unet(), x), denoised(model, x))
+        assert close(denoised(from_diffusers(unet(), path).eval(), x), denoised(model, x))
+
+
+def test_medpeft_loads_what_diffusers_wrote_and_computes_the_same(tmp_path):
+    theirs = unet()
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_v", "conv1"], rank_pattern={"mid_block.*to_q": 2})
+    theirs.add_adapter(config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.2, generator=torch.Generator().manual_seed(p.numel()))
+    theirs.save_lora_adapter(tmp_path)
+    x, path = example("diffusion_unet"), tmp_path / "pytorch_lora_weights.safetensors"
+    assert close(denoised(from_diffusers(unet(), path).eval(), x), denoised(theirs.eval(), x))
+
+    # The same with the keys of older releases and of a pipeline.
+    scale = {name: 6 / t.shape[0] for name, t in load_file(path).items() if "lora_A" in name}
+    old = {f"text_encoder.{name}": t for name, t in load_file(path).items()}
+    for name, t in load_file(path).items():
+        old["unet." + name.replace("lora_A", "lora.down").replace("lora_B", "lora.up")] = t.clone()
+        if name in scale:
+            old["unet." + name.replace("lora_A.weight", "alpha")] = torch.tensor(6.0)
+    save_file(old, tmp_path / "old.safetensors")
+    assert close(denoised(from_diffusers(unet(), tmp_path / "old.safetensors").eval(), x), denoised(theirs.eval(), x))
+    refused(from_diffusers, unet(), tmp_path / "old.safetensors", "component='prior'", component="prior")
+
+
+def test_what_a_diffusers_file_cannot_hold_is_named(tmp_path):
+    with pytest.raises(medpeft.CheckpointError, match=r"the head conv_out: apply with head=None"):
+        to_diffusers(medpeft.apply(unet(), "lora", head="conv_out"), tmp_path / "a.safetensors")
+    with pytest.raises(medpeft.MedpeftError, match="not adapted"):
+        to_diffusers(nn.Linear(2, 2), tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
