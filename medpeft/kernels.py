@@ -28,7 +28,15 @@ def in_place(y: Tensor) -> bool:
     """Whether a kernel may write into `y`: eager mode, no functorch transform, float32 or wider outside autocast."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
+    if _keeps_its_output(y.grad_fn):
+        return False
     return y.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(y.device.type)
+
+
+def _keeps_its_output(step: Any) -> bool:
+    """Whether an adapter before this one, as SSF in a union, needs its own output in backward."""
+    # torch's own steps, sigmoid for one, name it `result`.
+    return hasattr(type(step), "_saved_result") or getattr(step, "invertible", False)
 
 
 class AddLowRank(torch.autograd.Function):
