@@ -268,7 +268,9 @@ class Cover:
             return
         with _full_precision(layer):
             values = covering(layer, adapters.acting(False, args[0] if args and not self.path else None))
-        dtype = next((p.dtype for p in layer.parameters(recurse=False)), None)
+        # A norm without weights takes on the dtype of its input.
+        given = args[0].dtype if args and isinstance(args[0], Tensor) and args[0].is_floating_point() else None
+        dtype = next((p.dtype for p in layer.parameters(recurse=False)), given)
         for name, value in values.items():
             layer.__dict__[name] = value.to(dtype)
         self.running[_thread()] = set(values)

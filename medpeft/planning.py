@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -221,7 +222,7 @@ def build(planned: Plan, *, dry: bool = False) -> list[tuple[Method, Site, Adapt
     built = []
     for method, site in tqdm(planned.sites, desc=record.name, delay=1.0, leave=False, disable=dry):
         seeded = torch.Generator().manual_seed(zlib.crc32(f"{record.seed}:{method.name}:{site.name}:{site.weight}".encode()))
-        device, dtype = _place(site)
+        device, dtype = _place(site, planned.model)
         shapes_alone = dry or device.type == "meta"
         at = replace(site, generator=seeded, dry=dry)
         with torch.device("meta" if shapes_alone else "cpu"):
@@ -244,10 +245,11 @@ def _check_forms(method: Method, site: Site, adapter: Adapter) -> None:
         )
 
 
-def _place(site: Site) -> tuple[torch.device, torch.dtype]:
+def _place(site: Site, model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of an adapter: its layer's device; float32, or the layer's dtype if that is wider."""
     own = site.tensor(site.weight) if site.weight else None
-    for tensor in (own, *site.layer.parameters()):
+    # A norm without weights is where the rest of the model is.
+    for tensor in chain((own,), site.layer.parameters(), model.parameters()):
         if tensor is not None and tensor.is_floating_point():
             return tensor.device, torch.promote_types(tensor.dtype, torch.float32)
     return torch.device("cpu"), torch.float32
