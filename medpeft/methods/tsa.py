@@ -82,6 +82,8 @@ class TSA(Adapter):
         """W with α added at the tap that sees what α sees; (I + A)·W and (I + A)·b + shift for a series."""
         assert weight is not None
         if self.bias is not None:
+            if self.geometry.groups > 1:
+                raise MedpeftError("a series mixes what a grouped convolution's weight keeps apart")
             mix = self.alpha + torch.eye(len(self.alpha), dtype=self.alpha.dtype, device=self.alpha.device)
             shift = self.bias if bias is None else mix @ bias.to(mix.dtype) + self.bias
             return (mix @ weight.flatten(1).to(mix.dtype)).view_as(weight), shift
