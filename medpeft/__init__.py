@@ -9,6 +9,7 @@ from .checkpoint import load as load
 from .checkpoint import save as save
 from .errors import CheckpointError as CheckpointError
 from .errors import MedpeftError as MedpeftError
+from .header import Header as Header
 from .merging import merge as merge
 from .merging import merged as merged
 from .model import apply as apply

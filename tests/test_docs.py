@@ -22,9 +22,6 @@ def read(page):
 
 WITH_PYTHON = [page for page in PAGES if "```python" in read(page)]
 
-# Settled in the README before they exist; take a name out of here when it arrives.
-NOT_YET = {"inspect", "load", "save"}
-
 
 def built_in():
     """The methods of the package, without those that other tests may have registered."""
@@ -76,10 +73,6 @@ def own_registry(monkeypatch):
 def test_examples_of_a_page_run_in_order(page):
     namespace = {"__name__": "page"}
     for block in python_blocks(page):
-        missing = NOT_YET & set(re.findall(r"\bmedpeft\.(\w+)", block))
-        if missing:
-            assert not any(hasattr(medpeft, name) for name in missing), "it is there now: run it"
-            continue
         exec(compile(block, page, "exec", dont_inherit=True), namespace)
 
 
