@@ -1,0 +1,302 @@
+"""The families of models that medpeft supports, each as a tiny model: how to build it and what the methods find in it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+CLASSES = 3
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build a tiny model, the shape of its input, and what it is made of.
+
+    Attributes:
+        build: Builds the model, with whatever initial weights its library gives.
+        shape: Shape of the input, batch of two first.
+        has: What the methods need: some of "norm", "batchnorm", "layernorm", "attention", "attention blocks",
+            "conv blocks", "transformer blocks", "head".
+        head: What to pass to `apply`.
+        dead: Globs of parameters that cannot change the output, adapted or not.
+    """
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    has: frozenset[str]
+    head: str | None
+    dead: tuple[str, ...]
+
+
+FAMILIES: dict[str, Family] = {}
+
+_CNN = frozenset({"norm", "batchnorm", "conv blocks", "head"})
+_CONVNEXT = frozenset({"norm", "layernorm", "conv blocks", "head"})
+_TRANSFORMER = frozenset({"norm", "layernorm", "attention", "attention blocks", "transformer blocks", "head"})
+
+# The softmax over the keys does not see what is added to all of them.
+_KEYS = ("*.k_proj.bias", "*.k_proj.adapters.ssf.shift")
+_POSITIONS = ("*.rel_pos.mlp.fc2.bias", "*.rel_pos.mlp.fc2.adapters.ssf.shift")
+
+
+def family(has, shape, head="auto", dead=()):
+    """Decorator that lists a builder under its own name."""
+
+    def add(build):
+        FAMILIES[build.__name__] = Family(build, shape, frozenset(has), head, dead)
+        return build
+
+    return add
+
+
+def _timm(name, **options):
+    import timm
+
+    return timm.create_model(name, num_classes=CLASSES, **options)
+
+
+IMAGE = (2, 3, 32, 32)
+
+
+@family(_CNN, IMAGE)
+def resnet():
+    return _timm("resnet26", layers=(1, 1, 1, 1), channels=(4, 8, 8, 8), stem_width=8)
+
+
+@family(_CNN, IMAGE)
+def efficientnet():
+    from timm.models.efficientnet import _gen_efficientnet_lite
+
+    return _gen_efficientnet_lite("tf_efficientnet_lite0", 0.25, 0.1, num_classes=CLASSES)
+
+
+@family(_CNN, IMAGE)
+def mobilenetv3():
+    return _timm("mobilenetv3_small_050")
+
+
+@family(_CNN, IMAGE)
+def regnet():
+    from timm.models.regnet import RegNet, RegNetCfg
+
+    return RegNet(RegNetCfg(depth=6, w0=8, wa=8.0, wm=2.0, group_size=4, se_ratio=0.25), num_classes=CLASSES)
+
+
+@family(_CNN, IMAGE)
+def densenet():
+    return _timm("densenet121", growth_rate=4, block_config=(1, 2, 1))
+
+
+@family(_CONVNEXT, IMAGE)
+def convnext():
+    return _timm("convnext_atto", depths=(1, 1, 1, 1), dims=(4, 8, 8, 12), use_grn=False, ls_init_value=1e-6)
+
+
+@family(_TRANSFORMER, IMAGE)
+def vit():
+    return _timm("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2)
+
+
+@family(_TRANSFORMER, IMAGE)
+def deit_distilled():
+    return _timm("deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2)
+
+
+@family(_TRANSFORMER, (2, 3, 28, 28))
+def dinov2():
+    return _timm("vit_small_patch14_dinov2", img_size=28, depth=2, embed_dim=16, num_heads=2)
+
+
+@family(_TRANSFORMER, IMAGE)
+def siglip():
+    return _timm("vit_base_patch16_siglip_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2)
+
+
+@family(_TRANSFORMER, IMAGE)
+def beit():
+    return _timm("beit_base_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2, init_values=0.1)
+
+
+@family(_TRANSFORMER, (2, 3, 28, 28))
+def eva02():
+    return _timm("eva02_tiny_patch14_224", img_size=28, depth=2, embed_dim=16, num_heads=2)
+
+
+@family(_TRANSFORMER, IMAGE)
+def swin():
+    return _timm("swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 2), embed_dim=8, num_heads=(2, 2))
+
+
+@family(_TRANSFORMER, IMAGE)
+def swinv2():
+    return _timm("swinv2_tiny_window8_256", img_size=32, window_size=4, depths=(1, 2), embed_dim=8, num_heads=(2, 2))
+
+
+@family(_TRANSFORMER | _CNN, (2, 3, 64, 64), dead=_POSITIONS)
+def maxvit():
+    return _timm("maxvit_rmlp_pico_rw_256", img_size=64, embed_dim=(32, 32), depths=(1, 1), block_type=("M", "M"), stem_width=8)
+
+
+@family(_TRANSFORMER | _CNN, (2, 3, 64, 64))
+def coatnet():
+    return _timm("coatnet_pico_rw_224", img_size=64, embed_dim=(8, 32, 32, 32), depths=(1, 1, 1, 1), stem_width=(8, 8))
+
+
+@family({"norm", "batchnorm", "attention", "attention blocks", "head"}, (2, 3, 64, 64))
+def levit():
+    return _timm("levit_128s", img_size=64, embed_dim=(16, 16), depth=(1, 1), num_heads=(2, 2), key_dim=4)
+
+
+@family(_CNN, IMAGE)
+def torchvision_resnet():
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
+
+
+@family(_TRANSFORMER, IMAGE)
+def torchvision_vit():
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=CLASSES)
+
+
+@family(_TRANSFORMER, IMAGE)
+def torchvision_swin():
+    from torchvision.models import SwinTransformer
+
+    return SwinTransformer([4, 4], 8, [1, 2], [2, 2], [4, 4], num_classes=CLASSES, stochastic_depth_prob=0.0)
+
+
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
+
+
+@family(_TRANSFORMER, IMAGE, dead=_KEYS)
+def hf_vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(**_SIZES, patch_size=8, num_labels=CLASSES))
+
+
+@family(_TRANSFORMER, IMAGE, dead=(*_KEYS, "*.mask_token"))
+def hf_dinov2():
+    from transformers import Dinov2Config, Dinov2ForImageClassification
+
+    return Dinov2ForImageClassification(Dinov2Config(**_SIZES, patch_size=8, num_labels=CLASSES))
+
+
+@family(_TRANSFORMER, IMAGE, dead=_KEYS)
+def hf_swin():
+    from transformers import SwinConfig, SwinForImageClassification
+
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 2], num_heads=[2, 2], window_size=4)
+    config.num_labels = CLASSES
+    return SwinForImageClassification(config)
+
+
+@family(_CONVNEXT, IMAGE)
+def hf_convnext():
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    config = ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], image_size=32, num_labels=CLASSES)
+    return ConvNextForImageClassification(config)
+
+
+# An instance norm follows these convolutions and takes off their bias.
+@family({"norm", "conv blocks", "head"}, (2, 1, 16, 16), dead=("*.conv.bias",))
+def monai_unet2d():
+    from monai.networks.nets import UNet
+
+    return UNet(2, 1, CLASSES, channels=(4, 8, 8), strides=(2, 2), num_res_units=1, norm=("INSTANCE", {"affine": True}))
+
+
+@family(_CNN, (2, 1, 8, 8, 8))
+def monai_unet3d():
+    from monai.networks.nets import UNet
+
+    return UNet(3, 1, CLASSES, channels=(4, 8), strides=(2,), num_res_units=2, norm="BATCH")
+
+
+@family(_CNN, (2, 1, 32, 32))
+def monai_densenet():
+    from monai.networks.nets import DenseNet
+
+    return DenseNet(2, 1, CLASSES, init_features=8, growth_rate=4, block_config=(2, 2), bn_size=2)
+
+
+@family(_TRANSFORMER | {"conv blocks"}, (2, 1, 64, 64))
+def monai_swin_unetr():
+    from monai.networks.nets import SwinUNETR
+
+    return SwinUNETR(1, CLASSES, depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 2), feature_size=12, window_size=4, spatial_dims=2)
+
+
+@family(_TRANSFORMER, (2, 1, 16, 16), dead=("*.norm_cross_attn.*",))
+def monai_vit():
+    from monai.networks.nets import ViT
+
+    return ViT(
+        1, (16, 16), (8, 8), hidden_size=16, mlp_dim=32, num_layers=2, num_heads=2,
+        classification=True, num_classes=CLASSES, spatial_dims=2, post_activation=None,
+    )  # fmt: skip
+
+
+@family(_TRANSFORMER - {"head"}, IMAGE)
+def clip_vision():
+    from open_clip.transformer import VisionTransformer
+
+    return VisionTransformer(32, 8, width=16, layers=2, heads=2, mlp_ratio=2.0, output_dim=8)
+
+
+class _Denoiser(nn.Module):
+    """A diffusers UNet with a fixed time step and a text embedding made from the image, so that it takes one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        from diffusers import UNet2DConditionModel
+
+        self.unet = UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 8),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=6, attention_head_dim=4, norm_num_groups=4,
+        )  # fmt: skip
+
+    def forward(self, x):
+        text = x.flatten(2)[:, :2, :6]
+        return self.unet(x, torch.tensor(7), text).sample
+
+
+@family((_TRANSFORMER | {"conv blocks"}) - {"head"}, (2, 4, 8, 8), head=None)
+def diffusion_unet():
+    return _Denoiser()
+
+
+@family({"norm", "layernorm", "attention", "attention blocks"}, (2, 5, 16), head=None)
+def transformer_encoder():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+class SelfAttention(nn.Module):
+    """`nn.MultiheadAttention` of a sequence with itself, followed by a head."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True, **options)
+        self.kdim, self.vdim = self.attn.kdim, self.attn.vdim
+        self.classifier = nn.Linear(16, CLASSES)
+
+    def forward(self, x):
+        y, _ = self.attn(x, x[..., : self.kdim], x[..., : self.vdim])
+        return self.classifier(y.mean(1))
+
+
+@family({"attention", "head"}, (2, 5, 16))
+def multihead_attention():
+    return SelfAttention()
+
+
+@family({"attention", "head"}, (2, 5, 16))
+def multihead_attention_of_other_widths():
+    return SelfAttention(kdim=8, vdim=4)

@@ -1,0 +1,260 @@
+"""What every method promises, on every family of models it fits."""
+
+import copy
+import pickle
+import warnings
+from fnmatch import fnmatch
+
+import pytest
+import torch
+from models import FAMILIES, example, make, output, randomise_adapters
+
+import medpeft
+
+RECIPES = {
+    "full": ("full", {"keep_base": True}),
+    "linear_probe": ("linear_probe", {}),
+    "bn": ("bn", {}),
+    "bias": ("bias", {}),
+    "bitfit+tables": ("bitfit", {"tables": True}),
+    "ln": ("ln", {}),
+    "norm": ("norm", {}),
+    "attention": ("attention", {}),
+    "attention blocks": ("attention", {"scope": "block"}),
+    "tsa": ("tsa", {}),
+    "tsa series": ("tsa", {"form": "series"}),
+    "ssf": ("ssf", {}),
+    "lora": ("lora", {"rank": 2}),
+    "lora everywhere": ("lora", {"rank": 2, "target": "*", "parts": "qkvo", "rslora": True, "alpha": 3.0}),
+    "dora": ("lora", {"rank": 2, "dora": True}),
+    "pissa": ("lora", {"rank": 2, "init": "pissa"}),
+    "olora": ("lora", {"rank": 2, "init": "olora"}),
+    "adaptformer": ("adaptformer", {"bottleneck": 8}),
+    "adaptformer on the norm": ("adaptformer", {"bottleneck": 8, "input": "norm", "scale": "learnable"}),
+    "svdiff": ("svdiff", {"norms": True}),
+    "union": ("ssf+lora+svdiff+bias", {"rank": 2}),
+}
+
+NEEDS = {
+    "linear_probe": "head",
+    "bn": "batchnorm",
+    "ln": "layernorm",
+    "norm": "norm",
+    "attention": "attention",
+    "attention blocks": "attention blocks",
+    "tsa": "conv blocks",
+    "tsa series": "conv blocks",
+    "adaptformer": "transformer blocks",
+    "adaptformer on the norm": "transformer blocks",
+}
+
+# Slow ones are tested with the recipes that treat them in a way of their own.
+SLOW = {
+    "mobilenetv3": {"bn", "tsa", "ssf", "lora", "svdiff"},
+    "torchvision_resnet": {"bias", "tsa", "ssf", "lora"},
+    "monai_swin_unetr": {"norm", "tsa", "ssf", "lora everywhere", "adaptformer"},
+    "maxvit": {"attention", "tsa", "ssf", "lora", "adaptformer", "union"},
+}
+
+
+def _pairs(fitting, recipes=RECIPES):
+    return [
+        pytest.param(family, recipe, id=f"{family}-{recipe}")
+        for family, about in FAMILIES.items()
+        for recipe in recipes
+        if (NEEDS.get(recipe, next(iter(about.has))) in about.has) == fitting and recipe in SLOW.get(family, RECIPES)
+    ]
+
+
+FITTING = _pairs(True)
+ADDITIVE = [name for name, (method, _) in RECIPES.items() if any(m in method for m in ("tsa", "ssf", "lora", "adapt", "svd"))]
+
+
+def adapt(model, family, recipe):
+    method, options = RECIPES[recipe]
+    return medpeft.apply(model, method, head=FAMILIES[family].head, **options)
+
+
+@torch.no_grad()
+def perturb(model, seed=1):
+    """Move everything that trains away from where it is."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
+def evaluated(model, x):
+    with torch.no_grad():
+        return output(model.eval(), x)
+
+
+def trained(model, x):
+    """Output in train mode, random layers drawing the same each time, with gradients filled in."""
+    torch.manual_seed(3)
+    y = output(model.train(), x)
+    (y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return y.detach()
+
+
+def base_of(model, family):
+    """The base with gradients asked for as in the adapted model: by that, torch picks between its kernels."""
+    asked = {name: p.requires_grad for name, p in model.named_parameters()}
+    base = make(family)
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(asked[name])
+    return base
+
+
+def tensors(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first, second):
+    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def trace(model):
+    """Everything about a model but the values of its tensors."""
+    return {
+        name: (type(m), m.training, sorted(vars(m)), *({k: list(v) for k, v in vars(m).items() if "hooks" in k}.items()))
+        for name, m in model.named_modules()
+    } | {f"{name} (parameter)": (id(p), p.requires_grad) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("family", "recipe"), _pairs(False))
+def test_a_method_that_does_not_fit_is_refused_with_the_reason_and_leaves_the_model_alone(family, recipe):
+    model = make(family)
+    before, about = tensors(model), trace(model)
+
+    with pytest.raises(medpeft.MedpeftError) as error:
+        adapt(model, family, recipe)
+
+    method = RECIPES[recipe][0]
+    assert str(error.value).startswith((f"{method!r} found nothing to train in {type(model).__name__}", f"{method!r} would"))
+    assert "Try '" in str(error.value) or "pass head='name'" in str(error.value)
+    assert same(tensors(model), before)
+    assert trace(model) == about
+
+
+@pytest.mark.parametrize(("family", "recipe"), FITTING)
+def test_adapters_change_nothing_at_first_and_something_in_train_and_in_eval_later(family, recipe):
+    model, x = make(family), example(family)
+    base_in_training = trained(make(family), x)
+
+    adapt(model, family, recipe)
+    base = evaluated(base_of(model, family), x)
+    start = evaluated(model, x)
+    if family == "levit" and recipe in ("pissa", "olora"):  # Two products, of which torch computes one in another order.
+        close(start, base)
+    else:
+        assert torch.equal(start, base)
+
+    perturb(model)
+    adapted = evaluated(model, x)
+    assert (adapted - base).abs().max() > 1e-6 * base.abs().max()
+    model.zero_grad()
+    assert (trained(model, x) - base_in_training).abs().max() > 1e-6 * base.abs().max()
+
+
+@pytest.mark.parametrize(("family", "recipe"), FITTING)
+def test_training_moves_every_declared_parameter_and_nothing_else(family, recipe):
+    model, x = make(family), example(family)
+    randomise_adapters(adapt(model, family, recipe))
+    declared = {name for name, p in model.named_parameters() if p.requires_grad}
+    if recipe == "full":
+        declared |= {name for name, _ in model.named_buffers() if "running_" in name or "num_batches" in name}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    before = tensors(model)
+
+    trained(model, x)
+    assert {name for name, p in model.named_parameters() if p.grad is not None} <= declared
+    dead = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert {name for name in dead if not any(fnmatch(name, glob) for glob in FAMILIES[family].dead)} == set()
+
+    optimizer.step()
+    after = tensors(model)
+    assert {name for name in before if not torch.equal(before[name], after[name])} <= declared
+
+
+@pytest.mark.parametrize(("family", "recipe"), FITTING)
+def test_disabled_is_the_base_and_removal_leaves_no_trace(family, recipe):
+    model, x = make(family), example(family)
+    next(model.parameters()).requires_grad_(False)
+    before, about, base = tensors(model), trace(model), evaluated(model, x)
+
+    perturb(adapt(model, family, recipe))
+    adapted = evaluated(model, x)
+    with medpeft.disabled(model):
+        assert torch.equal(evaluated(model, x), evaluated(base_of(model, family), x))
+    assert torch.equal(evaluated(model, x), adapted)
+    assert before.keys() <= model.state_dict().keys()
+
+    trained(model, x)
+    model.eval()
+    assert medpeft.remove(model) is model
+    assert same(tensors(model), before)
+    assert trace(model) == about
+    assert torch.equal(evaluated(model, x), base)
+
+
+@pytest.mark.parametrize(("family", "recipe"), _pairs(True, ["bias", *ADDITIVE]))
+def test_copies_compute_the_same_and_are_independent(family, recipe):
+    model, x = make(family), example(family)
+    perturb(adapt(model, family, recipe))
+    adapted = evaluated(model, x)
+
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for twin in copies:
+        assert torch.equal(evaluated(twin, x), adapted)
+    perturb(model, seed=2)
+    assert not torch.equal(evaluated(model, x), adapted)
+    for twin in copies:
+        assert torch.equal(evaluated(twin, x), adapted)
+        medpeft.remove(twin)
+    assert medpeft.report(model).trainable > 0
+
+
+# Where no weight of the layer computes the same, and the words that say why.
+_GROUPED = ("efficientnet", "regnet", "convnext", "hf_convnext", "coatnet")
+UNMERGEABLE = {
+    **{
+        (family, recipe): "AdaptFormer computes what no weight"
+        for family in FAMILIES
+        for recipe in RECIPES
+        if "adaptf" in recipe
+    },
+    **{(family, "tsa series"): "a series mixes what a grouped convolution's weight keeps apart" for family in _GROUPED},
+}
+
+
+@pytest.mark.parametrize(("family", "recipe"), _pairs(True, ADDITIVE))
+def test_the_merged_model_computes_the_same_and_unmerging_restores_every_bit(family, recipe):
+    model, x = make(family), example(family)
+    perturb(adapt(model, family, recipe))
+    adapted = evaluated(model, x)
+    before, about = tensors(model), trace(model)
+
+    if (family, recipe) in UNMERGEABLE:
+        with pytest.raises(medpeft.MedpeftError, match="cannot be merged into this") as error:
+            medpeft.merge(model)
+        assert UNMERGEABLE[family, recipe] in str(error.value)
+        assert same(tensors(model), before)
+        assert trace(model) == about
+        return
+
+    with medpeft.merged(model):
+        close(evaluated(model, x), adapted)
+    assert same(tensors(model), before)
+    assert trace(model) == about
+
+    with warnings.catch_warnings():  # A layer without a bias may get one.
+        warnings.filterwarnings("ignore", "merge created")
+        medpeft.merge(model)
+    assert not any("adapters" in name for name, _ in model.named_modules())
+    close(evaluated(model, x), adapted)
+
+
+def close(first, second):
+    assert (first - second).abs().max() <= 1e-10 * second.abs().max()
