@@ -105,7 +105,7 @@ class LoRA(Adapter):
         if self.kind == "embedding":
             return y + self._change(x, y, self.down, self.up)
         x = self.dropout(cast(x, self.down))
-        if self.simple and in_place(y):
+        if self.simple and x.dtype == y.dtype and in_place(y):
             return self._add_in_place(x, y)
         change = self._change(x, y, self.down, self.up)
         if self.start:
@@ -191,9 +191,8 @@ class LoRA(Adapter):
         wide = self._rows_of(matrix).to(torch.promote_types(matrix.dtype, torch.float32))
         sizes = [row.size * row.groups for row in self.rows] or [len(wide)]
         pairs = [_factors(part, self.rank, init) for part in wide.split(sizes)]
-        with torch.no_grad():
-            self.up.copy_(torch.cat([up for up, _ in pairs]) / self.scale**0.5)
-            self.down.copy_(torch.cat([down for _, down in pairs]) / self.scale**0.5)
+        self.up = nn.Parameter(torch.cat([up for up, _ in pairs]) / self.scale**0.5)
+        self.down = nn.Parameter(torch.cat([down for _, down in pairs]) / self.scale**0.5)
         self.register_buffer("up_start", self.up.detach().clone())
         self.register_buffer("down_start", self.down.detach().clone())
 
