@@ -68,7 +68,7 @@ class Site:
     @property
     def key(self) -> str:
         """What follows the method's name in the adapter's own name, so that two weights of one layer keep apart."""
-        return "" if self.weight == "weight" else f"_{self.weight}"
+        return "" if self.weight in ("weight", "") else f"_{self.weight}"
 
 
 class Adapter(nn.Module):
