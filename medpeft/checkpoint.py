@@ -21,7 +21,7 @@ from .model import carry_out, forget
 from .planning import Plan, build, plan_from
 from .registry import Method
 from .source import Source, name_of, opened
-from .state import Applied, applied, require_applied, trained_tensors
+from .state import Applied, applied, like, require_applied, trained_tensors
 
 _INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -268,7 +268,7 @@ def _fill(built: Built, values: dict[str, Tensor]) -> Built:
 def copy_values(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
     """Copy the values into the model's own tensors; after an error all are as before."""
     own = {**dict(own_state(model)), **dict(trained_tensors(model, record))}
-    pairs = [(own[name], _like(value, own[name])) for name, value in values.items()]
+    pairs = [(own[name], like(value, own[name])) for name, value in values.items()]
     before: list[tuple[Tensor, Tensor]] = []
     try:
         for tensor, value in pairs:
@@ -278,13 +278,3 @@ def copy_values(model: nn.Module, record: Applied, values: dict[str, Tensor]) ->
         for tensor, value in before:
             tensor.copy_(value)
         raise
-
-
-def _like(value: Tensor, own: Tensor) -> Tensor:
-    """The value in the dtype of the model's tensor, and sharded as it is."""
-    value = value.to(own.dtype)
-    if not hasattr(own, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)  # type: ignore[attr-defined]

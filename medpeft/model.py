@@ -15,7 +15,7 @@ from .errors import MedpeftError
 from .head import Head
 from .planning import Plan, build, plan
 from .registry import Method, Methods
-from .state import Applied, require_applied, set_applied, trained_tensors
+from .state import Applied, like, require_applied, set_applied, trained_tensors
 from .targets import Target
 
 
@@ -131,7 +131,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def _switch(model: nn.Module, record: Applied, values: dict[str, Tensor], *, enabled: bool) -> None:
     record.enabled = enabled
     for name, tensor in trained_tensors(model, record):
-        tensor.copy_(values[name])
+        tensor.copy_(like(values[name], tensor))
     for _, _, adapters in adapted_layers(model):
         adapters.enabled = enabled
 

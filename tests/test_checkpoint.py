@@ -525,7 +525,7 @@ def test_options_that_are_no_json_are_refused(tmp_path, own_registry):
 def test_a_copy_that_fails_half_way_leaves_the_model_as_it_was(file, monkeypatch):
     import medpeft.checkpoint as checkpoint
 
-    whole = checkpoint._like
+    whole = checkpoint.like
 
     for model in (Golden(), trained(Golden(), "lora+bias", seed=9)):
         fits = []
@@ -534,7 +534,7 @@ def test_a_copy_that_fails_half_way_leaves_the_model_as_it_was(file, monkeypatch
             fits.append(own)
             return whole(value, own) if len(fits) < 4 else torch.zeros(own.numel() + 1)
 
-        monkeypatch.setattr(checkpoint, "_like", wrong)
+        monkeypatch.setattr(checkpoint, "like", wrong)
         before = bits(model)
         with pytest.raises(RuntimeError):
             medpeft.load(model, file)

@@ -89,7 +89,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from test_distributed import CASES, adapted, batch, layouts, train
+from test_distributed import CASES, adapted, bare, batch, layouts, train
 
 torch.set_num_threads(1)
 rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -116,6 +116,11 @@ for case in CASES:
         train(model, x, target)
         medpeft.save(model, f"{folder}/{layout}-{case}.safetensors")
         if layout == "blocks":
+            if case != "full":
+                before = model(x)
+                with medpeft.disabled(model):
+                    assert torch.allclose(model(x), bare(case).eval()(x)), f"{case} is not the base while disabled"
+                assert torch.equal(model(x), before)
             medpeft.load(model, f"{folder}/ddp-{case}.safetensors")
             medpeft.save(model, f"{folder}/swapped-{case}.safetensors")
     dist.barrier()
