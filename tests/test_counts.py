@@ -1,17 +1,25 @@
-"""Integer parameter counts of the paper's models, on the meta device."""
+"""Trainable parameters, as integers, of the models in the papers, on the meta device."""
+
+import re
+from functools import cache
 
 import pytest
 import timm
 import torch
+from models import FAMILIES, example, make, randomise_adapters
 from torch import nn
 
 import medpeft
+from medpeft.roles import Rows
+from medpeft.targets import Network
 
 RESNET50 = [
     ("full", {}, 23_508_032),
+    ("linear_probe", {}, 0),
     ("tsa", {}, 10_616_832),
     ("tsa", {"sites": "3x3"}, 1_257_472),
     ("bn", {}, 53_120),
+    ("norm", {}, 53_120),
     ("bias", {}, 26_560),
     ("ssf", {}, 53_120),
     ("lora", {"rank": 4}, 317_772),
@@ -24,6 +32,7 @@ VIT = [
     ("full", {}, (85_798_656, 303_301_632, 630_764_800)),
     ("attention", {}, (28_348_416, 100_761_600, 209_879_040)),
     ("bitfit", {}, (102_912, 272_384, 453_120)),
+    ("bias", {}, (102_912, 272_384, 453_120)),
     ("ln", {}, (38_400, 100_352, 166_400)),
     ("bias+norm", {}, (122_112, 322_560, 536_320)),
     ("bias+norm+attention", {}, (28_433_664, 100_985_856, 210_251_520)),
@@ -32,85 +41,148 @@ VIT = [
     ("lora", {"target": "blocks.*"}, (1_179_648, 3_145_728, 5_242_880)),
     ("lora", {"dora": True}, (313_344, 835_584, 1_392_640)),
     ("ssf", {}, (205_824, 544_768, 906_240)),
-    ("adaptformer", {}, (1_189_632, 3_171_840, 5_285_888)),
+    ("adaptformer", {"bottleneck": 64}, (1_189_632, 3_171_840, 5_285_888)),
     ("svdiff", {}, (37_632, 99_072, 164_428)),
 ]
+VITS = ["vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"]
 
 
-def trainable(model):
-    head = set(_head_names(model))
-    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and name not in head)
-
-
-def _head_names(model):
-    classifier = {id(p) for p in model.get_classifier().parameters()}
-    return [name for name, p in model.named_parameters() if id(p) in classifier]
-
-
-@pytest.fixture(scope="module")
-def meta_models():
+def on_meta(name, classes=3):
     with torch.device("meta"):
-        names = ("resnet50", "vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224")
-        return {name: timm.create_model(name, num_classes=3) for name in names}
+        return timm.create_model(name, num_classes=classes)
 
 
-@pytest.mark.parametrize(("method", "options", "count"), RESNET50, ids=lambda value: str(value))
-def test_resnet50_trains_as_many_parameters_as_the_definitions_say(meta_models, method, options, count):
-    model = meta_models["resnet50"]
+def assert_count(model, method, options, count):
     planned = medpeft.plan(model, method, **options).trainable
-    medpeft.apply(model, method, keep_base=True, **options)
-    try:
-        assert trainable(model) == count
-        assert planned == count + 6_147
-        assert medpeft.report(model).trainable == planned
-    finally:
-        medpeft.remove(model)
+    medpeft.apply(model, method, **options)
+    report = medpeft.report(model)
+    assert report.trainable - report.head == count
+    assert planned == report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("method", "options", "count"), RESNET50)
+def test_resnet50(method, options, count):
+    assert_count(on_meta("resnet50"), method, options, count)
+
+
+@pytest.mark.parametrize(("method", "options", "counts"), VIT)
+@pytest.mark.parametrize("size", [0, 1, 2], ids=["base", "large", "huge"])
+def test_vision_transformers(size, method, options, counts):
+    assert_count(on_meta(VITS[size]), method, options, counts[size])
+
+
+@pytest.mark.parametrize(("classes", "head"), [(2, 4_098), (3, 6_147), (7, 14_343)])
+def test_the_head_counts_apart(classes, head):
+    model = medpeft.apply(on_meta("resnet50", classes), "bias")
+
+    report = medpeft.report(model)
+
+    assert (report.head, report.trainable) == (head, head + 26_560)
+
+
+@cache
+def _diffusion_unet():
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel(cross_attention_dim=768)
 
 
 @pytest.mark.parametrize(
-    ("size", "index"), [("vit_base_patch16_224", 0), ("vit_large_patch16_224", 1), ("vit_huge_patch14_224", 2)]
+    ("method", "options", "count"),
+    [
+        ("full", {}, 859_520_964),
+        ("attention", {}, 93_536_640),
+        # Table 4 of Dutt et al. (arXiv 2305.08252) counts the whole `attentions`: projections, norms and feed-forward too.
+        ("attention", {"scope": "block"}, 267_239_360),
+    ],
 )
-@pytest.mark.parametrize(("method", "options", "counts"), VIT, ids=lambda value: str(value))
-def test_vits_train_as_many_parameters_as_the_definitions_say(meta_models, size, index, method, options, counts):
-    model = meta_models[size]
-    medpeft.apply(model, method, keep_base=True, **options)
-    try:
-        assert trainable(model) == counts[index]
-    finally:
-        medpeft.remove(model)
+def test_stable_diffusion(method, options, count):
+    assert medpeft.plan(_diffusion_unet(), method, **options).trainable == count
 
 
-@pytest.mark.parametrize("classes", [2, 3, 7])
-def test_the_head_is_counted_apart(classes):
-    with torch.device("meta"):
-        model = timm.create_model("resnet50", num_classes=classes)
-    medpeft.apply(model, "bias")
-    found = medpeft.report(model)
-    assert found.head == 2049 * classes
-    assert found.trainable == 26_560 + 2049 * classes
+def test_the_attention_blocks_of_stable_diffusion_are_its_attentions_whole():
+    sizes = {name: p.numel() for name, p in _diffusion_unet().named_parameters()}
+
+    assert sum(size for name, size in sizes.items() if ".attentions." in name) == 267_239_360
+    assert sum(size for name, size in sizes.items() if re.search(r"\.attn[12]\.", name)) == 93_536_640
 
 
-def test_stable_diffusion_1_trains_what_the_paper_counts():
-    diffusers = pytest.importorskip("diffusers")
-    with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
-    assert medpeft.plan(unet, "full").trainable == 859_520_964
-    assert medpeft.plan(unet, "attention").trainable == 93_536_640
-    blocks = sum(p.numel() for name, p in unet.named_parameters() if ".attentions." in name)
-    assert medpeft.plan(unet, "attention", scope="block").trainable == blocks
-
-
-def test_lora_on_a_fused_projection_leaves_the_keys_alone():
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=3)
-    medpeft.apply(model, "lora", rank=4)
-    for name, module in model.named_modules():
-        if not name.endswith("attn.qkv"):
-            continue
-        nn.init.normal_(module.adapters["lora"].up)
-        before = module.weight.detach().clone()
+def parts_of_a_fused_weight():
+    """The change that a default LoRA makes to every fused qkv weight of every family, with the layout of its rows."""
+    for family in ("vit", "beit", "eva02", "swin", "swinv2", "dinov2", "siglip", "clip_vision", "multihead_attention"):
+        model = make(family)
+        medpeft.apply(model, "lora", rank=2, head=FAMILIES[family].head)
+        randomise_adapters(model)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "adapters." not in name}
         with medpeft.merged(model):
-            q, k, v = (module.weight.detach() - before).chunk(3)
-        assert torch.count_nonzero(k) == 0
-        assert torch.count_nonzero(q) == q.numel()
-        assert torch.count_nonzero(v) == v.numel()
+            after = {name: model.state_dict()[name].clone() for name in before}
+        changed = {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
+        yield family, changed
+
+
+def test_lora_leaves_the_rows_of_the_keys_of_a_fused_weight_alone():
+    for family, changed in parts_of_a_fused_weight():
+        assert changed, family
+        for name, change in changed.items():
+            if name.startswith("attn_pool."):  # SigLIP pools by an attention with separate projections.
+                assert name in ("attn_pool.q.weight", "attn_pool.kv.weight")
+                change = torch.cat([changed["attn_pool.q.weight"], changed["attn_pool.kv.weight"]])
+            query, key, value = change.chunk(3)
+            assert name.endswith(("qkv.weight", "in_proj_weight", ".q.weight", ".kv.weight")), name
+            assert not key.any(), (family, name)
+            assert query.any(dim=1).all(), (family, name)
+            assert value.any(dim=1).all(), (family, name)
+
+
+def _heads_inside(attention, projected):
+    """q, k and v as the attention's own forward splits them, from the output of its fused projection."""
+    if hasattr(attention, "key_dim"):  # LeViT
+        sizes = [attention.key_dim, attention.key_dim, attention.val_dim]
+        return projected.view(*projected.shape[:2], attention.num_heads, -1).split(sizes, dim=3)
+    heads, size = attention.num_heads, attention.dim_head * 3
+    if isinstance(attention.qkv, nn.Conv2d):  # CoAtNet
+        return projected.view(len(projected), heads, size, -1).chunk(3, dim=2)
+    return projected.view(len(projected), -1, heads, size).chunk(3, dim=3)
+
+
+@pytest.mark.parametrize("family", ["coatnet", "maxvit", "levit"])
+def test_lora_changes_queries_and_values_where_the_heads_come_first(family):
+    model = make(family)
+    attentions = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "qkv", None), nn.Module)}
+    seen = {}
+    for name, module in attentions.items():
+        module.qkv.register_forward_hook(
+            lambda layer, args, y, name=name: seen.setdefault(name, []).append((args[0], y.clone()))
+        )
+    medpeft.apply(model, "lora", rank=2)
+    randomise_adapters(model)
+    assert attentions
+    assert all(getattr(m, "head_first", True) for m in attentions.values())
+
+    for name, module in attentions.items():
+        x = torch.randn(_input_of(model, family, name, seen), dtype=torch.float64)
+        with medpeft.disabled(model):
+            base = _heads_inside(module, module.qkv(x))
+        adapted = _heads_inside(module, module.qkv(x))
+        same = [torch.equal(a, b) for a, b in zip(adapted, base, strict=True)]
+        assert same == [False, True, False], name
+
+
+def _input_of(model, family, name, seen):
+    if name not in seen:
+        with torch.no_grad():
+            model(example(family))
+    return seen[name][0][0].shape
+
+
+def test_rows_name_the_channels_of_each_head():
+    assert Rows("q", 0, 2, groups=2).indices(12) == [0, 1, 6, 7]
+    assert Rows("v", 4, 2, groups=2).indices(12) == [4, 5, 10, 11]
+
+
+def test_every_attention_of_a_model_is_found_once():
+    network = Network(make("vit"))
+
+    assert list(network.attentions) == ["blocks.0.attn", "blocks.1.attn"]
+    assert network.attention_blocks == {"blocks.0.attn": "blocks.0", "blocks.1.attn": "blocks.1"}
