@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         run(candidates, methods, results, everything=options.all, alone=options.alone)
     found = summary(_read(results))
     if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        Path(options.json).write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
     if options.markdown:
         Path(options.markdown).write_text(markdown(found), encoding="utf-8")
     for row in found["failures"]:

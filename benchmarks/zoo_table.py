@@ -91,7 +91,7 @@ def markdown(found: dict[str, Any]) -> str:
         "with the same switches); the others of its kind were planned. `--all` runs every one of them.",
         "",
         "A number counts the architectures of the family on which the method works; *of n* means that it is refused on the",
-        "others, a dash that it is refused on all.",
+        "others, a dash that it is refused on all, ✓ that it works on the only one.",
     ]
     groups = {
         "timm": [n for n in found["families"] if "/" not in n and " " not in n],
@@ -125,13 +125,16 @@ def _cell(counts: dict[str, int] | None) -> str:
         return ", ".join([str(counts["works"]), *failed])
     if counts["works"] == 0:
         return "–"
+    if total == 1:
+        return "✓"
     return str(total) if counts["works"] == total else f"{counts['works']} of {total}"
 
 
 def _unused(found: dict[str, Any]) -> list[str]:
     text = (
-        "Some architectures own parameters that do not reach their output whatever trains them. Full fine-tuning cannot train",
-        "them either, so they do not count above; `medpeft.check` names them.",
+        "Some architectures own parameters that do not reach the output in train or in eval mode, whatever trains them: mask",
+        "tokens, auxiliary heads in eval mode, norms that a pooling leaves out. They do not count above; `medpeft.check` names",
+        "them.",
         "",
     )
     rows = [

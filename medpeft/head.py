@@ -59,8 +59,15 @@ def _given(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
 def _by_timm(model: nn.Module) -> tuple[str, ...]:
     found = model.get_classifier()  # type: ignore[operator]  # shown to be callable by find_head
     wanted = found if isinstance(found, (tuple, list, nn.ModuleList)) else (found,)
-    objects = {id(m) for m in wanted if isinstance(m, nn.Module) and any(True for _ in m.parameters())}
+    heads = [m for m in wanted if isinstance(m, nn.Module) and any(True for _ in m.parameters())]
+    # VOLO adds the scores of an `aux_head` that it does not list: a Linear beside the classifier, of its shape.
+    heads += [m for m in model.children() if any(_alike(m, head) for head in heads)]
+    objects = {id(m) for m in heads}
     return tuple(name for name, module in model.named_modules() if id(module) in objects)
+
+
+def _alike(layer: nn.Module, head: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and isinstance(head, nn.Linear) and layer.weight.shape == head.weight.shape
 
 
 def _by_monai(model: nn.Module) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from torch import nn
 
 import medpeft
 from medpeft import roles
+from medpeft.head import find_head
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from zoo import kind_of, verdicts
@@ -266,3 +267,9 @@ def test_adaptformer_is_not_offered_blocks_of_two_streams():
         model = timm.create_model("tnt_s_patch16_224", depth=1)
     with pytest.raises(medpeft.MedpeftError, match="'adaptformer' found nothing to train in TNT"):
         medpeft.plan(model, "adaptformer")
+
+
+def test_a_second_classifier_that_timm_does_not_list_belongs_to_the_head():
+    with torch.device("meta"):
+        model = timm.create_model("volo_d1_224", num_classes=3)
+    assert set(find_head(model)) == {"head", "aux_head"}
