@@ -81,8 +81,8 @@ def plan(
         MedpeftError: as `apply`.
     """
     _refuse(model)
-    network = Network(model, find_head(model, head))
     resolved = resolve(method, options)
+    network = Network(model, find_head(model, head))
     sites: list[tuple[Method, Site]] = []
     selected: dict[str, str] = {}
     for chosen, own, where in resolved:

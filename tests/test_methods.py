@@ -1,309 +1,268 @@
-"""Every method against its formula, written out in float64."""
+"""Every additive method against its formula, written out in NumPy and float64."""
+
+import copy
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from models import make, randomise, randomise_adapters
 from torch import nn
 
 import medpeft
 
-D = torch.float64
+
+def applied(layer, method, dtype=torch.float64, **options):
+    """The layer alone as a model, adapted, with random weights and adapters: (layer, adapter as numpy arrays)."""
+    model = nn.Sequential(layer).to(dtype).eval()
+    randomise(model)
+    medpeft.apply(model, method, head=None, **({"target": "*"} if method in ("tsa", "lora") else {}), **options)
+    randomise_adapters(model, size=0.3)
+    (adapter,) = (m for m in layer.adapters.children())
+    values = {name: p.detach().numpy() for name, p in adapter.named_parameters()}
+    return model, adapter, values
 
 
-def layer_in(layer, method, *, x, **options):
-    """The adapted layer in a model of its own, with random adapter values, and the plain layer's output."""
-    torch.manual_seed(0)
-    model = nn.Sequential(layer.to(D)).eval()
+def numbers(layer):
+    return (
+        layer.weight.detach().numpy(),
+        0.0 if layer.bias is None else layer.bias.detach().numpy(),
+    )
+
+
+def drawn(*shape, seed=5):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def assert_computes(model, x, expected):
     with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p))
-        plain = model(x)
-    medpeft.apply(model, method, head=None, **options)
-    adapter = next(iter(layer.adapters.values()))
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(torch.randn_like(p))
-    return model, adapter, plain
+        got = model(x).numpy()
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= 1e-12 * np.abs(expected).max()
 
 
-def agrees(found, expected):
-    np.testing.assert_allclose(np.asarray(found.detach()), np.asarray(expected), rtol=1e-12, atol=1e-12)
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(3))
-
-
-def numpy_conv(x, w, b, stride, padding, dilation, groups):
-    """A 2-d convolution as a loop over its taps."""
+def convolved(x, weight, stride=1, padding=0, dilation=1, groups=1):
+    """A 2-d convolution as a loop over groups and taps."""
     x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
-    n, _, height, width = x.shape
-    out_channels, per_group, k, _ = w.shape
-    h = (height - dilation * (k - 1) - 1) // stride + 1
-    v = (width - dilation * (k - 1) - 1) // stride + 1
-    y = np.zeros((n, out_channels, h, v)) + (0 if b is None else b[None, :, None, None])
-    outs = out_channels // groups
+    outputs, inputs, k, _ = weight.shape
+    height, width = ((size - dilation * (k - 1) - 1) // stride + 1 for size in x.shape[2:])
+    y = np.zeros((len(x), outputs, height, width))
     for g in range(groups):
-        own_in, own_out = slice(g * per_group, (g + 1) * per_group), slice(g * outs, (g + 1) * outs)
+        rows = slice(g * outputs // groups, (g + 1) * outputs // groups)
+        part = x[:, g * inputs : (g + 1) * inputs]
         for i in range(k):
             for j in range(k):
-                patch = x[:, own_in, i * dilation :, j * dilation :][:, :, ::stride, ::stride][:, :, :h, :v]
-                y[:, own_out] += np.einsum("oi,nihw->nohw", w[own_out, :, i, j], patch)
+                rows_seen = slice(i * dilation, i * dilation + stride * (height - 1) + 1, stride)
+                cols_seen = slice(j * dilation, j * dilation + stride * (width - 1) + 1, stride)
+                y[:, rows] += np.einsum("oi,nihw->nohw", weight[rows, :, i, j], part[:, :, rows_seen, cols_seen])
     return y
 
 
-@pytest.mark.parametrize(("stride", "dilation", "groups"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 1, 2), (1, 1, 4)])
-def test_tsa_adds_a_strided_1x1_convolution(stride, dilation, groups):
-    x = randn(2, 4, 9, 9)
-    conv = nn.Conv2d(4, 8, 3, stride, dilation, dilation, groups)
-    model, adapter, _ = layer_in(conv, "tsa", x=x, target="*")
-    w, b = conv.weight.detach().numpy(), conv.bias.detach().numpy()
-    expected = numpy_conv(x.numpy(), w, b, stride, dilation, dilation, groups)
-    alpha, per_group = adapter.alpha.detach().numpy(), 4 // groups
-    for o in range(8):
-        g = o // (8 // groups)
-        inputs = x.numpy()[:, g * per_group : (g + 1) * per_group, ::stride, ::stride]
-        expected[:, o] += np.einsum("i,nihw->nhw", alpha[o], inputs)
-    agrees(model(x), expected)
+GEOMETRIES = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "padding": 1, "stride": 2},
+    {"kernel_size": 3, "padding": 2, "dilation": 2},
+    {"kernel_size": 3, "padding": 1, "groups": 2, "stride": 2},
+    {"kernel_size": 5, "padding": 2, "groups": 4, "bias": False},
+    {"kernel_size": 1},
+    {"kernel_size": 1, "stride": 2, "groups": 2},
+]
 
 
-def test_tsa_as_a_vector_scales_every_channel_of_the_input():
-    x = randn(2, 6, 7, 7)
-    model, adapter, plain = layer_in(nn.Conv2d(6, 6, 3, 2, 1), "tsa", x=x, target="*", form="vector")
-    agrees(model(x), plain + adapter.alpha.detach()[:, None, None] * x[:, :, ::2, ::2])
+def base_convolution(conv, x):
+    weight, bias = numbers(conv)
+    geometry = {"stride": conv.stride[0], "padding": conv.padding[0], "dilation": conv.dilation[0], "groups": conv.groups}
+    return convolved(x.numpy(), weight, **geometry) + np.reshape(bias, (-1, 1, 1)) * np.ones((conv.out_channels, 1, 1))
 
 
-def test_tsa_in_series_mixes_the_output():
-    x = randn(2, 3, 5, 5)
-    model, adapter, plain = layer_in(nn.Conv2d(3, 4, 3), "tsa", x=x, target="*", form="series")
-    mixed = torch.einsum("oi,nihw->nohw", torch.eye(4, dtype=D) + adapter.alpha.detach(), plain)
-    agrees(model(x), mixed + adapter.bias.detach()[:, None, None])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_tsa_is_a_1x1_convolution_beside_the_layer(geometry):
+    conv, x = nn.Conv2d(4, 8, **geometry), drawn(2, 4, 7, 9)
+    model, _, values = applied(conv, "tsa")
+
+    beside = convolved(x.numpy(), values["alpha"][..., None, None], conv.stride[0], groups=conv.groups)
+    assert_computes(model, x, base_convolution(conv, x) + beside)
 
 
-def test_tsa_starts_from_the_official_identity_when_asked():
-    model = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1))
-    medpeft.apply(model, "tsa", head=None, target="*", init="eye")
-    assert torch.equal(model[0].adapters["tsa"].alpha, 1e-4 * torch.eye(5, 3))
+def test_tsa_of_a_grouped_layer_may_mix_all_channels():
+    conv, x = nn.Conv2d(4, 8, 3, padding=1, stride=2, groups=2), drawn(2, 4, 7, 9)
+    model, _, values = applied(conv, "tsa", dense=True)
+
+    assert values["alpha"].shape == (8, 4)
+    beside = np.einsum("oi,nihw->nohw", values["alpha"], x.numpy()[:, :, ::2, ::2])
+    assert_computes(model, x, base_convolution(conv, x) + beside)
+    with pytest.raises(medpeft.MedpeftError, match="a dense α does not fit into a grouped convolution's weight"):
+        medpeft.merge(model)
+
+
+@pytest.mark.parametrize("geometry", [{}, {"stride": 2}, {"groups": 4}, {"groups": 2, "stride": 2}])
+def test_tsa_as_a_vector_adds_each_channel_to_itself(geometry):
+    conv, x = nn.Conv2d(4, 4, 3, padding=1, **geometry), drawn(2, 4, 7, 9)
+    model, _, values = applied(conv, "tsa", form="vector")
+
+    seen = x.numpy()[:, :, :: conv.stride[0], :: conv.stride[0]]
+    assert_computes(model, x, base_convolution(conv, x) + values["alpha"][:, None, None] * seen)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_tsa_in_series_follows_the_layer(geometry):
+    conv, x = nn.Conv2d(4, 8, **geometry), drawn(2, 4, 7, 9)
+    model, _, values = applied(conv, "tsa", form="series")
+
+    y = base_convolution(conv, x)
+    mixed = np.einsum("oi,nihw->nohw", values["alpha"], y)
+    assert_computes(model, x, y + mixed + values["bias"][:, None, None])
+
+
+@pytest.mark.parametrize("form", ["matrix", "vector"])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_tsa_starts_at_the_official_ten_thousandth_of_the_identity(form, groups):
+    conv = nn.Conv2d(4, 4, 3, padding=1, groups=groups)
+    model = medpeft.apply(nn.Sequential(conv).double(), "tsa", head=None, target="*", form=form, init="eye")
+    plain, x = copy.deepcopy(model), drawn(1, 4, 5, 5)
+
+    with torch.no_grad():
+        change = model(x) - medpeft.remove(plain)(x)
+    torch.testing.assert_close(change, 1e-4 * x, rtol=1e-5, atol=1e-12)
+
+
+def test_ssf_scales_and_shifts_the_last_axis_of_a_linear_layer():
+    linear, x = nn.Linear(5, 7), drawn(2, 3, 5)
+    model, _, values = applied(linear, "ssf")
+
+    weight, bias = numbers(linear)
+    assert_computes(model, x, (x.numpy() @ weight.T + bias) * values["scale"] + values["shift"])
+
+
+def test_ssf_scales_the_channels_of_a_convolution_also_where_the_width_is_their_number():
+    conv, x = nn.Conv2d(3, 8, 1), drawn(2, 3, 8, 8)
+    model, _, values = applied(conv, "ssf")
+
+    y = base_convolution(conv, x)
+    assert y.shape == (2, 8, 8, 8)
+    assert_computes(model, x, y * values["scale"][:, None, None] + values["shift"][:, None, None])
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape", "axis"),
+    ("norm", "shape"),
     [
-        (nn.Linear(6, 5), (2, 3, 6), -1),
-        (nn.Conv1d(4, 6, 3), (2, 4, 8), 1),
-        (nn.Conv2d(4, 8, 3, padding=1), (2, 4, 8, 8), 1),  # Width and channels of the same size.
-        (nn.Conv3d(2, 4, 3), (1, 2, 5, 5, 4), 1),
-        (nn.ConvTranspose2d(4, 6, 2, 2, groups=2), (2, 4, 3, 3), 1),
-        (nn.LayerNorm(7), (2, 7, 7), -1),
-        (nn.BatchNorm2d(5), (3, 5, 4, 5), 1),
-        (nn.GroupNorm(2, 6), (2, 6, 6, 6), 1),
-        (nn.InstanceNorm2d(4, affine=True), (2, 4, 4, 4), 1),
-        (nn.InstanceNorm2d(4), (2, 4, 4, 4), 1),
+        (nn.LayerNorm(6), (2, 6, 6)),
+        (nn.BatchNorm1d(6), (4, 6, 6)),
+        (nn.BatchNorm2d(6), (2, 6, 6, 6)),
+        (nn.BatchNorm3d(6), (2, 6, 2, 6, 6)),
+        (nn.GroupNorm(2, 6), (2, 6, 6)),
+        (nn.InstanceNorm2d(6, affine=True), (2, 6, 6, 6)),
+        (nn.InstanceNorm2d(6), (2, 6, 6, 6)),
+        (nn.BatchNorm2d(6, affine=False), (2, 6, 6, 6)),
+        (nn.LayerNorm(6, elementwise_affine=False), (2, 6, 6)),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+    ids=str,
 )
-def test_ssf_scales_and_shifts_the_channels_of_the_output(layer, shape, axis):
-    x = randn(*shape)
-    model, adapter, plain = layer_in(layer, "ssf", x=x)
-    broadcast = [1] * plain.ndim
-    broadcast[axis] = -1
-    agrees(model(x), plain * adapter.scale.detach().view(broadcast) + adapter.shift.detach().view(broadcast))
+@pytest.mark.parametrize("training", [False, True])
+def test_ssf_scales_the_channels_of_a_norm(norm, shape, training):
+    x, norm = drawn(*shape), copy.deepcopy(norm)
+    model, _, values = applied(norm, "ssf", batchnorm="adapt")
+    model.train(training)
+    with medpeft.disabled(model), torch.no_grad():
+        y = copy.deepcopy(model)(x).numpy()
+
+    axes = (1,) * (0 if isinstance(norm, nn.LayerNorm) else len(shape) - 2)
+    assert_computes(model, x, y * values["scale"].reshape(-1, *axes) + values["shift"].reshape(-1, *axes))
 
 
-def test_ssf_inside_a_fused_norm_comes_before_the_activation():
-    from timm.layers import BatchNormAct2d
+@pytest.mark.parametrize("name", ["LayerNorm2d", "BatchNormAct2d", "GroupNormAct", "GroupNorm1"])
+def test_ssf_acts_inside_the_norms_of_timm_before_their_activation(name):
+    import timm.layers
 
-    x = randn(2, 5, 4, 4)
-    norm = BatchNormAct2d(5)
-    model, adapter, _ = layer_in(norm, "ssf", x=x)
-    plain = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
-    expected = (plain * adapter.scale[:, None, None] + adapter.shift[:, None, None]).relu()
-    agrees(model(x), expected.detach())
+    x = drawn(2, 6, 6, 6)
+    options = {"group_size": 2} if name == "GroupNormAct" else {}
+    norm = getattr(timm.layers, name)(6, **options)
+    act = norm.act if name.endswith(("Act", "Act2d")) else nn.Identity()
+    model, _, values = applied(norm, "ssf")
+    plain = copy.deepcopy(norm)
+    del plain._modules["adapters"]
+    plain._forward_pre_hooks.clear()
+    plain._forward_hooks.clear()
+    if hasattr(plain, "act"):
+        plain.act = nn.Identity()
 
-
-def test_ssf_keeps_its_gradients_right_where_a_scale_is_near_zero():
-    x = randn(4, 6).requires_grad_()
-    for smallest in (1.0, 0.0, 1e-9):
-        model, adapter, _ = layer_in(nn.Linear(6, 5), "ssf", x=x)
-        with torch.no_grad():
-            adapter.scale[0] = smallest
-        y = F.linear(x, model[0].weight, model[0].bias).detach()
-        weights = randn(4, 5)
-        adapter.scale.grad = adapter.shift.grad = None
-        (model(x) * weights).sum().backward()
-        agrees(adapter.scale.grad, (weights * y).sum(0))
-        agrees(adapter.shift.grad, weights.sum(0))
-
-
-@pytest.mark.parametrize("options", [{}, {"alpha": 3.0}, {"rslora": True}, {"alpha": 4.0, "rslora": True}])
-def test_lora_adds_a_scaled_low_rank_product(options):
-    x = randn(2, 3, 6)
-    linear = nn.Linear(6, 5)
-    model, adapter, plain = layer_in(linear, "lora", x=x, target="*", rank=2, **options)
-    scale = options.get("alpha", 2) / (2**0.5 if options.get("rslora") else 2)
-    agrees(model(x), plain + scale * x @ adapter.down.detach().T @ adapter.up.detach().T)
-
-
-@pytest.mark.parametrize("parts", ["q", "qv", "qkv", "kv"])
-def test_lora_on_a_fused_projection_has_its_own_matrices_for_every_part(parts):
-    from timm.layers import Attention
-
-    x = randn(2, 4, 6)
-    attention = Attention(6, num_heads=2, qkv_bias=True)
-    torch.manual_seed(0)
-    model = nn.Sequential(attention.to(D)).eval()
-    medpeft.apply(model, "lora", head=None, rank=2, parts=parts)
-    adapter = attention.qkv.adapters["lora"]
-    nn.init.normal_(adapter.up)
-    change = torch.zeros(18, 6, dtype=D)
-    for i, part in enumerate(parts):
-        row = "qkv".index(part) * 6
-        change[row : row + 6] = adapter.up.detach()[6 * i : 6 * i + 6] @ adapter.down.detach()[2 * i : 2 * i + 2]
-    expected = F.linear(x, attention.qkv.weight + change, attention.qkv.bias)
-    agrees(attention.qkv(x), expected.detach())
-    before = attention.qkv.weight.detach().clone()
-    with medpeft.merged(model):
-        agrees(attention.qkv.weight - before, change)
-
-
-@pytest.mark.parametrize(("groups", "stride"), [(1, 1), (1, 2), (2, 1), (4, 2)])
-def test_lora_on_a_convolution_equals_one_convolution_with_the_summed_weight(groups, stride):
-    x = randn(2, 4, 7, 7)
-    conv = nn.Conv2d(4, 8, 3, stride, 1, groups=groups)
-    model, adapter, _ = layer_in(conv, "lora", x=x, rank=3)
-    weight = conv.weight + (adapter.up @ adapter.down).view_as(conv.weight)
-    expected = numpy_conv(x.numpy(), weight.detach().numpy(), conv.bias.detach().numpy(), stride, 1, 1, groups)
-    agrees(model(x), expected)
-
-
-def test_lora_on_an_embedding_moves_its_rows():
-    index = torch.tensor([[1, 4], [0, 2]])
-    table = nn.Embedding(6, 5)
-    torch.manual_seed(0)
-    model = nn.Sequential(table.to(D))
-    medpeft.apply(model, "lora", head=None, target="embedding", rank=2)
-    adapter = table.adapters["lora"]
-    nn.init.normal_(adapter.up)
-    agrees(model(index), (table.weight + adapter.up @ adapter.down)[index].detach())
-
-
-def test_dora_learns_the_norm_of_every_row():
-    x = randn(3, 6)
-    linear = nn.Linear(6, 5)
-    model, adapter, _ = layer_in(linear, "lora", x=x, target="*", rank=2, dora=True)
-    direction = linear.weight.detach() + adapter.up.detach() @ adapter.down.detach()
-    weight = adapter.magnitude.detach()[:, None] * direction / direction.norm(dim=1, keepdim=True)
-    agrees(model(x), x @ weight.T + linear.bias.detach())
-
-
-def test_doras_norm_is_a_constant_in_backward():
-    x = randn(3, 6)
-    linear = nn.Linear(6, 5)
-    model, adapter, _ = layer_in(linear, "lora", x=x, target="*", rank=2, dora=True)
-    model(x).square().sum().backward()
-    up = adapter.up.detach().clone().requires_grad_()
-    direction = linear.weight.detach() + up @ adapter.down.detach()
-    norm = direction.detach().norm(dim=1)
-    weight = (adapter.magnitude.detach() / norm)[:, None] * direction
-    F.linear(x, weight, linear.bias.detach()).square().sum().backward()
-    agrees(adapter.up.grad, up.grad)
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_lora_from_the_weight_trains_its_leading_part_and_keeps_its_bits(init):
-    torch.manual_seed(0)
-    linear = nn.Linear(8, 6).to(D)
-    model, weight = nn.Sequential(linear), linear.weight.detach().clone()
-    x = randn(4, 8)
-    plain = model(x).detach()
-    medpeft.apply(model, "lora", head=None, target="*", rank=2, init=init)
-    adapter = linear.adapters["lora"]
-    assert torch.equal(linear.weight, weight)
-    assert torch.equal(model(x), plain)
-    product = (adapter.scale * adapter.up @ adapter.down).detach()
-    if init == "pissa":
-        left, values, right = np.linalg.svd(weight.numpy())
-        agrees(product, (left[:, :2] * values[:2]) @ right[:2])
-    else:
-        q, r = np.linalg.qr(weight.numpy())
-        agrees(product, q[:, :2] @ r[:2])
-    start = product.clone()
     with torch.no_grad():
-        adapter.up.add_(randn(6, 2))
-    agrees(model(x), x @ (weight - start + adapter.scale * (adapter.up @ adapter.down)).detach().T + linear.bias.detach())
+        y = plain(x).numpy() * values["scale"][:, None, None] + values["shift"][:, None, None]
+        assert_computes(model, x, act(torch.from_numpy(y)).numpy())
 
 
-def test_lora_with_a_frozen_trains_b_alone():
-    model = nn.Sequential(nn.Linear(6, 5))
-    medpeft.apply(model, "lora", head=None, target="*", freeze_a=True)
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.adapters.lora.up"]
+def test_ssf_of_the_official_initialisation_is_near_the_identity():
+    model = medpeft.apply(nn.Sequential(nn.Linear(2, 4000)), "ssf", head=None, init="official")
+    adapter = model[0].adapters["ssf"]
 
-
-def test_lora_drops_out_elements_of_its_input_in_training_alone():
-    x = randn(64, 6)
-    model, _, _ = layer_in(nn.Linear(6, 5), "lora", x=x, target="*", rank=2, dropout=0.5)
-    assert torch.equal(model(x), model(x))
-    model.train()
-    assert not torch.equal(model(x), model(x))
+    assert abs(adapter.scale.mean() - 1) < 2e-3
+    assert abs(adapter.shift.mean()) < 2e-3
+    assert 0.018 < adapter.scale.std() < 0.022
+    assert 0.018 < adapter.shift.std() < 0.022
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize(
     ("layer", "shape"),
-    [(nn.Linear(6, 5), (3, 6)), (nn.Conv2d(4, 6, 3), (2, 4, 5, 5)), (nn.Conv1d(4, 4, 3, groups=2), (2, 4, 5))],
+    [
+        (nn.Linear(5, 7), (2, 5)),
+        (nn.Linear(7, 5, bias=False), (2, 3, 7)),
+        (nn.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 5)),
+        (nn.Conv1d(4, 6, 3, groups=2), (2, 4, 9)),
+        (nn.Conv3d(2, 3, 2), (1, 2, 4, 4, 4)),
+        (nn.ConvTranspose2d(4, 6, 2, stride=2), (2, 4, 3, 3)),
+        (nn.LayerNorm(5), (2, 5)),
+    ],
+    ids=str,
 )
 def test_svdiff_shifts_the_singular_values(layer, shape, scale):
-    x = randn(*shape)
-    model, adapter, _ = layer_in(layer, "svdiff", x=x, scale=scale)
+    x, layer = drawn(*shape), copy.deepcopy(layer)
+    model, _, values = applied(layer, "svdiff", scale=scale, norms=True)
     weight = layer.weight.detach().numpy()
-    left, values, right = np.linalg.svd(weight.reshape(len(weight), -1), full_matrices=False)
-    shifted = np.maximum(values + scale * adapter.delta.detach().numpy(), 0)
-    new = torch.from_numpy((left * shifted) @ right).view_as(layer.weight)
-    found = model(x)
-    medpeft.remove(model)
+    matrix = weight.reshape(len(weight), -1) if weight.ndim > 1 else weight[None]
+    left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
+    shifted = (left * np.maximum(sigma + scale * values["delta"], 0)) @ right
+
+    with medpeft.merged(model):
+        merged = layer.weight.detach().numpy().copy()
+    assert values["delta"].shape == sigma.shape
+    assert np.abs(merged - shifted.reshape(weight.shape)).max() <= 1e-12 * np.abs(weight).max()
+    plain = medpeft.remove(copy.deepcopy(model))
     with torch.no_grad():
-        layer.weight.copy_(new)
-    agrees(found, model(x).detach())
+        plain[0].weight.copy_(torch.from_numpy(shifted.reshape(weight.shape)))
+        assert_computes(model, x, plain(x).numpy())
 
 
-def test_svdiff_counts_a_norm_as_one_singular_value():
-    x = randn(3, 6)
-    model, adapter, _ = layer_in(nn.LayerNorm(6), "svdiff", x=x, norms=True)
-    assert adapter.delta.shape == (1,)
-    norm = model[0]
-    size = norm.weight.detach().norm()
-    new = norm.weight.detach() * (size + adapter.delta.detach()).clamp(min=0) / size
-    agrees(model(x), F.layer_norm(x, (6,), new, norm.bias.detach()))
-
-
-def vit_block(x, block, change, where):
-    """A timm ViT block from its pieces, with `change` added for the residual stream or the normed input of the MLP."""
-    x = x + block.ls1(block.attn(block.norm1(x)))
-    normed = block.norm2(x)
-    return x + block.ls2(block.mlp(normed)) + change(x if where == "residual" else normed)
-
-
-@pytest.mark.parametrize("where", ["residual", "norm"])
-@pytest.mark.parametrize("scale", [0.1, "learnable"])
-def test_adaptformer_adds_a_bottleneck_outside_layer_scale(where, scale):
-    from timm.models.vision_transformer import Block
-
-    torch.manual_seed(0)
-    block = Block(12, 2, init_values=1e-5).to(D)
-    model = nn.Sequential(block).eval()
-    x = randn(2, 5, 12)
-    medpeft.apply(model, "adaptformer", head=None, bottleneck=4, input=where, scale=scale)
-    adapter = block.adapters["adaptformer"]
+def test_svdiff_cuts_singular_values_off_at_zero():
+    linear = nn.Linear(3, 3, bias=False)
+    model, adapter, _ = applied(linear, "svdiff")
     with torch.no_grad():
-        for p in adapter.parameters():
-            p.add_(torch.randn_like(p))
-    found = model(x).detach()
-    own = {name: p.detach() for name, p in adapter.named_parameters()}
-    size = own.get("scale", 0.1)
+        adapter.delta.fill_(-1e6)
 
-    def change(z):
-        return size * ((z @ own["down"].T + own["down_bias"]).relu() @ own["up"].T + own["up_bias"])
+    assert model(drawn(2, 3)).abs().max() < 1e-14
 
-    medpeft.remove(model)
-    agrees(found, vit_block(x, block, change, where).detach())
+
+def test_adaptformer_in_a_block_written_out_by_hand():
+    for family in ("vit", "dinov2"):  # with and without LayerScale
+        for given in ("residual", "norm"):
+            model, x = make(family), drawn(2, 5, 16)
+            plain = copy.deepcopy(model.blocks[0])
+            medpeft.apply(model, "adaptformer", bottleneck=3, input=given, scale=0.7)
+            randomise_adapters(model)
+            (adapter,) = model.blocks[0].adapters.children()
+            p = {name: value.detach().numpy() for name, value in adapter.named_parameters()}
+
+            with torch.no_grad():
+                stream = x + plain.ls1(plain.attn(plain.norm1(x)))
+                normed = plain.norm2(stream)
+                branch = plain.ls2(plain.mlp(normed)).numpy()
+            entering = (stream if given == "residual" else normed).numpy()
+            hidden = np.maximum(entering @ p["down"].T + p["down_bias"], 0)
+            expected = stream.numpy() + branch + 0.7 * (hidden @ p["up"].T + p["up_bias"])
+
+            assert_computes(model.blocks[0], x, expected)
+
+
+def test_the_learnable_scale_of_adaptformer_is_one_parameter():
+    model = medpeft.apply(make("vit"), "adaptformer", scale="learnable")
+
+    assert [tuple(p.shape) for n, p in model.named_parameters() if n.endswith(".scale")] == [(), ()]
