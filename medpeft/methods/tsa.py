@@ -42,9 +42,7 @@ class TSA(Adapter):
         columns = {"matrix": inputs * (groups if dense else 1), "series": outputs, "vector": 1}[form]
         alpha = torch.zeros(outputs, columns)
         if init == "eye" and form != "series":
-            alpha += 1e-4 * (
-                torch.eye(outputs, columns) if form == "matrix" and (dense or groups == 1) else _eye(alpha, groups)
-            )
+            alpha += 1e-4 * (torch.ones(outputs, 1) if form == "vector" else _eye(alpha, 1 if dense else groups))
         self.alpha = nn.Parameter(alpha[:, 0].clone() if form == "vector" else alpha)
         self.bias = nn.Parameter(torch.zeros(outputs)) if form == "series" else None
         # Beside a 1×1 convolution, one convolution with W + α costs less than two.
