@@ -66,10 +66,14 @@ class Golden(nn.Module):
 
 @torch.no_grad()
 def fill(model, start=1, only=None):
-    """Give every parameter and running statistic its place in one sequence."""
+    """Give every parameter and running statistic its place in one sequence.
+
+    It is quadratic so that no weight lacks rank: the singular vectors of zeros, which svdiff moves, are anyone's choice.
+    """
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and (only is None or name in only):
-            values = (torch.arange(start, start + tensor.numel(), dtype=torch.float64) * 769 % 1009) / 1009
+            index = torch.arange(start, start + tensor.numel())
+            values = ((57 * index * index + 113 * index) % 1009).double() / 1009
             gain = name.endswith("running_var") or (name.endswith("weight") and tensor.ndim == 1)
             tensor.copy_((values + 0.5 if gain else values - 0.5).view(tensor.shape))
             start += tensor.numel()
