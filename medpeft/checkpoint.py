@@ -194,13 +194,18 @@ def load(
     if planned is None:
         copy_values(model, record, values)
     else:
-        carry_out(planned, built)
-        try:
-            copy_values(model, record, values)
-        except BaseException:
-            forget(model)
-            raise
+        settle(planned, built, values)
     return model
+
+
+def settle(planned: Plan, built: Built, values: dict[str, Tensor]) -> None:
+    """Adapt a model with adapters that hold their values already, and copy the rest; after an error it is not adapted."""
+    carry_out(planned, built)
+    try:
+        copy_values(planned.model, planned.record, values)
+    except BaseException:
+        forget(planned.model)
+        raise
 
 
 def _record(model: nn.Module, header: Header, head: str, keep_base: bool | None) -> tuple[bool, Applied]:

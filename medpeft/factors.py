@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from .adapter import Site, adapted_layers
 from .base import class_of, own_tensors, whole
-from .checkpoint import copy_values, plain
+from .checkpoint import plain, settle
 from .conv import slides_plainly
 from .errors import CheckpointError, MedpeftError
+from .file import short
 from .fitting import require_values, within
 from .head import Head
 from .methods.lora import LoRA
-from .model import carry_out
 from .planning import Plan, build, plan
 from .state import Applied, trained_tensors
 from .targets import Network
@@ -129,8 +129,7 @@ def apply_factors(
             _fill(adapter, site, factors[site.name])
     except MedpeftError as error:
         raise CheckpointError(f"{name} does not fit this {class_of(model).__name__}: {error}") from error
-    carry_out(planned, built)
-    copy_values(model, planned.record, dict(rest))
+    settle(planned, built, dict(rest))
     return model
 
 
@@ -178,8 +177,9 @@ def _misfits(planned: Plan, factors: Mapping[str, Factors], rest: Mapping[str, T
     for key, value in rest.items():
         if key not in own:
             lines.append(f"{key!r}: in the file, and neither LoRA nor in the head {', '.join(planned.record.head) or '(none)'}")
-        elif own[key].shape != value.shape:
-            lines.append(f"{key!r}: {tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model")
+        elif own[key].shape != value.shape or own[key].is_floating_point() != value.is_floating_point():
+            found, wanted = (f"{tuple(t.shape)} {short(t.dtype)}" for t in (value, own[key]))
+            lines.append(f"{key!r}: {found} in the file, {wanted} in the model")
     return lines
 
 

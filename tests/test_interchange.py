@@ -189,6 +189,8 @@ def test_files_that_do_not_fit_name_every_reason(tmp_path):
         "'norm.weight': in the file",
     ):
         refused(from_peft, make("vit"), tmp_path, reason)
+    save_file(tensors | {"base_model.model.head.bias": torch.zeros(3, dtype=torch.int64)}, path)
+    refused(from_peft, make("vit"), tmp_path, "'head.bias': (3,) int64 in the file, (3,) float64 in the model")
     save_file(tensors | {first.replace("lora_B.weight", "lora_magnitude_vector"): torch.zeros(3)}, path)
     refused(from_peft, make("vit"), tmp_path, "lora_magnitude_vector")
     path.write_bytes(path.read_bytes()[:-1])
