@@ -51,6 +51,7 @@ def _general(reason: str) -> str:
     """A reason for a refusal without the names of the model and its layers."""
     reason = re.sub(r" found nothing to train in \S+ \(target=None\)", " found nothing to train", reason)
     reason = re.sub(r" This model has .*$", "", reason)
+    reason = re.sub(r"\S+ has no head", "the model has no head", reason)
     return re.sub(r"\b[\w.]*\.\d+[\w.]*", "…", reason)[:240]
 
 
