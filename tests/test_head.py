@@ -1,79 +1,135 @@
-"""The head is found by convention, never by the word."""
+"""The head is found by the convention of each library, never by a name that looks like one."""
 
 import pytest
-import timm
 import torch
-import torchvision
+from models import FAMILIES, make
 from torch import nn
 
 import medpeft
 from medpeft.head import find_head
 
-
-@pytest.mark.parametrize(
-    ("architecture", "head"),
-    [
-        ("resnet18", ("fc",)),
-        ("mobilenetv3_small_050", ("classifier",)),  # Its conv_head is part of the backbone.
-        ("convnext_atto", ("head.fc",)),  # Its head.norm too.
-        ("deit_tiny_distilled_patch16_224", ("head", "head_dist")),
-        ("test_vit", ("head",)),
-        ("densenet121", ("classifier",)),
-    ],
-)
-def test_timms_classifier_is_the_head(architecture, head):
-    with torch.device("meta"):
-        model = timm.create_model(architecture, num_classes=3)
-    assert find_head(model) == head
-    medpeft.apply(model, "linear_probe")
-    trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trains == {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{h}." for h in head))}
-
-
-@pytest.mark.parametrize(
-    ("build", "head"),
-    [
-        (torchvision.models.resnet18, ("fc",)),
-        (torchvision.models.densenet121, ("classifier",)),
-        (torchvision.models.vit_b_16, ("heads",)),
-        (torchvision.models.swin_t, ("head",)),
-    ],
-)
-def test_torchvisions_last_layer_is_the_head(build, head):
-    with torch.device("meta"):
-        assert find_head(build(num_classes=3)) == head
-
-
-def test_a_feature_extractor_has_no_head():
-    with torch.device("meta"):
-        assert find_head(timm.create_model("resnet18", num_classes=0)) == ()
-        assert find_head(timm.create_model("resnet18", num_classes=3), None) == ()
+EXPECTED = {
+    "resnet": ("fc",),
+    "efficientnet": ("classifier",),
+    "mobilenetv3": ("classifier",),
+    "regnet": ("head.fc",),
+    "densenet": ("classifier",),
+    "convnext": ("head.fc",),
+    "vit": ("head",),
+    "deit_distilled": ("head", "head_dist"),
+    "dinov2": ("head",),
+    "siglip": ("head",),
+    "beit": ("head",),
+    "eva02": ("head",),
+    "swin": ("head.fc",),
+    "swinv2": ("head.fc",),
+    "maxvit": ("head.fc",),
+    "coatnet": ("head.fc",),
+    "levit": ("head", "head_dist"),
+    "torchvision_resnet": ("fc",),
+    "torchvision_vit": ("heads",),
+    "torchvision_swin": ("head",),
+    "hf_vit": ("classifier",),
+    "hf_dinov2": ("classifier",),
+    "hf_swin": ("classifier",),
+    "hf_convnext": ("classifier",),
+    "monai_unet2d": ("model.2",),
+    "monai_unet3d": ("model.2",),
+    "monai_densenet": ("class_layers.out",),
+    "monai_swin_unetr": ("out",),
+    "monai_vit": ("classification_head",),
+    "clip_vision": (),
+    "multihead_attention": ("classifier",),
+    "multihead_attention_of_other_widths": ("classifier",),
+}
 
 
-def test_hugging_faces_classifier_is_the_head():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    assert find_head(transformers.ViTForImageClassification(config)) == ("classifier",)
-    assert find_head(transformers.ViTModel(config)) == ()
+@pytest.mark.parametrize("family", EXPECTED)
+def test_the_head_of_a_family(family):
+    assert find_head(make(family)) == EXPECTED[family]
 
 
-def test_an_unknown_model_must_name_its_head():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    with pytest.raises(medpeft.MedpeftError, match=r"head of Sequential cannot be told .* pass head='name' \(children: 0, 1\)"):
-        medpeft.apply(model, "bias")
-    medpeft.apply(model, "bias", head="1")
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.bias", "1.weight", "1.bias"]
+def test_every_family_with_a_head_is_listed():
+    assert set(EXPECTED) == {name for name, about in FAMILIES.items() if about.head == "auto"}
 
 
-def test_a_name_that_is_no_module_is_refused():
-    with torch.device("meta"):
-        model = timm.create_model("resnet18")
-    with pytest.raises(medpeft.MedpeftError, match=r"head='classifier' is no module of ResNet. At its top level are: conv1"):
-        medpeft.apply(model, "bias", head="classifier")
+@pytest.mark.parametrize(("family", "no_head"), [("mobilenetv3", "conv_head"), ("convnext", "head.norm")])
+def test_what_is_called_head_and_is_none_stays_frozen(family, no_head):
+    model = medpeft.apply(make(family), "linear_probe")
+
+    assert not any(p.requires_grad for p in model.get_submodule(no_head).parameters())
+    assert medpeft.report(model).head == sum(p.numel() for p in model.get_classifier().parameters())
 
 
-def test_a_linear_probe_without_a_head_would_train_nothing():
-    with torch.device("meta"):
-        model = timm.create_model("resnet18", num_classes=0)
-    with pytest.raises(medpeft.MedpeftError, match="'linear_probe' would train nothing: ResNet has no head"):
+def test_both_heads_of_a_distilled_model_train():
+    model = medpeft.apply(make("deit_distilled"), "linear_probe")
+
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "head.weight", "head.bias", "head_dist.weight", "head_dist.bias"
+    ]  # fmt: skip
+
+
+def test_a_model_of_ones_own_with_a_usual_name_has_that_head():
+    model = nn.Sequential()
+    model.body, model.fc = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    assert find_head(model) == ("fc",)
+
+
+def test_a_usual_name_that_is_not_last_is_no_head():
+    model = nn.Sequential()
+    model.fc, model.body = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    with pytest.raises(medpeft.MedpeftError) as error:
+        find_head(model)
+    assert str(error.value) == (
+        "The head of Sequential cannot be told from its class: pass head='name' (children: fc, body), or "
+        "head=None if it has none."
+    )
+
+
+def test_a_head_is_given_by_name_or_by_several():
+    model = make("vit")
+
+    assert find_head(model, "blocks.1") == ("blocks.1",)
+    assert find_head(model, ["norm", "head"]) == ("norm", "head")
+    assert find_head(model, None) == ()
+
+
+@pytest.mark.parametrize("name", ["classifier", ""])
+def test_a_name_that_the_model_does_not_have_is_refused(name):
+    with pytest.raises(medpeft.MedpeftError, match=f"head='{name}' is no module of VisionTransformer. At its top level are"):
+        medpeft.apply(make("vit"), "bias", head=name)
+
+
+def test_without_a_head_no_parameter_of_it_trains_and_adapters_may_go_there():
+    model = medpeft.apply(make("vit"), "ssf", head=None)
+
+    assert medpeft.report(model).head == 0
+    assert hasattr(model.head, "adapters")
+    assert not model.head.weight.requires_grad
+
+
+def test_a_head_that_is_given_gets_no_adapter():
+    model = medpeft.apply(make("vit"), "ssf", head=("norm", "head"))
+
+    assert not hasattr(model.norm, "adapters")
+    assert model.norm.weight.requires_grad
+
+
+def test_a_removed_classifier_leaves_a_feature_extractor():
+    model = make("vit")
+    model.reset_classifier(0)
+
+    assert find_head(model) == ()
+    with pytest.raises(medpeft.MedpeftError, match="'linear_probe' would train nothing: VisionTransformer has no head"):
         medpeft.apply(model, "linear_probe")
+
+
+def test_the_auxiliary_head_of_torchvision_trains_too():
+    from torchvision.models import googlenet
+
+    with torch.device("meta"):
+        model = googlenet(num_classes=3, init_weights=False, aux_logits=True)
+
+    assert find_head(model) == ("fc", "aux1", "aux2")
