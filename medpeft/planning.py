@@ -183,6 +183,8 @@ def _selected(network: Network, method: Method, options: dict[str, Any], target:
     names = []
     for name, parameter in network.model.named_parameters():
         owner = name.rpartition(".")[0]
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            continue  # Integers have no gradient.
         if not network.inside(owner, network.head) and predicate(name, parameter, network.layer(owner), **method.own(options)):
             names.append(name)
     if names or patterns(target):

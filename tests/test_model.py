@@ -201,3 +201,13 @@ def test_a_plan_counts_what_apply_trains_and_touches_nothing():
     assert "blocks.0.attn.qkv" in str(planned)
     medpeft.apply(model, "svdiff+bias", scale=0.5)
     assert planned.trainable == medpeft.report(model).trainable
+
+
+def test_integers_that_are_parameters_stay_as_they_are():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    model[0].register_parameter("steps", nn.Parameter(torch.tensor(3), requires_grad=False))
+    medpeft.apply(model, "full", head="1", keep_base=True)
+    assert not model[0].steps.requires_grad
+    assert model[0].weight.requires_grad
+    medpeft.remove(model)
+    assert not model[0].steps.requires_grad
