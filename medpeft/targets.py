@@ -288,5 +288,6 @@ def _no_hit(network: Network, names: Sequence[str], pattern: Pattern, method: st
         why = f"it names the head {head[0]!r}, which is trained whole: pass head=None to adapt it instead."
     else:
         shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
-        why = f"{method!r} fits {len(names)} layers here: {shown}." if names else f"{method!r} fits no layer here."
+        number = "1 layer" if len(names) == 1 else f"{len(names)} layers"
+        why = f"{method!r} fits {number} here: {shown}." if names else f"{method!r} fits no layer here."
     return f"The pattern {pattern!r} picks no layer that {method!r} fits in {type(network.model).__name__}: {why}"
