@@ -1,133 +1,203 @@
-"""Which layers a target picks."""
+"""Which layers a target picks, and what is said of one that picks none."""
 
 import re
+from itertools import pairwise
 
 import pytest
-import timm
-import torch
+from models import make
 from torch import nn
 
 import medpeft
-from medpeft.targets import Network
+from medpeft.targets import Network, picks
 
 
-@pytest.fixture(scope="module")
-def vit():
-    with torch.device("meta"):
-        return timm.create_model("test_vit", num_classes=3)
-
-
-def places(model, method="lora", **options):
+def sites(model, method="lora", **options):
     return [site.name for _, site in medpeft.plan(model, method, **options).sites]
 
 
-def test_a_glob_picks_by_name(vit):
-    assert places(vit, target="blocks.0.mlp.*") == ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
-    assert places(vit, target="*.fc1") == [f"blocks.{i}.mlp.fc1" for i in range(len(vit.blocks))]
-
-
-def test_the_name_of_a_module_picks_everything_inside(vit):
-    assert places(vit, target="blocks.1") == [f"blocks.1.{n}" for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
-
-
-def test_a_role_picks_by_what_the_layer_does(vit):
-    assert all(".attn." in name for name in places(vit, target="attention"))
-    assert all(".mlp." in name for name in places(vit, target="mlp"))
-    assert places(vit, target="conv") == ["patch_embed.proj"]
-    assert len(places(vit, target="linear")) == 4 * len(vit.blocks)
-    assert all("norm" in name for name in places(vit, "ssf", target="norm"))
-
-
-def test_a_regular_expression_a_type_and_a_predicate_pick(vit):
-    assert places(vit, target=re.compile(r"\.1\..*fc2$")) == ["blocks.1.mlp.fc2"]
-    assert places(vit, target=nn.Conv2d) == ["patch_embed.proj"]
-    wide = places(vit, target=lambda name, layer: isinstance(layer, nn.Linear) and layer.out_features > layer.in_features)
-    assert all(name.endswith(("qkv", "fc1")) for name in wide)
-
-
-def test_several_patterns_add_up_and_an_exclusion_takes_away(vit):
-    assert places(vit, target=["blocks.0", nn.Conv2d], exclude=["*.mlp", "*.proj"]) == ["blocks.0.attn.qkv"]
-
-
-def test_a_target_holds_for_selective_methods_too(vit):
-    chosen = medpeft.plan(vit, "bias", target="blocks.0").selected
-    assert all(name.startswith(("blocks.0.", "head.")) for name in chosen)
-    assert "blocks.0.mlp.fc1.bias" in chosen
-
-
-def test_a_method_may_have_a_target_of_its_own(vit):
-    planned = medpeft.plan(vit, {"lora": {"target": "blocks.0.attn.qkv"}, "ssf": {"target": "blocks.1.norm1"}})
-    assert [(method.name, site.name) for method, site in planned.sites] == [
-        ("lora", "blocks.0.attn.qkv"),
-        ("ssf", "blocks.1.norm1"),
-    ]
-
-
-@pytest.mark.parametrize("where", ["target", "exclude"])
-def test_a_pattern_without_a_hit_shows_what_there_is(vit, where):
-    with pytest.raises(medpeft.MedpeftError, match=r"'layers\.\*' picks no layer that 'lora' fits .*blocks\.0\.attn\.qkv"):
-        medpeft.plan(vit, "lora", **{where: "layers.*"})
-
-
-def test_a_target_that_names_the_head_is_told_so(vit):
-    with pytest.raises(medpeft.MedpeftError, match="names the head 'head', which is trained whole: pass head=None"):
-        medpeft.plan(vit, "lora", target="head")
-    assert places(vit, target="head", head=None) == ["head"]
-
-
-def test_a_pattern_of_another_kind_is_refused(vit):
-    with pytest.raises(medpeft.MedpeftError, match="target 3 is no pattern: give a glob such as"):
-        medpeft.plan(vit, "lora", target=["*", 3])
+MLPS = [f"blocks.{i}.mlp.fc{j}" for i in (0, 1) for j in (1, 2)]
+ATTENTIONS = [f"blocks.{i}.attn.{layer}" for i in (0, 1) for layer in ("qkv", "proj")]
 
 
 @pytest.mark.parametrize(
-    ("method", "message"),
-    [("tsa", "'tsa' found nothing to train in VisionTransformer"), ("bn", "'bn' found nothing .* Try 'norm' or 'ssf'")],
+    ("target", "expected"),
+    [
+        ("blocks.0.*", ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]),
+        ("blocks.0", ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]),
+        ("*.fc1", ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]),
+        ("mlp", MLPS),
+        ("attention", ATTENTIONS),
+        ("conv", ["patch_embed.proj"]),
+        (re.compile(r"\d\.mlp\.fc2$"), ["blocks.0.mlp.fc2", "blocks.1.mlp.fc2"]),
+        (nn.Conv2d, ["patch_embed.proj"]),
+        (
+            lambda name, layer: isinstance(layer, nn.Linear) and layer.in_features == 64,
+            ["blocks.0.mlp.fc2", "blocks.1.mlp.fc2"],
+        ),
+        (["*.fc1", nn.Conv2d], ["patch_embed.proj", "blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]),
+        (("*.0.mlp.fc1", "blocks.0.mlp"), ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]),
+    ],
+    ids=str,
 )
-def test_a_method_that_does_not_fit_says_what_the_model_has(vit, method, message):
-    with pytest.raises(medpeft.MedpeftError, match=rf"{message}.*This model has .*Linear"):
-        medpeft.plan(vit, method)
+def test_a_target_picks_by_glob_role_pattern_type_or_predicate(target, expected):
+    assert sites(make("vit"), target=target) == expected
 
 
-def test_a_shared_layer_is_adapted_once():
-    shared = nn.Linear(4, 4)
-    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(4, 2)).eval()
-    x = torch.randn(3, 4)
-    plain = model(x).detach()
-    medpeft.apply(model, "lora", head="3", target="linear", rank=2)
-    assert len(medpeft.report(model).rows) == 2
-    assert model[0] is model[2]
-    with torch.no_grad():
-        shared.adapters["lora"].up.normal_()
-    assert not torch.allclose(model(x), plain)
-    medpeft.remove(model)
-    assert torch.equal(model(x), plain)
+def test_roles_cover_every_fitting_layer_once():
+    model = make("vit")
+    picked = {role: sites(model, target=role) for role in ("linear", "conv")}
+
+    assert sorted(picked["linear"]) == sorted(MLPS + ATTENTIONS)
+    assert sites(model, "ssf", target="norm") == [
+        "blocks.0.norm1",
+        "blocks.0.norm2",
+        "blocks.1.norm1",
+        "blocks.1.norm2",
+        "norm",
+    ]
+    assert sites(nn.Sequential(nn.Embedding(4, 4)), target="embedding", head=None) == ["0"]
 
 
-def test_ssf_leaves_a_convolution_before_a_batchnorm_to_it():
-    with torch.device("meta"):
-        model = timm.create_model("resnet18", num_classes=3)
-    names = places(model, "ssf")
-    assert "bn1" in names
-    assert "conv1" not in names
-    assert len(names) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+@pytest.mark.parametrize(
+    "exclude", ["*.fc2", re.compile("fc2"), ["blocks.0.mlp.fc2", "blocks.1.mlp.fc2"], lambda n, _: "fc2" in n]
+)
+def test_an_exclusion_takes_layers_out(exclude):
+    assert sites(make("vit"), target="mlp", exclude=exclude) == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
 
 
-def test_a_weight_that_a_parent_reads_is_found_with_its_reader():
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1, enable_nested_tensor=False)
-    network = Network(model)
-    found = {site.name + "." + site.weight: site.reader for site in network.sites("linear")}
-    assert found["layers.0.self_attn.in_proj_weight"] == "layers.0"
-    assert found["layers.0.self_attn.out_proj.weight"] == "layers.0"
-    assert found["layers.0.linear1.weight"] == "layers.0"
+def test_an_exclusion_works_without_a_target():
+    assert sites(make("vit"), exclude="blocks.0") == ["blocks.1.attn.qkv"]
 
 
-def test_heads_per_part_are_found_where_heads_come_first():
-    with torch.device("meta"):
-        model = timm.create_model("coatnet_pico_rw_224")
-    site = next(s for s in Network(model).sites("conv", "linear") if s.rows)
-    channels, heads = site.host.shape[0], site.rows[0].groups
-    assert heads > 1
-    indices = sorted(i for row in site.rows for i in row.indices(channels))
-    assert indices == list(range(channels))
-    assert site.rows[1].indices(channels)[0] == channels // heads // 3
+def test_without_a_target_lora_takes_every_query_and_value_and_of_a_cnn_every_convolution():
+    assert sites(make("vit")) == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+    assert sites(make("hf_vit")) == [f"vit.layers.{i}.attention.{p}_proj" for i in (0, 1) for p in "qv"]
+    cnn = make("resnet")
+    assert sites(cnn) == [name for name, module in cnn.named_modules() if isinstance(module, nn.Conv2d)]
+
+
+def test_each_method_of_a_union_may_have_a_target_of_its_own():
+    model = medpeft.apply(
+        make("vit"),
+        {"lora": {"rank": 2, "target": "*.fc1"}, "bias": {"target": "blocks.1"}, "ssf": {}},
+        target="norm",
+        exclude=None,
+    )
+    found = {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head.")}
+
+    assert {n for n in found if ".lora." in n} == {
+        f"blocks.{i}.mlp.fc1.adapters.lora.{side}" for i in (0, 1) for side in ("up", "down")
+    }
+    assert {n for n in found if n.endswith("bias")} == {
+        name for name, _ in model.named_parameters() if name.startswith("blocks.1.") and name.endswith("bias")
+    }
+    assert {n.partition(".adapters")[0] for n in found if ".ssf." in n} == set(sites(make("vit"), "ssf", target="norm"))
+
+
+def test_a_method_of_a_union_may_have_an_exclusion_of_its_own():
+    model = make("vit")
+
+    assert sites(model, {"lora": {"exclude": "blocks.0"}, "ssf": {"target": "norm", "exclude": "blocks"}}) == [
+        "blocks.1.attn.qkv", "norm"
+    ]  # fmt: skip
+
+
+def test_a_target_of_a_selective_method_picks_among_its_own_layers():
+    model = medpeft.apply(make("vit"), "bias", target="attention", head=None)
+
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{layer}.bias" for layer in ATTENTIONS}
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "message"),
+    [
+        (
+            "lora",
+            "layer4.*",
+            (
+                "The pattern 'layer4.*' picks no layer that 'lora' fits in VisionTransformer: 'lora' fits 9 layers here: "
+                "patch_embed.proj, blocks.0.attn.qkv, blocks.0.attn.proj, blocks.0.mlp.fc1, blocks.0.mlp.fc2, "
+                "blocks.1.attn.qkv, …."
+            ),
+        ),
+        (
+            "tsa",
+            "blocks.*",
+            "The pattern 'blocks.*' picks no layer that 'tsa' fits in VisionTransformer: 'tsa' fits 1 layer here: patch_embed.proj.",
+        ),
+        (
+            "ssf",
+            "head",
+            (
+                "The pattern 'head' picks no layer that 'ssf' fits in VisionTransformer: it names the head 'head', which is "
+                "trained whole: pass head=None to adapt it instead."
+            ),
+        ),
+    ],
+)
+def test_a_pattern_without_a_hit_is_refused_with_the_names_there_are(method, target, message):
+    with pytest.raises(medpeft.MedpeftError) as error:
+        medpeft.plan(make("vit"), method, target=target)
+
+    assert str(error.value) == message
+
+
+def test_one_of_several_patterns_without_a_hit_is_refused_too():
+    with pytest.raises(medpeft.MedpeftError, match=re.escape("The pattern 'block.1' picks no layer")):
+        medpeft.plan(make("vit"), "lora", target=["blocks.0", "block.1"])
+
+
+def test_an_exclusion_without_a_hit_is_refused():
+    with pytest.raises(medpeft.MedpeftError, match=re.escape("The pattern '*.fc3' picks no layer that 'lora' fits")):
+        medpeft.plan(make("vit"), "lora", target="mlp", exclude="*.fc3")
+
+
+def test_an_exclusion_of_everything_is_refused():
+    with pytest.raises(medpeft.MedpeftError, match="'lora' found nothing to train in VisionTransformer"):
+        medpeft.plan(make("vit"), "lora", target="mlp", exclude="blocks")
+
+
+def test_what_is_no_pattern_is_refused():
+    with pytest.raises(medpeft.MedpeftError, match=r"target 3 is no pattern: give a glob such as 'blocks\.\*', a role"):
+        medpeft.plan(make("vit"), "lora", target=[3])
+
+
+def test_a_glob_names_a_module_and_all_that_is_inside_it_but_not_its_namesakes():
+    network = Network(
+        nn.ModuleDict({"fc": nn.Linear(1, 1), "fc1": nn.Linear(1, 1), "b": nn.ModuleDict({"fc": nn.Linear(1, 1)})})
+    )
+
+    assert [name for name in network.modules if picks(network, "fc", name)] == ["fc"]
+    assert [name for name in network.modules if picks(network, "b", name)] == ["b", "b.fc"]
+    assert [name for name in network.modules if picks(network, "*fc", name)] == ["fc", "b.fc"]
+
+
+def test_the_attention_block_of_diffusers_is_its_element_of_attentions():
+    blocks = set(Network(make("diffusion_unet")).attention_blocks.values())
+
+    assert blocks == {
+        "unet.down_blocks.0.attentions.0", "unet.mid_block.attentions.0",
+        "unet.up_blocks.1.attentions.0", "unet.up_blocks.1.attentions.1",
+    }  # fmt: skip
+
+
+def test_adaptformer_taps_the_norm_before_the_mlp_or_the_mlp_itself():
+    names = {name: (mlp, norm) for name, _, mlp, norm in Network(make("vit")).blocks()}
+
+    assert names == {"blocks.0": ("mlp", "norm2"), "blocks.1": ("mlp", "norm2")}
+
+
+def test_ssf_leaves_a_convolution_before_a_batch_or_instance_norm_to_that_norm():
+    for family in ("resnet", "monai_unet2d", "densenet", "efficientnet"):
+        model = make(family)
+        adapted = sites(model, "ssf")
+        leaves = [
+            (n, m) for n, m in model.named_modules() if next(m.children(), None) is None and any(True for _ in m.parameters())
+        ]
+        erasing = [
+            before
+            for (before, conv), (_, norm) in pairwise(leaves)
+            if isinstance(conv, nn.Conv2d) and "BatchNorm" in str(type(norm)) and conv.out_channels == norm.num_features
+        ]
+        assert not set(erasing) & set(adapted), family
+        assert adapted, family
