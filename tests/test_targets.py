@@ -123,7 +123,10 @@ def test_a_target_of_a_selective_method_picks_among_its_own_layers():
         (
             "tsa",
             "blocks.*",
-            "The pattern 'blocks.*' picks no layer that 'tsa' fits in VisionTransformer: 'tsa' fits 1 layer here: patch_embed.proj.",
+            (
+                "The pattern 'blocks.*' picks no layer that 'tsa' fits in VisionTransformer: 'tsa' fits 1 layer here: "
+                "patch_embed.proj."
+            ),
         ),
         (
             "ssf",
