@@ -138,10 +138,10 @@ def report(model: nn.Module, example_input: Any = None) -> Report:
     modules = dict(model.named_modules())
     counts: dict[tuple[str, str], int] = {}
     for name, parameter in trains:
-        selected_by = record.selected.get(name, ""), modules[name.rpartition(".")[0]]
+        selected_by = record.selected.get(name, "unfrozen since"), modules[name.rpartition(".")[0]]
         method, layer = by_adapter.get(id(parameter), selected_by)
         counts[method, type(layer).__name__] = counts.get((method, type(layer).__name__), 0) + parameter.numel()
-    order = [*record.methods, "head"]
+    order = [*record.methods, "head", "unfrozen since"]
     ordered = sorted(counts, key=lambda key: order.index(key[0]))
     saved = {**dict(own_state(model)), **dict(trained_tensors(model, record))}
     return Report(
