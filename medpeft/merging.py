@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapters, adapted_layers, covering, own_tensor
 from .errors import MedpeftError, require
-from .model import forget
+from .model import forget, require_acting
 from .state import require_applied
 
 _log = logging.getLogger("medpeft")
@@ -85,6 +85,7 @@ def merged(model: nn.Module, *, min_kept: float = 0.9) -> Iterator[nn.Module]:
 @torch.no_grad()
 def _merged_values(model: nn.Module, min_kept: float) -> Values:
     """New tensors by layer and name; nothing in the model changes."""
+    require_acting(model, require_applied(model), "merging")
     values: Values = {}
     problems = []
     holders = _holders(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, Site, adapted_layers, attach, detach
 from .batchnorm import freeze_statistics, release_statistics
-from .errors import MedpeftError
+from .errors import MedpeftError, require
 from .head import Head
 from .planning import Plan, build, plan
 from .registry import Method, Methods
@@ -89,9 +89,11 @@ def remove(model: nn.Module) -> nn.Module:
     """Make the model the base again, bit for bit, with no trace of medpeft.
 
     Raises:
-        MedpeftError: nothing was applied, or the original values were given up with `keep_base=False`.
+        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the model is disabled
+            or merged for the moment.
     """
     record = require_applied(model)
+    require_acting(model, record, "remove")
     base = _base(record, "remove")
     with torch.no_grad():
         for name, tensor in trained_tensors(model, record):
@@ -115,16 +117,20 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """The base, bit for bit, for the duration of a `with` block.
 
     Raises:
-        MedpeftError: nothing was applied, or the original values were given up with `keep_base=False`.
+        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the model is merged for
+            the moment.
     """
     record = require_applied(model)
+    before = record.enabled
+    if before:
+        require_acting(model, record, "disabled")
     base = _base(record, "disabled")
     trained = {name: tensor.detach().clone() for name, tensor in trained_tensors(model, record)}
     _switch(model, record, base, enabled=False)
     try:
         yield model
     finally:
-        _switch(model, record, trained, enabled=True)
+        _switch(model, record, trained, enabled=before)
 
 
 @torch.no_grad()
@@ -134,6 +140,12 @@ def _switch(model: nn.Module, record: Applied, values: dict[str, Tensor], *, ena
         tensor.copy_(like(values[name], tensor))
     for _, _, adapters in adapted_layers(model):
         adapters.enabled = enabled
+
+
+def require_acting(model: nn.Module, record: Applied, action: str) -> None:
+    """Raise `MedpeftError` inside `disabled` or `merged`, where other values than the trained ones are in place."""
+    off = not record.enabled or any(not adapters.enabled for _, _, adapters in adapted_layers(model))
+    require(not off, f"{action} does not work inside disabled(model) or merged(model): leave that first.")
 
 
 def _base(record: Applied, action: str) -> dict[str, Tensor]:
