@@ -66,7 +66,7 @@ def register(name: str, *, hint: str = "") -> Callable[[Defined], Defined]:
         hint: What the error says where the method fits nothing: "it adapts …; try …".
 
     Raises:
-        MedpeftError: the name is taken or cannot be written in `"a+b"`, or the object is neither kind.
+        MedpeftError: the name is taken or cannot be written in `"a+b"`, or the object is neither kind or does nothing.
 
     A predicate takes `(name, parameter, layer)`, a parameter's full name, itself, and the `medpeft.targets.Layer` that owns
     it, and after them its options as keywords; what it returns True for becomes trainable.
@@ -80,6 +80,8 @@ def register(name: str, *, hint: str = "") -> Callable[[Defined], Defined]:
         adapter: Any = define if isinstance(define, type) and issubclass(define, Adapter) else None
         if adapter is None and (isinstance(define, type) or not callable(define)):
             raise MedpeftError(f"{define!r} is no method: register a class derived from medpeft.Adapter or a predicate.")
+        if adapter is not None and adapter.forward is Adapter.forward and adapter.merged is Adapter.merged:
+            raise MedpeftError(f"{define.__name__} does nothing: define forward(x, y), merged(weight, bias), or both.")
         for_sites = _options(adapter.sites) if adapter else {}
         for_sites.pop("targeted", None)
         options = _options(adapter.__init__ if adapter else define)
