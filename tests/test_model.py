@@ -1,213 +1,276 @@
-"""Apply, disabled, remove: in place, all or nothing, and without a trace."""
+"""What a user does to a model: apply, disabled, remove; refusals leave it as it was."""
 
 import copy
 import threading
 
 import pytest
-import timm
 import torch
-from models import example, make, output, randomise_adapters
+from models import example, make, output, randomise, randomise_adapters
+from test_contract import same, tensors, trace
 from torch import nn
 
 import medpeft
 
 
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same_state(model, before):
-    after = model.state_dict()
-    return list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
-
-
-def hooks(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def test_a_method_that_fits_only_in_part_changes_nothing():
+def test_apply_returns_the_model_it_was_given_with_its_class_and_keys():
     model = make("vit")
-    before, trained = state(model), [p.requires_grad for p in model.parameters()]
-    with pytest.raises(medpeft.MedpeftError, match="'tsa' found nothing to train"):
-        medpeft.apply(model, "lora+tsa")
-    assert same_state(model, before)
-    assert [p.requires_grad for p in model.parameters()] == trained
-    assert hooks(model) == 0
-    assert "_medpeft" not in vars(model)
+    keys = list(model.state_dict())
+
+    assert medpeft.apply(model, "lora+ssf+adaptformer") is model
+    assert type(model).__name__ == "VisionTransformer"
+    assert [key for key in model.state_dict() if "adapters." not in key] == keys
 
 
-def test_remove_after_training_gives_back_every_bit():
-    model, x = make("resnet"), example("resnet")
-    before, trained = state(model), [p.requires_grad for p in model.parameters()]
-    medpeft.apply(model, "bn+tsa", batchnorm="adapt").train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    output(model, x).square().sum().backward()
-    optimizer.step()
-    assert not same_state(model, before)
-    with medpeft.disabled(model):
-        assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
-    medpeft.remove(model)
-    assert same_state(model, before)
-    assert [p.requires_grad for p in model.parameters()] == trained
-    assert hooks(model) == 0
-    assert all("train" not in vars(m) for m in model.modules())
+REFUSED = [
+    ("tsa", {}),
+    ("lora", {"rank": 0}),
+    ("lora", {"rank": 17, "init": "pissa", "target": "blocks.*"}),  # More than what the last layers have.
+    ("lora+tsa", {}),
+    ("adaptformer", {"bottleneck": -1}),
+    ("adaptformer", {"scale": "big"}),
+    ("adaptformer", {"input": "mlp"}),
+    ("ssf", {"init": "zero"}),
+    ("ssf", {"sites": "head"}),
+    ("attention", {"scope": "model"}),
+    ("lora", {"head": "nothing"}),
+    ("lora", {"batchnorm": "off"}),
+    ("lora", {"target": "nothing"}),
+]
 
 
-def test_full_gives_up_the_base_unless_asked_to_keep_it():
-    model = medpeft.apply(make("resnet"), "full")
-    with pytest.raises(
-        medpeft.MedpeftError, match="remove needs the original values, which 'full' gave up: pass keep_base=True"
-    ):
-        medpeft.remove(model)
-    with pytest.raises(medpeft.MedpeftError, match="disabled needs the original values"), medpeft.disabled(model):
-        pass
-    model = make("resnet")
-    before = state(model)
-    medpeft.remove(medpeft.apply(model, "full", keep_base=True))
-    assert same_state(model, before)
+@pytest.mark.parametrize(("method", "options"), REFUSED)
+def test_a_call_that_fails_leaves_the_model_as_it_was(method, options):
+    model = make("vit")
+    before, about = tensors(model), trace(model)
+
+    with pytest.raises(medpeft.MedpeftError):
+        medpeft.apply(model, method, **options)
+
+    assert same(tensors(model), before)
+    assert trace(model) == about
+
+
+def test_a_method_that_raises_halfway_leaves_the_model_as_it_was(own_registry):
+    @medpeft.register("fragile")
+    class Fragile(medpeft.Adapter):
+        """Breaks at the last layer."""
+
+        layers = (nn.Linear,)
+
+        def __init__(self, site):
+            super().__init__(site)
+            if site.name == "blocks.1.mlp.fc2":
+                raise RuntimeError("broken")
+
+        def forward(self, x, y):
+            return y
+
+    model = make("vit")
+    before, about = tensors(model), trace(model)
+    with pytest.raises(RuntimeError, match="broken"):
+        medpeft.apply(model, "lora+bias+fragile")
+    assert same(tensors(model), before)
+    assert trace(model) == about
 
 
 def test_an_adapted_model_is_not_adapted_again():
-    model = medpeft.apply(make("vit"), "lora")
-    with pytest.raises(
-        medpeft.MedpeftError, match=r"is adapted already, by 'lora': remove or merge that first, .*'lora\+bias'"
-    ):
-        medpeft.apply(model, "bias")
-    with pytest.raises(medpeft.MedpeftError, match=r"Sequential \(0\) is adapted already"):
-        medpeft.apply(nn.Sequential(model), "bias", head=None)
+    model = medpeft.apply(make("vit"), "bias+norm")
+
+    with pytest.raises(medpeft.MedpeftError) as error:
+        medpeft.apply(model, "lora")
+    assert str(error.value) == (
+        "This VisionTransformer is adapted already, by 'bias+norm': remove or merge that first, or apply both at once, as in "
+        "'lora+bias'."
+    )
+    with pytest.raises(medpeft.MedpeftError, match=r"This Sequential \(0\) is adapted already, by 'bias\+norm'"):
+        medpeft.apply(nn.Sequential(model), "lora", head=None)
 
 
 def test_a_compiled_model_is_refused():
-    compiled = torch.compile(make("vit"), backend="eager")
-    with pytest.raises(medpeft.MedpeftError, match=r"is compiled, .* apply first, then compile"):
-        medpeft.apply(compiled, "lora", head=None)
+    with pytest.raises(medpeft.MedpeftError, match=r"is compiled, .*: apply first, then compile"):
+        medpeft.apply(torch.compile(make("vit")), "lora")
+    model = make("vit")
+    model.blocks[0].compile()
+    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0 is compiled"):
+        medpeft.apply(model, "lora")
+
+
+@pytest.mark.filterwarnings("ignore:.*jit:FutureWarning", "ignore:.*jit:DeprecationWarning")
+def test_a_scripted_model_is_refused():
+    with pytest.raises(medpeft.MedpeftError, match=r"is compiled"):
+        medpeft.apply(torch.jit.script(nn.Sequential(nn.Linear(2, 2))), "lora", head=None)
+
+
+def test_a_lazy_layer_is_refused():
+    with pytest.raises(medpeft.MedpeftError, match="0 has no shape yet: run the model once, then apply"):
+        medpeft.apply(nn.Sequential(nn.LazyLinear(2)), "lora", head=None)
+
+
+def test_a_layer_with_an_attribute_of_that_name_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0].adapters = nn.Identity()
+
+    with pytest.raises(medpeft.MedpeftError, match="0 has an attribute 'adapters' already"):
+        medpeft.apply(model, "ssf", head=None)
 
 
 def test_what_is_no_module_is_refused():
-    with pytest.raises(medpeft.MedpeftError, match=r"dict is no torch.nn.Module"):
+    with pytest.raises(medpeft.MedpeftError, match=r"dict is no torch\.nn\.Module: pass the model itself"):
         medpeft.apply({}, "lora")
 
 
-@pytest.mark.parametrize("call", [medpeft.remove, medpeft.report, medpeft.merge])
-def test_a_call_on_an_unadapted_model_says_what_to_do(call):
-    with pytest.raises(medpeft.MedpeftError, match=r"is not adapted: call medpeft.apply\(model, method\) first"):
-        call(make("vit"))
+@pytest.mark.parametrize("call", [medpeft.remove, medpeft.merge, medpeft.report])
+def test_calls_that_need_an_adapted_model_say_so(call):
+    with pytest.raises(medpeft.MedpeftError, match=r"This Linear is not adapted: call medpeft\.apply\(model, method\) first"):
+        call(nn.Linear(2, 2))
 
 
-def test_the_seed_fixes_the_adapters_and_torchs_own_randomness_is_left_alone():
-    torch.manual_seed(5)
-    first = state(medpeft.apply(make("vit"), "lora+adaptformer", seed=3))
-    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(5)))
-    assert same_state(medpeft.apply(make("vit"), "lora+adaptformer", seed=3), first)
-    assert not same_state(medpeft.apply(make("vit"), "lora+adaptformer", seed=4), first)
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_apply_leaves_the_random_state_of_torch_alone(init):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    medpeft.apply(make("vit"), {"lora": {"init": init}, "ssf": {"init": "official"}, "adaptformer": {}, "svdiff": {}})
+
+    assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("given", [None, torch.bfloat16])
-def test_adapters_are_in_float32_or_the_dtype_asked_for(given):
-    model = medpeft.apply(make("vit", torch.float32).bfloat16(), "lora", dtype=given)
-    found = {p.dtype for name, p in model.named_parameters() if ".adapters." in name}
-    assert found == {given or torch.float32}
+def adapters(model):
+    return {name: tensor for name, tensor in model.state_dict().items() if ".adapters." in name}
 
 
-def test_frozen_batchnorms_stay_in_eval_when_the_model_trains():
-    model, x = make("resnet"), example("resnet")
-    before = state(model)
-    medpeft.apply(model, "linear_probe").train()
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert model.training
-    assert not any(norm.training for norm in norms)
-    output(model, x)
-    assert same_state(model, before)
-    twin = copy.deepcopy(model).train()
-    assert not any(m.training for m in twin.modules() if isinstance(m, nn.BatchNorm2d))
-    medpeft.remove(model)
-    assert all(norm.training for norm in norms)
+def test_the_seed_fixes_the_initial_values_whatever_else_is_applied():
+    one = adapters(medpeft.apply(make("vit"), "lora", seed=1))
+    again = adapters(medpeft.apply(make("vit"), "lora", seed=1))
+    other = adapters(medpeft.apply(make("vit"), "lora", seed=2))
+    union = adapters(medpeft.apply(make("vit"), "adaptformer+lora+ssf", seed=1))
+
+    assert same(one, again)
+    assert all(torch.equal(union[name], tensor) for name, tensor in one.items())
+    downs = [name for name in one if name.endswith("down")]
+    assert not any(torch.equal(one[name], other[name]) for name in downs)
+    assert not torch.equal(one[downs[0]], one[downs[1]])
 
 
-def test_adapting_batchnorms_move_and_are_part_of_what_was_trained():
-    model, x = make("resnet"), example("resnet")
-    medpeft.apply(model, "bn", batchnorm="adapt").train()
-    mean = model.bn1.running_mean.clone()
-    output(model, x)
-    assert not torch.equal(model.bn1.running_mean, mean)
+@pytest.mark.parametrize("call", [medpeft.remove, lambda model: medpeft.disabled(model).__enter__()])
+def test_values_that_were_given_up_cannot_be_brought_back(call):
+    model = medpeft.apply(make("vit"), "full")
+
+    with pytest.raises(medpeft.MedpeftError, match="needs the original values, which 'full' gave up: pass keep_base=True"):
+        call(model)
+    assert medpeft.report(model).method == "full"
+
+
+def test_an_error_inside_disabled_brings_the_adapters_back():
+    model, x = medpeft.apply(make("vit"), "lora+bias"), example("vit")
+    randomise_adapters(model)
+    adapted = output(model, x)
+
+    with pytest.raises(RuntimeError, match="mine"), medpeft.disabled(model):
+        raise RuntimeError("mine")
+
+    assert torch.equal(output(model, x), adapted)
+
+
+def test_disabled_inside_disabled_is_the_base_until_the_outer_one_ends():
+    model, x = medpeft.apply(make("vit"), "lora+bias"), example("vit")
+    base = output(model, x)
+    adapted = output(randomise_adapters(model), x)
+
     with medpeft.disabled(model):
-        assert torch.equal(model.bn1.running_mean, mean)
+        with medpeft.disabled(model):
+            assert torch.equal(output(model, x), base)
+        assert torch.equal(output(model, x), base)
+    assert torch.equal(output(model, x), adapted)
 
 
-def test_an_error_in_the_forward_leaves_no_cover_behind():
-    model = medpeft.apply(make("beit"), "lora")
-    qkv = model.blocks[0].attn.qkv
-    with pytest.raises(RuntimeError):
-        model.blocks[0](torch.randn(2, 5, 3, dtype=torch.float64))
-    assert "weight" not in vars(qkv)
+OTHER_VALUES = {
+    "remove": medpeft.remove,
+    "merging": medpeft.merge,
+    "merging for a while": lambda model: medpeft.merged(model).__enter__(),
+}
 
 
-def test_two_threads_may_run_one_model_at_once():
-    model = randomise_adapters(medpeft.apply(make("beit"), "lora+adaptformer"))
-    inputs = [example("beit") + i for i in range(2)]
+@pytest.mark.parametrize("within", [medpeft.disabled, medpeft.merged])
+@pytest.mark.parametrize("action", OTHER_VALUES)
+def test_the_trained_values_cannot_be_replaced_while_others_are_in_their_place(within, action):
+    model, x = medpeft.apply(make("vit"), "lora+bias"), example("vit")
+    adapted = output(randomise_adapters(model), x)
+
+    with within(model), pytest.raises(medpeft.MedpeftError, match=r"does not work inside disabled\(model\) or merged\(model\)"):
+        OTHER_VALUES[action](model)
+
+    assert torch.equal(output(model, x), adapted)
+
+
+def test_the_base_cannot_be_shown_while_the_adapters_are_merged():
+    model = medpeft.apply(make("vit"), "lora")
+
+    with medpeft.merged(model), pytest.raises(medpeft.MedpeftError, match="disabled does not work inside"):
+        medpeft.disabled(model).__enter__()
+
+
+def test_disabling_a_part_leaves_the_model_adapted_elsewhere():
+    model = medpeft.apply(make("vit"), "lora")
+
+    with pytest.raises(medpeft.MedpeftError, match="This Block is not adapted"), medpeft.disabled(model.blocks[0]):
+        pass
+
+
+def test_a_shared_layer_is_adapted_once_and_stays_shared():
+    shared = nn.Linear(4, 4)
+    model = randomise(nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)}).double())
+    medpeft.apply(model, "ssf", head=None)
+
+    assert model["a"][0] is model["b"][0]
+    assert len([name for name, _ in model.named_modules(remove_duplicate=False) if name.endswith("adapters")]) == 2
+    assert len([name for name, _ in model.named_modules() if name.endswith("adapters")]) == 1
+    assert len(shared._forward_hooks) == 1
+    assert medpeft.report(model).trainable == 8
+    medpeft.remove(model)
+    assert not shared._forward_hooks
+
+
+def test_a_keyword_input_is_adapted_too():
+    model, x = randomise(nn.Sequential(nn.Linear(4, 4)).double()), torch.randn(2, 4, dtype=torch.float64)
+    randomise_adapters(medpeft.apply(model, "lora", head=None, target="*"))
+
+    assert torch.equal(model[0](input=x), model[0](x))
+
+
+def test_the_base_is_kept_apart_from_the_parameters_that_train():
+    model = make("vit")
+    before = tensors(model)
+    medpeft.apply(model, "bias")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(1)
+    copied = copy.deepcopy(model)
+
+    for adapted in (model, copied):
+        assert same(tensors(medpeft.remove(adapted)), before)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("beit", "lora+ssf"), ("resnet", "tsa+svdiff"), ("vit", "adaptformer+lora+svdiff")]
+)
+def test_two_threads_that_run_one_adapted_model_get_what_one_gets(family, method):
+    model = randomise_adapters(medpeft.apply(make(family), method)).eval()
+    inputs = [example(family), example(family) * 0.5]
     with torch.no_grad():
         expected = [output(model, x) for x in inputs]
     wrong = []
 
-    def work(i):
+    def work(which):
         with torch.no_grad():
-            wrong.extend(i for _ in range(20) if not torch.equal(output(model, inputs[i]), expected[i]))
+            results = [output(model, inputs[which]) for _ in range(30)]
+            wrong.extend(which for y in results if not torch.equal(y, expected[which]))
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert wrong == []
-
-
-def test_parameter_groups_hold_every_trainable_once_and_decay_no_scale():
-    model = medpeft.apply(make("vit"), "lora+ssf+norm")
-    groups = medpeft.parameter_groups(model, lr=1e-3, weight_decay=0.05, head_lr=1e-2, lora_plus=16.0)
-    held = [id(p) for group in groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            assert (id(p) in decayed) == (p.ndim > 1), name
-            rate = 1e-2 if name.startswith("head.") else 1.6e-2 if name.endswith("lora.up") else 1e-3
-            assert rates[id(p)] == pytest.approx(rate), name
-    torch.optim.AdamW(groups)
-    with pytest.raises(medpeft.MedpeftError, match=r"lr=0 and lora_plus=1.0 must be above 0"):
-        medpeft.parameter_groups(model, lr=0)
-
-
-def test_a_report_adds_up_and_warns_of_an_adapter_larger_than_its_layer():
-    model = medpeft.apply(timm.create_model("tf_efficientnet_lite0", num_classes=3), "lora", rank=32)
-    found = medpeft.report(model)
-    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert found.trainable == trains == sum(row.parameters for row in found.rows)
-    assert found.total == sum(p.numel() for p in model.parameters())
-    assert found.head == 1280 * 3 + 3
-    assert found.to_dict()["percent"] == pytest.approx(100 * trains / found.total)
-    assert any("lora has" in text and "Conv2d" in text for text in found.warnings)
-    text, markdown, page = str(found), found.to_markdown(), found._repr_html_()
-    assert f"{trains:,}" in text
-    assert "| method | type | parameters |" in markdown
-    assert "<table>" in page
-
-
-def test_a_plan_counts_what_apply_trains_and_touches_nothing():
-    model = make("vit")
-    before = state(model)
-    planned = medpeft.plan(model, "svdiff+bias", scale=0.5)
-    assert same_state(model, before)
-    assert "blocks.0.attn.qkv" in str(planned)
-    medpeft.apply(model, "svdiff+bias", scale=0.5)
-    assert planned.trainable == medpeft.report(model).trainable
-
-
-def test_integers_that_are_parameters_stay_as_they_are():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
-    model[0].register_parameter("steps", nn.Parameter(torch.tensor(3), requires_grad=False))
-    medpeft.apply(model, "full", head="1", keep_base=True)
-    assert not model[0].steps.requires_grad
-    assert model[0].weight.requires_grad
-    medpeft.remove(model)
-    assert not model[0].steps.requires_grad
+    assert all("weight" not in vars(module) for module in model.modules())

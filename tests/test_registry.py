@@ -187,6 +187,17 @@ def test_what_is_neither_an_adapter_nor_a_predicate_is_refused(own_registry):
     assert "mine" not in medpeft.methods()
 
 
+def test_an_adapter_that_does_nothing_is_refused(own_registry):
+    class Idle(medpeft.Adapter):
+        """Nothing."""
+
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"Idle does nothing: define forward\(x, y\), merged\(weight, bias\), or both"
+    ):
+        medpeft.register("idle")(Idle)
+    assert "idle" not in medpeft.methods()
+
+
 def test_an_option_without_a_default_must_be_given(own_registry):
     @medpeft.register("needy")
     def needy(name, parameter, layer, *, what):
