@@ -271,18 +271,26 @@ class Cover:
         # A norm without weights takes on the dtype of its input.
         given = args[0].dtype if args and isinstance(args[0], Tensor) and args[0].is_floating_point() else None
         dtype = next((p.dtype for p in layer.parameters(recurse=False)), given)
-        for name, value in values.items():
-            layer.__dict__[name] = value.to(dtype)
-        self.running[_thread()] = set(values)
+        with _switching():
+            self.running[_thread()] = set(values)
+            layer.__dict__.update({name: value.to(dtype) for name, value in values.items()})
 
     def take(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook, called after an error too: bring the layer's own tensors back."""
         layer = module.get_submodule(self.path) if self.path else module
-        names = self.running.pop(_thread(), set())
-        # A forward in another thread may still read them; the last one out removes them.
-        if not self.running:
-            for name in names:
+        with _switching():
+            names = self.running.pop(_thread(), set())
+            # A forward in another thread may still read them; the last one out removes them.
+            for name in () if self.running else names:
                 layer.__dict__.pop(name, None)
+
+
+_SWITCH = threading.Lock()
+
+
+def _switching() -> Any:
+    """One thread at a time puts tensors in place or takes them out; a compiled forward runs in one thread."""
+    return nullcontext() if torch.compiler.is_compiling() else _SWITCH
 
 
 def _full_precision(layer: nn.Module) -> Any:
