@@ -169,7 +169,7 @@ def test_a_tiny_layer_scale_does_not_pass_for_a_zero():
     assert not medpeft.check(model, torch.randn(2, 3, 32, 32)).exempt
 
 
-def test_an_adapter_that_a_batchnorm_normalises_away_is_named():
+def test_an_adapter_that_a_batchnorm_normalises_away_is_named(own_registry):
     @medpeft.register("shift_for_this_test")
     class Shift(medpeft.Adapter):
         """A shift of a convolution's output."""
