@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -94,3 +95,8 @@ def slides_plainly(layer: nn.Module) -> bool:
     own = next((cls for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, cls)), None)
     same = own is not None and type(layer).forward is own.forward
     return own is not None and same and type(layer)._conv_forward is own._conv_forward  # type: ignore[attr-defined]
+
+
+def standardises(layer: nn.Module) -> bool:
+    """Whether the layer standardises its weight in every forward (timm's `StdConv2d`, Hugging Face's, and their kin)."""
+    return any(re.search(r"StdConv|WeightStandardi|WSConv", cls.__name__) for cls in type(layer).__mro__)

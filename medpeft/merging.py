@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapters, adapted_layers, covering, own_tensor
+from .conv import standardises
 from .errors import MedpeftError, require
 from .model import forget, require_acting
 from .state import require_applied
@@ -90,6 +91,9 @@ def _merged_values(model: nn.Module, min_kept: float) -> Values:
     problems = []
     holders = _holders(model)
     for name, layer, adapters in adapted_layers(model):
+        if standardises(layer) and adapters.acting(on_output=True):
+            problems.append(f"{name}: {type(layer).__name__} standardises its weight, which undoes what is merged into it")
+            continue
         try:
             new = covering(layer, _in_order(adapters))
         except MedpeftError as reason:
