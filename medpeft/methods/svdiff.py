@@ -79,7 +79,7 @@ class SVDiff(Adapter):
             hidden = self.geometry.convolve(cast(x, kernel), kernel)
             shift = self._shift().view(-1, *[1] * self.geometry.dims)
             return y + self.geometry.pointwise(hidden * shift, self.left, strided=False).to(y.dtype)
-        if in_place(y):
+        if x.dtype == self.left.dtype and in_place(y):
             added: Tensor = AddSpectrum.apply(y, x, self.left, self._shift(), self.right)
             return added
         return y + F.linear(F.linear(cast(x, self.right), self.right) * self._shift(), self.left).to(y.dtype)
