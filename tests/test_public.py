@@ -1,76 +1,115 @@
-"""What the package shows and what importing it costs."""
+"""What the package offers, what importing it costs, and how fast it applies."""
 
 import inspect
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import pytest
 import timm
 import torch
+from models import make
 
 import medpeft
 
-NAMES = {
-    *("Adapter", "CheckpointError", "Header", "MedpeftError", "Plan", "Report", "Site", "apply", "check", "disabled"),
-    *("inspect", "load", "merge", "merged", "methods", "parameter_groups", "plan", "register", "remove", "report", "save"),
-}
+ROOT = Path(__file__).parent.parent
+
+PUBLIC = {
+    "Adapter", "CheckpointError", "Header", "MedpeftError", "Plan", "Report", "Site", "apply", "check", "disabled", "inspect",
+    "load", "merge", "merged", "methods", "parameter_groups", "plan", "register", "remove", "report", "save",
+}  # fmt: skip
+
+
+def public():
+    names = {name: value for name, value in vars(medpeft).items() if not name.startswith("_")}
+    return {name: value for name, value in names.items() if not inspect.ismodule(value)}
 
 
 def test_the_public_names_are_these():
-    shown = {n for n, value in vars(medpeft).items() if not n.startswith("_") and not inspect.ismodule(value)}
-    assert shown == NAMES
+    assert set(public()) == PUBLIC
 
 
-def test_everything_public_says_what_it_is():
-    for name in NAMES:
-        assert inspect.getdoc(getattr(medpeft, name)), name
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_name_has_a_docstring_that_says_what_may_go_wrong(name):
+    thing = public()[name]
+    text = inspect.getdoc(thing)
+
+    assert text
+    assert len(text.partition("\n")[0]) > 20
+    if not inspect.isfunction(thing):
+        return
+    assert "Raises:" in text or name == "methods"
+    assert all(p.annotation is not p.empty for p in inspect.signature(thing).parameters.values())
 
 
-def test_methods_has_a_line_for_each_method():
-    found = medpeft.methods()
-    required = [
-        "full",
-        "linear_probe",
-        "bn",
-        "bias",
-        "bitfit",
-        "ln",
-        "norm",
-        "attention",
-        "tsa",
-        "ssf",
-        "lora",
-        "adaptformer",
-        "svdiff",
-    ]
-    assert set(required) <= set(found)
-    assert all(line.endswith(".") and "\n" not in line for line in found.values())
+def test_errors_are_a_tree_below_value_error():
+    assert issubclass(medpeft.CheckpointError, medpeft.MedpeftError)
+    assert issubclass(medpeft.MedpeftError, ValueError)
 
 
-def test_importing_loads_nothing_heavy_and_costs_little_beyond_torch():
-    script = (
-        "import sys, time, torch; t = time.process_time(); import medpeft; d = time.process_time() - t; "
-        "print(d, [m for m in ('timm', 'torchvision', 'transformers', 'diffusers', 'monai') if m in sys.modules])"
-    )
-    seconds = []
-    for _ in range(3):
-        out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-        spent, heavy = out.split(maxsplit=1)
-        assert heavy.strip() == "[]"
-        seconds.append(float(spent))
-    # 0.07 s where it was measured; the bound leaves room for a busy machine.
-    assert min(seconds) < 0.2
-
-
-def test_apply_on_a_huge_vit_is_quick():
-    with torch.device("meta"):
-        model = timm.create_model("vit_huge_patch14_224")
-    start = time.process_time()
-    medpeft.apply(model, "lora")
-    assert time.process_time() - start < 2.0
-
-
-def test_the_version_is_the_installed_ones():
+def test_the_version_is_that_of_the_distribution():
     from importlib.metadata import version
 
     assert medpeft.__version__ == version("medpeft")
+    with pytest.raises(AttributeError, match="module 'medpeft' has no attribute 'nothing'"):
+        medpeft.nothing  # noqa: B018 - reading it is the test
+
+
+_IMPORT = """
+import time, torch, sys
+before = set(sys.modules)
+start = time.perf_counter()
+import medpeft
+print(time.perf_counter() - start)
+heavy = {"timm", "torchvision", "transformers", "diffusers", "monai", "lightning", "matplotlib", "pandas", "sklearn", "PIL"}
+print(*sorted(heavy & {name.partition(".")[0] for name in sys.modules} - {name.partition(".")[0] for name in before}))
+"""
+
+
+def test_importing_costs_little_beyond_torch_and_loads_no_model_library():
+    seconds = []
+    for _ in range(4):
+        answer = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, cwd=ROOT, check=True)
+        first, second = answer.stdout.split("\n")[:2]
+        assert second == ""
+        seconds.append(float(first))
+        if seconds[-1] < 0.1:
+            return
+    # Measured on an idle machine: 0.05 s. Tests beside it on a busy one may take turns with it.
+    assert min(seconds) < 0.4, seconds
+
+
+@pytest.mark.parametrize("method", ["ssf", "lora", "bias+norm+attention", "adaptformer", "svdiff"])
+def test_apply_on_a_huge_model_is_quick(method):
+    with torch.device("meta"):
+        model = timm.create_model("vit_huge_patch14_224", num_classes=3)
+
+    start = time.perf_counter()
+    medpeft.apply(model, method)
+
+    assert time.perf_counter() - start < 2.0
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_the_quick_start_of_the_readme():
+    model = make("resnet", torch.float32)
+    print(medpeft.plan(model, "lora", rank=8))
+    medpeft.apply(model, {"lora": {"rank": 8}, "bn": {}}, target="layer4.*")
+
+    assert {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"layer4", "fc"}
+    groups = medpeft.parameter_groups(model, lr=1e-3, weight_decay=0.05)
+    torch.optim.AdamW(groups)
+    with medpeft.disabled(model):
+        assert not any(adapters.enabled for adapters in [model.layer4[0].conv1.adapters])
+    medpeft.remove(model)
+    assert not hasattr(model.layer4[0].conv1, "adapters")
+
+
+def test_merging_in_the_readme():
+    model = make("vit", torch.float32)
+    medpeft.apply(model, "ssf+lora")
+    with medpeft.merged(model):
+        pass
+    medpeft.merge(model)
+    assert list(model.state_dict()) == list(make("vit", torch.float32).state_dict())

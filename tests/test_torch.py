@@ -149,3 +149,19 @@ def test_adapters_take_the_dtype_they_are_asked_for(family):
     assert {p.dtype for name, p in model.named_parameters() if ".adapters." in name} == {torch.bfloat16}
     assert y.dtype == torch.float32
     assert gradients(model, y).keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("method", ["svdiff", "lora", "ssf"])
+def test_adapters_of_another_precision_also_act_on_few_rows(method, adapters):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).double()
+    medpeft.apply(model, method, head=None, dtype=adapters, **({"target": "*"} if method == "lora" else {}))
+    x = torch.randn(2, 64, dtype=torch.float64)
+    randomise_adapters(model)
+
+    with torch.no_grad(), medpeft.merged(model):
+        merged = model(x)
+
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(model(x), merged, rtol=0.05, atol=0.05)
