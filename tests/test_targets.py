@@ -37,6 +37,8 @@ ATTENTIONS = [f"blocks.{i}.attn.{layer}" for i in (0, 1) for layer in ("qkv", "p
         (["*.fc1", nn.Conv2d], ["patch_embed.proj", "blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]),
         (("*.0.mlp.fc1", "blocks.0.mlp"), ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]),
     ],
+    # A function's name has its address, and processes that share the tests must agree on the names.
+    ids=["glob", "module", "suffix", "mlp", "attention", "conv", "expression", "type", "predicate", "several", "globs"],
 )
 def test_a_target_picks_by_glob_role_pattern_type_or_predicate(target, expected):
     assert sites(make("vit"), target=target) == expected
