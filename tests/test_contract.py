@@ -57,6 +57,11 @@ SLOW = {
 }
 
 
+# Variants that differ inside the adapter alone are tested on one family of each kind of layer.
+_KINDS = ("resnet", "efficientnet", "vit", "beit", "swinv2", "levit", "hf_vit", "multihead_attention", "transformer_encoder")
+SOLE = dict.fromkeys(("pissa", "olora", "dora"), _KINDS)
+
+
 def _pairs(fitting, recipes=RECIPES):
     return [
         pytest.param(family, recipe, id=f"{family}-{recipe}")
