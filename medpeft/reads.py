@@ -7,10 +7,13 @@ output of such a layer never runs. The source says so for any class, third-party
 from __future__ import annotations
 
 import ast
+import dis
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from types import CodeType, FunctionType
 
 from torch import nn
@@ -34,6 +37,25 @@ def reads(cls: type[nn.Module]) -> frozenset[str]:
         if _TENSORS & _names(function.__code__):
             found.update(path for path in _paths(function) if "." in path)
     return frozenset(found)
+
+
+@cache
+def overwrites(cls: type[nn.Module]) -> bool:
+    """Whether `cls.forward` changes a tensor in place, by `x += y` or by a method such as `x.add_(y)`.
+
+    Read off the bytecode, where `x += y` of numbers looks the same: True may be too cautious, unless y is a constant.
+    """
+    return any(_overwrites(function.__code__) for function in _reachable(cls))
+
+
+def _overwrites(code: CodeType) -> bool:
+    if any(re.fullmatch(r"[a-z]\w*[a-z]_", name) and name != "requires_grad_" for name in code.co_names):
+        return True
+    steps = list(dis.get_instructions(code))
+    return any(
+        after.opname == "BINARY_OP" and after.argrepr.endswith("=") and "CONST" not in step.opname
+        for step, after in pairwise(steps)
+    )
 
 
 def _reachable(cls: type[nn.Module]) -> Iterator[FunctionType]:

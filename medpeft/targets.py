@@ -15,7 +15,7 @@ from torch import nn
 from . import roles
 from .adapter import Site, own_tensor
 from .errors import MedpeftError
-from .reads import reads
+from .reads import overwrites, reads
 
 Predicate = Callable[[str, nn.Module], bool]
 Pattern = str | re.Pattern[str] | type[nn.Module] | Predicate
@@ -95,7 +95,7 @@ class Network:
 
     @cached_property
     def _works_in_place(self) -> bool:
-        return any(getattr(module, "inplace", False) is True for module in self.modules.values())
+        return any(_works_in_place(module) for module in self.modules.values())
 
     def reader(self, layer: str, *tensors: str) -> str | None:
         """Outermost module that reads one of the layer's tensors without calling the layer."""
@@ -195,6 +195,12 @@ class Network:
             return any(roles.is_mlp(full, self.modules[full]) for full in around if full in self.modules)
         kind = _kind(self.modules[name])
         return role == ("conv" if kind == "transposed" else kind)
+
+
+def _works_in_place(module: nn.Module) -> bool:
+    """Whether a module may change its input in place, as it says itself or by what its `forward` does."""
+    said = getattr(module, "inplace", not _kind(module) and overwrites(type(module)))  # type: ignore[arg-type]  # as above
+    return said is True
 
 
 def _ancestors(name: str) -> list[str]:

@@ -27,6 +27,7 @@ from timm.models import (
     shvit,
     swin_transformer,
     tiny_vit,
+    twins,
     vision_transformer,
     xcit,
 )
@@ -35,6 +36,7 @@ from torch import nn
 import medpeft
 from medpeft import roles
 from medpeft.head import find_head
+from medpeft.reads import overwrites
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from zoo import kind_of, verdicts
@@ -273,3 +275,30 @@ def test_a_second_classifier_that_timm_does_not_list_belongs_to_the_head():
     with torch.device("meta"):
         model = timm.create_model("volo_d1_224", num_classes=3)
     assert set(find_head(model)) == {"head", "aux_head"}
+
+
+def test_ssf_keeps_outputs_where_the_source_changes_them_in_place():
+    class Positioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position, self.head = twins.PosConv(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.position(x, (2, 2)))
+
+    model = medpeft.apply(Positioned(), "ssf", head="head")
+    model(torch.randn(1, 4, 4)).sum().backward()
+    gradient = model.position.proj[0].adapters["ssf"].scale.grad
+    assert torch.isfinite(gradient).all()
+    assert gradient.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "overwrites_inputs"),
+    [("test_vit", []), ("test_convnext", []), ("twins_svt_small", ["PosConv"]), ("resnet18", ["BasicBlock"])],
+)
+def test_in_place_operations_are_found_in_the_source(arch, overwrites_inputs):
+    with torch.device("meta"):
+        modules = timm.create_model(arch).modules()
+    found = {type(m).__name__ for m in modules if overwrites(type(m)) and not roles.is_norm(m)}
+    assert sorted(found) == overwrites_inputs
