@@ -263,8 +263,7 @@ class _Denoiser(nn.Module):
         )  # fmt: skip
 
     def forward(self, x):
-        text = x.flatten(2)[:, :2, :6]
-        return self.unet(x, torch.tensor(7), text).sample
+        return self.unet(x, torch.tensor(7), x.flatten(2)[:, :2, :6]).sample
 
 
 @family((_TRANSFORMER | {"conv blocks"}) - {"head"}, (2, 4, 8, 8), head=None)
@@ -288,8 +287,7 @@ class SelfAttention(nn.Module):
         self.classifier = nn.Linear(16, CLASSES)
 
     def forward(self, x):
-        y, _ = self.attn(x, x[..., : self.kdim], x[..., : self.vdim])
-        return self.classifier(y.mean(1))
+        return self.classifier(self.attn(x, x[..., : self.kdim], x[..., : self.vdim])[0].mean(1))
 
 
 @family({"attention", "head"}, (2, 5, 16))
