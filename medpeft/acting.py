@@ -42,6 +42,11 @@ def inert(model: nn.Module, example_input: Any, names: Iterable[str]) -> tuple[l
     effects["eval"] = trial.effects("eval")
     smallest = _ROUNDING * trial.precision
     suspects = {mode: [n for n in names if not found[n] > smallest] for mode, found in effects.items()}
+    if any(suspects.values()):
+        # A single value may be meant: noise in place of a mask of ones shuts an attention. What acts on either input acts.
+        given = Trial(real_twin(model), example_input)
+        again = {mode: given.effects(mode) for mode in suspects if suspects[mode]}
+        suspects = {mode: [n for n in found if not again[mode][n] > smallest] for mode, found in suspects.items()}
     silent = _explain(model, example, suspects) if any(suspects.values()) else []
     bypassed = trial.bypassed([n for n in names if n not in suspects["eval"]])
     reason = "without gradients (torch.no_grad) the model takes a path that does not use it"

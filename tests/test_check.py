@@ -224,6 +224,26 @@ def test_an_input_without_variation_is_replaced_by_noise():
     assert medpeft.check(model, torch.zeros(2, 3, 32, 32)).tensors > 20
 
 
+class Masked(nn.Module):
+    """A weighting of tokens that a float mask of ones lets through, scores far below every other where it is 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.head = nn.Linear(6, 1), nn.Linear(6, 3)
+        randomise(self)
+
+    def forward(self, x, mask):
+        scores = self.score(x)[..., 0] + 10_000 * (mask - 1)
+        return self.head((scores.softmax(-1)[..., None] * x).sum(1))
+
+
+def test_a_mask_of_ones_is_left_as_it_is():
+    model = medpeft.apply(Masked(), "lora", target="score", rank=1)
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+
+    assert medpeft.check(model, (x, torch.ones(2, 5))).tensors == 4
+
+
 def test_dropped_branches_are_tried_again():
     options = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 16, "num_heads": 2, "drop_path_rate": 0.6}
     model = randomise(timm.create_model("vit_tiny_patch16_224", num_classes=3, **options))
