@@ -1,0 +1,104 @@
+"""Decompositions are computed once, found by their weight, and never read damaged."""
+
+import pytest
+import torch
+
+import medpeft
+from medpeft.svdcache import caching, current, decompose, stored
+
+SHAPES = [(6, 4), (4, 6), (1, 5)]
+
+
+def weight(shape=(6, 4), dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def files(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The weights that were decomposed anew."""
+    seen, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda w, **options: (seen.append(tuple(w.shape)), svd(w, **options))[1])
+    return seen
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_weight_is_decomposed_once_and_read_the_second_time(shape, dtype, tmp_path, computed):
+    w = weight(shape, dtype)
+    left, values, right = decompose(w, tmp_path)
+    again = decompose(w.clone(), tmp_path)
+
+    assert computed == [shape]
+    assert all(torch.equal(a, b) for a, b in zip(again, (left, values, right), strict=True))
+    assert values.dtype == torch.promote_types(dtype, torch.float32)
+    product = left @ values.diag() @ right
+    assert torch.allclose(product, w.to(product.dtype), atol=1e-5)
+
+
+def test_other_values_another_shape_and_another_dtype_have_files_of_their_own(tmp_path, computed):
+    zeros = torch.zeros(2, 6)
+    for w in (weight(), weight(seed=1), weight(dtype=torch.float64), zeros, zeros.view(3, 4)):
+        decompose(w, tmp_path)
+
+    assert len(computed) == len(files(tmp_path)) == 5
+
+
+def test_without_a_directory_nothing_is_kept(tmp_path, monkeypatch, computed):
+    monkeypatch.chdir(tmp_path)
+    decompose(weight())
+    decompose(weight())
+
+    assert len(computed) == 2
+    assert files(tmp_path) == []
+
+
+def test_caching_names_the_directory_for_what_is_decomposed_within(tmp_path, computed):
+    with caching(tmp_path / "new" / "cache") as directory:
+        assert current() == directory
+        decompose(weight())
+        decompose(weight())
+    decompose(weight())
+
+    assert current() is None
+    assert len(computed) == 2
+    assert len(files(directory)) == 1
+
+
+def test_a_cache_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(medpeft.CheckpointError, match="cannot be made"), caching(tmp_path / "file" / "cache"):
+        pass
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def _replace(path):
+    other = path.parent / "other"
+    other.mkdir()
+    decompose(weight(seed=1), other)
+    next(other.iterdir()).replace(path)
+    other.rmdir()
+
+
+def _scramble(path):
+    data = bytearray(path.read_bytes())
+    data[-30:] = bytes(30)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_cut, _replace, _scramble])
+def test_a_damaged_file_is_computed_anew_with_a_warning_and_replaced(damage, tmp_path):
+    good = decompose(weight(), tmp_path)
+    damage(next(tmp_path.iterdir()))
+
+    with pytest.warns(UserWarning, match="computed anew"):
+        again = decompose(weight(), tmp_path)
+
+    assert all(torch.equal(a, b) for a, b in zip(again, good, strict=True))
+    assert stored(weight(), tmp_path) is not None
