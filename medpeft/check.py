@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from .acting import inert
-from .adapter import Cover, Tap, _adapt_output, adapted_layers
+from .adapter import adapted_layers
 from .batchnorm import with_statistics
 from .connected import Silent, connected
 from .errors import MedpeftError
+from .hooks import Cover, Tap, adapt_output
 from .state import Applied, require_applied
 from .targets import Network
 from .twin import real_twin, undisturbed
@@ -134,7 +135,7 @@ def _hooks_lost(model: nn.Module) -> Iterator[tuple[str, str]]:
     tapped = {id(tap.adapter) for _, tap in methods if isinstance(tap, Tap)}
     for name, layer, adapters in adapted_layers(model):
         on_output = adapters.acting(on_output=True)
-        lost = bool(on_output) and _adapt_output not in layer._forward_hooks.values()
+        lost = bool(on_output) and adapt_output not in layer._forward_hooks.values()
         lost = lost or (bool(adapters.acting(on_output=False)) and name not in covered)
         if lost or any(a.taps and id(a) not in tapped for a in on_output):
             yield (

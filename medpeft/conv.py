@@ -79,10 +79,10 @@ class Geometry:
             x = x[(slice(None),) * axis + (slice(None, None, step),)] if step > 1 else x
         return x
 
-    def pointwise(self, x: Tensor, weight: Tensor, groups: int = 1, strided: bool = True) -> Tensor:
+    def pointwise(self, x: Tensor, weight: Tensor, groups: int = 1, strided: bool = True, bias: Tensor | None = None) -> Tensor:
         """`x` mixed over channels by `weight`, (O, I / groups), at the layer's stride."""
         kernel = weight.view(*weight.shape, *[1] * self.dims)
-        return _CONVOLVE[self.dims](x, kernel, None, self.stride if strided else 1, 0, 1, groups)
+        return _CONVOLVE[self.dims](x, kernel, bias, self.stride if strided else 1, 0, 1, groups)
 
 
 def pads_by_input(layer: nn.Module) -> bool:

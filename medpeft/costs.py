@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .adapter import detach
 from .batchnorm import release_statistics
+from .hooks import detach
 from .state import require_applied
 from .twin import on_fakes, run, undisturbed
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Site, adapted_layers, attach, detach
+from .adapter import Adapter, Site, adapted_layers
 from .batchnorm import freeze_statistics, release_statistics
 from .errors import MedpeftError, require
 from .head import Head
+from .hooks import attach, detach
 from .planning import Plan, build, plan
 from .registry import Method, Methods
 from .state import Applied, like, require_applied, set_applied, trained_tensors

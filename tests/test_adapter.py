@@ -6,7 +6,8 @@ from models import example, make, output, randomise, randomise_adapters
 from torch import nn
 
 import medpeft
-from medpeft.adapter import Cover, adapted_layers, own_state
+from medpeft.adapter import adapted_layers, own_state
+from medpeft.hooks import Cover
 
 
 def hooks(model):

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
-from ..adapter import Adapter, Site, cast
+from ..adapter import Adapter, Form, Site, cast
 from ..conv import Geometry
 from ..kernels import AddSpectrum, ShiftSpectrum, in_place, writes_fresh_output
 from ..registry import register
@@ -38,6 +39,8 @@ class SVDiff(Adapter):
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         self.delta = nn.Parameter(torch.zeros(values.shape[0], device=values.device, dtype=values.dtype))
         self.scale = scale
+        # By these it notices that the weight is no longer the one that it took apart.
+        self.marks, self.compared = _marks(host), (0, 0, False)
         # Both forms cost differently at different numbers of tokens; a weight that a parent reads leaves no choice.
         self.geometry = Geometry.of(site.layer) if site.kind == "conv" else None  # type: ignore[arg-type]  # a convolution
         plain = site.reader is None and writes_fresh_output(site.layer)
@@ -61,16 +64,48 @@ class SVDiff(Adapter):
     def _shift(self) -> Tensor:
         return (self.values + self.scale * self.delta).relu() - self.values
 
-    def prefers_output(self, x: Tensor) -> bool:
-        """Whether x is so few rows that k·(in + out) for each costs less than a product of U and Vᵀ, (out, k)·(k, in)."""
+    def form_for(self, x: Tensor, weight: Tensor | None) -> Form:
+        """The form with the fewest operations for the rows of `x`: U and V as two layers, or a weight built of them.
+
+        Without gradients U·diag(…)·Vᵀ comes on top of W, so that nothing but the shift is rounded.
+        """
         out, columns, rank = len(self.left), self.right.shape[1], len(self.values)
         rows = x.shape[:-1].numel()
         if self.geometry is not None:
             rows = x.shape[0] * x.shape[2:].numel() // math.prod(self.geometry.stride)
         if not torch.is_grad_enabled():
-            return rows * (out + columns) < out * columns
+            return "output" if rows * (out + columns) < out * columns else "weight"
         # In training the weight's own gradient comes on top, and its product with U.
-        return 2 * rows * rank * (out + columns) < (2 * rank + rows) * out * columns
+        built = (3 * rows + 2 * rank) * out * columns
+        # A built weight's gradient needs x, which a convolution's neighbours keep anyway; the factors keep Vᵀ·x.
+        margin = 1.0 if self.geometry is None else 1.25
+        if margin * 2 * rows * rank * (out + columns) < built and self._stands_for(weight, x):
+            return "factors"
+        return "output" if 2 * rows * (out * columns + rank * (out + columns)) < built else "weight"
+
+    def _stands_for(self, weight: Tensor | None, x: Tensor) -> bool:
+        """Whether U·diag(σ)·Vᵀ is the weight, to within rounding: nobody trains it, casts it, or has loaded another since."""
+        if weight is None or weight.requires_grad or not in_place(x) or not weight.dtype == x.dtype == self.left.dtype:
+            return False
+        if weight.is_meta or is_fake(weight):
+            return True
+        now = weight.data_ptr(), weight._version
+        if now != self.compared[:2]:
+            found, (total, norm) = _marks(weight), self.marks
+            self.compared = *now, max(abs(found[0] - total), abs(found[1] - norm)) <= 1e-6 * norm
+        return self.compared[2]
+
+    def factor(self) -> Tensor:
+        """Vᵀ in the shape of a weight with k output channels."""
+        kernel = () if self.geometry is None else self.geometry.kernel
+        return self.right.view(len(self.values), -1, *kernel)
+
+    def finish(self, half: Tensor, bias: Tensor | None) -> Tensor:
+        """U·diag(relu(σ + s·δ))·(Vᵀ·x) + b, from Vᵀ·x."""
+        spectrum = (self.values + self.scale * self.delta).relu()
+        if self.geometry is None:
+            return F.linear(half * spectrum, self.left, bias)
+        return self.geometry.pointwise(half * spectrum.view(-1, *[1] * self.geometry.dims), self.left, strided=False, bias=bias)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + ((x·V)·diag(relu(σ + s·δ) − σ))·Uᵀ; a convolution with V, then a 1×1 with U."""
@@ -93,3 +128,11 @@ class SVDiff(Adapter):
             return (matrix + (self.left * self._shift()) @ self.right).view(weight.shape), bias
         shifted: Tensor = ShiftSpectrum.apply(matrix, self.left, self._shift(), self.right)
         return shifted.view(weight.shape), bias
+
+
+def _marks(weight: Tensor) -> tuple[float, float]:
+    """Sum and norm; 0 of a weight without values."""
+    if weight.is_meta or is_fake(weight):
+        return 0.0, 0.0
+    wide = weight.detach().double()
+    return float(wide.sum()), float(wide.norm())

@@ -1,0 +1,164 @@
+"""The hooks that bring adapters into the forward: on a layer's output, or in place of its tensors while it computes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, Adapters, Form, Site, autocasts, covering, own_tensor
+
+
+def attach(model: nn.Module, planned: Iterable[tuple[str, Site, Adapter]]) -> None:
+    """Register each adapter at its site and hook it into the forward: `(method, site, adapter)` each."""
+    by_layer: dict[str, list[tuple[str, Site, Adapter]]] = {}
+    for item in planned:
+        by_layer.setdefault(item[1].name, []).append(item)
+    for name, items in by_layer.items():
+        layer = items[0][1].layer
+        layer.add_module("adapters", Adapters({method + site.key: adapter for method, site, adapter in items}))
+        for reader in sorted({_reader(site) for _, site, adapter in items if not adapter.on_output}):
+            cover = Cover(name[len(reader) :].lstrip("."))
+            module = model.get_submodule(reader)
+            module.register_forward_pre_hook(cover.put, with_kwargs=True)
+            module.register_forward_hook(cover.take, always_call=True)
+        if any(adapter.on_output or adapter.switches for _, _, adapter in items):
+            layer.register_forward_hook(adapt_output, prepend=True, with_kwargs=True)
+        for _, _, adapter in items:
+            _tap(layer, adapter)
+
+
+def _reader(site: Site) -> str:
+    return site.name if site.reader is None else site.reader
+
+
+def _tap(layer: nn.Module, adapter: Adapter) -> None:
+    if not adapter.taps:
+        return
+    tap = Tap(adapter)
+    layer.register_forward_pre_hook(tap.clear)
+    for path in adapter.taps:
+        layer.get_submodule(path).register_forward_pre_hook(tap.store, with_kwargs=True)
+
+
+def detach(model: nn.Module) -> None:
+    """Take every adapter and every hook of medpeft's out of the model."""
+    for module in model.modules():
+        if isinstance(module._modules.get("adapters"), Adapters):
+            del module._modules["adapters"]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+                _unhook(module, key)
+
+
+def _is_ours(hook: Callable[..., Any]) -> bool:
+    return hook is adapt_output or isinstance(getattr(hook, "__self__", None), (Cover, Tap))
+
+
+def _unhook(module: nn.Module, key: int) -> None:
+    for hooks in (
+        module._forward_hooks,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+        module._forward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+    ):
+        hooks.pop(key, None)
+
+
+def adapt_output(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of an adapted layer: apply the adapters that act on its output.
+
+    Everything comes from `layer`, so that deepcopy, pickle and replicas adapt with their own adapters.
+    """
+    adapters: Adapters = layer.adapters  # type: ignore[assignment]  # nn.Module types its children as Tensor | Module
+    if not adapters.enabled:
+        return output
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    y = output[0] if isinstance(output, tuple) else output
+    for adapter, form in adapters.forms(layer, x):
+        if form == "factors":
+            y = adapter.finish(y, own_tensor(layer, adapter.bias_name))
+        elif form == "output":
+            y = adapter(adapter.tapped.pop(_thread(), x) if adapter.taps else x, y)
+    return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def _thread() -> int:
+    """Key of the running thread, so that two forwards of one model do not meet."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+class Cover:
+    """Puts the adapted tensors of the layer at `path` in place of its own for one forward of the module it is hooked to."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.running: dict[int, set[str]] = {}
+
+    def put(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook: hide the layer's tensors behind the adapted ones."""
+        layer = module.get_submodule(self.path) if self.path else module
+        adapters: Adapters = layer.adapters  # type: ignore[assignment]  # as in adapt_output
+        if not adapters.enabled:
+            return
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        forms = adapters.forms(layer, None if self.path else x)
+        with _full_precision(layer):
+            values = _hiding(layer, forms)
+        # A norm without weights takes on the dtype of its input.
+        given = x.dtype if isinstance(x, Tensor) and x.is_floating_point() else None
+        dtype = next((p.dtype for p in layer.parameters(recurse=False)), given)
+        with _switching():
+            self.running[_thread()] = set(values)
+            layer.__dict__.update({name: value if value is None else value.to(dtype) for name, value in values.items()})
+
+    def take(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook, called after an error too: bring the layer's own tensors back."""
+        layer = module.get_submodule(self.path) if self.path else module
+        with _switching():
+            names = self.running.pop(_thread(), set())
+            # A forward in another thread may still read them; the last one out removes them.
+            for name in () if self.running else names:
+                layer.__dict__.pop(name, None)
+
+
+def _hiding(layer: nn.Module, forms: list[tuple[Adapter, Form]]) -> Mapping[str, Tensor | None]:
+    """What hides the layer's tensors while it computes."""
+    for adapter, form in forms:
+        if form == "factors":
+            return {adapter.weight_name: adapter.factor(), adapter.bias_name: None}
+    return covering(layer, [adapter for adapter, form in forms if form == "weight"])
+
+
+_SWITCH = threading.Lock()
+
+
+def _switching() -> Any:
+    """One thread at a time puts tensors in place or takes them out; a compiled forward runs in one thread."""
+    return nullcontext() if torch.compiler.is_compiling() else _SWITCH
+
+
+def _full_precision(layer: nn.Module) -> Any:
+    """Autocast off: a weight is adapted in its own precision, as merging does."""
+    kind = next((p.device.type for p in layer.parameters()), "cpu")
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
+
+
+class Tap:
+    """Keeps, for one forward of a block, the input of the first tapped submodule to run."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def clear(self, block: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the block: forget what an interrupted forward may have left."""
+        self.adapter.tapped.pop(_thread(), None)
+
+    def store(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of a tapped submodule: keep its input if it is the first."""
+        self.adapter.tapped.setdefault(_thread(), args[0] if args else next(iter(kwargs.values())))
