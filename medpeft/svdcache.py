@@ -68,7 +68,7 @@ def decompose(weight: Tensor, cache: Path | None = None) -> SVD:
     Raises:
         CheckpointError: a decomposition cannot be written.
     """
-    directory = cache or current()
+    directory = None if weight.is_meta else cache or current()
     found = None if directory is None else stored(weight, directory)
     if found is not None:
         return found

@@ -17,6 +17,7 @@ from ..adapter import Adapter, Form, Site, cast
 from ..conv import Geometry
 from ..kernels import AddSpectrum, ShiftSpectrum, in_place, writes_fresh_output
 from ..registry import register
+from ..svdcache import decompose
 from ..targets import Network
 
 
@@ -35,8 +36,7 @@ class SVDiff(Adapter):
     def __init__(self, site: Site, *, scale: float = 1.0, keep_svd: bool = False) -> None:
         super().__init__(site)
         host = site.host
-        matrix = (host.flatten(1) if host.ndim > 1 else host[None]).to(torch.promote_types(host.dtype, torch.float32))
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        left, values, right = decompose(host.flatten(1) if host.ndim > 1 else host[None])
         self.delta = nn.Parameter(torch.zeros(values.shape[0], device=values.device, dtype=values.dtype))
         self.scale = scale
         # By these it notices that the weight is no longer the one that it took apart.
