@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 from trainer.batches import Batches, Part, make_batches, make_transform
+from trainer.config import write_config
+from trainer.cost import forget_peak, peak_memory, saved_bytes, typical
 from trainer.errors import TrainerError
 from trainer.figure import draw_training
 from trainer.flags import changed_settings, make_parser, parse, settings_of
@@ -30,8 +32,10 @@ from trainer.images import Images, Integers
 from trainer.loop import Training, fit, load_training, predict, restore_training, save_training, warmup_cosine
 from trainer.metrics import score, table, without_nan
 from trainer.models import build_model, input_statistics
+from trainer.predictions import write_predictions
 from trainer.sources import read_data
 from trainer.split import PARTS, divided_groups, split
+from trainer.subset import training_subset
 
 import medpeft
 
@@ -49,41 +53,70 @@ def main(given: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, test and save; give what metrics.json holds.
+def run(args: argparse.Namespace, images: Images | None = None) -> dict[str, Any]:
+    """Train, test and save; give what metrics.json holds, and the test's predictions.
+
+    Args:
+        args: the flags, from `parse`.
+        images: what `images_of(args)` gave before, so that several runs read the data once.
 
     Raises:
         TrainerError, medpeft.MedpeftError: data, model, method or flags do not fit.
     """
     start = time.perf_counter()
+    say = no_line if args.quiet else print_line
     fabric = Fabric(accelerator="auto", devices=1)
-    images = read_data(args.data, args.image_size, args.patient_column)
+    if images is None:
+        images = images_of(args)
     found = split(images, args.seed, args.val_fraction, args.test_fraction)
-    print(describe(images, found))
+    found["train"] = training_subset(images, found["train"], args.train_fraction, args.seed)
+    say(describe(images, found))
 
     fabric.seed_everything(args.seed, workers=True, verbose=False)
     model = adapted_model(args, len(images.classes))
-    print(f"\n{medpeft.report(model)}\n", flush=True)
+    say(f"\n{medpeft.report(model)}\n")
 
     batches = batches_of(fabric, args, images, found, input_statistics(model))
-    training = train(fabric, args, model, batches, class_weights(args, images, found["train"]))
-    logits, labels = predict(training.model, batches["test"])
-    scores = score(logits.softmax(1).cpu(), labels.cpu())
-    print(f"\n{table(scores, images.classes, f'Test on {len(labels)} images')}\n")
+    forget_peak(fabric.device)
+    training = train(fabric, args, model, batches, class_weights(args, images, found["train"]), say)
+    peak, kind = peak_memory(fabric.device)
+    predictions = {part: probabilities_of(training.model, batches[part]) for part in ("val", "test")}
+    scores = {part: score(probabilities, labels) for part, (probabilities, labels) in predictions.items()}
+    say("\n" + table(scores["test"], images.classes, f"Test on {len(found['test'])} images") + "\n")
     record = {
         "settings": settings_of(args),
         "classes": images.classes,
         "images": {part: count(images, rows) for part, rows in found.items()},
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "test": scores,
+        **scores,
         "best_epoch": training.best_epoch,
         "history": training.history,
         "seconds": time.perf_counter() - start,
+        "step_seconds": typical(training.step_seconds),
+        "saved_bytes": saved_bytes(model, args.batch_size, args.image_size),
+        "peak_bytes": peak,
+        "peak_memory": kind,
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "test_predictions": {
+            "index": found["test"].tolist(),
+            "label": predictions["test"][1].tolist(),
+            "probabilities": predictions["test"][0].tolist(),
+        },
     }
-    write_results(args, model, record)
-    print(f"Saved adapter.safetensors, metrics.json and training.png to {args.output}")
+    write_results(args, model, images, record)
+    say(f"Saved adapter.safetensors, metrics.json, predictions.csv and training.png to {args.output}")
     return record
+
+
+def images_of(args: argparse.Namespace) -> Images:
+    """Read the data that the flags name; several runs may share them."""
+    return read_data(args.data, args.image_size, args.patient_column, args.quiet)
+
+
+def probabilities_of(model: nn.Module, batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the probabilities (N, C) and the labels (N,) of all batches, on the CPU."""
+    logits, labels = predict(model, batches)
+    return logits.softmax(1).cpu(), labels.cpu()
 
 
 def adapted_model(args: argparse.Namespace, classes: int) -> nn.Module:
@@ -126,6 +159,7 @@ def train(
     model: nn.Module,
     batches: dict[str, Batches],
     weights: torch.Tensor | None,
+    say: Callable[[str], None],
 ) -> Training:
     """Train an adapted model, from the start or from the last epoch that was saved."""
     groups = medpeft.parameter_groups(model, lr=args.lr, weight_decay=args.weight_decay)
@@ -136,11 +170,11 @@ def train(
     checkpoint = args.output / "last.ckpt"
     args.output.mkdir(parents=True, exist_ok=True)
     if args.resume:
-        resume(args, training, checkpoint)
+        resume(args, training, checkpoint, say)
 
     def after_epoch(training: Training) -> None:
         save_training(training, settings_of(args), checkpoint)
-        print(epoch_line(training), flush=True)
+        say(epoch_line(training))
 
     fit(
         fabric,
@@ -152,14 +186,15 @@ def train(
         patience=args.patience,
         seed=args.seed,
         after_epoch=after_epoch,
+        quiet=args.quiet,
     )
     return training
 
 
-def resume(args: argparse.Namespace, training: Training, checkpoint: Path) -> None:
+def resume(args: argparse.Namespace, training: Training, checkpoint: Path, say: Callable[[str], None]) -> None:
     """Go on from a checkpoint of a run with the same settings, if there is one."""
     if not checkpoint.exists():
-        print(f"{args.output} has no last.ckpt: beginning with epoch 1")
+        say(f"{args.output} has no last.ckpt: beginning with epoch 1")
         return
     content = load_training(checkpoint)
     changed = changed_settings(content["settings"], settings_of(args))
@@ -169,11 +204,11 @@ def resume(args: argparse.Namespace, training: Training, checkpoint: Path) -> No
             "Resume with the same ones, or choose another --output."
         )
     restore_training(training, content)
-    print(f"Resumed after epoch {len(training.history)}")
+    say(f"Resumed after epoch {len(training.history)}")
 
 
-def write_results(args: argparse.Namespace, model: nn.Module, record: dict[str, Any]) -> None:
-    """Write the adapter, the metrics and the figure."""
+def write_results(args: argparse.Namespace, model: nn.Module, images: Images, record: dict[str, Any]) -> None:
+    """Write the adapter, the settings, the metrics, the predictions and the figure."""
     mean, std = input_statistics(model)
     metadata = {
         "model": args.model,
@@ -185,8 +220,14 @@ def write_results(args: argparse.Namespace, model: nn.Module, record: dict[str, 
         "test_macro_f1": record["test"]["macro_f1"],
     }
     medpeft.save(model, args.output / "adapter.safetensors", metadata=metadata)
-    text = json.dumps(without_nan(record), indent=2, allow_nan=False)
+    kept = {key: value for key, value in record.items() if key != "test_predictions"}
+    text = json.dumps(without_nan(kept), indent=2, allow_nan=False)
     (args.output / "metrics.json").write_text(text + "\n")
+    write_config({k: v for k, v in record["settings"].items() if k != "config"}, args.output / "config.yaml")
+    found = record["test_predictions"]
+    names = [images.names[i] if images.names else str(i) for i in found["index"]]
+    labels = [images.classes[label] for label in found["label"]]
+    write_predictions(args.output / "predictions.csv", names, images.classes, torch.tensor(found["probabilities"]), labels)
     draw_training(
         record["history"],
         record["best_epoch"],
@@ -225,6 +266,15 @@ def epoch_line(training: Training) -> str:
         f"epoch {epoch:>3}  train loss {last['train_loss']:.4f}  val loss {last['val_loss']:.4f}  "
         f"val macro-F1 {last['val_macro_f1']:.4f}  {last['seconds']:5.1f} s{kept}"
     )
+
+
+def print_line(text: str) -> None:
+    """Print at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def no_line(text: str) -> None:
+    """Print nothing."""
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The reference trainer trains, saves, resumes, and answers wrong flags with what to do."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -95,7 +96,49 @@ def test_the_adapter_on_a_fresh_base_gives_the_same_scores(folder, finished):
     plain = make_transform(48, *input_statistics(model), augment=False)
     part = Part(images, split(images, seed=0)["test"], plain)
     logits, labels = predict(model, make_batches(part, 8, 0, shuffle=False))
-    assert score(logits.softmax(1), labels) == record["test"]
+    again = score(logits.softmax(1), labels)
+    assert again.keys() == record["test"].keys()
+    assert again["confusion_matrix"] == record["test"]["confusion_matrix"]
+    assert again["ece"] == pytest.approx(record["test"]["ece"], abs=1e-4)
+
+
+def test_predictions_are_written_image_by_image(finished):
+    output, record = finished
+    with (output / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert "test_predictions" not in json.loads((output / "metrics.json").read_text())
+    found = record["test_predictions"]
+    assert len(rows) == len(found["index"]) == 8
+    assert [row["image"].split("/")[0] for row in rows] == [row["label"] for row in rows]
+    assert [float(row["p(down)"]) for row in rows] == pytest.approx([p[1] for p in found["probabilities"]])
+
+
+def test_a_run_says_what_it_cost(finished):
+    _, record = finished
+    assert 0 < record["step_seconds"] < record["seconds"]
+    # The first convolution of the batch of 8 alone keeps its input, 8 × 3 × 48 × 48 floats.
+    assert record["saved_bytes"] > 8 * 3 * 48 * 48 * 4
+    assert record["peak_bytes"] > 2**25
+    assert record["peak_memory"] in ("CUDA allocations", "resident set of the process")
+    assert set(record["val"]) == set(record["test"])
+
+
+def test_data_read_once_serve_another_run_and_quiet_prints_nothing(folder, finished, tmp_path, capfd):
+    given = flags(folder, tmp_path, "--epochs", "1", "--quiet")
+    args = parse(make_parser(""), given)
+    images = train.images_of(args)
+    shared = train.run(args, images)
+    args.output = tmp_path / "other"
+    assert train.run(args)["test_predictions"] == shared["test_predictions"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_run_repeats_from_the_settings_that_it_wrote(folder, tmp_path):
+    more = ["--method", "lora", "--option", "rank=2", "--option", "rslora=true", "--class-weights", "--epochs", "1"]
+    first = run(*flags(folder, tmp_path / "first", *more))
+    again = run("--config", tmp_path / "first" / "config.yaml", "--output", tmp_path / "again")
+    assert again["test_predictions"] == first["test_predictions"]
+    assert again["settings"] | {"output": ""} == first["settings"] | {"output": "", "config": again["settings"]["config"]}
 
 
 def test_the_metrics_are_saved_as_strict_json(finished):
@@ -311,6 +354,7 @@ def test_options_of_a_union_name_their_method():
         (["--option", "rank"], "--option rank is not of the form NAME=VALUE"),
         (["--method", "lora+ssf", "--option", "rank=4"], "Say for which: --option lora.rank=4"),
         (["--option", "lora.rank=4"], "is for 'lora', and --method is ssf"),
+        (["--train-fraction", "0"], "--train-fraction is 0.0; it must be above 0"),
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
         (["--lr", "0"], "--lr is 0.0; it must be above 0"),
         (["--seed", "-1"], "--seed is -1"),
@@ -323,6 +367,34 @@ def test_options_of_a_union_name_their_method():
 )
 def test_wrong_flags_are_answered_with_what_to_do(capsys, given, message):
     assert message in messages(capsys, *given)
+
+
+def test_a_file_gives_flags_and_given_ones_win(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "method: lora\noption: {rank: 4, dora: true}\nlr: 0.02\nimage_size: 64\nclass-weights: true\ntarget: [a, b]"
+    )
+    args = parse(make_parser(""), ["--config", str(file), "--lr", "0.5", "--option", "rank=2"])
+    assert (args.method, args.lr, args.image_size, args.class_weights) == ("lora", 0.5, 64, True)
+    assert args.option == {"lora": {"rank": 2, "dora": True}}
+    assert args.target == ["a", "b"]
+    assert parse(make_parser(""), ["--config", str(file), "--target", "c"]).target == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "the key 'epoch', and train.py no flag --epoch. Did you mean 'epochs'?"),
+        ("- lr", "holds a list. Write one flag a line"),
+        ("class_weights: 1", "'class-weights' is 1; write true or false"),
+        ("lr: [1, 2]", "'lr' is [1, 2]; one value is needed"),
+        ("option: 3", "'option' is 3. Write a mapping"),
+        ("{", "could not be read"),
+    ],
+)
+def test_a_wrong_file_of_flags_is_answered_with_what_to_do(tmp_path, capsys, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    assert message in messages(capsys, "--config", tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize(("method", "rate"), [("ssf", 3e-3), ("full", 3e-4), ("bias+tsa", 1e-3), ("svdiff+bn", 3e-3)])

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from sklearn.metrics import (
+    average_precision_score,
     balanced_accuracy_score,
     confusion_matrix,
     f1_score,
+    matthews_corrcoef,
     roc_auc_score,
 )
+from torch.nn.functional import one_hot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
@@ -25,7 +28,7 @@ CLASSES = ["benign", "malignant", "normal"]
 def predictions():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (60,), generator=generator)
-    signal = torch.nn.functional.one_hot(labels, 3)
+    signal = one_hot(labels, 3)
     return (torch.randn(60, 3, generator=generator) + signal).softmax(1), labels
 
 
@@ -36,8 +39,18 @@ def test_scores_equal_those_of_scikit_learn(predictions):
     assert scores["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert scores["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert scores["auroc"] == pytest.approx(roc_auc_score(labels, probabilities, multi_class="ovr"))
+    assert scores["average_precision"] == pytest.approx(average_precision_score(one_hot(labels, 3), probabilities))
+    assert scores["mcc"] == pytest.approx(matthews_corrcoef(labels, predicted))
     assert scores["auroc_undefined_classes"] == 0
     assert scores["confusion_matrix"] == confusion_matrix(labels, predicted).tolist()
+
+
+def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    labels = torch.tensor([0, 0, 0, 1])
+    sure = torch.tensor([[0.9, 0.1]] * 4)
+    assert score(sure, labels)["ece"] == pytest.approx(0.15)
+    fair = torch.tensor([[0.75, 0.25]] * 4)
+    assert score(fair, labels)["ece"] == pytest.approx(0)
 
 
 def test_auroc_of_two_classes_is_the_usual_one(predictions):
@@ -81,11 +94,11 @@ def test_classes_that_do_not_occur_leave_balanced_accuracy_alone(predictions):
 def test_the_table_is_aligned(predictions):
     lines = table(score(*predictions), CLASSES, "Test on 60 images").splitlines()
     assert lines[0] == "Test on 60 images"
-    header, *rows = lines[6:]
+    header, *rows = lines[9:]
     assert header.split() == CLASSES
     assert [row.split()[0] for row in rows] == CLASSES
-    assert {len(line) for line in lines[6:]} == {len(header)}
-    assert len({line.index("0.") for line in lines[1:4]}) == 1
+    assert {len(line) for line in lines[9:]} == {len(header)}
+    assert len({line.index("0.") for line in lines[1:7]}) == 1
 
 
 def test_files_hold_null_instead_of_nan():

@@ -1,6 +1,7 @@
 """The trainer's split is stratified, repeatable, and never puts one group on two sides."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from trainer.errors import TrainerError
 from trainer.images import Images
 from trainer.split import divided_groups, join_groups, split
+from trainer.subset import training_subset
 
 
 def images_of(labels, groups=None, parts=None):
@@ -124,3 +126,36 @@ def test_rows_are_joined_through_any_chain_of_shared_values():
     copies = ["x", "y", "x", "z", "w"]
     patients = ["p", "q", "r", "r", "s"]
     assert join_groups(copies, patients).tolist() == [0, 1, 0, 0, 2]
+
+
+# Part of the training data
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_smaller_part_of_the_training_data_lies_within_a_larger_one(patients, seed):
+    rows = split(patients, seed)["train"]
+    parts = [set(training_subset(patients, rows, fraction, seed).tolist()) for fraction in (0.01, 0.1, 0.25, 0.5, 1)]
+    assert all(small < large for small, large in pairwise(parts))
+    assert parts[-1] == set(rows.tolist())
+
+
+def test_a_part_of_the_training_data_has_every_class_by_its_share():
+    labels = np.repeat([0, 1, 2], [600, 300, 100])
+    images = images_of(labels)
+    kept = training_subset(images, np.arange(1000), 0.1, seed=0)
+    assert np.bincount(labels[kept]).tolist() == [60, 30, 10]
+    least = training_subset(images, np.arange(1000), 0.0001, seed=0)
+    assert np.bincount(labels[least]).tolist() == [1, 1, 1]
+
+
+def test_a_part_of_the_training_data_divides_no_group(patients):
+    rows = split(patients, 0)["train"]
+    kept = training_subset(patients, rows, 0.3, seed=0)
+    left = np.setdiff1d(rows, kept)
+    assert not set(patients.groups[kept]) & set(patients.groups[left])
+
+
+def test_another_seed_takes_another_part(patients):
+    rows = np.arange(300)
+    first, again, other = (training_subset(patients, rows, 0.2, seed).tolist() for seed in (0, 0, 1))
+    assert first == again != other

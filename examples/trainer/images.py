@@ -31,6 +31,7 @@ class Images:
         classes: the names of the classes, in a fixed order.
         groups: (N,), images with one number never fall into different parts of a split.
         parts: (N,), "train", "val" or "test" where the data bring their own split, else None.
+        names: of the N images, as their source names them, None where it does not.
     """
 
     pixels: Tensor
@@ -38,12 +39,13 @@ class Images:
     classes: list[str]
     groups: Integers
     parts: npt.NDArray[np.str_] | None = None
+    names: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
-def load_images(paths: Sequence[Path], size: int) -> tuple[Tensor, list[str]]:
+def load_images(paths: Sequence[Path], size: int, quiet: bool = False) -> tuple[Tensor, list[str]]:
     """Decode files side by side, as pixels (N, C, size, size) and a digest of each original."""
     decoded = thread_map(
         lambda path: _decode(path, size),
@@ -52,6 +54,7 @@ def load_images(paths: Sequence[Path], size: int) -> tuple[Tensor, list[str]]:
         desc="reading images",
         unit="image",
         leave=False,
+        disable=quiet,
     )
     arrays = [array for array, _ in decoded]
     if any(array.ndim == 3 for array in arrays):

@@ -33,6 +33,7 @@ class Training:
         history: one record an epoch: `train_loss`, `val_loss`, `val_macro_f1`, `seconds`.
         best: the trained state with the highest validation macro-F1 so far, on the CPU.
         best_epoch: its epoch, counted from 1.
+        step_seconds: how long each optimizer step took, without waiting for its images.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class Training:
     history: list[dict[str, float]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_epoch: int = 0
+    step_seconds: list[float] = field(default_factory=list)
 
 
 def warmup_cosine(optimizer: Optimizer, steps: int) -> LambdaLR:
@@ -66,6 +68,7 @@ def fit(
     patience: int,
     seed: int,
     after_epoch: Callable[[Training], None] = lambda training: None,
+    quiet: bool = False,
 ) -> None:
     """Train until the epochs are over or validation macro-F1 has not risen for `patience` epochs.
 
@@ -78,7 +81,7 @@ def fit(
         start, epoch = time.perf_counter(), len(training.history) + 1
         # Each epoch draws from a seed of its own: a resumed run repeats the uninterrupted one.
         fabric.seed_everything(1000 * seed + epoch, workers=True, verbose=False)
-        record = {"train_loss": train_epoch(fabric, training, train, loss, f"epoch {epoch}")}
+        record = {"train_loss": train_epoch(fabric, training, train, loss, f"epoch {epoch}", quiet)}
         logits, labels = predict(training.model, val)
         record["val_loss"] = float(loss(logits, labels))
         record["val_macro_f1"] = macro_f1(logits, labels)
@@ -90,11 +93,12 @@ def fit(
     training.model.load_state_dict(training.best, strict=False)
 
 
-def train_epoch(fabric: Fabric, training: Training, batches: Batches, loss: Loss, title: str) -> float:
+def train_epoch(fabric: Fabric, training: Training, batches: Batches, loss: Loss, title: str, quiet: bool) -> float:
     """Take one step for each batch; give the mean loss of the images."""
     training.model.train()
     total, count = torch.zeros((), device=fabric.device), 0
-    for images, labels in tqdm(batches, desc=title, unit="batch", leave=False):
+    for images, labels in tqdm(batches, desc=title, unit="batch", leave=False, disable=quiet):
+        start = time.perf_counter()
         value = loss(training.model(images), labels)
         training.optimizer.zero_grad()
         fabric.backward(value)
@@ -102,6 +106,9 @@ def train_epoch(fabric: Fabric, training: Training, batches: Batches, loss: Loss
         training.schedule.step()
         total += value.detach() * len(labels)
         count += len(labels)
+        if fabric.device.type == "cuda":
+            torch.cuda.synchronize(fabric.device)
+        training.step_seconds.append(time.perf_counter() - start)
     mean = float(total) / count
     if not math.isfinite(mean):
         raise TrainerError(
@@ -137,6 +144,7 @@ def save_training(training: Training, settings: dict[str, Any], path: Path) -> N
         "history": training.history,
         "best": training.best,
         "best_epoch": training.best_epoch,
+        "step_seconds": training.step_seconds,
     }
     unfinished = path.with_suffix(".unfinished")
     torch.save(content, unfinished)
@@ -154,7 +162,7 @@ def restore_training(training: Training, content: dict[str, Any]) -> None:
     training.optimizer.load_state_dict(content["optimizer"])
     training.schedule.load_state_dict(content["schedule"])
     training.history, training.best = content["history"], content["best"]
-    training.best_epoch = content["best_epoch"]
+    training.best_epoch, training.step_seconds = content["best_epoch"], content["step_seconds"]
 
 
 def _best_score(training: Training) -> float:

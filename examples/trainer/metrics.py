@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import (
     binary_auroc,
+    binary_average_precision,
+    multiclass_calibration_error,
     multiclass_confusion_matrix,
     multiclass_f1_score,
+    multiclass_matthews_corrcoef,
 )
+
+BINS = 15  # of the calibration error, as in Guo et al., On calibration of modern neural networks, 2017
 
 
 def macro_f1(probabilities: Tensor, labels: Tensor) -> float:
@@ -34,17 +39,23 @@ def score(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
         `macro_f1`; `balanced_accuracy`, the mean recall of the classes that occur; `auroc`, macro
         one against the rest, NaN where a class has none or nothing but positives, with the
         number of such classes in `auroc_undefined_classes`; `auroc_per_class`;
+        `average_precision`, macro one against the rest, NaN like `auroc`; `mcc`, Matthews' correlation
+        coefficient; `ece`, the expected calibration error over 15 bins of the confidence;
         `confusion_matrix`, rows true and columns predicted.
     """
     classes = probabilities.shape[1]
     confusion = multiclass_confusion_matrix(probabilities.argmax(1), labels, num_classes=classes)
     per_class = [_auroc(probabilities[:, i], labels == i) for i in range(classes)]
+    precisions = [_average_precision(probabilities[:, i], labels == i) for i in range(classes)]
     return {
         "macro_f1": macro_f1(probabilities, labels),
         "balanced_accuracy": _balanced_accuracy(confusion),
         "auroc": sum(per_class) / classes,
         "auroc_undefined_classes": sum(map(math.isnan, per_class)),
         "auroc_per_class": per_class,
+        "average_precision": sum(precisions) / classes,
+        "mcc": float(multiclass_matthews_corrcoef(probabilities.argmax(1), labels, num_classes=classes)),
+        "ece": _calibration_error(probabilities, labels),
         "confusion_matrix": confusion.tolist(),
     }
 
@@ -58,6 +69,9 @@ def table(scores: dict[str, Any], classes: list[str], title: str) -> str:
         f"  {'macro-F1':<20}{scores['macro_f1']:.4f}",
         f"  {'balanced accuracy':<20}{scores['balanced_accuracy']:.4f}",
         f"  {'AUROC, one vs rest':<20}{scores['auroc']:.4f}{note}",
+        f"  {'average precision':<20}{scores['average_precision']:.4f}",
+        f"  {'MCC':<20}{scores['mcc']:.4f}",
+        f"  {'calibration error':<20}{scores['ece']:.4f}",
         "",
         "Confusion matrix (rows true, columns predicted)",
     ]
@@ -81,10 +95,22 @@ def without_nan(value: Any) -> Any:
 
 
 def _auroc(scores: Tensor, positive: Tensor) -> float:
-    # torchmetrics answers 0 where the curve is undefined, which would read as a terrible model.
-    if positive.all() or not positive.any() or not torch.isfinite(scores).all():
+    return float(binary_auroc(scores, positive.long())) if _defined(scores, positive) else math.nan
+
+
+def _average_precision(scores: Tensor, positive: Tensor) -> float:
+    return float(binary_average_precision(scores, positive.long())) if _defined(scores, positive) else math.nan
+
+
+def _defined(scores: Tensor, positive: Tensor) -> bool:
+    # torchmetrics answers 0 where a curve is undefined, which would read as a terrible model.
+    return bool(positive.any() and not positive.all() and torch.isfinite(scores).all())
+
+
+def _calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    if not torch.isfinite(probabilities).all():
         return math.nan
-    return float(binary_auroc(scores, positive.long()))
+    return float(multiclass_calibration_error(probabilities, labels, num_classes=probabilities.shape[1], n_bins=BINS))
 
 
 def _balanced_accuracy(confusion: Tensor) -> float:

@@ -24,13 +24,14 @@ PART_NAMES = {
 }
 
 
-def read_data(data: Path | None, size: int, patient_column: str = "patient") -> Images:
+def read_data(data: Path | None, size: int, patient_column: str = "patient", quiet: bool = False) -> Images:
     """Read a data set.
 
     Args:
         data: a folder, a `.csv`, a `.npz`, or None for patches of scikit-image's tissue section.
         size: the side in pixels at which images are kept.
         patient_column: the column of a CSV whose rows must stay together.
+        quiet: show no progress.
 
     Raises:
         TrainerError: the data cannot be read or hold fewer than two classes.
@@ -38,11 +39,11 @@ def read_data(data: Path | None, size: int, patient_column: str = "patient") -> 
     if data is None:
         images = tissue_patches()
     elif data.is_dir():
-        images = read_folder(data, size)
+        images = read_folder(data, size, quiet)
     elif not data.exists():
         raise TrainerError(f"--data {data} does not exist. Give a folder, a .csv or a .npz.")
     elif data.suffix.lower() == ".csv":
-        images = read_csv(data, size, patient_column)
+        images = read_csv(data, size, patient_column, quiet)
     elif data.suffix.lower() == ".npz":
         images = read_npz(data, size)
     else:
@@ -55,7 +56,7 @@ def read_data(data: Path | None, size: int, patient_column: str = "patient") -> 
     return images
 
 
-def read_folder(folder: Path, size: int) -> Images:
+def read_folder(folder: Path, size: int, quiet: bool = False) -> Images:
     """Read `folder/class/image`, or `folder/train/class/image` where the data are split already."""
     inside = _subfolders(folder)
     split_already = bool(inside) and all(f.name.lower() in PART_NAMES for f in inside)
@@ -67,13 +68,14 @@ def read_folder(folder: Path, size: int) -> Images:
             f"each class into a subfolder of its own ({', '.join(sorted(SUFFIXES))})."
         )
     paths, names, parents = zip(*rows, strict=True)
-    pixels, digests = load_images(paths, size)
+    pixels, digests = load_images(paths, size, quiet)
     labels, classes = _number(names)
     parts = _parts(parents, folder) if split_already else None
-    return Images(pixels, labels, classes, join_groups(digests), parts)
+    relative = [path.relative_to(folder).as_posix() for path in paths]
+    return Images(pixels, labels, classes, join_groups(digests), parts, relative)
 
 
-def read_csv(file: Path, size: int, patient_column: str = "patient") -> Images:
+def read_csv(file: Path, size: int, patient_column: str = "patient", quiet: bool = False) -> Images:
     """Read a table with the columns `path` (relative to the table) and `label`.
 
     A column `split` (train, val, test) fixes the parts. Rows with one patient stay together.
@@ -87,11 +89,11 @@ def read_csv(file: Path, size: int, patient_column: str = "patient") -> Images:
                 "files in 'path', the classes in 'label', and patients in --patient-column."
             )
     _check_rows(file, {c: table[c] for c in (*needed, "split", patient_column) if c in table})
-    pixels, digests = load_images([file.parent / path for path in table["path"]], size)
+    pixels, digests = load_images([file.parent / path for path in table["path"]], size, quiet)
     labels, classes = _number(table["label"])
     keys = [digests, table[patient_column]] if patient_column in table else [digests]
     parts = _parts(table["split"], file) if "split" in table else None
-    return Images(pixels, labels, classes, join_groups(*keys), parts)
+    return Images(pixels, labels, classes, join_groups(*keys), parts, table["path"])
 
 
 def read_npz(file: Path, size: int) -> Images:

