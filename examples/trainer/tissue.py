@@ -35,9 +35,9 @@ def tissue_patches() -> Images:
     )
 
 
-def patch_corners(side: int) -> list[tuple[int, int]]:
-    """List the upper left corner (y, x) of every patch that lies within one block."""
-    within = range(0, BLOCK - PATCH + 1, STEP)
+def patch_corners(side: int, step: int = STEP) -> list[tuple[int, int]]:
+    """List the upper left corner (y, x) of every patch that lies within one block, `step` pixels apart."""
+    within = range(0, BLOCK - PATCH + 1, step)
     starts = [block + offset for block in range(0, side, BLOCK) for offset in within]
     return [(y, x) for y in starts for x in starts]
 
