@@ -1,0 +1,146 @@
+"""What a transformer block, or a branch of it, takes and gives: channels, and how its tokens are laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from . import roles
+
+if TYPE_CHECKING:
+    from .targets import Network
+
+_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "dist_token", "distillation_token")
+_REGISTERS = ("reg_token", "register_tokens")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Channels and tokens of a block or branch.
+
+    Attributes:
+        inputs: Channels that enter.
+        outputs: Channels that leave.
+        axis: Of the channels: -1, or 1 in a convolutional block.
+        sequence: Axis of the tokens: 1, or 0 where the batch comes second.
+        prefix: Tokens before those of the patches: class, distillation and register tokens.
+        grid: Patches along each axis of the image, where the model says so; else empty.
+        dims: Axes of the image: 2, or 3 for volumes.
+        patch: Values in a patch, the fan-in of the patch embedding; `inputs` where that is not known.
+    """
+
+    inputs: int
+    outputs: int
+    axis: int = -1
+    sequence: int = 1
+    prefix: int = 0
+    grid: tuple[int, ...] = ()
+    dims: int = 2
+    patch: int = 0
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A module whose output a block adds to its residual stream."""
+
+    name: str
+    module: nn.Module
+    layout: Layout
+    attention: bool
+
+
+def branches(network: Network) -> Iterator[tuple[str, nn.Module, list[Branch]]]:
+    """Every transformer block with its attentions and its MLP, in that order; blocks of unknown widths are left out."""
+    layers = set(network.attention_layers.values())
+    for name, block, mlp, _ in network.blocks():
+        attends = [child for child in block._modules if f"{name}.{child}" in layers]
+        found = [_branch(network, f"{name}.{child}", child != mlp) for child in (*attends, mlp)]
+        known = [branch for branch in found if branch is not None]
+        if len(known) == len(found):
+            yield name, block, known
+
+
+def _branch(network: Network, name: str, attention: bool) -> Branch | None:
+    module = network.modules[name]
+    ends = _attention_ends(module) if attention else matmuls(module)
+    if not ends:
+        return None
+    if not attention and len(ends) == 1:
+        # Hugging Face's older MLPs are two modules, of which the second adds the residual stream by itself.
+        sibling = f"{name.rpartition('.')[0]}.output.dense"
+        if sibling not in network.modules:
+            return None
+        inside = matmuls(network.modules[sibling])
+        name, module, ends = sibling, network.modules[sibling], [*ends, *inside]
+    return Branch(name, module, _layout(network, name, module, ends[0], ends[-1]), attention)
+
+
+def matmuls(module: nn.Module) -> list[nn.Module]:
+    """The Linear layers and convolutions of a module, in order."""
+    return [m for m in module.modules() if isinstance(m, nn.Linear) or roles.is_conv(m)]
+
+
+def _attention_ends(attention: nn.Module) -> list[nn.Module]:
+    """The layer that computes an attention's queries or values and the one that computes its output."""
+    core = next((m for m in attention.modules() if roles.is_attention(m)), attention)
+    found = roles.projections(core)
+    first = [core.get_submodule(p.path) for p in found if set(p.parts) & {"q", "v"}]
+    last = [core.get_submodule(p.path) for p in found if p.parts == "o"]
+    # In Hugging Face's older attentions, the output projection lies in the module around them.
+    return [first[0], last[0] if last else matmuls(attention)[-1]] if first else []
+
+
+def _layout(network: Network, name: str, module: nn.Module, first: nn.Module, last: nn.Module) -> Layout:
+    embedding = next((m for m in network.modules.values() if roles.is_conv(m)), None)
+    weight = _weight(embedding) if embedding is not None else None
+    batch_first = next((m.batch_first for m in module.modules() if hasattr(m, "batch_first")), True)
+    return Layout(
+        inputs=_weight(first).shape[1],
+        outputs=_weight(last).shape[0],
+        axis=1 if roles.is_conv(first) else -1,
+        sequence=1 if batch_first else 0,
+        prefix=_prefix_tokens(network, name),
+        grid=_grid(network, name),
+        dims=2 if weight is None else max(weight.ndim - 2, 1),
+        patch=_weight(first).shape[1] if weight is None else weight[0].numel(),
+    )
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    own = {**layer._buffers, **layer._parameters}
+    found = next((own[n] for n in ("weight", "in_proj_weight", "q_proj_weight") if own.get(n) is not None), None)
+    return getattr(layer, "weight") if found is None else found  # noqa: B009 - typed as Any
+
+
+def _around(network: Network, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules around one of that name, the nearest first, the model last."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name, network.modules[name]
+
+
+def _prefix_tokens(network: Network, name: str) -> int:
+    """Tokens before those of the patches: as timm's models say, or by the parameters that hold them elsewhere."""
+    around = dict(_around(network, name))
+    for module in around.values():
+        said = getattr(module, "num_prefix_tokens", None)
+        if isinstance(said, int):
+            return said
+    count = 0
+    for parameter, tensor in network.model.named_parameters():
+        owner, _, last = parameter.rpartition(".")
+        if last in (*_CLASS_TOKENS, *_REGISTERS) and (owner in around or owner.rpartition(".")[0] in around):
+            count += tensor.shape[-2] if last in _REGISTERS else 1
+    return count
+
+
+def _grid(network: Network, name: str) -> tuple[int, ...]:
+    """Patches along each axis, as the patch embedding of timm's models says."""
+    for _, module in _around(network, name):
+        said = getattr(module._modules.get("patch_embed"), "grid_size", None)
+        if isinstance(said, tuple) and all(isinstance(size, int) for size in said):
+            return said
+    return ()
