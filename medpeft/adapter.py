@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from .blocks import Layout
 from .errors import MedpeftError
 from .roles import Rows
 
@@ -37,6 +38,7 @@ class Site:
         reader: Name of the outermost module that reads the weight without calling the layer, None where there is none.
         overwritten: Whether a module of the model works in place, so that the layer's output may be written over.
         taps: Submodules of the layer; the input of the first of them to run is the adapter's x in place of the layer's own.
+        layout: Channels and tokens of a transformer block or of a branch of it, None elsewhere.
         generator: Source of the adapter's initial values.
         dry: Whether only shapes are wanted; `host` is then on the meta device.
     """
@@ -51,6 +53,7 @@ class Site:
     reader: str | None = None
     overwritten: bool = False
     taps: tuple[str, ...] = ()
+    layout: Layout | None = None
     generator: torch.Generator | None = field(default=None, compare=False)
     dry: bool = False
 
@@ -87,6 +90,9 @@ class Adapter(nn.Module):
 
     fast: ClassVar[tuple[str, ...]] = ()
     """Parameters that LoRA+ gives a higher learning rate."""
+
+    unmergeable: ClassVar[str] = ""
+    """Why no weight of the layer computes what the method does, where none ever can: what `merge` says."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -128,7 +134,7 @@ class Adapter(nn.Module):
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """The adapted weight and bias; a `MedpeftError` with the reason where no weight computes the same."""
-        raise MedpeftError(f"{type(self).__name__} computes what no weight of the layer can")
+        raise MedpeftError(self.unmergeable or f"{type(self).__name__} computes what no weight of the layer can")
 
 
 class Adapters(nn.ModuleDict):
