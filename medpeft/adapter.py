@@ -1,10 +1,10 @@
 """An adapter is a small module registered as a child of the layer it adapts; hooks bring it into the forward.
 
-It acts in one of two equivalent ways. On the *output*: a forward hook passes the layer's input and output through
-`Adapter.forward`. On the *weight*: a cover puts what `Adapter.merged` returns in the place of the layer's parameters for the
-duration of one forward, of the layer or of whichever module reads its weight without calling it. Or half on each: the cover
-puts one factor of the weight there, and the hook applies the other. The layer keeps its class, its parameters and every key
-of its `state_dict`.
+It acts in one of three equivalent ways. On the *output*: a forward hook passes the layer's input and output through
+`Adapter.forward`. On the *input*: a pre-hook passes it through `Adapter.enter`. On the *weight*: a cover puts what
+`Adapter.merged` returns in the place of the layer's parameters for the duration of one forward, of the layer or of whichever
+module reads its weight without calling it. Or half on each: the cover puts one factor of the weight there, and the hook
+applies the other. The layer keeps its class, its parameters and every key of its `state_dict`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .blocks import Layout
 from .errors import MedpeftError
 from .roles import Rows
 
-Form = Literal["weight", "output", "factors"]
+Form = Literal["weight", "output", "input", "factors"]
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class Site:
 
 
 class Adapter(nn.Module):
-    """What a method does at one site: `forward` on the layer's output, `merged` on its weight, or both.
+    """What a method does at one site: `forward` on the layer's output, `enter` on its input, `merged` on its weight.
 
     A subclass takes `(site, *, option=default, ...)`, calls `super().__init__(site)` and creates its parameters so that the
-    layer computes at first what it did before. With both `forward` and `merged`, the two must agree.
+    layer computes at first what it did before. `merged` must agree with the others: the mechanism picks one or the other.
     """
 
     layers: ClassVar[tuple[type[nn.Module], ...]] = ()
@@ -98,6 +98,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.weight_name, self.bias_name = site.weight, site.bias
         self.on_output = type(self).forward is not Adapter.forward and site.reader is None
+        self.on_input = type(self).enter is not Adapter.enter and site.reader is None
         self.method = ""
         self.switches = False
         self.taps = site.taps
@@ -115,10 +116,14 @@ class Adapter(nn.Module):
         """The adapted output, from the layer's input `x` and its output `y`."""
         raise NotImplementedError(f"{type(self).__name__} acts on the weight alone.")
 
+    def enter(self, x: Tensor) -> Tensor:
+        """What the layer takes in the place of its own input `x`."""
+        raise NotImplementedError(f"{type(self).__name__} leaves the input alone.")
+
     @property
     def usual_form(self) -> Form:
-        """How the adapter acts where it does not switch."""
-        return "output" if self.on_output else "weight"
+        """How the adapter acts where it does not switch; one that acts on the input may act on the output too."""
+        return "output" if self.on_output else "input" if self.on_input else "weight"
 
     def form_for(self, x: Tensor, weight: Tensor | None) -> Form:
         """How an adapter that `switches` acts on a layer of this weight for the input `x`: in the cheapest way."""
@@ -141,20 +146,30 @@ class Adapters(nn.ModuleDict):
     """The adapters of one layer, in the order in which they act: those on the weight before those on the output."""
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
-        ordered = sorted(adapters.items(), key=lambda item: item[1].on_output)
+        # What multiplies the weight from the right meets all that is added to it, whether it acts on the input or the weight.
+        enters = {name: type(adapter).enter is not Adapter.enter for name, adapter in adapters.items()}
+        ordered = sorted(adapters.items(), key=lambda item: (item[1].on_output, enters[item[0]]))
         super().__init__(dict(ordered))
         self.enabled = True
 
+    def every(self) -> list[Adapter]:
+        """All adapters in the order in which merging folds them in: of those on the input, the last to act comes first."""
+        return [*self.acting(False), *self.acting(True), *(a for a in self.entering()[::-1] if not a.on_output)]
+
     def acting(self, on_output: bool) -> list[Adapter]:
         """The adapters that act on the output, or those that act on the weight, where the layer's input leaves the choice."""
-        return [m for m in self._modules.values() if isinstance(m, Adapter) and m.on_output == on_output]
+        found = (m for m in self._modules.values() if isinstance(m, Adapter))
+        return [a for a in found if (a.on_output if on_output else not (a.on_output or a.on_input))]
+
+    def entering(self) -> list[Adapter]:
+        """The adapters that act on the input, in the order in which they do."""
+        return [m for m in self._modules.values() if isinstance(m, Adapter) and m.on_input]
 
     def forms(self, layer: nn.Module, x: Any) -> list[tuple[Adapter, Form]]:
         """Each adapter with the form in which it acts when `layer` is given `x`."""
-        every = self.acting(False) + self.acting(True)
-        tensor = isinstance(x, Tensor)
+        every, tensor = self.every(), isinstance(x, Tensor)
         forms = [a.form_for(x, own_tensor(layer, a.weight_name)) if a.switches and tensor else a.usual_form for a in every]
-        if "factors" in forms and sum(form != "output" for form in forms) > 1:
+        if "factors" in forms and sum(form in ("weight", "factors") for form in forms) > 1:
             # The layer cannot compute with a factor of a weight that another adapter changes.
             forms = ["weight" if form == "factors" else form for form in forms]
         return list(zip(every, forms, strict=True))

@@ -18,7 +18,7 @@ from .adapter import adapted_layers
 from .batchnorm import with_statistics
 from .connected import Silent, connected
 from .errors import MedpeftError
-from .hooks import Cover, Tap, adapt_output
+from .hooks import Cover, Tap, adapt_input, adapt_output
 from .state import Applied, require_applied
 from .targets import Network
 from .twin import real_twin, undisturbed
@@ -137,6 +137,7 @@ def _hooks_lost(model: nn.Module) -> Iterator[tuple[str, str]]:
         on_output = adapters.acting(on_output=True)
         lost = bool(on_output) and adapt_output not in layer._forward_hooks.values()
         lost = lost or (bool(adapters.acting(on_output=False)) and name not in covered)
+        lost = lost or (bool(adapters.entering()) and adapt_input not in layer._forward_pre_hooks.values())
         if lost or any(a.taps and id(a) not in tapped for a in on_output):
             yield (
                 name,

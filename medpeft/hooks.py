@@ -1,4 +1,4 @@
-"""The hooks that bring adapters into the forward: on a layer's output, or in place of its tensors while it computes."""
+"""The hooks that bring adapters into the forward: on a layer's input, its output, or in place of its tensors."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ def attach(model: nn.Module, planned: Iterable[tuple[str, Site, Adapter]]) -> No
     for name, items in by_layer.items():
         layer = items[0][1].layer
         layer.add_module("adapters", Adapters({method + site.key: adapter for method, site, adapter in items}))
-        for reader in sorted({_reader(site) for _, site, adapter in items if not adapter.on_output}):
+        for reader in sorted({_reader(site) for _, site, adapter in items if adapter.usual_form == "weight"}):
             cover = Cover(name[len(reader) :].lstrip("."))
             module = model.get_submodule(reader)
             module.register_forward_pre_hook(cover.put, with_kwargs=True)
             module.register_forward_hook(cover.take, always_call=True)
+        if any(adapter.on_input for _, _, adapter in items):
+            layer.register_forward_pre_hook(adapt_input, with_kwargs=True)
         if any(adapter.on_output or adapter.switches for _, _, adapter in items):
             layer.register_forward_hook(adapt_output, prepend=True, with_kwargs=True)
         for _, _, adapter in items:
@@ -56,7 +58,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:
-    return hook is adapt_output or isinstance(getattr(hook, "__self__", None), (Cover, Tap))
+    return hook in (adapt_input, adapt_output) or isinstance(getattr(hook, "__self__", None), (Cover, Tap))
 
 
 def _unhook(module: nn.Module, key: int) -> None:
@@ -68,6 +70,17 @@ def _unhook(module: nn.Module, key: int) -> None:
         module._forward_pre_hooks_with_kwargs,
     ):
         hooks.pop(key, None)
+
+
+def adapt_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook of an adapted layer: apply the adapters that act on its input."""
+    adapters: Adapters = layer.adapters  # type: ignore[assignment]  # as in adapt_output
+    if not adapters.enabled:
+        return None
+    x = args[0] if args else next(iter(kwargs.values()))
+    for adapter in adapters.entering():
+        x = adapter.enter(x)
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
 
 def adapt_output(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapters, adapted_layers, covering, own_tensor
+from .adapter import adapted_layers, covering, own_tensor
 from .conv import standardises
 from .errors import MedpeftError, require
 from .model import forget, require_acting
@@ -91,11 +91,11 @@ def _merged_values(model: nn.Module, min_kept: float) -> Values:
     problems = []
     holders = _holders(model)
     for name, layer, adapters in adapted_layers(model):
-        if standardises(layer) and adapters.acting(on_output=True):
+        if standardises(layer) and (adapters.acting(on_output=True) or adapters.entering()):
             problems.append(f"{name}: {type(layer).__name__} standardises its weight, which undoes what is merged into it")
             continue
         try:
-            new = covering(layer, _in_order(adapters))
+            new = covering(layer, adapters.every())
         except MedpeftError as reason:
             problems.append(f"{name}: {reason}")
             continue
@@ -115,10 +115,6 @@ def _merged_values(model: nn.Module, min_kept: float) -> Values:
             "changed. Run the adapted model as it is, call model.float() first if precision is the reason, or pass min_kept=0."
         )
     return values
-
-
-def _in_order(adapters: Adapters) -> list[Any]:
-    return adapters.acting(on_output=False) + adapters.acting(on_output=True)
 
 
 def _holders(model: nn.Module) -> dict[int, list[str]]:

@@ -36,7 +36,7 @@ def parameter_groups(
     record = require_applied(model)
     fast, still = set(), set()
     for _, _, adapters in adapted_layers(model):
-        for adapter in adapters.acting(True) + adapters.acting(False):
+        for adapter in adapters.every():
             fast |= {id(p) for name, p in adapter.named_parameters() if name in adapter.fast}
             still |= set() if adapter.decays else {id(p) for p in adapter.parameters()}
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}

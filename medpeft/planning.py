@@ -240,7 +240,7 @@ def build(planned: Plan, *, dry: bool = False) -> list[tuple[Method, Site, Adapt
 
 def _check_forms(method: Method, site: Site, adapter: Adapter) -> None:
     can_merge = type(adapter).merged is not Adapter.merged
-    if not adapter.on_output and not can_merge:
+    if not adapter.on_output and not adapter.on_input and not can_merge:
         raise MedpeftError(
             f"{method.name!r} acts on the output of {site.name}, but {site.reader or 'its parent'} reads the layer's weight "
             "without calling it, so the output never is: exclude it, or use a method that acts on weights, such as 'lora'."

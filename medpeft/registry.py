@@ -13,6 +13,7 @@ from .errors import MedpeftError
 
 Selector = Callable[..., bool]
 Methods = str | Mapping[str, Mapping[str, Any] | None]
+_ACTS = ("enter", "forward", "merged")
 Defined = TypeVar("Defined", bound=type[Adapter] | Selector)
 
 
@@ -80,8 +81,8 @@ def register(name: str, *, hint: str = "") -> Callable[[Defined], Defined]:
         adapter: Any = define if isinstance(define, type) and issubclass(define, Adapter) else None
         if adapter is None and (isinstance(define, type) or not callable(define)):
             raise MedpeftError(f"{define!r} is no method: register a class derived from medpeft.Adapter or a predicate.")
-        if adapter is not None and adapter.forward is Adapter.forward and adapter.merged is Adapter.merged:
-            raise MedpeftError(f"{define.__name__} does nothing: define forward(x, y), merged(weight, bias), or both.")
+        if adapter is not None and all(getattr(adapter, name) is getattr(Adapter, name) for name in _ACTS):
+            raise MedpeftError(f"{define.__name__} does nothing: define forward(x, y), enter(x) or merged(weight, bias).")
         for_sites = _options(adapter.sites) if adapter else {}
         for_sites.pop("targeted", None)
         options = _options(adapter.__init__ if adapter else define)

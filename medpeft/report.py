@@ -175,7 +175,7 @@ def _compared(adapted: Costs | None, full: Costs | None) -> list[str]:
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
     for name, layer, adapters in adapted_layers(model):
-        for adapter in adapters.acting(on_output=False) + adapters.acting(on_output=True):
+        for adapter in adapters.every():
             yield name, layer, adapter
 
 

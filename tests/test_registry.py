@@ -192,7 +192,7 @@ def test_an_adapter_that_does_nothing_is_refused(own_registry):
         """Nothing."""
 
     with pytest.raises(
-        medpeft.MedpeftError, match=r"Idle does nothing: define forward\(x, y\), merged\(weight, bias\), or both"
+        medpeft.MedpeftError, match=r"Idle does nothing: define forward\(x, y\), enter\(x\) or merged\(weight, bias\)"
     ):
         medpeft.register("idle")(Idle)
     assert "idle" not in medpeft.methods()
