@@ -152,6 +152,10 @@ class Adapters(nn.ModuleDict):
         super().__init__(dict(ordered))
         self.enabled = True
 
+    def forward(self, x: Any) -> Any:
+        """`x` as it is: an `nn.Sequential` that is adapted runs its adapters as if they were its last layer."""
+        return x
+
     def every(self) -> list[Adapter]:
         """All adapters in the order in which merging folds them in: of those on the input, the last to act comes first."""
         return [*self.acting(False), *self.acting(True), *(a for a in self.entering()[::-1] if not a.on_output)]
