@@ -9,9 +9,9 @@ applies the other. The layer keeps its class, its parameters and every key of it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .blocks import Layout
 from .errors import MedpeftError
 from .roles import Rows
 
+Shared = TypeVar("Shared", bound=nn.Module)
 Form = Literal["weight", "output", "input", "factors"]
 
 
@@ -41,6 +42,7 @@ class Site:
         layout: Channels and tokens of a transformer block or of a branch of it, None elsewhere.
         generator: Source of the adapter's initial values.
         dry: Whether only shapes are wanted; `host` is then on the meta device.
+        shared: What the method's adapters on one device have in common, by a key of the method's own; see `share`.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Site:
     layout: Layout | None = None
     generator: torch.Generator | None = field(default=None, compare=False)
     dry: bool = False
+    shared: dict[Any, nn.Module] = field(default_factory=dict, compare=False)
 
     def tensor(self, name: str) -> Tensor | None:
         """The layer's own weight or bias, whatever covers it; None where it has none."""
@@ -68,6 +71,15 @@ class Site:
         if weight is None:
             raise MedpeftError(f"{self.name} ({type(self.layer).__name__}) has no {self.weight} to adapt.")
         return weight.detach().to("meta") if self.dry else weight.detach()
+
+    def share(self, key: Any, make: Callable[[], Shared]) -> Shared:
+        """The module that the method's adapters share by this key, made where it is first asked for.
+
+        Each of them registers it as a child: it then moves, is copied, counted and saved once, under the first one's name.
+        """
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]  # type: ignore[return-value]  # a key names modules of one type
 
     @property
     def key(self) -> str:
@@ -219,7 +231,10 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]
 
 
 def own_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of all adapters, by their names in the model."""
+    """Parameters and persistent buffers of all adapters, each once, by their (first) names in the model."""
+    seen: set[int] = set()
     for name, _, adapters in adapted_layers(model):
-        prefix = f"{name}.adapters.".lstrip(".")
-        yield from ((prefix + key, tensor) for key, tensor in adapters.state_dict(keep_vars=True).items())
+        for key, tensor in adapters.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{name}.adapters.{key}".lstrip("."), tensor

@@ -261,11 +261,12 @@ def _fill(built: Built, values: dict[str, Tensor]) -> Built:
     for method, site, adapter in built:
         prefix = f"{site.name}.adapters.{method.name}{site.key}.".lstrip(".")
         state = adapter.state_dict(keep_vars=True)
-        saved = {name: values.pop(prefix + name) for name in state}
+        saved = {name: values.pop(prefix + name) for name in state if prefix + name in values}  # Shared tensors come once.
         adapter.to(dtype=next((t.dtype for t in saved.values() if t.is_floating_point()), None))
         with torch.no_grad():
-            for name, tensor in adapter.state_dict(keep_vars=True).items():
-                tensor.copy_(saved[name])
+            own = adapter.state_dict(keep_vars=True)
+            for name, value in saved.items():
+                own[name].copy_(value)
     return built
 
 

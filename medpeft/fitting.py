@@ -14,7 +14,7 @@ from .base import own_tensors
 from .errors import CheckpointError, MedpeftError
 from .file import Entry, short
 from .header import Header
-from .planning import Plan, build, statistics_names
+from .planning import Plan, build, state_of, statistics_names
 from .registry import find
 from .state import Applied, trained_tensors
 
@@ -133,10 +133,7 @@ def expected_tensors(model: nn.Module, record: Applied, planned: Plan | None) ->
         raise
     except Exception as error:  # The options come from the file: a method may meet any type or number in them.
         raise CheckpointError(f"No adapter can be made with the options in the file, {record.methods}: {error}") from error
-    for method, site, adapter in built:
-        prefix = f"{site.name}.adapters.{method.name}{site.key}.".lstrip(".")
-        trained |= {prefix + name: tensor for name, tensor in adapter.state_dict(keep_vars=True).items()}
-    return trained
+    return trained | dict(state_of(built))
 
 
 def misfits(saved: Mapping[str, Entry], wanted: Mapping[str, Tensor], record: Applied, exact: Collection[str]) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .adapter import Adapter, Site
@@ -39,8 +40,9 @@ class Plan:
 
     def table(self) -> Table:
         """One row per adapter and per layer with selected parameters: method, layer, type, parameters."""
+        seen: set[nn.Parameter] = set()
         rows = [
-            Row(method.name, site.name, type(site.layer).__name__, _count(adapter))
+            Row(method.name, site.name, type(site.layer).__name__, _count(adapter, seen))
             for method, site, adapter in build(self, dry=True)
         ]
         modules = dict(self.model.named_modules())
@@ -213,8 +215,11 @@ def statistics_names(model: nn.Module) -> list[str]:
     return [f"{name}.{b}".lstrip(".") for name, layer in with_statistics(model) for b, _ in layer.named_buffers(recurse=False)]
 
 
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+def _count(adapter: Adapter, seen: set[nn.Parameter]) -> int:
+    """Trainable parameters that no adapter before has counted."""
+    new = {p for p in adapter.parameters() if p.requires_grad} - seen
+    seen |= new
+    return sum(p.numel() for p in new)
 
 
 def build(planned: Plan, *, dry: bool = False) -> list[tuple[Method, Site, Adapter]]:
@@ -222,11 +227,12 @@ def build(planned: Plan, *, dry: bool = False) -> list[tuple[Method, Site, Adapt
     options = {method.name: own for method, own in planned.methods}
     record = planned.record
     built = []
+    shared: dict[tuple[str, torch.device], dict[Any, nn.Module]] = {}
     for method, site in tqdm(planned.sites, desc=record.name, delay=1.0, leave=False, disable=dry):
         seeded = torch.Generator().manual_seed(zlib.crc32(f"{record.seed}:{method.name}:{site.name}:{site.weight}".encode()))
         device, dtype = _place(site, planned.model)
         shapes_alone = dry or device.type == "meta"
-        at = replace(site, generator=seeded, dry=dry)
+        at = replace(site, generator=seeded, dry=dry, shared=shared.setdefault((method.name, device), {}))
         with torch.device("meta" if shapes_alone else "cpu"):
             adapter = method.define(at, **method.own(options[method.name]))
         assert isinstance(adapter, Adapter)
@@ -255,3 +261,13 @@ def _place(site: Site, model: nn.Module) -> tuple[torch.device, torch.dtype]:
         if tensor is not None and tensor.is_floating_point():
             return tensor.device, torch.promote_types(tensor.dtype, torch.float32)
     return torch.device("cpu"), torch.float32
+
+
+def state_of(built: Iterable[tuple[Method, Site, Adapter]]) -> Iterator[tuple[str, Tensor]]:
+    """What `own_state` will find of adapters that are not in the model yet, shared tensors once."""
+    seen: set[int] = set()
+    for method, site, adapter in built:
+        for key, tensor in adapter.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{site.name}.adapters.{method.name}{site.key}.{key}".lstrip("."), tensor
