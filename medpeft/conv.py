@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .errors import MedpeftError
+
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -67,11 +69,33 @@ class Geometry:
 
     def convolve(self, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
         """`x` convolved with `weight` at the layer's stride, padding, padding mode and dilation."""
-        padding: tuple[int, ...] | int = self.before
-        if self.mode != "zeros" or self.before != self.after:
-            pairs = [p for both in zip(self.before[::-1], self.after[::-1], strict=True) for p in both]
+        before, after = (self.before, self.after) if self.before else self._by_size(x)
+        padding: tuple[int, ...] | int = before
+        if self.mode != "zeros" or before != after:
+            pairs = [p for both in zip(before[::-1], after[::-1], strict=True) for p in both]
             x, padding = F.pad(x, pairs, "constant" if self.mode == "zeros" else self.mode), 0
         return _CONVOLVE[self.dims](x, weight, None, self.stride, padding, self.dilation, groups)
+
+    def _by_size(self, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Padding before and after as TensorFlow's "SAME": the output is the input's size over the stride, rounded up."""
+        sizes = zip(x.shape[-self.dims :], self.kernel, self.stride, self.dilation, strict=True)
+        total = [max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, k, s, d in sizes]
+        return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+
+    def spread(self, matrix: Tensor) -> Tensor:
+        """The kernel, (O, I, …), that computes what a 1×1 kernel of the same stride does: zero but at one tap.
+
+        Raises:
+            MedpeftError: no tap sees what the 1×1 kernel sees.
+        """
+        tap = self.centre
+        if tap is None:
+            raise MedpeftError(
+                f"no tap of a kernel of {self.kernel} with padding {self.before or 'by input size'} sees what the 1×1 kernel "
+                "sees"
+            )
+        around = [n for t, k in zip(tap[::-1], self.kernel[::-1], strict=True) for n in (t, k - 1 - t)]
+        return F.pad(matrix.view(*matrix.shape, *[1] * self.dims), around)
 
     def subsample(self, x: Tensor) -> Tensor:
         """Every `stride`-th position of `x`, those that a 1×1 kernel sees."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -276,3 +276,10 @@ def is_residual_block(layer: nn.Module) -> bool:
 def is_outside_body(name: str) -> bool:
     """Whether a layer of this name is a stem, a downsampling shortcut, or a patch embedding."""
     return bool(_NOT_BODY.search(name))
+
+
+def in_body(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the layer of that name lies in a residual block, its shortcut left out; `modules` are the model's by name."""
+    steps = name.split(".")
+    around = (".".join(steps[:i]) for i in range(1, len(steps)))
+    return not is_outside_body(name) and any(is_residual_block(modules[n]) for n in around)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import roles
@@ -58,8 +57,8 @@ class TSA(Adapter):
         for site in network.sites("conv"):
             if not isinstance(site.layer, roles.CONVS) or not _fits(site.layer, form):
                 continue
-            in_body = targeted or sites == "all" or _in_body(network, site.name)
-            if in_body and (sites != "3x3" or set(site.layer.kernel_size) == {3}):
+            wanted = targeted or sites == "all" or roles.in_body(site.name, network.modules)
+            if wanted and (sites != "3x3" or set(site.layer.kernel_size) == {3}):
                 yield site
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -87,18 +86,9 @@ class TSA(Adapter):
             return (mix @ weight.flatten(1).to(mix.dtype)).view_as(weight), shift
         if self.dense:
             raise MedpeftError("a dense α does not fit into a grouped convolution's weight")
-        tap = self.geometry.centre
-        if tap is None:
-            raise MedpeftError(
-                f"no tap of a kernel of {self.geometry.kernel} with padding {self.geometry.before or 'by input size'} sees "
-                "what the 1×1 kernel sees"
-            )
-        # All of the kernel but the tap is zero.
-        around = [n for t, k in zip(tap[::-1], self.geometry.kernel[::-1], strict=True) for n in (t, k - 1 - t)]
-        change = F.pad(self._spread(weight).view(*weight.shape[:2], *[1] * self.geometry.dims), around)
-        return weight + change, bias
+        return weight + self.geometry.spread(self._matrix(weight)), bias
 
-    def _spread(self, weight: Tensor) -> Tensor:
+    def _matrix(self, weight: Tensor) -> Tensor:
         if self.form == "matrix":
             return self.alpha
         return self.alpha[:, None] * _eye(weight.flatten(2)[..., 0], self.geometry.groups).to(self.alpha)
@@ -118,9 +108,3 @@ def _fits(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, form: str) -> bool:
         return True
     same_channels = form == "matrix" or layer.in_channels == layer.out_channels
     return same_channels and Geometry.of(layer).same_size_as_1x1
-
-
-def _in_body(network: Network, name: str) -> bool:
-    steps = name.split(".")
-    around = (".".join(steps[:i]) for i in range(1, len(steps)))
-    return not roles.is_outside_body(name) and any(roles.is_residual_block(network.modules[n]) for n in around)
