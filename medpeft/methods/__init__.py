@@ -2,7 +2,11 @@
 
 from . import selective as selective  # isort: skip - the order here is the order of `medpeft.methods()`
 from . import adaptformer as adaptformer
+from . import bottleneck as bottleneck
+from . import conv_adapter as conv_adapter
+from . import convpass as convpass
 from . import lora as lora
+from . import residual_adapter as residual_adapter
 from . import ssf as ssf
 from . import svdiff as svdiff
 from . import tsa as tsa
