@@ -124,6 +124,11 @@ class Adapter(nn.Module):
         """
         return (site for site in network.sites() if isinstance(site.layer, cls.layers))
 
+    @staticmethod
+    def selects(name: str, parameter: nn.Parameter, layer: Any) -> bool:
+        """Whether the method trains this existing parameter too, as a selective method would; `layer` as there."""
+        return False
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """The adapted output, from the layer's input `x` and its output `y`."""
         raise NotImplementedError(f"{type(self).__name__} acts on the weight alone.")

@@ -89,10 +89,9 @@ def plan(
     selected: dict[str, str] = {}
     for chosen, own, where in resolved:
         wanted, unwanted = where.get("target", target), where.get("exclude", exclude)
-        if chosen.adapter is not None:
-            sites += [(chosen, site) for site in _sites(network, chosen, own, wanted, unwanted)]
-        else:
-            selected = {**_selected(network, chosen, own, wanted, unwanted), **selected}
+        here, names = _picked(network, chosen, own, wanted, unwanted)
+        sites += [(chosen, site) for site in here]
+        selected = {**dict.fromkeys(names, chosen.name), **selected}
     heads = [n for n, _ in model.named_parameters() if network.inside(n, network.head)]
     selected |= dict.fromkeys(heads, "head")
     require(bool(sites or selected), f"{method!r} would train nothing: {type(model).__name__} has no head; pass head='name'.")
@@ -168,33 +167,36 @@ def _refuse(model: nn.Module) -> None:
             raise MedpeftError(f"{name} has an attribute 'adapters' already, which medpeft needs for its own.")
 
 
-def _sites(network: Network, method: Method, options: dict[str, Any], target: Target, exclude: Target) -> list[Site]:
-    assert method.adapter is not None
-    targeted = bool(patterns(target))
-    found = list(method.adapter.sites(network, targeted=targeted, **method.sites_with(options)))
-    names = list(dict.fromkeys(site.name for site in found))
-    if found or targeted:
-        chosen = choose(network, names, target, exclude, method.name)
-        found = [site for site in found if site.name in chosen]
-    require(bool(found), _fits_nothing(network, method, target))
-    return found
+def _picked(
+    network: Network, method: Method, options: dict[str, Any], target: Target, exclude: Target
+) -> tuple[list[Site], list[str]]:
+    """The sites of a method's adapters, and the names of the existing parameters that it trains."""
+    sites = []
+    if method.adapter is not None:
+        sites = list(method.adapter.sites(network, targeted=bool(patterns(target)), **method.sites_with(options)))
+    owners = {name: name.rpartition(".")[0] for name in _selected(network, method, options)}
+    places = list(dict.fromkeys([*(site.name for site in sites), *owners.values()]))
+    if places or patterns(target):
+        chosen = choose(network, places, target, exclude, method.name)
+        sites = [site for site in sites if site.name in chosen]
+        owners = {name: owner for name, owner in owners.items() if owner in chosen}
+    found = sites if method.adapter is not None else owners
+    require(bool(found) or method.name == "linear_probe", _fits_nothing(network, method, target))
+    return sites, list(owners)
 
 
-def _selected(network: Network, method: Method, options: dict[str, Any], target: Target, exclude: Target) -> dict[str, str]:
+def _selected(network: Network, method: Method, options: dict[str, Any]) -> Iterator[str]:
     predicate: Any = method.define
-    names = []
+    if method.adapter is not None:
+        if method.adapter.selects is Adapter.selects:
+            return
+        predicate, options = method.adapter.selects, {}
     for name, parameter in network.model.named_parameters():
         owner = name.rpartition(".")[0]
         if not (parameter.is_floating_point() or parameter.is_complex()):
             continue  # Integers have no gradient.
         if not network.inside(owner, network.head) and predicate(name, parameter, network.layer(owner), **method.own(options)):
-            names.append(name)
-    if names or patterns(target):
-        owners = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-        chosen = choose(network, owners, target, exclude, method.name)
-        names = [name for name in names if name.rpartition(".")[0] in chosen]
-    require(bool(names) or method.name == "linear_probe", _fits_nothing(network, method, target))
-    return dict.fromkeys(names, method.name)
+            yield name
 
 
 def _fits_nothing(network: Network, method: Method, target: Target) -> str:
