@@ -1,25 +1,23 @@
-"""Time of a training step and bytes kept for backward, as ratios to the floor, in one interleaved run.
+"""Time of a training step and bytes kept for backward, as ratios to the floor; or of inference, as ratios to the plain model.
 
 The floor of a parameter-efficient step is the frozen forward plus the gradient of the activations: no weight gradients.
 
     python benchmarks/step.py --model vit_small_patch16_224 --method lora --method ssf
-    python benchmarks/step.py --model resnet50 --repeats 9
+    python benchmarks/step.py --model resnet50 --repeats 9 --autocast bfloat16
+    python benchmarks/step.py --inference --compile
 
 On a CPU the times are the process's own seconds on one thread, which other processes disturb least.
 """
 
 import argparse
 import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torch.nn.functional as F
+from models import NAMES, build, example, forward
+from timing import add_arguments, bytes_kept, compiled, interleaved, precision, ratios, where
 from torch import Tensor, nn
 
 import medpeft
@@ -44,75 +42,77 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def main() -> None:
     """Measure what the command line asks for and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_small_patch16_224", help="a timm architecture")
+    parser.add_argument("--model", default="vit_small_patch16_224", help=f"{', '.join(NAMES)}, or any of timm's")
     parser.add_argument("--method", action="append", choices=list(CASES), help="repeatable; all that fit by default")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--inference", action="store_true", help="the forward alone, adapted and merged")
+    add_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = measure(args)
-    print(json.dumps(rows, indent=2) if args.json else table(rows, args))
+    rows = inference(args) if args.inference else training(args)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"model": args.model, "where": where(args), "rows": rows}, indent=2) + "\n")
+    print(table(rows, args))
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a case: median and range of the ratio to the floor, seconds, MiB kept for backward."""
-    images = torch.randn(args.batch, 3, args.image_size, args.image_size, device=args.device)
-    labels = torch.randint(0, 3, (args.batch,), device=args.device)
-    steps = {"floor": floor_step(args, images, labels)}
-    for case in args.method or CASES:
-        step = case_step(args, case, images, labels)
-        if step is not None:
-            steps[case] = step
-    kept = {case: bytes_kept(step) for case, step in steps.items()}
-    seconds: dict[str, list[float]] = {case: [] for case in steps}
-    for _ in range(args.repeats):
-        for case, step in steps.items():
-            seconds[case].append(timed(step, args.device))
-    return [row(case, seconds, kept) for case in steps]
+def training(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a case: ratio to the floor, seconds, MiB kept for backward."""
+    inputs = example(args.model, args.batch, args.image_size, args.device)
+    # Only the floor's input asks for a gradient, so that every activation of the frozen model does.
+    models = {"floor": frozen(build(args.model, args.device))}
+    models |= {case: model for case in args.method or CASES if (model := adapted(args, case)) is not None}
+    losses = {case: loss_of(compiled(model, args), inputs, case == "floor", args) for case, model in models.items()}
+    kept = {case: 0 if args.compile else bytes_kept(models[case], loss) for case, loss in losses.items()}
+    steps = {case: (lambda loss=loss: loss().backward()) for case, loss in losses.items()}
+    found = ratios(interleaved(steps, args.repeats, args.device))
+    return [
+        {"case": case, **found[case], "mib": kept[case] / 2**20, "mib_ratio": kept[case] / max(kept["floor"], 1)}
+        for case in losses
+    ]
 
 
-def row(case: str, seconds: dict[str, list[float]], kept: dict[str, int]) -> dict[str, Any]:
-    """The figures of one case; every repeat is compared with the floor of the same round."""
-    ratios = sorted(own / floor for own, floor in zip(seconds[case], seconds["floor"], strict=True))
-    return {
-        "case": case,
-        "ratio": statistics.median(ratios),
-        "ratio_range": [ratios[0], ratios[-1]],
-        "seconds": statistics.median(seconds[case]),
-        "mib": kept[case] / 2**20,
-        "mib_ratio": kept[case] / kept["floor"],
-    }
+def frozen(model: nn.Module) -> nn.Module:
+    """The model without a trainable parameter, its BatchNorm at its running statistics, as in every adapted model."""
+    for module in model.requires_grad_(False).modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return model
 
 
-def fresh_model(args: argparse.Namespace) -> nn.Module:
-    """The architecture in train mode, with random weights."""
-    torch.manual_seed(0)
-    return timm.create_model(args.model, num_classes=3).to(args.device).train()
+def inference(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a case: the forward of the adapted and of the merged model, as a ratio to the plain one's."""
+    inputs = example(args.model, args.batch, args.image_size, args.device)
+    models = {"plain": build(args.model, args.device)}
+    for case in args.method or ("lora", "lora, every linear", "ssf", "tsa", "adaptformer", "svdiff"):
+        for form in ("adapted", "merged"):
+            model = adapted(args, case)
+            if model is None or (form == "merged" and not merge(model)):
+                continue
+            models[f"{case}, {form}"] = model
+    calls = {case: compiled(model.eval(), args) for case, model in models.items()}
+
+    def step(call: Callable[..., Any]) -> None:
+        with torch.inference_mode(), precision(args):
+            forward(call, inputs)
+
+    found = ratios(interleaved({c: (lambda call=call: step(call)) for c, call in calls.items()}, args.repeats, args.device))
+    return [{"case": case, **figures} for case, figures in found.items()]
 
 
-@dataclass
-class Step:
-    """A model and its forward to the loss."""
-
-    model: nn.Module
-    loss: Callable[[], Tensor]
-
-
-def floor_step(args: argparse.Namespace, images: Tensor, labels: Tensor) -> Step:
-    """A step of the frozen model whose input needs a gradient, so that every activation does."""
-    model = medpeft.apply(fresh_model(args), "linear_probe")
-    return Step(model, lambda: F.cross_entropy(model(images.detach().requires_grad_()), labels))
-
-
-def case_step(args: argparse.Namespace, case: str, images: Tensor, labels: Tensor) -> Step | None:
-    """A step of the adapted model, or None where the method does not fit."""
-    method, options = CASES[case]
+def merge(model: nn.Module) -> bool:
+    """Merge, where the method can."""
     try:
-        model = medpeft.apply(fresh_model(args), method, **options)
+        medpeft.merge(model)
+    except medpeft.MedpeftError:
+        return False
+    return True
+
+
+def adapted(args: argparse.Namespace, case: str) -> nn.Module | None:
+    """The adapted model, its adapters away from their initial values; None where the method does not fit."""
+    method, options = CASES[case]
+    head = None if args.model.endswith("unet") else "auto"
+    try:
+        model = medpeft.apply(build(args.model, args.device), method, head=head, **options)
     except medpeft.MedpeftError as reason:
         print(f"{case}: left out: {str(reason).partition(':')[0]}")
         return None
@@ -120,50 +120,31 @@ def case_step(args: argparse.Namespace, case: str, images: Tensor, labels: Tenso
         for name, parameter in model.named_parameters():
             if ".adapters." in name:
                 parameter.add_(torch.randn_like(parameter) * 0.01)
-    return Step(model, lambda: F.cross_entropy(model(images), labels))
+    return model
 
 
-def timed(step: Step, device: str) -> float:
-    """Seconds of one forward and backward."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = clock()
-    step.loss().backward()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return clock() - start
+def loss_of(
+    call: Callable[..., Any], inputs: tuple[Tensor, ...], grad: bool, args: argparse.Namespace
+) -> Callable[[], Tensor]:
+    """The forward up to a loss."""
 
+    def loss() -> Tensor:
+        with precision(args):
+            return forward(call, inputs, grad).float().square().mean()
 
-def bytes_kept(step: Step) -> int:
-    """Bytes of distinct storages that autograd keeps for backward, the model's own tensors left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*step.model.parameters(), *step.model.buffers())}
-    storages: dict[int, int] = {}
-    held = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor.detach())  # So that no address is given out twice.
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = step.loss()
-    total = sum(storages.values())
-    loss.backward()
-    return total
+    return loss
 
 
 def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     """The rows as a Markdown table, with what they were measured on."""
-    where = f"{args.model}, batch {args.batch}, {args.image_size} px, {args.device}, {args.threads} threads"
-    lines = [f"{where}, torch {torch.__version__}, {platform.machine()}, median of {args.repeats}", ""]
-    lines += ["| | step / floor | range | s | kept, MiB | kept / floor |", "|---|---:|---:|---:|---:|---:|"]
+    kept = "mib" in rows[0] and not args.compile
+    lines = [f"{args.model}, {where(args)}, median of {args.repeats}", ""]
+    lines += [f"| | ratio to {rows[0]['case']} | range | s |" + (" kept, MiB | kept / floor |" if kept else "")]
+    lines += ["|---|--:|--:|--:|" + ("--:|--:|" if kept else "")]
     for r in rows:
         low, high = r["ratio_range"]
-        figures = f"{r['ratio']:.2f} | {low:.2f}–{high:.2f} | {r['seconds']:.3f} | {r['mib']:.0f} | {r['mib_ratio']:.2f}"
-        lines.append(f"| {r['case']} | {figures} |")
+        line = f"| {r['case']} | {r['ratio']:.2f} | {low:.2f}–{high:.2f} | {r['seconds']:.3f} |"
+        lines.append(line + (f" {r['mib']:.0f} | {r['mib_ratio']:.2f} |" if kept else ""))
     return "\n".join(lines)
 
 
