@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import parts as parts_of
 from ..adapter import Adapter, Site, cast
 from ..conv import Geometry, slides_plainly
 from ..errors import MedpeftError, require, require_choice, require_positive
 from ..kernels import AddLowRank, AddPointwise, in_place, writes_fresh_output
 from ..registry import register
-from ..roles import Rows
 from ..targets import Network
 
 
@@ -65,14 +65,14 @@ class LoRA(Adapter):
         self.scale = (rank if alpha is None else alpha) / (rank**0.5 if rslora else rank)
         self.dropout = nn.Dropout(dropout)
         self.geometry = Geometry.of(site.layer) if site.kind == "conv" else None  # type: ignore[arg-type]  # a conv
-        sizes = [row.size * row.groups for row in self.rows] or [matrix.shape[0]]
+        sizes = parts_of.sizes(self.rows, matrix.shape[0])
         self.down = nn.Parameter(torch.empty(rank * len(sizes), matrix.shape[1]))
         self.up = nn.Parameter(torch.zeros(sum(sizes), rank))
         nn.init.kaiming_uniform_(self.down, a=5**0.5, generator=site.generator)
         self.start = init != "kaiming"
         if self.start:
             self._start_from(matrix, init)
-        self.magnitude = nn.Parameter(_row_norms(self._rows_of(matrix))) if dora else None
+        self.magnitude = nn.Parameter(_row_norms(parts_of.taken(matrix, self.rows))) if dora else None
         self.down.requires_grad_(not freeze_a)
         contiguous = all(row.groups == 1 for row in self.rows) and (site.kind != "conv" or not self.rows)
         ungrouped = self.geometry is None or self.geometry.groups == 1
@@ -135,7 +135,7 @@ class LoRA(Adapter):
         else:
             change = self._projected(F.linear(x, down), up)
         change = (self.scale * change).to(y.dtype)
-        return change if not self.rows else _placed(change, self.rows, y, axis)
+        return parts_of.placed(change, self.rows, y, axis)
 
     def _projected(self, hidden: Tensor, up: Tensor) -> Tensor:
         """B·h, every part from its own r channels of h, (…, sum of the parts' sizes)."""
@@ -165,13 +165,11 @@ class LoRA(Adapter):
         change = self._delta(self.down, self.up)
         if self.start:
             change = change - self._delta(self.down_start, self.up_start)
-        new = self._rows_of(weight.flatten(1)) + self.scale * change
+        matrix = weight.flatten(1)
+        new = parts_of.taken(matrix, self.rows) + self.scale * change
         if self.magnitude is not None:
             new = new * (self.magnitude / _row_norms(new.detach()))[:, None]
-        if not self.rows:
-            return new.view_as(weight), bias
-        index = torch.tensor(self._indices(weight.shape[0]), device=weight.device)
-        return weight.flatten(1).to(new.dtype).index_copy(0, index, new).view_as(weight), bias
+        return parts_of.replaced(matrix, self.rows, new).view_as(weight), bias
 
     def _delta(self, down: Tensor, up: Tensor) -> Tensor:
         """B·A as a matrix, the rows of the adapted parts one after the other."""
@@ -180,16 +178,10 @@ class LoRA(Adapter):
         sizes = [row.size * row.groups for row in self.rows]
         return torch.cat([u @ d for u, d in zip(up.split(sizes), down.split(self.rank), strict=True)])
 
-    def _indices(self, channels: int) -> list[int]:
-        return [i for row in self.rows for i in row.indices(channels)]
-
-    def _rows_of(self, matrix: Tensor) -> Tensor:
-        return matrix[self._indices(len(matrix))] if self.rows else matrix
-
     def _start_from(self, matrix: Tensor, init: str) -> None:
         """B and A from W, and a frozen copy of both whose product is taken off."""
-        wide = self._rows_of(matrix).to(torch.promote_types(matrix.dtype, torch.float32))
-        sizes = [row.size * row.groups for row in self.rows] or [len(wide)]
+        wide = parts_of.taken(matrix, self.rows).to(torch.promote_types(matrix.dtype, torch.float32))
+        sizes = parts_of.sizes(self.rows, len(wide))
         pairs = [_factors(part, self.rank, init) for part in wide.split(sizes)]
         self.up = nn.Parameter(torch.cat([up for up, _ in pairs]) / self.scale**0.5)
         self.down = nn.Parameter(torch.cat([down for _, down in pairs]) / self.scale**0.5)
@@ -215,12 +207,3 @@ def _factors(matrix: Tensor, rank: int, init: str) -> tuple[Tensor, Tensor]:
 def _row_norms(matrix: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
     return norms
-
-
-def _placed(change: Tensor, rows: tuple[Rows, ...], y: Tensor, axis: int) -> Tensor:
-    """The parts' channels of `change` at their places among those of `y`, zero elsewhere."""
-    placed = torch.zeros_like(y)
-    for row, part in zip(rows, change.split([row.size * row.groups for row in rows], axis), strict=True):
-        there = placed.unflatten(axis, (row.groups, -1)).narrow(axis if axis < 0 else axis + 1, row.start, row.size)
-        there.copy_(part.unflatten(axis, (row.groups, -1)))
-    return placed

@@ -1,0 +1,40 @@
+"""The channels of some parts of a fused projection: take them out of its weight, put them back, add to them in its output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .roles import Rows
+
+
+def sizes(rows: tuple[Rows, ...], channels: int) -> list[int]:
+    """Channels of each part; of the whole layer, `channels`, where there are no parts."""
+    return [row.size * row.groups for row in rows] or [channels]
+
+
+def taken(weight: Tensor, rows: tuple[Rows, ...]) -> Tensor:
+    """The rows of the parts, one part after the other; all of `weight` where there are no parts."""
+    return weight[_indices(weight, rows)] if rows else weight
+
+
+def replaced(weight: Tensor, rows: tuple[Rows, ...], new: Tensor) -> Tensor:
+    """`weight` with `new`, which has the rows of the parts one after the other, in their places."""
+    if not rows:
+        return new
+    return weight.to(new.dtype).index_copy(0, _indices(weight, rows), new)
+
+
+def placed(change: Tensor, rows: tuple[Rows, ...], y: Tensor, axis: int) -> Tensor:
+    """The parts' channels of `change` at their places among those of `y`, zero elsewhere."""
+    if not rows:
+        return change
+    out = torch.zeros_like(y)
+    for row, part in zip(rows, change.split(sizes(rows, 0), axis), strict=True):
+        there = out.unflatten(axis, (row.groups, -1)).narrow(axis if axis < 0 else axis + 1, row.start, row.size)
+        there.copy_(part.unflatten(axis, (row.groups, -1)))
+    return out
+
+
+def _indices(weight: Tensor, rows: tuple[Rows, ...]) -> Tensor:
+    return torch.tensor([i for row in rows for i in row.indices(len(weight))], device=weight.device)
