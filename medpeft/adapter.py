@@ -40,6 +40,8 @@ class Site:
         overwritten: Whether a module of the model works in place, so that the layer's output may be written over.
         taps: Submodules of the layer; the input of the first of them to run is the adapter's x in place of the layer's own.
         layout: Channels and tokens of a transformer block or of a branch of it, None elsewhere.
+        others: Names of other modules of the model on whose outputs the adapter acts too, by `Adapter.elsewhere`.
+        unfit: Why the method is not right here, although the layer is of its kind; "" where it is.
         generator: Source of the adapter's initial values.
         dry: Whether only shapes are wanted; `host` is then on the meta device.
         shared: What the method's adapters on one device have in common, by a key of the method's own; see `share`.
@@ -56,6 +58,8 @@ class Site:
     overwritten: bool = False
     taps: tuple[str, ...] = ()
     layout: Layout | None = None
+    others: tuple[str, ...] = ()
+    unfit: str = ""
     generator: torch.Generator | None = field(default=None, compare=False)
     dry: bool = False
     shared: dict[Any, nn.Module] = field(default_factory=dict, compare=False)
@@ -103,6 +107,9 @@ class Adapter(nn.Module):
     fast: ClassVar[tuple[str, ...]] = ()
     """Parameters that LoRA+ gives a higher learning rate."""
 
+    identity: ClassVar[bool] = True
+    """Whether the adapted model computes at first what the base does."""
+
     unmergeable: ClassVar[str] = ""
     """Why no weight of the layer computes what the method does, where none ever can: what `merge` says."""
 
@@ -113,7 +120,7 @@ class Adapter(nn.Module):
         self.on_input = type(self).enter is not Adapter.enter and site.reader is None
         self.method = ""
         self.switches = False
-        self.taps = site.taps
+        self.taps, self.others = site.taps, site.others
         self.tapped: dict[int, Tensor] = {}
 
     @classmethod
@@ -136,6 +143,17 @@ class Adapter(nn.Module):
     def enter(self, x: Tensor) -> Tensor:
         """What the layer takes in the place of its own input `x`."""
         raise NotImplementedError(f"{type(self).__name__} leaves the input alone.")
+
+    def alongside(self, x: Tensor, name: str, value: Any) -> Any:
+        """What the layer takes in the place of another of its inputs, a mask for instance, for its own input `x`.
+
+        `name` is that of a keyword, and "" by position.
+        """
+        return value
+
+    def elsewhere(self, name: str, y: Tensor) -> Tensor:
+        """What another module gives in the place of its output `y`; `name` is one of `Site.others`."""
+        return y
 
     @property
     def usual_form(self) -> Form:
@@ -183,8 +201,9 @@ class Adapters(nn.ModuleDict):
         return [a for a in found if (a.on_output if on_output else not (a.on_output or a.on_input))]
 
     def entering(self) -> list[Adapter]:
-        """The adapters that act on the input, in the order in which they do."""
-        return [m for m in self._modules.values() if isinstance(m, Adapter) and m.on_input]
+        """The adapters that act on the input, in the order in which they do: who undoes it last on the output comes first."""
+        found = [m for m in self._modules.values() if isinstance(m, Adapter) and m.on_input]
+        return [*(a for a in found if not a.on_output), *(a for a in found[::-1] if a.on_output)]
 
     def forms(self, layer: nn.Module, x: Any) -> list[tuple[Adapter, Form]]:
         """Each adapter with the form in which it acts when `layer` is given `x`."""

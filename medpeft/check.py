@@ -18,7 +18,7 @@ from .adapter import adapted_layers
 from .batchnorm import with_statistics
 from .connected import Silent, connected
 from .errors import MedpeftError
-from .hooks import Cover, Tap, adapt_input, adapt_output
+from .hooks import Cover, Elsewhere, Tap, adapt_input, adapt_output
 from .state import Applied, require_applied
 from .targets import Network
 from .twin import real_twin, undisturbed
@@ -128,16 +128,18 @@ def _hooks_lost(model: nn.Module) -> Iterator[tuple[str, str]]:
     methods = [
         (name, hook.__self__)
         for name, module in model.named_modules()
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(getattr(hook, "__self__", None), (Cover, Tap))
+        for hook in (*module._forward_pre_hooks.values(), *_after(module))
+        if isinstance(getattr(hook, "__self__", None), (Cover, Tap, Elsewhere))
     ]
     covered = {f"{name}.{cover.path}".strip(".") for name, cover in methods if isinstance(cover, Cover)}
     tapped = {id(tap.adapter) for _, tap in methods if isinstance(tap, Tap)}
+    placed = {(id(hook.adapter), name) for name, hook in methods if isinstance(hook, Elsewhere)}
     for name, layer, adapters in adapted_layers(model):
         on_output = adapters.acting(on_output=True)
         lost = bool(on_output) and adapt_output not in layer._forward_hooks.values()
         lost = lost or (bool(adapters.acting(on_output=False)) and name not in covered)
         lost = lost or (bool(adapters.entering()) and adapt_input not in layer._forward_pre_hooks.values())
+        lost = lost or any((id(a), other) not in placed for a in adapters.every() for other in a.others)
         if lost or any(a.taps and id(a) not in tapped for a in on_output):
             yield (
                 name,
@@ -145,6 +147,11 @@ def _hooks_lost(model: nn.Module) -> Iterator[tuple[str, str]]:
             )
         if not adapters.enabled:
             yield name, "has its adapters switched off; leave `with medpeft.disabled(…)` or `merged(…)` first"
+
+
+def _after(module: nn.Module) -> Iterator[Any]:
+    """The forward hooks by which adapters act on the output of a module that is not their layer."""
+    return (hook for hook in module._forward_hooks.values() if isinstance(getattr(hook, "__self__", None), Elsewhere))
 
 
 def _wrongly_trained(model: nn.Module, record: Applied) -> Iterator[tuple[str, str]]:

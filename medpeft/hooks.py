@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapter, Adapters, Form, Site, autocasts, covering, own_tensor
+from .adapter import Adapter, Adapters, Site, autocasts, covering, own_tensor
 
 
 def attach(model: nn.Module, planned: Iterable[tuple[str, Site, Adapter]]) -> None:
@@ -20,7 +20,8 @@ def attach(model: nn.Module, planned: Iterable[tuple[str, Site, Adapter]]) -> No
         by_layer.setdefault(item[1].name, []).append(item)
     for name, items in by_layer.items():
         layer = items[0][1].layer
-        layer.add_module("adapters", Adapters({method + site.key: adapter for method, site, adapter in items}))
+        adapters = Adapters({method + site.key: adapter for method, site, adapter in items})
+        layer.add_module("adapters", adapters)
         for reader in sorted({_reader(site) for _, site, adapter in items if adapter.usual_form == "weight"}):
             cover = Cover(name[len(reader) :].lstrip("."))
             module = model.get_submodule(reader)
@@ -32,6 +33,9 @@ def attach(model: nn.Module, planned: Iterable[tuple[str, Site, Adapter]]) -> No
             layer.register_forward_hook(adapt_output, prepend=True, with_kwargs=True)
         for _, _, adapter in items:
             _tap(layer, adapter)
+            for other in adapter.others:
+                # After the other module's own adapters.
+                model.get_submodule(other).register_forward_hook(Elsewhere(adapters, adapter, other).act)
 
 
 def _reader(site: Site) -> str:
@@ -58,7 +62,7 @@ def detach(model: nn.Module) -> None:
 
 
 def _is_ours(hook: Callable[..., Any]) -> bool:
-    return hook in (adapt_input, adapt_output) or isinstance(getattr(hook, "__self__", None), (Cover, Tap))
+    return hook in (adapt_input, adapt_output) or isinstance(getattr(hook, "__self__", None), (Cover, Tap, Elsewhere))
 
 
 def _unhook(module: nn.Module, key: int) -> None:
@@ -77,10 +81,12 @@ def adapt_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     adapters: Adapters = layer.adapters  # type: ignore[assignment]  # as in adapt_output
     if not adapters.enabled:
         return None
-    x = args[0] if args else next(iter(kwargs.values()))
     for adapter in adapters.entering():
-        x = adapter.enter(x)
-    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
+        first = "" if args else next(iter(kwargs))
+        x = args[0] if args else kwargs[first]
+        kwargs = {name: adapter.enter(x) if name == first else adapter.alongside(x, name, v) for name, v in kwargs.items()}
+        args = (adapter.enter(x), *(adapter.alongside(x, "", value) for value in args[1:])) if args else ()
+    return args, kwargs
 
 
 def adapt_output(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -112,23 +118,34 @@ class Cover:
     def __init__(self, path: str) -> None:
         self.path = path
         self.running: dict[int, set[str]] = {}
+        self.before: dict[str, Any] = {}
 
     def put(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook: hide the layer's tensors behind the adapted ones."""
         layer = module.get_submodule(self.path) if self.path else module
-        adapters: Adapters = layer.adapters  # type: ignore[assignment]  # as in adapt_output
-        if not adapters.enabled:
-            return
         x = args[0] if args else next(iter(kwargs.values()), None)
-        forms = adapters.forms(layer, None if self.path else x)
-        with _full_precision(layer):
-            values = _hiding(layer, forms)
+        values = self.hides(layer, None if self.path else x)
         # A norm without weights takes on the dtype of its input.
         given = x.dtype if isinstance(x, Tensor) and x.is_floating_point() else None
         dtype = next((p.dtype for p in layer.parameters(recurse=False)), given)
         with _switching():
+            if not self.running:
+                # `bias_k` of an attention without one is an attribute, and None.
+                self.before = {name: layer.__dict__[name] for name in values if name in layer.__dict__}
             self.running[_thread()] = set(values)
             layer.__dict__.update({name: value if value is None else value.to(dtype) for name, value in values.items()})
+
+    def hides(self, layer: nn.Module, x: Any) -> Mapping[str, Tensor | None]:
+        """What hides the layer's tensors while it computes, on `x` if that is known."""
+        adapters: Adapters = layer.adapters  # type: ignore[assignment]  # as in adapt_output
+        if not adapters.enabled:
+            return {}
+        forms = adapters.forms(layer, x)
+        with _full_precision(layer):
+            for adapter, form in forms:
+                if form == "factors":
+                    return {adapter.weight_name: adapter.factor(), adapter.bias_name: None}
+            return covering(layer, [adapter for adapter, form in forms if form == "weight"])
 
     def take(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook, called after an error too: bring the layer's own tensors back."""
@@ -138,14 +155,7 @@ class Cover:
             # A forward in another thread may still read them; the last one out removes them.
             for name in () if self.running else names:
                 layer.__dict__.pop(name, None)
-
-
-def _hiding(layer: nn.Module, forms: list[tuple[Adapter, Form]]) -> Mapping[str, Tensor | None]:
-    """What hides the layer's tensors while it computes."""
-    for adapter, form in forms:
-        if form == "factors":
-            return {adapter.weight_name: adapter.factor(), adapter.bias_name: None}
-    return covering(layer, [adapter for adapter, form in forms if form == "weight"])
+                layer.__dict__.update({name: self.before[name]} if name in self.before else {})
 
 
 _SWITCH = threading.Lock()
@@ -175,3 +185,18 @@ class Tap:
     def store(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of a tapped submodule: keep its input if it is the first."""
         self.adapter.tapped.setdefault(_thread(), args[0] if args else next(iter(kwargs.values())))
+
+
+class Elsewhere:
+    """Applies an adapter to the output of a module other than its own layer."""
+
+    def __init__(self, adapters: Adapters, adapter: Adapter, name: str) -> None:
+        self.adapters, self.adapter, self.name = adapters, adapter, name
+
+    def act(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of the other module."""
+        if not self.adapters.enabled:
+            return None
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        y = self.adapter.elsewhere(self.name, first)
+        return (y, *rest) if isinstance(output, tuple) else y

@@ -94,7 +94,9 @@ def _merged_values(model: nn.Module, min_kept: float) -> Values:
         if standardises(layer) and (adapters.acting(on_output=True) or adapters.entering()):
             problems.append(f"{name}: {type(layer).__name__} standardises its weight, which undoes what is merged into it")
             continue
+        never = next((adapter.unmergeable for adapter in adapters.every() if adapter.unmergeable), "")
         try:
+            require(not never, never)
             new = covering(layer, adapters.every())
         except MedpeftError as reason:
             problems.append(f"{name}: {reason}")

@@ -139,7 +139,7 @@ def _all_sites(network: Network, method: Method, options: dict[str, Any]) -> dic
     require(method.adapter is not None, f"{method.name!r} adds no adapters.")
     assert method.adapter is not None
     found = (method.adapter.sites(network, targeted=t, **method.sites_with(options)) for t in (False, True))
-    return {(site.name, site.weight): site for sites in found for site in sites}
+    return {(site.name, site.weight): site for sites in found for site in sites if not site.unfit}
 
 
 def _refuse(model: nn.Module) -> None:
@@ -180,9 +180,11 @@ def _picked(
         chosen = choose(network, places, target, exclude, method.name)
         sites = [site for site in sites if site.name in chosen]
         owners = {name: owner for name, owner in owners.items() if owner in chosen}
-    found = sites if method.adapter is not None else owners
-    require(bool(found) or method.name == "linear_probe", _fits_nothing(network, method, target))
-    return sites, list(owners)
+    fitting = [site for site in sites if not site.unfit]
+    unfit = next((f"{site.name} {site.unfit}; " for site in sites if site.unfit), "")
+    found = fitting if method.adapter is not None else owners
+    require(bool(found) or method.name == "linear_probe", _fits_nothing(network, method, target, unfit))
+    return fitting, list(owners)
 
 
 def _selected(network: Network, method: Method, options: dict[str, Any]) -> Iterator[str]:
@@ -199,7 +201,7 @@ def _selected(network: Network, method: Method, options: dict[str, Any]) -> Iter
             yield name
 
 
-def _fits_nothing(network: Network, method: Method, target: Target) -> str:
+def _fits_nothing(network: Network, method: Method, target: Target, unfit: str) -> str:
     types: dict[str, int] = {}
     for module in network.modules.values():
         if any(True for _ in module.parameters(recurse=False)):
@@ -207,7 +209,7 @@ def _fits_nothing(network: Network, method: Method, target: Target) -> str:
     listed = ", ".join(sorted(types, key=lambda name: -types[name])[:6]) or "no parameters"
     hint = method.hint or "see its docstring for the layers that it adapts."
     return (
-        f"{method.name!r} found nothing to train in {type(network.model).__name__} (target={target!r}): {hint} "
+        f"{method.name!r} found nothing to train in {type(network.model).__name__} (target={target!r}): {unfit}{hint} "
         f"This model has {listed}."
     )
 
