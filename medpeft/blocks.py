@@ -57,13 +57,14 @@ def branches(network: Network) -> Iterator[tuple[str, nn.Module, list[Branch]]]:
     layers = set(network.attention_layers.values())
     for name, block, mlp, _ in network.blocks():
         attends = [child for child in block._modules if f"{name}.{child}" in layers]
-        found = [_branch(network, f"{name}.{child}", child != mlp) for child in (*attends, mlp)]
+        sequence = 1 if next((m.batch_first for m in block.modules() if hasattr(m, "batch_first")), True) else 0
+        found = [_branch(network, f"{name}.{child}", child != mlp, sequence) for child in (*attends, mlp)]
         known = [branch for branch in found if branch is not None]
         if len(known) == len(found):
             yield name, block, known
 
 
-def _branch(network: Network, name: str, attention: bool) -> Branch | None:
+def _branch(network: Network, name: str, attention: bool, sequence: int) -> Branch | None:
     module = network.modules[name]
     ends = _attention_ends(module) if attention else matmuls(module)
     if not ends:
@@ -75,7 +76,7 @@ def _branch(network: Network, name: str, attention: bool) -> Branch | None:
             return None
         inside = matmuls(network.modules[sibling])
         name, module, ends = sibling, network.modules[sibling], [*ends, *inside]
-    return Branch(name, module, _layout(network, name, module, ends[0], ends[-1]), attention)
+    return Branch(name, module, _layout(network, name, sequence, ends[0], ends[-1]), attention)
 
 
 def matmuls(module: nn.Module) -> list[nn.Module]:
@@ -93,15 +94,14 @@ def _attention_ends(attention: nn.Module) -> list[nn.Module]:
     return [first[0], last[0] if last else matmuls(attention)[-1]] if first else []
 
 
-def _layout(network: Network, name: str, module: nn.Module, first: nn.Module, last: nn.Module) -> Layout:
+def _layout(network: Network, name: str, sequence: int, first: nn.Module, last: nn.Module) -> Layout:
     embedding = next((m for m in network.modules.values() if roles.is_conv(m)), None)
     weight = _weight(embedding) if embedding is not None else None
-    batch_first = next((m.batch_first for m in module.modules() if hasattr(m, "batch_first")), True)
     return Layout(
         inputs=_weight(first).shape[1],
         outputs=_weight(last).shape[0],
         axis=1 if roles.is_conv(first) else -1,
-        sequence=1 if batch_first else 0,
+        sequence=sequence,
         prefix=_prefix_tokens(network, name),
         grid=_grid(network, name),
         dims=2 if weight is None else max(weight.ndim - 2, 1),

@@ -5,8 +5,15 @@ from . import adaptformer as adaptformer
 from . import bottleneck as bottleneck
 from . import conv_adapter as conv_adapter
 from . import convpass as convpass
+from . import difffit as difffit
+from . import fact as fact
+from . import ia3 as ia3
 from . import lora as lora
+from . import oft as oft
+from . import repadapter as repadapter
 from . import residual_adapter as residual_adapter
 from . import ssf as ssf
 from . import svdiff as svdiff
 from . import tsa as tsa
+from . import vera as vera
+from . import vpt as vpt

@@ -1,0 +1,141 @@
+"""Visual prompt tuning: learned tokens beside those of the image.
+
+Jia et al., "Visual Prompt Tuning" (ECCV 2022), arXiv 2203.12119, Eq. 4 and 5 (shallow), 6 (deep); values as in its Sec. 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Site
+from ..blocks import branches
+from ..errors import MedpeftError, require_positive
+from ..registry import register
+from ..targets import Network
+from ..tokens import insert, require_sequence, take_off, why_not
+
+_HINT = "it adds tokens to transformer blocks in which nothing but attention depends on them. Try 'adaptformer' or 'lora'."
+_WHY = "its prompts are tokens, which no weight of the model can add"
+
+
+class Prompts(nn.Module):
+    """The prompts, (n, D), drawn Xavier-uniform over the fan-in of the patch embedding and D, as in the authors' code."""
+
+    def __init__(self, site: Site, tokens: int, dropout: float) -> None:
+        super().__init__()
+        require_positive("tokens", tokens)
+        assert site.layout is not None
+        self.name, self.layout = site.name, site.layout
+        bound = (6 / (self.layout.patch + self.layout.outputs)) ** 0.5
+        self.tokens = nn.Parameter(torch.empty(tokens, self.layout.outputs))
+        nn.init.uniform_(self.tokens, -bound, bound, generator=site.generator)
+        self.dropout = nn.Dropout(dropout)
+
+    def put_in(self, x: Tensor, method: str) -> Tensor:
+        """(B, N, D) → (B, N + n, D): after the class token, if there is one."""
+        require_sequence(x, method, self.name)
+        return insert(x, self.dropout(self.tokens), self.layout.prefix, self.layout.sequence)
+
+    def take_off(self, x: Tensor) -> Tensor:
+        """(B, N + n, D) → (B, N, D): what was put in is gone, and pooling sees none of it."""
+        return take_off(x, len(self.tokens), self.layout.prefix, self.layout.sequence)
+
+
+def refuse_mask(x: Tensor, method: str, name: str, value: Any, sequence: int) -> Any:
+    """`value`, unless it speaks of each of the tokens of `x`, as a mask does: a `MedpeftError`."""
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == x.shape[sequence] != x.shape[-1]:
+        raise MedpeftError(
+            f"{method!r} adds tokens, but a mask or a bias of shape {tuple(value.shape)} is given with the tokens"
+            f"{f' ({name})' if name else ''}: exclude these blocks, or try 'adaptformer' or 'lora'."
+        )
+    return value
+
+
+@register("vpt_deep", hint=_HINT)
+class VPTDeep(Adapter):
+    """Learned tokens at the input of every transformer block, taken off at its output: [x, _, E] = L([x, P, E]).
+
+    To take a block's prompts off and put the next one's in is to replace them; the last block's are taken off too, so that
+    average pooling, distillation tokens and registers meet what they did before. The model is not the base at first: even
+    fresh prompts take part in every softmax.
+
+    Args:
+        site: A transformer block.
+        tokens: Number of prompts, n.
+        dropout: Probability for each of their values.
+    """
+
+    identity = False
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"tokens": (1, 5, 10, 50, 100), "dropout": (0.0, 0.1)}
+    unmergeable = _WHY
+
+    def __init__(self, site: Site, *, tokens: int = 10, dropout: float = 0.0) -> None:
+        super().__init__(site)
+        self.prompts = Prompts(site, tokens, dropout)
+
+    @classmethod
+    def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
+        """Every transformer block in which tokens can be added."""
+        for name, block, found in branches(network):
+            yield Site(name, block, "block", "", "", layout=found[-1].layout, unfit=why_not(network, name))
+
+    def enter(self, x: Tensor) -> Tensor:
+        """`x` with the prompts."""
+        return self.prompts.put_in(x, self.method)
+
+    def alongside(self, x: Tensor, name: str, value: Any) -> Any:
+        """`value`, if it is no mask."""
+        return refuse_mask(x, self.method, name, value, self.prompts.layout.sequence)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y` without the prompts."""
+        return self.prompts.take_off(y)
+
+
+@register("vpt_shallow", hint=_HINT)
+class VPTShallow(Adapter):
+    """Learned tokens at the input of the first transformer block, taken off after the last: [x, Z, E] = L([x, P, E]).
+
+    In a model of several stages, each has its own. Blocks in between give the prompts too, so what reads their outputs (UNETR,
+    `forward_intermediates`) sees them: vpt_deep hides them. The model is not the base at first, as in vpt_deep.
+
+    Args:
+        site: The first of the transformer blocks that follow one another.
+        tokens: Number of prompts, n.
+        dropout: Probability for each of their values.
+    """
+
+    identity = False
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"tokens": (1, 5, 10, 50, 100), "dropout": (0.0, 0.1)}
+    unmergeable = _WHY
+
+    def __init__(self, site: Site, *, tokens: int = 10, dropout: float = 0.0) -> None:
+        super().__init__(site)
+        self.prompts = Prompts(site, tokens, dropout)
+
+    @classmethod
+    def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
+        """The first block of every row of transformer blocks, with the last as the other module."""
+        rows: dict[str, list[Site]] = {}
+        for site in VPTDeep.sites(network):
+            rows.setdefault(site.name.rpartition(".")[0], []).append(site)
+        for row in rows.values():
+            unfit = next((site.unfit for site in row if site.unfit), "")
+            yield replace(row[0], others=(row[-1].name,), unfit=unfit)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """`x` with the prompts."""
+        return self.prompts.put_in(x, self.method)
+
+    def alongside(self, x: Tensor, name: str, value: Any) -> Any:
+        """`value`, if it is no mask."""
+        return refuse_mask(x, self.method, name, value, self.prompts.layout.sequence)
+
+    def elsewhere(self, name: str, y: Tensor) -> Tensor:
+        """The last block's output without the prompts."""
+        return self.prompts.take_off(y)

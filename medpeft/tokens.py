@@ -1,0 +1,90 @@
+"""Which blocks and attentions may be given more tokens: those that tokens pass without regard to their positions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import roles
+from .errors import MedpeftError
+
+if TYPE_CHECKING:
+    from .targets import Network
+
+_BIAS = re.compile(r"rel_?pos|relative_position|relative_coords|attention_bias|pos_bias|position_bias|cpb_mlp|rpb")
+_ROTARY = re.compile(r"rope|rotary")
+_CHANNELS = re.compile(r"XCA|XCiT|Channel|Linear(Self)?Att|Lite|Efficient(Attn|Attention)")
+
+
+def insert(x: Tensor, tokens: Tensor, at: int, axis: int) -> Tensor:
+    """`x`, (B, N, D), with `tokens`, (n, D), put in before token number `at` of every sample; `axis` is that of the tokens."""
+    before, after = x.tensor_split([at], axis)
+    shape = list(x.shape)
+    shape[axis] = len(tokens)
+    return torch.cat([before, tokens.to(x.dtype).unsqueeze(1 - axis).expand(shape), after], axis)
+
+
+def take_off(x: Tensor, count: int, at: int, axis: int) -> Tensor:
+    """`x` without the `count` tokens from number `at` on."""
+    before, _, after = x.tensor_split([at, at + count], axis)
+    return torch.cat([before, after], axis)
+
+
+def require_sequence(x: Any, method: str, name: str) -> None:
+    """Raise `MedpeftError` unless `x` is a batch of token sequences, (B, N, D)."""
+    if not isinstance(x, Tensor) or x.ndim != 3:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise MedpeftError(
+            f"{method!r} adds tokens to sequences (B, N, D), and {name} was given {shape}: exclude it, or try 'adaptformer' or "
+            "'lora'."
+        )
+
+
+def why_not(network: Network, name: str) -> str:
+    """Why the block or attention of that name computes something else once tokens are added; "" where it does not.
+
+    Between tokens there may be nothing but attention: no convolution, no window, no bias or rotation by their positions.
+    """
+    module = network.modules[name]
+    for path, inside in module.named_modules(prefix=name):
+        if roles.is_conv(inside):
+            return f"convolves the grid of its tokens ({path}), in which added tokens have no place"
+        if _CHANNELS.search(type(inside).__name__):
+            return f"does not compare tokens with one another by a softmax ({path}: {type(inside).__name__})"
+        # BEiT's attention has a window too, its whole image.
+        shifts = hasattr(inside, "shift_size") or inside is module
+        if _is_set(inside, "window_size") and shifts:
+            return f"attends within windows ({path}), of which each would need tokens of its own"
+        if any(_BIAS.search(held) for held in _held(inside)):
+            return f"adds a bias for each pair of positions ({path}), and an added token has no position"
+        if _is_set(inside, "window_size"):
+            return f"attends within windows ({path}), of which each would need tokens of its own"
+    for path, outside in _around(network, name):
+        if any(_BIAS.search(held) for held in _held(outside)):
+            return f"is given a bias for each pair of positions (by {path or 'the model'}), and an added token has no position"
+        if any(_ROTARY.search(held) for held in _held(outside)):
+            return f"is rotated by positions (RoPE, by {path or 'the model'}), and an added token has no position"
+    return ""
+
+
+def _around(network: Network, name: str) -> Iterator[tuple[str, nn.Module]]:
+    while name:
+        yield name, network.modules[name]
+        name = name.rpartition(".")[0]
+    yield "", network.model
+
+
+def _held(module: nn.Module) -> Iterator[str]:
+    """Names of the tensors and modules that a module itself holds."""
+    for store in (module._parameters, module._buffers, module._modules):
+        yield from (name for name, value in store.items() if value is not None)
+
+
+def _is_set(module: nn.Module, name: str) -> bool:
+    """Whether an attribute of a module is a size other than zero, or several."""
+    value = getattr(module, name, None)
+    return any(value) if isinstance(value, (tuple, list)) else isinstance(value, int) and value > 0
