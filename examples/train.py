@@ -6,11 +6,11 @@ Offline, on patches of stained tissue; then on your own folder with one subfolde
     python examples/train.py --method lora --option rank=4 --data my/images
 
 It uses a GPU if there is one, stops when the validation macro-F1 no longer rises, and writes
-adapter.safetensors, metrics.json and training.png to --output.
+adapter.safetensors, metrics.json, predictions.csv and training.png to --output.
 """
 
 import argparse
-import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,35 +21,45 @@ import numpy as np
 import timm
 import torch
 from lightning.fabric import Fabric
-from torch import nn
-from trainer.batches import Batches, Part, make_batches, make_transform
-from trainer.config import write_config
+from lightning.fabric.wrappers import _FabricOptimizer
+from torch import Tensor, nn
+from trainer.batches import Batches, Part, make_transform, plain_batches, training_batches
+from trainer.checkpoint import Training, load_training, restore_training, save_training
 from trainer.cost import forget_peak, peak_memory, saved_bytes, typical
+from trainer.devices import make_fabric
 from trainer.errors import TrainerError
-from trainer.figure import draw_training
 from trainer.flags import changed_settings, make_parser, parse, settings_of
 from trainer.images import Images, Integers
-from trainer.loop import Training, fit, load_training, predict, restore_training, save_training, warmup_cosine
-from trainer.metrics import score, table, without_nan
-from trainer.models import build_model, input_statistics
-from trainer.predictions import write_predictions
+from trainer.loop import Plan, fit, predict, warmup_cosine
+from trainer.metrics import score, table
+from trainer.models import build_model, checkpoint_activations, input_statistics
+from trainer.order import Order, balanced
+from trainer.results import count, describe, write_results
 from trainer.sources import read_data
-from trainer.split import PARTS, divided_groups, split
+from trainer.split import PARTS, split
 from trainer.subset import training_subset
 
 import medpeft
 
+Say = Callable[[str], None]
+
 
 def main(given: Sequence[str] | None = None) -> int:
     """Run the command line; give its exit status."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         run(parse(make_parser(__doc__), given))
     except (TrainerError, medpeft.MedpeftError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if first:
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted. Go on after the last whole epoch with --resume.", file=sys.stderr)
+        if first:
+            print("Interrupted. Go on from the last checkpoint with --resume.", file=sys.stderr)
         return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 
@@ -63,37 +73,43 @@ def run(args: argparse.Namespace, images: Images | None = None) -> dict[str, Any
     Raises:
         TrainerError, medpeft.MedpeftError: data, model, method or flags do not fit.
     """
-    start = time.perf_counter()
-    say = no_line if args.quiet else print_line
-    fabric = Fabric(accelerator="auto", devices=1)
-    if images is None:
-        images = images_of(args)
-    found = split(images, args.seed, args.val_fraction, args.test_fraction)
-    found["train"] = training_subset(images, found["train"], args.train_fraction, args.seed)
+    begun = time.perf_counter()
+    fabric, scaler = make_fabric(args)
+    say = print_line if fabric.is_global_zero and not args.quiet else no_line
+    images = images_of(args) if images is None else images
+    found = parts_of(args, images)
     say(describe(images, found))
 
     fabric.seed_everything(args.seed, workers=True, verbose=False)
     model = adapted_model(args, len(images.classes))
     say(f"\n{medpeft.report(model)}\n")
+    kept = saved_bytes(model, args.batch_size // (args.accumulate * fabric.world_size), args.image_size)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    batches = batches_of(fabric, args, images, found, input_statistics(model))
+    batches, order = batches_of(fabric, args, images, found, input_statistics(model))
+    plan = plan_of(fabric, args, images, found["train"], batches, order, say)
     forget_peak(fabric.device)
-    training = train(fabric, args, model, batches, class_weights(args, images, found["train"]), say)
+    training = set_up(fabric, args, model, order.steps, scaler)
+    if args.resume:
+        resume(fabric, args, training, say)
+    args.output.mkdir(parents=True, exist_ok=True)
+    fit(fabric, training, plan)
     peak, kind = peak_memory(fabric.device)
-    predictions = {part: probabilities_of(training.model, batches[part]) for part in ("val", "test")}
+
+    predictions = {part: probabilities_of(fabric, training.network, batches[part]) for part in ("val", "test")}
     scores = {part: score(probabilities, labels) for part, (probabilities, labels) in predictions.items()}
     say("\n" + table(scores["test"], images.classes, f"Test on {len(found['test'])} images") + "\n")
     record = {
         "settings": settings_of(args),
         "classes": images.classes,
         "images": {part: count(images, rows) for part, rows in found.items()},
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable": trainable,
         **scores,
         "best_epoch": training.best_epoch,
         "history": training.history,
-        "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - begun,
         "step_seconds": typical(training.step_seconds),
-        "saved_bytes": saved_bytes(model, args.batch_size, args.image_size),
+        "saved_bytes": kept,
         "peak_bytes": peak,
         "peak_memory": kind,
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
@@ -103,7 +119,11 @@ def run(args: argparse.Namespace, images: Images | None = None) -> dict[str, Any
             "probabilities": predictions["test"][0].tolist(),
         },
     }
-    write_results(args, model, images, record)
+    # What is sharded is gathered by all processes together; of equal copies one is enough.
+    if args.strategy == "fsdp2" or fabric.is_global_zero:
+        save_adapter(args, model, record)
+    if fabric.is_global_zero:
+        write_results(args, images, record)
     say(f"Saved adapter.safetensors, metrics.json, predictions.csv and training.png to {args.output}")
     return record
 
@@ -113,17 +133,21 @@ def images_of(args: argparse.Namespace) -> Images:
     return read_data(args.data, args.image_size, args.patient_column, args.quiet)
 
 
-def probabilities_of(model: nn.Module, batches: Batches) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the probabilities (N, C) and the labels (N,) of all batches, on the CPU."""
-    logits, labels = predict(model, batches)
-    return logits.softmax(1).cpu(), labels.cpu()
+def parts_of(args: argparse.Namespace, images: Images) -> dict[str, Integers]:
+    """Split the data as the flags say."""
+    found = split(images, args.seed, args.val_fraction, args.test_fraction)
+    found["train"] = training_subset(images, found["train"], args.train_fraction, args.seed)
+    return found
 
 
 def adapted_model(args: argparse.Namespace, classes: int) -> nn.Module:
     """Build the model and apply the method to it."""
     model = build_model(args.model, classes, args.image_size, not args.no_pretrained)
-    # Convolutions on a CPU take a third less time with channels last.
-    model = model.to(memory_format=torch.channels_last)
+    if args.strategy != "fsdp2":
+        # Convolutions on a CPU take a third less time with channels last; shards are rows, and lie as they are.
+        model = model.to(memory_format=torch.channels_last)
+    if args.checkpoint_activations:
+        checkpoint_activations(model)
     return medpeft.apply(model, args.option, target=args.target, batchnorm=args.batchnorm, seed=args.seed)
 
 
@@ -133,66 +157,84 @@ def batches_of(
     images: Images,
     found: dict[str, Integers],
     statistics: tuple[list[float], list[float]],
-) -> dict[str, Batches]:
-    """Batch the parts; only the training part is shuffled and augmented."""
+) -> tuple[dict[str, Batches], Order]:
+    """Batch the parts, for this process; only the training part is shuffled and augmented."""
+    rank, world = fabric.global_rank, fabric.world_size
+    labels = images.labels[found["train"]]
+    order = Order(
+        len(labels),
+        args.batch_size,
+        args.seed,
+        args.accumulate,
+        rank,
+        world,
+        balanced(labels) if args.balanced_sampler else None,
+    )
     batches = {}
     for part in PARTS:
-        training = part == "train"
-        transform = make_transform(args.image_size, *statistics, augment=training)
+        transform = make_transform(args.image_size, *statistics, args.augment if part == "train" else "none")
         chosen = Part(images, found[part], transform)
-        loader = make_batches(chosen, args.batch_size, args.num_workers, shuffle=training)
-        batches[part] = cast(Batches, fabric.setup_dataloaders(loader))
-    return batches
+        if part == "train":
+            loader = training_batches(chosen, order, args.num_workers)
+        else:
+            loader = plain_batches(chosen, args.batch_size // world, args.num_workers, rank, world)
+        batches[part] = cast(Batches, fabric.setup_dataloaders(loader, use_distributed_sampler=False))
+    return batches, order
 
 
-def class_weights(args: argparse.Namespace, images: Images, rows: Integers) -> torch.Tensor | None:
+def plan_of(
+    fabric: Fabric,
+    args: argparse.Namespace,
+    images: Images,
+    rows: Integers,
+    batches: dict[str, Batches],
+    order: Order,
+    say: Say,
+) -> Plan:
+    """Say how to train."""
+    weights = class_weights(images, rows) if args.class_weights else None
+    return Plan(
+        batches["train"],
+        order,
+        torch.from_numpy(images.labels[rows]),
+        batches["val"],
+        None if weights is None else weights.to(fabric.device),
+        args.epochs,
+        args.patience,
+        args.seed,
+        args.save_every,
+        save=lambda training: save_training(fabric, training, settings_of(args), checkpoint_file(args)),
+        say=say,
+        quiet=args.quiet,
+    )
+
+
+def class_weights(images: Images, rows: Integers) -> Tensor:
     """Give (C,) weights by which every class has the same weight in the training loss."""
-    if not args.class_weights:
-        return None
     counts = np.bincount(images.labels[rows], minlength=len(images.classes))
     return torch.tensor(len(rows) / (len(counts) * counts), dtype=torch.float32)
 
 
-def train(
-    fabric: Fabric,
-    args: argparse.Namespace,
-    model: nn.Module,
-    batches: dict[str, Batches],
-    weights: torch.Tensor | None,
-    say: Callable[[str], None],
+def set_up(
+    fabric: Fabric, args: argparse.Namespace, model: nn.Module, steps: int, scaler: torch.amp.GradScaler | None
 ) -> Training:
-    """Train an adapted model, from the start or from the last epoch that was saved."""
+    """Place an adapted model on the devices, and make its optimizer."""
+    network = fabric.setup_module(cast(nn.Module, torch.compile(model)) if args.compile else model)
+    # After FSDP2 has put its shards into the place of the parameters.
     groups = medpeft.parameter_groups(model, lr=args.lr, weight_decay=args.weight_decay)
-    optimizer = torch.optim.AdamW(groups)
-    schedule = warmup_cosine(optimizer, args.epochs * len(batches["train"]))
-    on_device, stepped = fabric.setup(model, optimizer)
-    training = Training(on_device, stepped, schedule)
-    checkpoint = args.output / "last.ckpt"
-    args.output.mkdir(parents=True, exist_ok=True)
-    if args.resume:
-        resume(args, training, checkpoint, say)
-
-    def after_epoch(training: Training) -> None:
-        save_training(training, settings_of(args), checkpoint)
-        say(epoch_line(training))
-
-    fit(
-        fabric,
-        training,
-        batches["train"],
-        batches["val"],
-        nn.CrossEntropyLoss(weights).to(fabric.device),
-        epochs=args.epochs,
-        patience=args.patience,
-        seed=args.seed,
-        after_epoch=after_epoch,
-        quiet=args.quiet,
-    )
-    return training
+    adamw = torch.optim.AdamW(groups)
+    optimizer = cast(_FabricOptimizer, fabric.setup_optimizers(adamw))
+    return Training(model, network, optimizer, warmup_cosine(adamw, args.epochs * steps), scaler)
 
 
-def resume(args: argparse.Namespace, training: Training, checkpoint: Path, say: Callable[[str], None]) -> None:
+def checkpoint_file(args: argparse.Namespace) -> Path:
+    """Name the file from which a run goes on."""
+    return Path(args.output) / "last.ckpt"
+
+
+def resume(fabric: Fabric, args: argparse.Namespace, training: Training, say: Say) -> None:
     """Go on from a checkpoint of a run with the same settings, if there is one."""
+    checkpoint = checkpoint_file(args)
     if not checkpoint.exists():
         say(f"{args.output} has no last.ckpt: beginning with epoch 1")
         return
@@ -203,12 +245,19 @@ def resume(args: argparse.Namespace, training: Training, checkpoint: Path, say: 
             f"{checkpoint} is from a run with other settings: {'; '.join(changed)}. "
             "Resume with the same ones, or choose another --output."
         )
-    restore_training(training, content)
-    say(f"Resumed after epoch {len(training.history)}")
+    restore_training(fabric, training, content)
+    within = f" and {training.step} steps" if training.step else ""
+    say(f"Resumed after epoch {len(training.history)}{within}")
 
 
-def write_results(args: argparse.Namespace, model: nn.Module, images: Images, record: dict[str, Any]) -> None:
-    """Write the adapter, the settings, the metrics, the predictions and the figure."""
+def probabilities_of(fabric: Fabric, model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
+    """Give the probabilities (N, C) and the labels (N,) of all batches, on the CPU."""
+    logits, labels = predict(fabric, model, batches)
+    return logits.softmax(1).cpu(), labels.cpu()
+
+
+def save_adapter(args: argparse.Namespace, model: nn.Module, record: dict[str, Any]) -> None:
+    """Write the adapter with what it takes to use it; called on every process, which gathers what is sharded."""
     mean, std = input_statistics(model)
     metadata = {
         "model": args.model,
@@ -220,52 +269,6 @@ def write_results(args: argparse.Namespace, model: nn.Module, images: Images, re
         "test_macro_f1": record["test"]["macro_f1"],
     }
     medpeft.save(model, args.output / "adapter.safetensors", metadata=metadata)
-    kept = {key: value for key, value in record.items() if key != "test_predictions"}
-    text = json.dumps(without_nan(kept), indent=2, allow_nan=False)
-    (args.output / "metrics.json").write_text(text + "\n")
-    write_config({k: v for k, v in record["settings"].items() if k != "config"}, args.output / "config.yaml")
-    found = record["test_predictions"]
-    names = [images.names[i] if images.names else str(i) for i in found["index"]]
-    labels = [images.classes[label] for label in found["label"]]
-    write_predictions(args.output / "predictions.csv", names, images.classes, torch.tensor(found["probabilities"]), labels)
-    draw_training(
-        record["history"],
-        record["best_epoch"],
-        record["test"]["confusion_matrix"],
-        record["classes"],
-        f"{args.method} on {args.model}: test macro-F1 {record['test']['macro_f1']:.3f}",
-        args.output / "training.png",
-    )
-
-
-def count(images: Images, rows: Integers) -> dict[str, int]:
-    """Count the images of each class among some rows."""
-    counts = np.bincount(images.labels[rows], minlength=len(images.classes))
-    return dict(zip(images.classes, counts.tolist(), strict=True))
-
-
-def describe(images: Images, found: dict[str, Integers]) -> str:
-    """Lay out how many images of each class are in each part."""
-    width = max(len(name) for name in [*images.classes, "images"])
-    lines = [f"{'images':<{width}}" + "".join(f"{part:>8}" for part in PARTS)]
-    counts = {part: count(images, rows) for part, rows in found.items()}
-    lines += [f"{name:<{width}}" + "".join(f"{counts[part][name]:>8}" for part in PARTS) for name in images.classes]
-    if divided := divided_groups(images, found):
-        lines.append(
-            f"Warning: {divided} groups (exact copies, or one patient's images) fall into more "
-            "than one part of the split that the data bring, so its scores flatter the model."
-        )
-    return "\n".join(lines)
-
-
-def epoch_line(training: Training) -> str:
-    """Sum up the last epoch in one line."""
-    epoch, last = len(training.history), training.history[-1]
-    kept = "  *" if training.best_epoch == epoch else ""
-    return (
-        f"epoch {epoch:>3}  train loss {last['train_loss']:.4f}  val loss {last['val_loss']:.4f}  "
-        f"val macro-F1 {last['val_macro_f1']:.4f}  {last['seconds']:5.1f} s{kept}"
-    )
 
 
 def print_line(text: str) -> None:

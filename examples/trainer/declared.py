@@ -5,6 +5,8 @@ from pathlib import Path
 
 import medpeft
 
+from .batches import AUGMENTATIONS
+from .devices import PRECISIONS, STRATEGIES
 from .models import DEFAULT
 
 # Peak learning rates that suit AdamW and a short schedule; a union takes the lowest of its parts.
@@ -18,6 +20,7 @@ def declare_flags(parser: argparse.ArgumentParser) -> None:
     _add_split_flags(parser)
     _add_method_flags(parser)
     _add_training_flags(parser)
+    _add_device_flags(parser)
     _add_run_flags(parser)
 
 
@@ -103,15 +106,48 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="stop after N epochs without a better validation macro-F1 (default: 5)",
     )
-    add("--batch-size", type=int, default=16, metavar="N", help="(default: 16)")
+    add(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="N",
+        help="images of one optimizer step, over all devices and micro-batches (default: 16)",
+    )
     add(
         "--lr",
         type=float,
         help=f"peak learning rate of AdamW; it warms up, then falls in a cosine (default: {rates}, {RATE:g} for the others)",
     )
     add("--weight-decay", type=float, default=0.01, metavar="W", help="(default: 0.01)")
+    add(
+        "--augment",
+        default="light",
+        choices=AUGMENTATIONS,
+        help="flips, turns, shifts, changes of light, of the training images (default: light)",
+    )
     add("--class-weights", action="store_true", help="weight rare classes up in the loss")
+    add("--balanced-sampler", action="store_true", help="draw every class equally often, with replacement")
     add("--seed", type=int, default=0, help="of split, head, adapters and batches (default: 0)")
+
+
+def _add_device_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("devices").add_argument
+    add("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(default: auto)")
+    add("--devices", type=int, default=1, metavar="N", help="how many; under torchrun, as many a node (default: 1)")
+    add(
+        "--strategy",
+        default="auto",
+        choices=STRATEGIES,
+        help="of several devices: ddp keeps the model on each, fsdp2 shards it (default: auto, which is ddp)",
+    )
+    add("--precision", default="32", choices=PRECISIONS, help="(default: 32)")
+    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step, for less memory (default: 1)")
+    add(
+        "--checkpoint-activations",
+        action="store_true",
+        help="compute activations again in the backward pass instead of keeping them",
+    )
+    add("--compile", action="store_true", help="torch.compile the model")
 
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +162,13 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--resume",
         action="store_true",
-        help="continue after the last epoch in --output, or begin if there is none",
+        help="go on from the last checkpoint in --output, bit for bit, or begin if there is none",
+    )
+    add(
+        "--save-every",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="write a checkpoint every so many steps too (default: 0, only after every epoch)",
     )
     add("--quiet", action="store_true", help="print nothing")

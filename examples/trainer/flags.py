@@ -12,7 +12,7 @@ from .declared import RATE, RATES, declare_flags
 from .errors import TrainerError
 
 # What may change between a run and its continuation.
-FREE = {"config", "output", "resume", "num_workers", "patience", "quiet"}
+FREE = {"config", "output", "resume", "num_workers", "patience", "quiet", "save_every", "accelerator", "devices", "strategy"}
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -29,11 +29,13 @@ def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> argpa
         TrainerError: a flag has a value that cannot be meant.
     """
     args = parser.parse_args(with_config(parser, sys.argv[1:] if given is None else given))
-    for name in ("epochs", "patience", "batch_size", "image_size"):
+    for name in ("epochs", "patience", "batch_size", "image_size", "accumulate", "devices"):
         if getattr(args, name) < 1:
             raise TrainerError(f"{_flag(name)} is {getattr(args, name)}; it must be at least 1.")
     if not 0 < args.train_fraction <= 1:
         raise TrainerError(f"--train-fraction is {args.train_fraction}; it must be above 0 and at most 1.")
+    if args.save_every < 0:
+        raise TrainerError(f"--save-every is {args.save_every}; it must be at least 0.")
     if not 0 <= args.seed < 1_000_000:
         raise TrainerError(f"--seed is {args.seed}; it must be from 0 to 999999.")
     args.option = read_options(args.method, args.option)

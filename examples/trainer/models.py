@@ -58,6 +58,21 @@ def input_statistics(model: nn.Module) -> tuple[list[float], list[float]]:
     return list(config["mean"]), list(config["std"])
 
 
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let a timm model compute the activations of its blocks again in the backward pass, instead of keeping them.
+
+    Raises:
+        TrainerError: the model cannot.
+    """
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise TrainerError(
+            f"{type(model).__name__} cannot compute its activations again. Leave --checkpoint-activations out; "
+            "--accumulate saves memory too."
+        ) from error
+
+
 def _has_fixed_size(name: str) -> bool:
     config = timm.get_pretrained_cfg(name)
     return config is not None and bool(config.fixed_input_size)
