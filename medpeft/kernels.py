@@ -130,6 +130,22 @@ def _is_above(scale: Tensor, smallest: float) -> bool:
     return scale.is_meta or is_fake(scale) or bool(scale.detach().abs().min() >= smallest)
 
 
+class SumToBias(torch.autograd.Function):
+    """y as it is; backward gives the bias, (C,), the sum of y's gradient over all but `axis`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor, axis: int) -> Tensor:
+        """`y` itself."""
+        ctx.axis = axis
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of y and the bias."""
+        return grad, grad.sum([i for i in range(grad.ndim) if i != ctx.axis % grad.ndim]), None
+
+
 class ShiftSpectrum(torch.autograd.Function):
     """W + U·diag(d)·Vᵀ for W (out, in), U (out, k), d (k,), Vᵀ (k, in); keeps nothing but them."""
 

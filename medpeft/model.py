@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, Site, adapted_layers
 from .batchnorm import freeze_statistics, release_statistics
+from .biases import sum_to_biases
 from .errors import MedpeftError, require
 from .head import Head
 from .hooks import attach, detach
@@ -75,6 +76,7 @@ def carry_out(planned: Plan, built: Sequence[tuple[Method, Site, Adapter]] | Non
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.selected)
     attach(model, [(method.name, site, adapter) for method, site, adapter in built])
+    sum_to_biases(model)
     if record.batchnorm == "frozen":
         freeze_statistics(model)
     set_applied(model, record)
