@@ -25,11 +25,11 @@ def replaced(weight: Tensor, rows: tuple[Rows, ...], new: Tensor) -> Tensor:
     return weight.to(new.dtype).index_copy(0, _indices(weight, rows), new)
 
 
-def placed(change: Tensor, rows: tuple[Rows, ...], y: Tensor, axis: int) -> Tensor:
-    """The parts' channels of `change` at their places among those of `y`, zero elsewhere."""
+def placed(change: Tensor, rows: tuple[Rows, ...], y: Tensor, axis: int, fill: float = 0.0) -> Tensor:
+    """The parts' channels of `change` at their places among those of `y`, `fill` elsewhere."""
     if not rows:
         return change
-    out = torch.zeros_like(y)
+    out = torch.full_like(y, fill)
     for row, part in zip(rows, change.split(sizes(rows, 0), axis), strict=True):
         there = out.unflatten(axis, (row.groups, -1)).narrow(axis if axis < 0 else axis + 1, row.start, row.size)
         there.copy_(part.unflatten(axis, (row.groups, -1)))
