@@ -79,6 +79,14 @@ def _branch(network: Network, name: str, attention: bool, sequence: int) -> Bran
     return Branch(name, module, _layout(network, name, sequence, ends[0], ends[-1]), attention)
 
 
+def attention_layout(network: Network, name: str) -> Layout | None:
+    """The layout of an attention, in a block or not; None where its widths are not known."""
+    module = network.modules[name]
+    ends = _attention_ends(module)
+    sequence = 1 if getattr(module, "batch_first", True) else 0
+    return _layout(network, name, sequence, ends[0], ends[-1]) if ends else None
+
+
 def matmuls(module: nn.Module) -> list[nn.Module]:
     """The Linear layers and convolutions of a module, in order."""
     return [m for m in module.modules() if isinstance(m, nn.Linear) or roles.is_conv(m)]

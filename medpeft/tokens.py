@@ -34,6 +34,20 @@ def take_off(x: Tensor, count: int, at: int, axis: int) -> Tensor:
     return torch.cat([before, after], axis)
 
 
+def pad_mask(value: Any, name: str, tokens: int, count: int, at: int) -> Any:
+    """A mask of `tokens` tokens with `count` more, which all others see, before number `at`; anything else as it is."""
+    is_mask = isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == tokens
+    if not is_mask or (name and "mask" not in name and "bias" not in name):
+        return value
+    seen = 0 if value.is_floating_point() else 1
+    for axis in (-1, -2) if value.shape[-2] == tokens else (-1,):
+        before, after = value.tensor_split([at], axis)
+        shape = list(value.shape)
+        shape[axis] = count
+        value = torch.cat([before, value.new_full(shape, seen), after], axis)
+    return value
+
+
 def require_sequence(x: Any, method: str, name: str) -> None:
     """Raise `MedpeftError` unless `x` is a batch of token sequences, (B, N, D)."""
     if not isinstance(x, Tensor) or x.ndim != 3:
@@ -59,6 +73,8 @@ def why_not(network: Network, name: str) -> str:
         shifts = hasattr(inside, "shift_size") or inside is module
         if _is_set(inside, "window_size") and shifts:
             return f"attends within windows ({path}), of which each would need tokens of its own"
+        if "pos_embed" in _held(inside):
+            return f"adds an embedding of their positions to its tokens ({path}), and an added token has no position"
         if any(_BIAS.search(held) for held in _held(inside)):
             return f"adds a bias for each pair of positions ({path}), and an added token has no position"
         if _is_set(inside, "window_size"):
