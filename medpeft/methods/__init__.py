@@ -10,6 +10,7 @@ from . import fact as fact
 from . import ia3 as ia3
 from . import lora as lora
 from . import oft as oft
+from . import prefix as prefix
 from . import repadapter as repadapter
 from . import residual_adapter as residual_adapter
 from . import ssf as ssf
