@@ -1,0 +1,114 @@
+"""The tables of the paper: a row for each method, a column for each data set or amount of data, the best in bold."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+from .summary import across_data
+
+AVERAGE, RANK, PARAMETERS, OVERTAKEN = "Average", "Average rank", "Trainable", "full overtakes at"
+
+Table = tuple[pd.DataFrame, pd.DataFrame]
+"""The cells as text, indexed by the methods' labels, and of the same shape which of them are the best of their column."""
+
+
+def score_table(summary: pd.DataFrame) -> Table:
+    """Lay out the scores of one model.
+
+    Args:
+        summary: of `summarise`, rows of one model and one fraction.
+
+    Returns:
+        For each data set `mean ± sd [low, high]` of the macro-F1; then the average and the average rank where there are
+        several data sets, and the trainable parameters.
+    """
+    labels, names = list(dict.fromkeys(summary["label"])), list(dict.fromkeys(summary["data"]))
+    text, best = pd.DataFrame(index=labels), pd.DataFrame(index=labels)
+    for name in names:
+        rows = summary[summary["data"] == name].set_index("label").reindex(labels)
+        text[name] = [score_text(row) for _, row in rows.iterrows()]
+        best[name] = rows["mean"] == rows["mean"].max()
+    if len(names) > 1:
+        both = across_data(summary).reindex(labels)
+        text[AVERAGE] = [f"{value:.3f}" if value == value else "–" for value in both["average"]]
+        text[RANK] = [f"{value:.1f}" for value in both["rank"]]
+        best[AVERAGE] = both["average"] == both["average"].max()
+        best[RANK] = both["rank"] == both["rank"].min()
+    counts = summary.groupby("label", sort=False)["trainable"].agg(["min", "max"]).reindex(labels)
+    # The head has as many rows as there are classes, so data sets may differ.
+    text[PARAMETERS] = [f"{low:,}" if low == high else f"{low:,}–{high:,}" for low, high in counts.itertuples(index=False)]
+    best[PARAMETERS] = False
+    return text, best
+
+
+def volume_table(summary: pd.DataFrame, crossovers: Mapping[str, float | None]) -> Table:
+    """Lay out the scores of one model on one data set, a column for each share of the training data.
+
+    Args:
+        summary: of `summarise`.
+        crossovers: for each label the share at which full fine-tuning overtakes it, None where it does not; the last column.
+    """
+    labels = list(dict.fromkeys(summary["label"]))
+    text, best = pd.DataFrame(index=labels), pd.DataFrame(index=labels)
+    for fraction, rows in summary.groupby("fraction"):
+        column = f"{100 * float(fraction):.3g} % ({rows['train_images'].iloc[0]} images)"
+        found = rows.set_index("label").reindex(labels)
+        text[column] = [score_text(row) for _, row in found.iterrows()]
+        best[column] = found["mean"] == found["mean"].max()
+    if crossovers:
+        points = [crossovers.get(label) for label in labels]
+        text[OVERTAKEN] = ["–" if at is None else f"{100 * at:.2g} %" for at in points]
+        best[OVERTAKEN] = False
+    return text, best
+
+
+def score_text(row: pd.Series) -> str:
+    """Write one score: the mean, the standard deviation over seeds where there are several, the interval."""
+    if pd.isna(row["mean"]):
+        return "–"
+    spread = "" if pd.isna(row["sd"]) else f" ± {row['sd']:.3f}"
+    return f"{row['mean']:.3f}{spread} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def to_markdown(text: pd.DataFrame, best: pd.DataFrame) -> str:
+    """Write a table in Markdown, the best of each column in bold."""
+    bold = text.where(~best, "**" + text.astype(str) + "**")
+    lines = [["Method", *map(str, bold.columns)], ["---", *["--:"] * len(bold.columns)]]
+    lines += [[str(label), *row] for label, row in zip(bold.index, bold.to_numpy().tolist(), strict=True)]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def to_latex(text: pd.DataFrame, best: pd.DataFrame) -> str:
+    """Write a table in LaTeX, for the package booktabs."""
+    styled = _styled(text, best, "textbf:--rwrap").format(escape="latex")
+    escaped = styled.format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
+    latex: str = escaped.to_latex(hrules=True, column_format="l" + "r" * len(text.columns))
+    return latex.replace("±", r"$\pm$").replace("–", "--")
+
+
+def to_html(text: pd.DataFrame, best: pd.DataFrame) -> str:
+    """Write a table in HTML."""
+    styled = _styled(text, best, "font-weight: bold").format(escape="html")
+    escaped = styled.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
+    html: str = escaped.set_table_attributes('class="scores"').to_html(table_uuid="scores")
+    return html
+
+
+def write_tables(tables: Mapping[str, Table], summary: pd.DataFrame, folder: Path, stem: str) -> str:
+    """Write STEM.md and STEM.tex, with every table below its title, and STEM.csv; give the Markdown.
+
+    The CSV holds every number of the summary unrounded, one row a method, model, data set and share of the training data.
+    """
+    markdown = "\n".join(f"### {title}\n\n{to_markdown(*table)}" for title, table in tables.items())
+    latex = "\n".join(f"% {title}\n{to_latex(*table)}" for title, table in tables.items())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.md").write_text(markdown, encoding="utf-8")
+    (folder / f"{stem}.tex").write_text(latex, encoding="utf-8")
+    summary.to_csv(folder / f"{stem}.csv", index=False)
+    return markdown
+
+
+def _styled(text: pd.DataFrame, best: pd.DataFrame, style: str) -> Styler:
+    return text.style.apply(lambda _: best.replace({True: style, False: ""}).astype(str), axis=None)
