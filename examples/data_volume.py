@@ -1,0 +1,144 @@
+"""With how many images does full fine-tuning overtake? Methods on nested shares of the training data.
+
+Offline, on patches of stained tissue; then on your own data, with the settings that tune.py or compare.py found:
+
+    python examples/data_volume.py --method full linear_probe ssf --epochs 4 --fraction 0.1 0.3 1
+    python examples/data_volume.py --data my/images --config full.yaml ssf.yaml --output runs/volume
+
+The shares are stratified, each lies within the next, and validation and test stay whole. It writes to --output: volume.md,
+volume.tex and volume.csv, a picture of the curves for each model and data set with the point where full fine-tuning overtakes
+each method, report.html, and runs.jsonl with a line for each finished run. Started again, it does what is missing.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+import pandas as pd
+from experiments import page
+from experiments.cells import Cell, Choice, choices, fitting, make_cell
+from experiments.figures import draw_volume
+from experiments.flags import make_parser, parse
+from experiments.records import Record
+from experiments.study import Study, about, finished, in_order, missing
+from experiments.summary import crossovers, summarise
+from experiments.tables import Table, to_html, volume_table, write_tables
+from trainer.errors import TrainerError
+from trainer.flags import make_parser as make_run_parser
+from trainer.flags import parse as parse_run
+
+import medpeft
+
+FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run the command line; give its exit status."""
+    try:
+        return run(given)
+    except (TrainerError, medpeft.MedpeftError) as error:
+        print(f"data_volume.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+
+
+def run(given: Sequence[str] | None = None) -> int:
+    """Run what is missing and write the results; give the exit status, 1 if a run failed."""
+    parser = make_parser(__doc__, "runs/data_volume")
+    add = parser.add_argument
+    add("--fraction", nargs="+", type=float, default=FRACTIONS, metavar="F", help="(default: 0.01 0.05 0.1 0.25 0.5 1)")
+    add("--baseline", default="full", metavar="LABEL", help="row to compare with (default: full)")
+    add(
+        "--stretch",
+        type=float,
+        default=4.0,
+        metavar="X",
+        help="a smaller share has more epochs, for the steps of the whole, but at most X times as many (default: 4)",
+    )
+    args, shared = parse(parser, given)
+    for fraction in args.fraction:
+        if not 0 < fraction <= 1:
+            raise TrainerError(f"--fraction {fraction:g} is no share: give numbers above 0 and at most 1, such as 0.1.")
+    args.fraction = sorted(set(args.fraction))
+    study = Study.of(args, shared)
+    cells = cells_of(study)
+    done = finished(study, cells)
+    if done:
+        command = shlex.join(["data_volume.py", *(sys.argv[1:] if given is None else given)])
+        write_results(study, done, len(cells), command)
+    return 1 if study.failed else 0
+
+
+def cells_of(study: Study) -> list[Cell]:
+    """List the runs; the largest share first, which tells soonest whether the settings are any good."""
+    args, cells = study.args, []
+    rows = choices(args.method, args.config)
+    for model in args.model:
+        kept, left_out = fitting(rows, study.shared, model)
+        study.left_out |= {f"{label} on {model}": reason for label, reason in left_out.items()}
+        require_baseline(args.baseline, kept)
+        for seed in args.seed:
+            for fraction in reversed(args.fraction):
+                for row in kept:
+                    flags = [*study.shared, *share_flags(study.shared, row, fraction, args.stretch)]
+                    cells += [make_cell(flags, data, model, row, seed, args.output) for data in args.data]
+    return in_order(args, cells)
+
+
+def require_baseline(baseline: str, rows: Sequence[Choice]) -> None:
+    """Refuse a comparison with a row that is not there, before hours of runs."""
+    labels = [row.label for row in rows]
+    if baseline not in labels:
+        raise TrainerError(f"--baseline {baseline} is not among the rows ({', '.join(labels)}). Add it, or name one of them.")
+
+
+def share_flags(shared: Sequence[str], row: Choice, fraction: float, stretch: float) -> list[str]:
+    """Give the flags of one share of the training data.
+
+    With the epochs of the whole, a hundredth of the images would get a hundredth of the steps, and a method that learns
+    slowly would seem to need data where it needs time.
+    """
+    asked = parse_run(make_run_parser(""), [*shared, *row.flags])
+    longer = min(stretch, 1 / fraction)
+    epochs, patience = round(longer * asked.epochs), round(longer * asked.patience)
+    return ["--train-fraction", repr(fraction), "--epochs", str(epochs), "--patience", str(patience)]
+
+
+def write_results(study: Study, done: list[Record], expected: int, command: str) -> None:
+    """Write the tables, the pictures and the page; print the tables."""
+    folder = study.args.output
+    summary = summarise(done)
+    tables: dict[str, Table] = {}
+    sections = [page.section("What was run", page.command(command), page.paragraph(about(done, expected)))]
+    for (model, data), rows in summary.groupby(["model", "data"], sort=False):
+        title = f"{model} on {data}"
+        tables[title], picture = lay_out(study, rows, title)
+        sections.append(page.section(title, picture, page.wide(to_html(*tables[title])), page.paragraph(LEGEND)))
+    if study.failed or study.left_out:
+        sections.append(page.section("Not in the tables", page.listed(missing(study))))
+    print("\n" + write_tables(tables, summary, folder, "volume"))
+    page.write_page(folder / "report.html", "How many images does each method need?", sections)
+    print("\n".join(missing(study)))
+    print(f"{len(done)} of {expected} runs are in {folder / 'report.html'}")
+
+
+LEGEND = (
+    "Macro-F1 on the test images: mean ± standard deviation over the seeds, and a 95 % bootstrap interval over seeds and test "
+    "predictions. Bold: the best of the column. The last column: the share of the training images, interpolated, from which "
+    "full fine-tuning stays ahead of the method; a dash where it does not overtake."
+)
+
+
+def lay_out(study: Study, rows: pd.DataFrame, title: str) -> tuple[Table, str]:
+    """Give the table of one model on one data set, and its curves for the page."""
+    baseline = study.args.baseline
+    points = crossovers(rows, baseline)
+    file = study.args.output / f"volume-{title.replace(' on ', '-')}.png"
+    draw_volume(rows, points, baseline, title, file)
+    return volume_table(rows, points), page.picture(file, f"Macro-F1 against the number of training images, {title}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

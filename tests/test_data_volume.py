@@ -1,0 +1,92 @@
+"""Scores against the amount of data: nested shares, curves, and where full fine-tuning overtakes."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import data_volume
+from experiments.cells import Choice
+from experiments.summary import crossovers
+from experiments.tables import volume_table
+
+TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32", "--epochs", "1", "--batch-size", "64"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished")
+    given = ["--method", "full", "linear_probe", "--fraction", "1", "0.05", "--seed", "0", "--stretch", "2"]
+    assert data_volume.run([*TINY, *given, "--output", str(output)]) == 0
+    return output
+
+
+def test_a_whole_run_writes_all_its_results(finished):
+    for name in ("volume.md", "volume.tex", "volume.csv", "report.html", "volume-test_efficientnet-tissue.png"):
+        assert (finished / name).stat().st_size > 100, name
+    found = pd.read_csv(finished / "volume.csv").set_index(["label", "fraction"])
+    assert len(found) == 4
+    assert found.loc[("full", 0.05), "train_images"] < 0.1 * found.loc[("full", 1.0), "train_images"]
+    assert (finished / "report.html").read_text().count("data:image/png;base64,") == 1
+    assert np.asarray(Image.open(finished / "volume-test_efficientnet-tissue.png").convert("L")).std() > 10
+
+
+def test_finished_shares_are_not_run_again_and_more_can_be_added(finished, capsys):
+    given = ["--method", "full", "linear_probe", "--fraction", "1", "0.05", "--seed", "0", "--stretch", "2"]
+    assert data_volume.run([*TINY, *given, "--output", str(finished)]) == 0
+    assert "[" not in capsys.readouterr().out.partition("###")[0]
+
+
+@pytest.mark.parametrize(("fraction", "epochs", "patience"), [(1.0, "6", "5"), (0.5, "12", "10"), (0.01, "24", "20")])
+def test_smaller_shares_have_more_epochs_up_to_a_bound(fraction, epochs, patience):
+    flags = data_volume.share_flags(["--epochs", "6"], Choice("ssf", ("--method", "ssf")), fraction, 4.0)
+    assert flags == ["--train-fraction", str(fraction), "--epochs", epochs, "--patience", patience]
+
+
+def summary(scores):
+    rows = [
+        {"label": label, "fraction": fraction, "mean": mean, "sd": 0.01, "low": mean - 0.1, "high": mean + 0.1}
+        for label, means in scores.items()
+        for fraction, mean in zip((0.01, 0.1, 1.0), means, strict=True)
+    ]
+    return pd.DataFrame(rows).assign(train_images=lambda d: (500 * d["fraction"]).astype(int))
+
+
+def test_the_crossover_of_every_method_is_found_and_tabled():
+    found = summary({"full": [0.4, 0.7, 0.9], "ssf": [0.6, 0.7, 0.8], "lora": [0.5, 0.8, 0.95]})
+    points = crossovers(found, "full")
+    assert points == {"ssf": pytest.approx(0.1), "lora": None}
+    text, best = volume_table(found, points)
+    assert list(text["full overtakes at"]) == ["–", "10 %", "–"]
+    assert text.columns[0] == "1 % (5 images)"
+    assert list(best["100 % (500 images)"]) == [False, False, True]
+
+
+def test_without_full_fine_tuning_there_is_no_crossover():
+    assert crossovers(summary({"ssf": [0.6, 0.7, 0.8]}), "full") == {}
+
+
+def test_the_crossover_is_marked_on_the_curve_of_the_method(tmp_path, monkeypatch):
+    drawn = []
+    figure_class = data_volume.draw_volume.__globals__["Figure"]
+    monkeypatch.setattr(figure_class, "savefig", lambda figure, path: drawn.append(figure))
+    found = summary({"full": [0.4, 0.6, 0.9], "ssf": [0.6, 0.7, 0.8]})
+    data_volume.draw_volume(found, crossovers(found, "full"), "full", "title", tmp_path / "x.png")
+    (figure,) = drawn
+    marks = [line for line in figure.axes[0].lines if line.get_marker() == "X"]
+    assert [line.get_xdata()[0] for line in marks] == [pytest.approx(0.1 * 10**0.5)]
+    assert [line.get_ydata()[0] for line in marks] == [pytest.approx(0.75)]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["full", "ssf  (until 32 %)", "full overtakes"]
+
+
+def test_wrong_shares_are_answered_with_what_to_do(capsys, tmp_path):
+    assert data_volume.main([*TINY, "--fraction", "0", "--output", str(tmp_path)]) == 2
+    assert "--fraction 0 is no share: give numbers above 0 and at most 1" in capsys.readouterr().err
+    assert data_volume.main([*TINY, "--method", "ssf", "--output", str(tmp_path)]) == 2
+    assert "--baseline full is not among the rows (ssf)" in capsys.readouterr().err
