@@ -146,48 +146,6 @@ class SumToBias(torch.autograd.Function):
         return grad, grad.sum([i for i in range(grad.ndim) if i != ctx.axis % grad.ndim]), None
 
 
-class ShiftSpectrum(torch.autograd.Function):
-    """W + U·diag(d)·Vᵀ for W (out, in), U (out, k), d (k,), Vᵀ (k, in); keeps nothing but them."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, left: Tensor, shift: Tensor, right: Tensor) -> Tensor:
-        """The shifted weight."""
-        ctx.save_for_backward(left, right)
-        return torch.addmm(weight, left * shift, right)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of W and d."""
-        left, right = ctx.saved_tensors
-        wide = grad.to(left.dtype)
-        return grad, None, torch.linalg.vecdot(left.t() @ wide, right), None
-
-
-class AddSpectrum(torch.autograd.Function):
-    """y += ((x·V)·diag(d))·Uᵀ for y (…, out), x (…, in): ShiftSpectrum for few rows of x; keeps x·V."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, left: Tensor, shift: Tensor, right: Tensor) -> Tensor:
-        """Add to `y`."""
-        hidden = x.reshape(-1, x.shape[-1]) @ right.t()
-        y.view(-1, y.shape[-1]).addmm_(hidden * shift, left.t())
-        ctx.save_for_backward(left, shift, right, hidden)
-        ctx.shape = x.shape
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of y, x and d."""
-        left, shift, right, hidden = ctx.saved_tensors
-        inner = grad.reshape(-1, grad.shape[-1]) @ left
-        grad_shift = torch.linalg.vecdot(inner, hidden, dim=0)
-        grad_x = ((inner * shift) @ right).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        return grad, grad_x, None, grad_shift, None
-
-
 def _intact(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
     try:
         kept, scale, shift = ctx.saved_tensors

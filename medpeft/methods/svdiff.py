@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from ..adapter import Adapter, Form, Site, cast
 from ..conv import Geometry
-from ..kernels import AddSpectrum, ShiftSpectrum, in_place, writes_fresh_output
+from ..kernels import in_place, writes_fresh_output
 from ..registry import register
 from ..svdcache import decompose
 from ..targets import Network
@@ -114,9 +114,6 @@ class SVDiff(Adapter):
             hidden = self.geometry.convolve(cast(x, kernel), kernel)
             shift = self._shift().view(-1, *[1] * self.geometry.dims)
             return y + self.geometry.pointwise(hidden * shift, self.left, strided=False).to(y.dtype)
-        if x.dtype == self.left.dtype and in_place(y):
-            added: Tensor = AddSpectrum.apply(y, x, self.left, self._shift(), self.right)
-            return added
         return y + F.linear(F.linear(cast(x, self.right), self.right) * self._shift(), self.left).to(y.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -124,10 +121,7 @@ class SVDiff(Adapter):
         if weight is None:
             return None, bias
         matrix = (weight.flatten(1) if weight.ndim > 1 else weight[None]).to(self.left.dtype)
-        if torch.compiler.is_compiling() or not in_place(matrix):
-            return (matrix + (self.left * self._shift()) @ self.right).view(weight.shape), bias
-        shifted: Tensor = ShiftSpectrum.apply(matrix, self.left, self._shift(), self.right)
-        return shifted.view(weight.shape), bias
+        return torch.addmm(matrix, self.left * self._shift(), self.right).view(weight.shape), bias
 
 
 def _marks(weight: Tensor) -> tuple[float, float]:
