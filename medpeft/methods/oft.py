@@ -52,25 +52,25 @@ class OFT(Adapter):
             if not grouped and site.host.shape[1] > 1 and (targeted or site.parts or (convolutional and site.kind == "conv")):
                 yield site
 
-    def rotation(self) -> Tensor:
-        """The blocks of R, (blocks, size, size), in float32 or wider."""
+    def turn(self) -> Tensor:
+        """The blocks of R − I = 2·(I − Q)⁻¹·Q, (blocks, size, size), in float32 or wider; exactly zero at first."""
         values = self.skew.to(torch.promote_types(self.skew.dtype, torch.float32))
         row, column = torch.triu_indices(self.size, self.size, 1, device=values.device)
         upper = values.new_zeros(len(values), self.size**2).index_copy(1, row * self.size + column, values)
         upper = upper.unflatten(1, (self.size, self.size))
         skew, one = upper - upper.mT, torch.eye(self.size, dtype=values.dtype, device=values.device)
-        rotation: Tensor = torch.linalg.solve(one - skew, one + skew)
-        return rotation
+        turn: Tensor = torch.linalg.solve(one - skew, 2 * skew)
+        return turn
 
     def enter(self, x: Tensor) -> Tensor:
         """R·x, over the channels of `x`."""
         inputs = cast(x, self.skew).movedim(self.axis, -1).unflatten(-1, (-1, self.size))
-        turned = torch.einsum("...nk,njk->...nj", inputs, self.rotation().to(self.skew.dtype)).flatten(-2)
-        return turned.movedim(-1, self.axis).to(x.dtype)
+        change = torch.einsum("...nk,njk->...nj", inputs, self.turn().to(self.skew.dtype)).flatten(-2)
+        return x + change.movedim(-1, self.axis).to(x.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """W·R over the input channels."""
         assert weight is not None
-        rotation = self.rotation()
-        split = weight.movedim(1, -1).unflatten(-1, (-1, self.size)).to(rotation.dtype)
-        return torch.einsum("...nj,njk->...nk", split, rotation).flatten(-2).movedim(-1, 1), bias
+        turn = self.turn()
+        split = weight.movedim(1, -1).unflatten(-1, (-1, self.size)).to(turn.dtype)
+        return weight + torch.einsum("...nj,njk->...nk", split, turn).flatten(-2).movedim(-1, 1), bias
