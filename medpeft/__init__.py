@@ -20,6 +20,7 @@ from .planning import Plan as Plan
 from .planning import plan as plan
 from .registry import methods as methods
 from .registry import register as register
+from .registry import search_space as search_space
 from .report import Report as Report
 from .report import report as report
 

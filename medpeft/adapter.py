@@ -107,6 +107,9 @@ class Adapter(nn.Module):
     fast: ClassVar[tuple[str, ...]] = ()
     """Parameters that LoRA+ gives a higher learning rate."""
 
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Values worth trying, per option: what `medpeft.search_space` gives to a search for hyper-parameters."""
+
     identity: ClassVar[bool] = True
     """Whether the adapted model computes at first what the base does."""
 

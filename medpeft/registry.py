@@ -47,6 +47,11 @@ class Method:
         """The adapter of an additive method, None for a selective one."""
         return self.define if isinstance(self.define, type) else None
 
+    @property
+    def search(self) -> Mapping[str, tuple[Any, ...]]:
+        """Values worth trying, per option; none for a selective method."""
+        return self.adapter.search if self.adapter else {}
+
     def sites_with(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Those of `options` that choose the sites."""
         return {name: value for name, value in options.items() if name in self.site_options}
@@ -86,6 +91,9 @@ def register(name: str, *, hint: str = "") -> Callable[[Defined], Defined]:
         for_sites = _options(adapter.sites) if adapter else {}
         for_sites.pop("targeted", None)
         options = _options(adapter.__init__ if adapter else define)
+        stray = [option for option in (adapter.search if adapter else {}) if option not in {**for_sites, **options}]
+        if stray:
+            raise MedpeftError(f"{define.__name__} would search {', '.join(stray)}, which is none of its options.")
         _METHODS[name] = Method(name, define, {**for_sites, **options}, frozenset(for_sites), frozenset(options), hint)
         return define
 
@@ -101,6 +109,23 @@ def _options(function: Callable[..., Any]) -> dict[str, Any]:
 def methods() -> dict[str, str]:
     """Every method by name, with one line about it."""
     return {name: method.summary for name, method in _METHODS.items()}
+
+
+def search_space(method: Methods) -> dict[str, tuple[Any, ...]]:
+    """Values worth trying for every option of a method, as the method declares them in `Adapter.search`.
+
+    Args:
+        method: `"lora"`, `"lora+ssf"`, or `{"lora": {"rank": 8}, "ssf": {}}`; an option that is given is not searched.
+
+    Returns:
+        For instance `{"lora.rank": (2, 4, 8, 16, 32), …}`: the option's name after its method's.
+
+    Raises:
+        MedpeftError: an unknown method.
+    """
+    given = _as_mapping(method)
+    found = [(name, option, values) for name in given for option, values in find(name).search.items()]
+    return {f"{name}.{option}": values for name, option, values in found if option not in given[name]}
 
 
 def find(name: str) -> Method:

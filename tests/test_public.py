@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
     "Adapter", "CheckpointError", "Header", "MedpeftError", "Plan", "Report", "Site", "apply", "check", "disabled", "inspect",
-    "load", "merge", "merged", "methods", "parameter_groups", "plan", "register", "remove", "report", "save",
+    "load", "merge", "merged", "methods", "parameter_groups", "plan", "register", "remove", "report", "save", "search_space",
 }  # fmt: skip
 
 

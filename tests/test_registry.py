@@ -1,5 +1,7 @@
 """Methods by name, their options, and methods of the user's own."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from models import example, make, output, randomise_adapters
@@ -207,3 +209,47 @@ def test_an_option_without_a_default_must_be_given(own_registry):
     with pytest.raises(medpeft.MedpeftError, match="'needy' needs what: it has no default"):
         medpeft.apply(make("vit"), "needy")
     assert medpeft.plan(make("vit"), "needy", what="norm.bias", head=None).selected == {"norm.bias": "needy"}
+
+
+# What a search tries
+
+
+def test_the_search_space_names_every_option_after_its_method():
+    space = medpeft.search_space("lora+bias+ssf")
+    assert space["lora.rank"] == (2, 4, 8, 16, 32)
+    assert {name.partition(".")[0] for name in space} == {"lora", "ssf"}
+    assert medpeft.search_space("bias") == {}
+
+
+def test_an_option_that_is_given_is_not_searched():
+    space = medpeft.search_space({"lora": {"rank": 8}, "ssf": None})
+    assert "lora.rank" not in space
+    assert {"lora.dora", "ssf.init"} <= set(space)
+
+
+def test_a_search_space_of_an_unknown_method_is_refused():
+    with pytest.raises(medpeft.MedpeftError, match=r"Unknown method 'lra'\. Did you mean 'lora'"):
+        medpeft.search_space("lra")
+
+
+def test_a_method_that_would_search_what_it_does_not_take_is_refused(own_registry):
+    class Gain(medpeft.Adapter):
+        """A gain."""
+
+        layers = (nn.Linear,)
+        search: ClassVar = {"rank": (1, 2)}
+
+        def forward(self, x, y):
+            return y
+
+    with pytest.raises(medpeft.MedpeftError, match=r"Gain would search rank, which is none of its options"):
+        medpeft.register("gain")(Gain)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if medpeft.search_space(name)])
+def test_every_declared_value_is_one_the_method_takes(name):
+    model = "resnet" if name == "tsa" else "vit"
+    for option, values in medpeft.search_space(name).items():
+        assert len(set(values)) == len(values) > 1, option
+        for value in values:
+            assert medpeft.plan(make(model), {name: {option.partition(".")[2]: value}}).trainable > 0, (option, value)

@@ -6,7 +6,8 @@ and 3. The input is the residual stream, as in the authors' code; their figure s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,12 @@ class AdaptFormer(Adapter):
         scale: s, or "learnable" (one scalar, initially 1).
         dropout: Probability between `down` and `up`.
     """
+
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "bottleneck": (16, 32, 64, 128),
+        "scale": (0.1, 1.0, "learnable"),
+        "dropout": (0.0, 0.1),
+    }
 
     def __init__(self, site: Site, *, bottleneck: int = 64, scale: float | str = 0.1, dropout: float = 0.1) -> None:
         super().__init__(site)

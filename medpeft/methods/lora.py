@@ -7,8 +7,9 @@ PiSSA (2024), arXiv 2404.02948; Büyükakyüz, OLoRA (2024), arXiv 2406.01775; Z
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ class LoRA(Adapter):
     """
 
     fast = ("up",)
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rank": (2, 4, 8, 16, 32), "dora": (False, True)}
 
     def __init__(
         self,

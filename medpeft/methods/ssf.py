@@ -6,7 +6,8 @@ Lian, Zhou, Feng & Wang, "Scaling & Shifting Your Features: A New Baseline for E
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class SSF(Adapter):
         keep_outputs: Keep y for backward. False finds y again from y·γ + β, which takes half the memory, and does not work in
             a model that changes a layer's output in place. None is True where a module of the model has `inplace=True`.
     """
+
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init": ("identity", "official"), "sites": ("all", "norm")}
 
     def __init__(self, site: Site, *, init: str = "identity", keep_outputs: bool | None = None) -> None:
         super().__init__(site)

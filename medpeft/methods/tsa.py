@@ -5,7 +5,8 @@ Li, Liu & Bilen, "Cross-domain Few-shot Learning with Task-specific Adapters" (C
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class TSA(Adapter):
         init: "zero", or "eye" for the official 1e-4·I; a series is the identity at either.
         dense: Let α of a grouped host mix all I channels; merging then makes the host's weight dense, so it is refused.
     """
+
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init": ("zero", "eye"), "sites": ("body", "all")}
 
     def __init__(self, site: Site, *, form: str = "matrix", init: str = "zero", dense: bool = False) -> None:
         super().__init__(site)
