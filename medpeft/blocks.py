@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -148,7 +149,10 @@ def _prefix_tokens(network: Network, name: str) -> int:
 def _grid(network: Network, name: str) -> tuple[int, ...]:
     """Patches along each axis, as the patch embedding of timm's models says."""
     for _, module in _around(network, name):
-        said = getattr(module._modules.get("patch_embed"), "grid_size", None)
+        embedding = module._modules.get("patch_embed")
+        said, number = getattr(embedding, "grid_size", None), getattr(embedding, "num_patches", 0)
         if isinstance(said, tuple) and all(isinstance(size, int) for size in said):
             return said
+        if isinstance(number, int) and number > 0 and math.isqrt(number) ** 2 == number:
+            return (math.isqrt(number),) * 2  # XCiT
     return ()

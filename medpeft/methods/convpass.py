@@ -98,11 +98,11 @@ class Convpass(Adapter):
         known = self.layout.prefix
         if tokens <= known:
             return tokens, ()
-        for prefix in (known, 0):  # Some models add the class token in their last blocks only.
-            side = round((tokens - prefix) ** (1 / self.layout.dims))
-            for grid in (self.layout.grid, (side,) * self.layout.dims):
-                if len(grid) == self.layout.dims and math.prod(grid) == tokens - prefix:
-                    return prefix, grid
+        side = round((tokens - known) ** (1 / self.layout.dims))
+        # CaiT, whose grid is known, adds its class token in its last blocks only.
+        for prefix, grid in ((known, self.layout.grid), (0, self.layout.grid), (known, (side,) * self.layout.dims)):
+            if len(grid) == self.layout.dims and math.prod(grid) == tokens - prefix:
+                return prefix, grid
         raise MedpeftError(
             f"{self.method!r} finds no grid in the {tokens} tokens of {self.name}: {known} and a "
             f"{'square' if self.layout.dims == 2 else 'cube'} of patches were expected. Use an image as high as it is wide, "
