@@ -71,7 +71,9 @@ def encode(pipeline: Any, data: Captioned, folder: Path, device: torch.device, b
     """
     folder.mkdir(parents=True, exist_ok=True)
     encoders = (pipeline.vae, pipeline.text_encoder)
-    weights = hashlib.sha256("".join(map(digest_of, encoders)).encode() + repr(pipeline.tokenizer.get_vocab()).encode())
+    # Sorted: a tokenizer lists its tokens in another order each time.
+    vocabulary = sorted(pipeline.tokenizer.get_vocab().items())
+    weights = hashlib.sha256(repr([*map(digest_of, encoders), vocabulary]).encode())
     parts = [range(start, min(start + SHARD, len(data))) for start in range(0, len(data), SHARD)]
     shards = [folder / f"{_digest(weights.hexdigest(), data, part)}.safetensors" for part in parts]
     missing = [(path, part) for path, part in zip(shards, parts, strict=True) if not path.exists()]
