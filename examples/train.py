@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,12 +64,17 @@ def main(given: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(args: argparse.Namespace, images: Images | None = None) -> dict[str, Any]:
+def run(
+    args: argparse.Namespace,
+    images: Images | None = None,
+    after_epoch: Callable[[Training], None] | None = None,
+) -> dict[str, Any]:
     """Train, test and save; give what metrics.json holds, and the test's predictions.
 
     Args:
         args: the flags, from `parse`.
         images: what `images_of(args)` gave before, so that several runs read the data once.
+        after_epoch: called after every epoch and its checkpoint; a search may end the run there.
 
     Raises:
         TrainerError, medpeft.MedpeftError: data, model, method or flags do not fit.
@@ -88,6 +94,8 @@ def run(args: argparse.Namespace, images: Images | None = None) -> dict[str, Any
 
     batches, order = batches_of(fabric, args, images, found, input_statistics(model))
     plan = plan_of(fabric, args, images, found["train"], batches, order, say)
+    if after_epoch is not None:
+        plan = with_report(plan, after_epoch)
     forget_peak(fabric.device)
     training = set_up(fabric, args, model, order.steps, scaler)
     if args.resume:
@@ -207,6 +215,18 @@ def plan_of(
         say=say,
         quiet=args.quiet,
     )
+
+
+def with_report(plan: Plan, after_epoch: Callable[[Training], None]) -> Plan:
+    """Report after each epoch, once its checkpoint is written."""
+
+    def save(training: Training) -> None:
+        plan.save(training)
+        # Within an epoch there is a checkpoint too where --save-every asks for it, and no new score.
+        if training.step == 0:
+            after_epoch(training)
+
+    return replace(plan, save=save)
 
 
 def class_weights(images: Images, rows: Integers) -> Tensor:
