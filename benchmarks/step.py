@@ -123,9 +123,7 @@ def adapted(args: argparse.Namespace, case: str) -> nn.Module | None:
     return model
 
 
-def loss_of(
-    call: Callable[..., Any], inputs: tuple[Tensor, ...], grad: bool, args: argparse.Namespace
-) -> Callable[[], Tensor]:
+def loss_of(call: Callable[..., Any], inputs: tuple[Tensor, ...], grad: bool, args: argparse.Namespace) -> Callable[[], Tensor]:
     """The forward up to a loss."""
 
     def loss() -> Tensor:
