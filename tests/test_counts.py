@@ -44,6 +44,19 @@ VIT = [
     ("adaptformer", {"bottleneck": 64}, (1_189_632, 3_171_840, 5_285_888)),
     ("svdiff", {}, (37_632, 99_072, 164_428)),
 ]
+# Depth L and width D of the three; the MLP is 4·D wide.
+SIZES = ((12, 768), (24, 1024), (32, 1280))
+VIT += [
+    ("repadapter", {"bottleneck": 8, "groups": 2}, (239_808, 639_360, 1_065_472)),
+    ("repadapter", {"bottleneck": 4, "groups": 1}, tuple(2 * L * (4 * D + 4 + 4 * D + D) for L, D in SIZES)),
+    ("vera", {"rank": 256}, (24_576, 61_440, 98_304)),
+    ("vera", {"rank": 64, "parts": "qkvo"}, tuple(4 * L * (64 + D) for L, D in SIZES)),
+    ("ia3", {}, tuple(L * (D + D + 4 * D) for L, D in SIZES)),
+    ("fact", {"rank": 16}, tuple(12 * L * 16**2 + 2 * D * 16 for L, D in SIZES)),
+    ("fact", {"rank": 32, "form": "tucker"}, tuple(12 * L * 32 + 32**3 + 2 * D * 32 for L, D in SIZES)),
+    ("difffit", {}, tuple(both + 2 * L * D for both, (L, D) in zip((122_112, 322_560, 536_320), SIZES, strict=True))),
+    ("oft", {"block_size": 32}, tuple(2 * L * (D // 32) * (32 * 31 // 2) for L, D in SIZES)),
+]
 VITS = ["vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"]
 
 
