@@ -124,6 +124,8 @@ class Adapter(nn.Module):
         self.method = ""
         self.switches = False
         self.taps, self.others = site.taps, site.others
+        self.added = 0  # Tokens that it puts into its layer's input,
+        self.before = 0  # and those that other adapters put there before the patches.
         self.tapped: dict[int, Tensor] = {}
 
     @classmethod

@@ -16,6 +16,8 @@ from .adapter import Adapter, Adapters, Site, autocasts, covering, own_tensor
 def attach(model: nn.Module, planned: Iterable[tuple[str, Site, Adapter]]) -> None:
     """Register each adapter at its site and hook it into the forward: `(method, site, adapter)` each."""
     by_layer: dict[str, list[tuple[str, Site, Adapter]]] = {}
+    planned = list(planned)
+    _tell_of_tokens([(site, adapter) for _, site, adapter in planned])
     for item in planned:
         by_layer.setdefault(item[1].name, []).append(item)
     for name, items in by_layer.items():
@@ -36,6 +38,16 @@ def attach(model: nn.Module, planned: Iterable[tuple[str, Site, Adapter]]) -> No
             for other in adapter.others:
                 # After the other module's own adapters.
                 model.get_submodule(other).register_forward_hook(Elsewhere(adapters, adapter, other).act)
+
+
+def _tell_of_tokens(placed: list[tuple[Site, Adapter]]) -> None:
+    """Let each adapter know how many tokens others add to what it sees: within a block, or from one of a row to another."""
+    for site, adapter in placed:
+        if adapter.added:
+            where = site.name.rpartition(".")[0] if type(adapter).forward is Adapter.forward else site.name
+            for other_site, other in placed:
+                inside = f"{other_site.name}.".startswith(f"{where}.")
+                other.before += adapter.added if inside and other is not adapter else 0
 
 
 def _reader(site: Site) -> str:

@@ -95,12 +95,12 @@ class Convpass(Adapter):
 
     def _layout_of(self, tokens: int) -> tuple[int, tuple[int, ...]]:
         """How many tokens come before the grid, and the grid; empty where all do."""
-        known = self.layout.prefix
+        known = self.layout.prefix + self.before
         if tokens <= known:
             return tokens, ()
-        side = round((tokens - known) ** (1 / self.layout.dims))
+        side = round(max(tokens - known, 0) ** (1 / self.layout.dims))
         # CaiT, whose grid is known, adds its class token in its last blocks only.
-        for prefix, grid in ((known, self.layout.grid), (0, self.layout.grid), (known, (side,) * self.layout.dims)):
+        for prefix, grid in ((known, self.layout.grid), (self.before, self.layout.grid), (known, (side,) * self.layout.dims)):
             if len(grid) == self.layout.dims and math.prod(grid) == tokens - prefix:
                 return prefix, grid
         raise MedpeftError(

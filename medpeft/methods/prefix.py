@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import roles
 from ..adapter import Adapter, Form, Site
 from ..blocks import attention_layout
-from ..errors import require_positive
+from ..errors import MedpeftError, require_positive
 from ..registry import register
 from ..targets import Network
 from ..tokens import insert, pad_mask, require_sequence, take_off, why_not
@@ -50,6 +50,7 @@ class Prefix(Adapter):
         self.name, self.layout = site.name, site.layout
         self.in_slots = site.weight == "bias_k"
         self.on_output = not self.in_slots
+        self.added = tokens if self.on_output else 0
         # By name of a projection: (part, first channel, channels, groups, channels of a group with the other parts).
         self.places: dict[str, list[tuple[str, int, int, int, int]]] = {}
         sizes = dict.fromkeys("kv", site.layout.inputs) if self.in_slots else self._find_places(site)
@@ -100,8 +101,13 @@ class Prefix(Adapter):
         """A mask with room for the prefix, which every token sees."""
         if not self.in_slots:
             return pad_mask(value, name, x.shape[self.layout.sequence], len(self.k), self.layout.prefix)
-        if name in ("attn_mask", "key_padding_mask") and isinstance(value, Tensor):
+        if name == "key_padding_mask" and isinstance(value, Tensor):
             return F.pad(value, (0, len(self.k) - 1))  # The attention itself adds one column.
+        if name == "attn_mask" and isinstance(value, Tensor) and len(self.k) > 1:
+            raise MedpeftError(
+                f"{self.method!r} adds {len(self.k)} keys, and torch's attention ({self.name}), given an attn_mask, leaves "
+                "room for one: pass tokens=1, or exclude it."
+            )
         # As a hint it would let torch leave out the mask, and with it the columns of the prefix.
         return False if name == "is_causal" else value
 

@@ -77,6 +77,7 @@ class VPTDeep(Adapter):
     def __init__(self, site: Site, *, tokens: int = 10, dropout: float = 0.0) -> None:
         super().__init__(site)
         self.prompts = Prompts(site, tokens, dropout)
+        self.added = tokens
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
@@ -117,6 +118,7 @@ class VPTShallow(Adapter):
     def __init__(self, site: Site, *, tokens: int = 10, dropout: float = 0.0) -> None:
         super().__init__(site)
         self.prompts = Prompts(site, tokens, dropout)
+        self.added = tokens
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:

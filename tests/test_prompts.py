@@ -1,0 +1,431 @@
+"""Prompts and prefixes: computed by hand in float64, right in every kind of model or refused with the reason."""
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from models import FAMILIES, example, make, output, randomise, randomise_adapters
+from test_methods import assert_computes, drawn
+from torch import nn
+
+import medpeft
+
+SIZES = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 16, "num_heads": 2, "num_classes": 3}
+
+
+def vit(**options):
+    return randomise(timm.create_model("vit_tiny_patch16_224", **SIZES, **options).double()).eval()
+
+
+def prompts_of(model):
+    return [
+        block.adapters[name].prompts.tokens.detach()
+        for block in model.blocks
+        for name in ("vpt_deep", "vpt_shallow")
+        if "adapters" in block._modules and name in block.adapters
+    ]
+
+
+def put_in(x, prompts, at):
+    return torch.cat([x[:, :at], prompts.expand(len(x), -1, -1), x[:, at:]], 1)
+
+
+def taken_off(x, prompts, at):
+    return torch.cat([x[:, :at], x[:, at + len(prompts) :]], 1)
+
+
+def embedded(model, images):
+    """What enters the first block of timm's plain ViT."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+
+VARIANTS = {
+    "class token": ({}, 1),
+    "average": ({"global_pool": "avg"}, 1),
+    "average without a class token": ({"global_pool": "avg", "class_token": False}, 0),
+    "registers": ({"reg_tokens": 4}, 5),
+    "attention pooling": ({"global_pool": "map", "class_token": False}, 0),
+    "normalised queries and keys": ({"qk_norm": True}, 1),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_deep_prompts_are_replaced_at_every_block_and_pooling_sees_none(variant):
+    options, prefix = VARIANTS[variant]
+    model, images = vit(**options), drawn(2, 3, 32, 32)
+    plain = copy.deepcopy(model)
+    randomise_adapters(medpeft.apply(model, "vpt_deep", tokens=3))
+    prompts = prompts_of(model)
+
+    with torch.no_grad():
+        x = put_in(embedded(plain, images), prompts[0], prefix)
+        for i, block in enumerate(plain.blocks):
+            if i:
+                x = put_in(taken_off(x, prompts[i - 1], prefix), prompts[i], prefix)
+            x = block(x)
+        expected = plain.forward_head(plain.norm(taken_off(x, prompts[-1], prefix)))
+
+    assert len(prompts) == len(model.blocks)
+    assert_computes(model, images, expected.numpy())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shallow_prompts_pass_through_all_blocks_and_pooling_sees_none(variant):
+    options, prefix = VARIANTS[variant]
+    model, images = vit(**options), drawn(2, 3, 32, 32)
+    plain = copy.deepcopy(model)
+    randomise_adapters(medpeft.apply(model, "vpt_shallow", tokens=3))
+    (prompts,) = prompts_of(model)
+
+    with torch.no_grad():
+        x = plain.blocks(put_in(embedded(plain, images), prompts, prefix))
+        expected = plain.forward_head(plain.norm(taken_off(x, prompts, prefix)))
+
+    assert_computes(model, images, expected.numpy())
+
+
+def test_both_heads_of_a_distilled_model_meet_their_own_tokens():
+    model, images = make("deit_distilled"), drawn(2, 3, 32, 32)
+    plain = copy.deepcopy(model)
+    randomise_adapters(medpeft.apply(model, "vpt_shallow", tokens=3))
+    (prompts,) = prompts_of(model)
+
+    with torch.no_grad():
+        x = taken_off(plain.blocks(put_in(embedded(plain, images), prompts, 2)), prompts, 2)
+        expected = plain.forward_head(plain.norm(x))
+
+    assert_computes(model, images, expected.numpy())
+
+
+@pytest.mark.parametrize("family", ["hf_vit", "torchvision_vit", "monai_vit", "clip_vision"])
+def test_prompts_of_other_libraries_models_come_after_the_class_token(family):
+    model = medpeft.apply(make(family), "vpt_deep+vpt_shallow", head=FAMILIES[family].head)
+    layouts = {m.prompts.layout.prefix for m in model.modules() if hasattr(m, "prompts")}
+
+    assert layouts == {1}
+
+
+def test_prompts_are_xavier_uniform_over_the_patch_embedding_and_the_width():
+    model = medpeft.apply(vit(), "vpt_deep", tokens=100)
+    bound = (6 / (3 * 8 * 8 + 16)) ** 0.5
+
+    for prompts in prompts_of(model):
+        assert prompts.abs().max() <= bound
+        assert prompts.max() > 0.98 * bound
+        assert prompts.min() < -0.98 * bound
+
+
+@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep", "prefix"])
+def test_what_is_added_to_the_softmax_cannot_start_as_nothing_and_says_so(method):
+    model, x = make("vit"), example("vit")
+    base = output(model, x)
+
+    medpeft.apply(model, method)
+
+    assert medpeft.registry.find(method).adapter.identity is False
+    assert not torch.equal(output(model, x), base)
+    with medpeft.disabled(model):
+        assert torch.equal(output(model, x), base)
+
+
+REFUSED = {
+    "beit": "adds a bias for each pair of positions",
+    "eva02": "is rotated by positions (RoPE",
+    "swin": "attends within windows",
+    "swinv2": "attends within windows",
+    "maxvit": "adds a bias for each pair of positions",
+    "coatnet": "adds a bias for each pair of positions",
+    "torchvision_swin": "attends within windows",
+    "hf_swin": "attends within windows",
+    "monai_swin_unetr": "attends within windows",
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep"])
+def test_models_in_which_tokens_have_positions_are_refused_with_the_reason(family, method):
+    with pytest.raises(medpeft.MedpeftError) as error:
+        medpeft.apply(make(family), method)
+
+    assert REFUSED[family] in str(error.value)
+    assert "Try 'adaptformer' or 'lora'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("vit_relpos_small_patch16_224", {}, "adds a bias for each pair of positions"),
+        ("vit_relpos_small_patch16_224", {"shared_rel_pos": True}, "a bias for each pair of positions"),
+        (
+            "beit_base_patch16_224",
+            {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False},
+            "is given a bias for each pair",
+        ),
+        ("eva02_tiny_patch14_224", {"patch_size": 8}, "is rotated by positions (RoPE"),
+        ("vit_small_patch16_dinov3", {}, "is rotated by positions (RoPE"),
+    ],
+)
+@pytest.mark.parametrize("method", ["vpt_deep", "prefix"])
+def test_relative_positions_and_rotations_are_refused_wherever_they_come_from(name, options, reason, method):
+    model = timm.create_model(name, **{**SIZES, **options})
+
+    with pytest.raises(medpeft.MedpeftError) as error:
+        medpeft.apply(model, method)
+
+    assert reason in str(error.value) or "reads the weight of blocks.0.attn.qkv without calling it" in str(error.value)
+
+
+def test_blocks_that_fit_are_adapted_beside_some_that_do_not():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain, self.windows = make("vit"), make("swin")
+
+    planned = medpeft.plan(Two(), "vpt_deep", head=None)
+
+    assert [site.name for _, site in planned.sites] == ["plain.blocks.0", "plain.blocks.1"]
+    with pytest.raises(medpeft.MedpeftError, match=r"windows\.layers\.0\.blocks\.0 attends within windows"):
+        medpeft.plan(Two(), "vpt_deep", head=None, target="windows.*")
+
+
+def test_a_mask_over_the_tokens_is_refused_when_it_comes():
+    model = medpeft.apply(make("clip_vision"), "vpt_deep", head=None)
+    block, x = model.transformer.resblocks[0], drawn(2, 5, 16)
+
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"a mask or a bias of shape \(5, 5\) is given with the tokens \(attn_mask\)"
+    ):
+        block(x, attn_mask=torch.zeros(5, 5, dtype=torch.float64))
+    assert block(x).shape == x.shape
+
+
+def test_tokens_on_a_grid_are_refused_when_they_come():
+    model = medpeft.apply(make("vit"), "vpt_deep")
+
+    with pytest.raises(medpeft.MedpeftError, match=r"adds tokens to sequences .*blocks\.0 was given \(2, 4, 4, 16\)"):
+        model.blocks[0](drawn(2, 4, 4, 16))
+
+
+def test_the_batch_may_come_second():
+    from open_clip.transformer import Transformer
+
+    first, second = (randomise(Transformer(16, 2, 2, batch_first=b).double()).eval() for b in (True, False))
+    for model in (first, second):
+        methods = {"vpt_deep": {}, "vpt_shallow": {"tokens": 6}, "convpass": {"target": "*.mlp"}, "prefix": {}}
+        randomise_adapters(medpeft.apply(model, methods, head=None))
+
+    x = drawn(2, 9, 16)
+    torch.testing.assert_close(first(x), second(x), rtol=1e-12, atol=1e-12)
+
+
+def by_hand(q, k, v, keys, values, mask=None):
+    """softmax(q·[P_k; k]ᵀ / √d)·[P_v; v] for heads (B, H, N, d), in NumPy; `mask` is added to the scores of the real keys."""
+    keys, values = (np.broadcast_to(p, (len(q), *p.shape)) for p in (keys, values))
+    scores = q @ np.swapaxes(np.concatenate([keys, k], 2), -1, -2) / q.shape[-1] ** 0.5
+    if mask is not None:
+        scores = scores + np.concatenate([np.zeros((*mask.shape[:-1], keys.shape[2])), mask], -1)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True) @ np.concatenate([values, v], 2)
+
+
+def heads(x, number):
+    """(…, N, D) → (…, H, N, d)."""
+    return np.moveaxis(x.reshape(*x.shape[:-1], number, -1), -2, -3)
+
+
+def joined(x):
+    return np.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+
+def prefix_of(attention):
+    (adapter,) = attention.adapters.children()
+    return adapter.k.detach().numpy(), adapter.v.detach().numpy()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_prefix_in_a_fused_projection_whether_the_attention_is_fused_or_not(fused, normalised, masked):
+    model, x = vit(qk_norm=normalised), drawn(2, 5, 16)
+    attention = model.blocks[1].attn
+    attention.fused_attn = fused
+    plain = copy.deepcopy(attention)
+    randomise_adapters(medpeft.apply(model, "prefix", tokens=3), size=0.5)
+    keys, values = (heads(p, 2) for p in prefix_of(attention))
+    mask = drawn(1, 1, 5, 5, seed=7) if masked else None
+
+    with torch.no_grad():
+        q, k, v = (heads(part.numpy(), 2) for part in plain.qkv(x).chunk(3, -1))
+        if normalised:  # The prefix is normalised as every other key.
+            q = plain.q_norm(torch.from_numpy(q)).numpy()
+            k, keys = (plain.k_norm(torch.from_numpy(part)).numpy() for part in (k, keys))
+        mixed = joined(by_hand(q, k, v, keys, values, None if mask is None else mask.numpy()))
+        expected = plain.proj(torch.from_numpy(mixed)).numpy()
+        got = attention(x, attn_mask=mask).numpy()
+
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= 1e-12 * np.abs(expected).max()
+
+
+def test_prefix_in_separate_projections():
+    model, x = make("hf_vit"), drawn(2, 5, 16)
+    attention = model.vit.layers[0].attention
+    plain = copy.deepcopy(attention)
+    randomise_adapters(medpeft.apply(model, "prefix", tokens=3), size=0.5)
+    keys, values = (heads(p, 2) for p in prefix_of(attention))
+
+    with torch.no_grad():
+        q, k, v = (heads(proj(x).numpy(), 2) for proj in (plain.q_proj, plain.k_proj, plain.v_proj))
+        expected = plain.o_proj(torch.from_numpy(joined(by_hand(q, k, v, keys, values)))).numpy()
+        got = attention(x)[0].numpy()
+
+    assert np.abs(got - expected).max() <= 1e-12 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("masks", ["none", "attn_mask", "key_padding_mask", "is_causal"])
+def test_prefix_in_torchs_own_attention_with_and_without_masks(masks):
+    attention = randomise(nn.MultiheadAttention(8, 2, batch_first=True).double()).eval()
+    model, x = nn.ModuleDict({"attn": attention}), drawn(2, 5, 8)
+    q, k, v = (
+        heads(part, 2) for part in np.split((x @ attention.in_proj_weight.T + attention.in_proj_bias).detach().numpy(), 3, -1)
+    )
+    tokens = 3 if masks in ("none", "key_padding_mask") else 1
+    randomise_adapters(medpeft.apply(model, "prefix", head=None, tokens=tokens), size=0.5)
+    keys, values = (heads(p, 2) for p in prefix_of(attention))
+    causal = torch.triu(torch.full((5, 5), -torch.inf, dtype=torch.float64), 1)
+    padded = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    given = {
+        "none": {},
+        "attn_mask": {"attn_mask": causal},
+        "key_padding_mask": {"key_padding_mask": padded},
+        "is_causal": {"attn_mask": causal, "is_causal": True},
+    }[masks]
+    added = {"none": None, "key_padding_mask": torch.zeros(2, 1, 1, 5).masked_fill(padded[:, None, None], -torch.inf).numpy()}
+
+    with torch.no_grad():
+        mask = added.get(masks, causal.numpy()[None, None])
+        mask = None if mask is None else np.broadcast_to(mask, (2, 2, 5, 5))
+        expected = attention.out_proj(torch.from_numpy(joined(by_hand(q, k, v, keys, values, mask)))).numpy()
+        for need_weights in (True, False):
+            got = attention(x, x, x, need_weights=need_weights, **given)[0].numpy()
+            assert np.abs(got - expected).max() <= 1e-12 * np.abs(expected).max()
+    assert attention.bias_k is None
+
+
+def test_several_keys_beside_a_mask_of_torchs_own_attention_are_refused():
+    model, x = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}), torch.zeros(5, 2, 8)
+    medpeft.apply(model, "prefix", head=None, tokens=2)
+
+    with pytest.raises(medpeft.MedpeftError, match=r"adds 2 keys, and torch's attention \(attn\), given an attn_mask"):
+        model["attn"](x, x, x, attn_mask=torch.zeros(5, 5))
+
+
+def test_prefix_leaves_attention_across_sequences_to_other_methods():
+    planned = medpeft.plan(make("diffusion_unet"), "prefix", head=None)
+
+    assert {site.name.rpartition(".")[2] for _, site in planned.sites} == {"attn1"}
+    with pytest.raises(medpeft.MedpeftError, match="attn2 attends to tokens other than its own"):
+        medpeft.plan(make("diffusion_unet"), "prefix", head=None, target="*.attn2")
+
+
+def test_prefix_leaves_an_attention_with_a_key_of_its_own_alone():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, add_bias_kv=True)})
+
+    with pytest.raises(medpeft.MedpeftError, match=r"attn has a key and a value of its own \(add_bias_kv\)"):
+        medpeft.apply(model, "prefix", head=None)
+
+
+@pytest.mark.parametrize(("family", "attention"), [("vit", "attn"), ("hf_vit", "attention")])
+def test_a_convolution_over_the_tokens_takes_added_ones_for_images_of_one_pixel(family, attention):
+    methods = {"vpt_deep": {"tokens": 3}, "vpt_shallow": {"tokens": 6}, "prefix": {"tokens": 2}, "convpass": {}}
+    model = medpeft.apply(make(family), methods)  # 16 + 3 + 6 tokens would also make a square.
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith("adapters.convpass"):
+            module._on_grid = lambda image, name=name: seen.setdefault(name, tuple(image.shape[1:3])) and image
+
+    output(model, example(family))
+
+    assert set(seen.values()) == {(4, 4)}
+    assert {name.rsplit(".", 3)[1] for name in seen} == {attention, "mlp"}
+
+
+def test_adapters_in_a_prompted_block_see_the_prompts():
+    model, images = make("vit"), drawn(2, 3, 32, 32)
+    medpeft.apply(model, {"adaptformer": {"bottleneck": 3}, "vpt_deep": {"tokens": 3}, "vpt_shallow": {"tokens": 2}})
+    randomise_adapters(model)
+    plain = copy.deepcopy(model)
+    deep = [block.adapters["vpt_deep"].prompts.tokens for block in plain.blocks]
+    shallow = plain.blocks[0].adapters["vpt_shallow"].prompts.tokens
+    for block in plain.blocks:  # AdaptFormer alone is left.
+        del block.adapters["vpt_deep"]
+        for key in [key for key, hook in block._forward_hooks.items() if hasattr(hook, "__self__")]:
+            block._forward_hooks.pop(key)
+    del plain.blocks[0].adapters["vpt_shallow"]
+
+    with torch.no_grad():
+        x = put_in(embedded(plain, images), shallow, 1)
+        for block, prompts in zip(plain.blocks, deep, strict=True):
+            x = taken_off(block(put_in(x, prompts, 1)), prompts, 1)
+        expected = plain.forward_head(plain.norm(taken_off(x, shallow, 1)))
+
+    assert_computes(model, images, expected.numpy())
+
+
+@pytest.mark.parametrize(("family", "method"), [("vit", "vpt_shallow+vpt_deep+prefix"), ("torchvision_vit", "prefix")])
+def test_compiled_prompts_and_prefixes_compute_the_same_without_a_break(family, method):
+    model, x = make(family), example(family)
+    randomise_adapters(medpeft.apply(model, method))
+    torch._dynamo.reset()
+
+    y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+
+    torch.testing.assert_close(y, model(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep", "prefix"])
+def test_checkpointed_blocks_give_the_same_gradients(method):
+    gradients = []
+    for checkpointed in (False, True):
+        model = vit()
+        model.set_grad_checkpointing(checkpointed)
+        randomise_adapters(medpeft.apply(model, method)).train()
+        model(drawn(2, 3, 32, 32).requires_grad_()).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("vit", "vpt_shallow+vpt_deep"), ("multihead_attention", "prefix"), ("vit", "prefix")]
+)
+def test_saved_prompts_and_prefixes_come_back(family, method, tmp_path):
+    model, x = make(family), example(family)
+    randomise_adapters(medpeft.apply(model, method, tokens=4) if "+" not in method else medpeft.apply(model, method))
+    medpeft.save(model, tmp_path / "prompts.safetensors")
+
+    loaded = medpeft.load(make(family), tmp_path / "prompts.safetensors")
+
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_the_lost_end_of_a_row_of_prompts_is_found():
+    model = medpeft.apply(make("vit"), "vpt_shallow")
+    model.blocks[1]._forward_hooks.clear()
+
+    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0 has lost the hook of its adapters"):
+        medpeft.check(model, example("vit"))
+
+
+def test_autocast_and_low_precision_keep_the_dtype_of_the_stream():
+    for method in ("vpt_shallow+vpt_deep", "prefix"):
+        model, x = medpeft.apply(make("vit", torch.bfloat16), method), example("vit", torch.bfloat16)
+        assert model(x).dtype == torch.bfloat16
+        model, x = medpeft.apply(make("vit", torch.float32), method), example("vit", torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        assert (y - model(x)).abs().max() < 0.1 * model(x).abs().max()
