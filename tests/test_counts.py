@@ -26,6 +26,11 @@ RESNET50 = [
     ("lora", {"rank": 8}, 635_544),
     ("lora", {"rank": 16}, 1_271_088),
     ("svdiff", {}, 13_248),
+    # Of the 3×3 convolutions, N of them from D to D channels, in four stages: N·(9D + D²/4 + D), and N·D².
+    ("conv_adapter", {}, sum(n * (9 * d + d * d // 4 + d) for n, d in ((3, 64), (4, 128), (6, 256), (3, 512)))),
+    ("conv_adapter", {"reduction": 8}, sum(n * (10 * d + d * d // 8) for n, d in ((3, 64), (4, 128), (6, 256), (3, 512)))),
+    ("residual_adapter", {}, 1_257_472),
+    ("residual_adapter", {"form": "series"}, 1_257_472),
 ]
 
 VIT = [
@@ -43,6 +48,14 @@ VIT = [
     ("ssf", {}, (205_824, 544_768, 906_240)),
     ("adaptformer", {"bottleneck": 64}, (1_189_632, 3_171_840, 5_285_888)),
     ("svdiff", {}, (37_632, 99_072, 164_428)),
+    ("houlsby", {"bottleneck": 64}, (2_379_264, 6_343_680, 10_571_776)),
+    ("pfeiffer", {"bottleneck": 64}, (1_189_632, 3_171_840, 5_285_888)),
+    ("adapter_plus", {"bottleneck": 8}, (165_984, 442_560, 737_536)),
+    ("convpass", {"bottleneck": 8}, (327_552, 864_000, 1_430_528)),
+    ("convpass", {"beside": "attention"}, (163_776, 432_000, 715_264)),
+    ("vpt_shallow", {"tokens": 10}, (7_680, 10_240, 12_800)),
+    ("vpt_deep", {"tokens": 10}, (92_160, 245_760, 409_600)),
+    ("prefix", {"tokens": 10}, (184_320, 491_520, 819_200)),  # 2nDL
 ]
 # Depth L and width D of the three; the MLP is 4·D wide.
 SIZES = ((12, 768), (24, 1024), (32, 1280))
