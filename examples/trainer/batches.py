@@ -6,10 +6,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from .images import Images, Integers
-from .order import Key, Order
+from .order import FILLER, Key, Order
 
 Batches = DataLoader[tuple[Tensor, Tensor]]
 
+IGNORED = -100  # the label that torch's cross entropy leaves out
 AUGMENTATIONS = ("none", "light", "strong")
 
 
@@ -34,8 +35,9 @@ class Part(Dataset[tuple[Tensor, Tensor]]):
         place, seed = key
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the GPUs too, and with them the model's dropout.
-            torch.default_generator.manual_seed(seed)
-            return self.transform(self.pixels[place]), self.labels[place]
+            torch.default_generator.manual_seed(abs(seed))
+            image = self.transform(self.pixels[place])
+        return image, self.labels[place] if seed != FILLER else torch.tensor(IGNORED)
 
 
 def make_transform(size: int, mean: list[float], std: list[float], augment: str = "none") -> v2.Transform:

@@ -99,7 +99,6 @@ def train_epoch(fabric: Fabric, training: Training, plan: Plan, epoch: int) -> f
     remaining = range(training.step, plan.order.steps)
     shown = tqdm(remaining, f"epoch {epoch}", unit="step", leave=False, disable=plan.quiet or not fabric.is_global_zero)
     for step in shown:
-        torch.manual_seed(step_seed(plan.seed, epoch, step, fabric.global_rank))
         take_step(fabric, training, plan, step, islice(loaded, plan.order.accumulate))
         training.step = step + 1
         if plan.save_every and training.step % plan.save_every == 0 and training.step < plan.order.steps:
@@ -121,6 +120,8 @@ def take_step(
     weight = float(len(labels)) if plan.weights is None else float(plan.weights[labels].sum())
     seconds = 0.0
     for number, (images, targets) in enumerate(micro_batches, start=1):
+        # After the images are loaded, which may draw too: a loader draws a seed when it begins.
+        torch.manual_seed(step_seed(plan.seed, plan.order.epoch, step, fabric.global_rank, number))
         start = time.perf_counter()
         with fabric.no_backward_sync(training.network, enabled=number < plan.order.accumulate):
             loss = cross_entropy(training.network(images), targets, plan.weights, reduction="sum")

@@ -12,13 +12,14 @@ from torch.utils.data import Sampler
 from .images import Integers
 
 Key = tuple[int, int]  # the place of an image in its part, and the seed of its augmentation
+FILLER = -1  # the seed of an image that only fills up a micro-batch: it has no part in the loss
 
 
 class Order(Sampler[list[Key]]):
     """The micro-batches that one process computes in one epoch.
 
-    A last step that would leave a micro-batch fewer than two images is left out, unless it is the only one: BatchNorm that
-    adapts cannot take statistics from one image of 1 × 1 features.
+    A last step of a single image is left out, unless it is the only one: BatchNorm that adapts cannot take statistics from
+    one image of 1 × 1 features. For the same reason a micro-batch with fewer than two images is filled up.
 
     Args:
         count: images of the training part.
@@ -43,7 +44,7 @@ class Order(Sampler[list[Key]]):
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.accumulate, self.rank, self.world, self.balance = accumulate, rank, world, balance
         whole, rest = divmod(count, batch_size)
-        self.steps = whole + (rest >= 2 * accumulate * world or (rest > 0 and whole == 0))
+        self.steps = whole + (rest >= 2 or (rest == 1 and whole == 0))
         self.begin(1)
 
     def begin(self, epoch: int, step: int = 0) -> None:
@@ -63,8 +64,10 @@ class Order(Sampler[list[Key]]):
         parts = self.world * self.accumulate
         for step in range(self.start, self.steps):
             places = range(step * self.batch_size, min((step + 1) * self.batch_size, self.count))
+            filler = (int(self._drawn[places[0]]), FILLER)
             for part in range(self.rank, parts, self.world):
-                yield [(int(self._drawn[i]), int(seeds[i])) for i in places[part::parts]]
+                keys = [(int(self._drawn[i]), int(seeds[i])) for i in places[part::parts]]
+                yield keys + [filler] * (2 - len(keys) if parts > 1 else 0)
 
     def _draw(self) -> Integers:
         generator = np.random.default_rng([self.seed, self.epoch])
@@ -73,9 +76,9 @@ class Order(Sampler[list[Key]]):
         return generator.choice(self.count, self.count, p=self.balance / self.balance.sum())
 
 
-def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """Give the seed of what a model draws in one step, dropout say, on one process."""
-    return int(np.random.SeedSequence([seed, epoch, step, rank, 2]).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, epoch: int, step: int, rank: int = 0, part: int = 0) -> int:
+    """Give the seed of what a model draws, dropout say, in one micro-batch of a step on one process."""
+    return int(np.random.SeedSequence([seed, epoch, step, rank, part]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def balanced(labels: Integers) -> np.ndarray:
