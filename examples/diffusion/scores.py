@@ -147,8 +147,9 @@ def score(real: Tensor, generated: Tensor, extractor: tuple[str, nn.Module], see
     subset = max(2, min(100, len(real) // 2, len(generated) // 2))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all extracted features")
-        kid = KernelInceptionDistance(feature=found, subsets=50, subset_size=subset)
-    fid = FrechetInceptionDistance(feature=found)
+        kid = KernelInceptionDistance(feature=found, subsets=50, subset_size=subset, sync_on_compute=False)
+    # One process has all images; others, that train beside it, would be waited for.
+    fid = FrechetInceptionDistance(feature=found, sync_on_compute=False)
     for images, is_real in ((real, True), (generated, False)):
         features = network(images)
         # The metrics extract features themselves: given as "images", these are passed through.
