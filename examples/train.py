@@ -37,7 +37,7 @@ from trainer.models import build_model, checkpoint_activations, input_statistics
 from trainer.order import Order, balanced
 from trainer.results import count, describe, write_results
 from trainer.sources import read_data
-from trainer.split import PARTS, split
+from trainer.split import PARTS, fold, split
 from trainer.subset import training_subset
 
 import medpeft
@@ -138,12 +138,22 @@ def run(
 
 def images_of(args: argparse.Namespace) -> Images:
     """Read the data that the flags name; several runs may share them."""
-    return read_data(args.data, args.image_size, args.patient_column, args.quiet)
+    return read_data(
+        args.data,
+        args.image_size,
+        args.patient_column,
+        args.quiet,
+        group_column=args.group_column,
+        skip_broken=args.skip_broken,
+    )
 
 
 def parts_of(args: argparse.Namespace, images: Images) -> dict[str, Integers]:
     """Split the data as the flags say."""
-    found = split(images, args.seed, args.val_fraction, args.test_fraction)
+    if args.k_folds:
+        found = fold(images, args.seed, args.k_folds, args.fold, args.val_fraction)
+    else:
+        found = split(images, args.seed, args.val_fraction, args.test_fraction)
     found["train"] = training_subset(images, found["train"], args.train_fraction, args.seed)
     return found
 

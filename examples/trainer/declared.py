@@ -8,6 +8,7 @@ import medpeft
 from .batches import AUGMENTATIONS
 from .devices import PRECISIONS, STRATEGIES
 from .models import DEFAULT
+from .sources import data_source
 
 # Peak learning rates that suit AdamW and a short schedule; a union takes the lowest of its parts.
 RATES = {"full": 3e-4, "attention": 3e-4, "tsa": 1e-3, "svdiff": 1e-2}
@@ -28,10 +29,10 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add(
         "--data",
-        type=Path,
+        type=data_source,
         help="a folder with one subfolder a class; a .csv with the columns path, label and, if "
-        "you like, patient and split; or a MedMNIST .npz (default: patches of scikit-image's "
-        "immunohistochemistry image)",
+        "you like, patient and split; a MedMNIST .npz; or hf:NAME, a data set of Hugging Face by name or "
+        "folder (default: patches of scikit-image's immunohistochemistry image)",
     )
     add(
         "--patient-column",
@@ -39,6 +40,12 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="column of the .csv whose images stay in one part (default: patient)",
     )
+    add(
+        "--group-column",
+        metavar="NAME",
+        help="column of the .csv that names subgroups, such as sex: the test is scored for each",
+    )
+    add("--skip-broken", action="store_true", help="leave out images that cannot be read, instead of stopping")
     add("--image-size", type=int, default=160, metavar="PX", help="side in pixels (default: 160)")
     add(
         "--num-workers",
@@ -60,6 +67,8 @@ def _add_split_flags(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of the training part to use, of every class alike; a smaller one lies within a larger one (default: 1)",
     )
+    add("--k-folds", type=int, default=0, metavar="K", help="cross-validation: test on one of K folds (default: 0, none)")
+    add("--fold", type=int, default=0, metavar="I", help="the fold to test on, from 0 (default: 0)")
 
 
 def _add_method_flags(parser: argparse.ArgumentParser) -> None:

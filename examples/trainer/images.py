@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +11,15 @@ import tifffile
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm.contrib.concurrent import thread_map
 
+from .dicom import SUFFIXES as DICOM
+from .dicom import is_dicom, read_dicom
 from .errors import TrainerError
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp", *DICOM}
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Images:
         groups: (N,), images with one number never fall into different parts of a split.
         parts: (N,), "train", "val" or "test" where the data bring their own split, else None.
         names: of the N images, as their source names them, None where it does not.
+        subgroups: of the N patients, such as their sex or scanner, None where they are not asked for.
+        broken: what is wrong with each image that was left out.
     """
 
     pixels: Tensor
@@ -40,26 +43,11 @@ class Images:
     groups: Integers
     parts: npt.NDArray[np.str_] | None = None
     names: list[str] | None = None
+    subgroups: list[str] | None = None
+    broken: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-def load_images(paths: Sequence[Path], size: int, quiet: bool = False) -> tuple[Tensor, list[str]]:
-    """Decode files side by side, as pixels (N, C, size, size) and a digest of each original."""
-    decoded = thread_map(
-        lambda path: _decode(path, size),
-        paths,
-        max_workers=4,
-        desc="reading images",
-        unit="image",
-        leave=False,
-        disable=quiet,
-    )
-    arrays = [array for array, _ in decoded]
-    if any(array.ndim == 3 for array in arrays):
-        arrays = [a if a.ndim == 3 else np.repeat(a[..., None], 3, axis=2) for a in arrays]
-    return stack(arrays), [digest for _, digest in decoded]
 
 
 def stack(arrays: Sequence[Bytes]) -> Tensor:
@@ -79,11 +67,23 @@ def read_image(path: Path) -> Bytes:
     # Damaged files raise whatever their format's parser stumbles on.
     except Exception as error:
         raise TrainerError(f"{path} could not be read as an image: {error}. Repair it, or take it out.") from error
+    try:
+        return as_image(array)
+    except ValueError as error:
+        raise TrainerError(f"{path} {error}") from error
+
+
+def as_image(array: npt.NDArray[np.generic]) -> Bytes:
+    """Bring decoded pixels of any depth to (H, W) or (H, W, 3), uint8.
+
+    Raises:
+        ValueError: they are neither grey nor RGB.
+    """
     if array.ndim == 3 and array.shape[2] == 4:
         array = array[..., :3]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
-        raise TrainerError(
-            f"{path} has the shape {array.shape}; a grey or RGB image of shape (H, W) or "
+        raise ValueError(
+            f"has the shape {array.shape}; a grey or RGB image of shape (H, W) or "
             "(H, W, 3) is needed. Store one file for each slice or page."
         )
     return to_uint8(array)
@@ -103,11 +103,12 @@ def to_uint8(array: npt.NDArray[np.generic]) -> Bytes:
     return stretched.round().astype(np.uint8)
 
 
-def resize(array: Bytes, size: int) -> Bytes:
-    """Resize to (size, size). The whole image stays in view: a crop might cut off the finding."""
-    if array.shape[:2] == (size, size):
+def resize(array: Bytes, height: int, width: int | None = None) -> Bytes:
+    """Resize, to a square where no width is given. The whole image stays in view: a crop might cut off the finding."""
+    size = (height, height if width is None else width)
+    if array.shape[:2] == size:
         return array
-    return np.asarray(Image.fromarray(array).resize((size, size), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(array).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def digest(array: Bytes) -> str:
@@ -115,12 +116,9 @@ def digest(array: Bytes) -> str:
     return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
 
 
-def _decode(path: Path, size: int) -> tuple[Bytes, str]:
-    array = read_image(path)
-    return resize(array, size), digest(array)
-
-
 def _read(path: Path) -> npt.NDArray[np.generic]:
+    if is_dicom(path):
+        return read_dicom(path)
     is_tiff = path.suffix.lower() in {".tif", ".tiff"}
     try:
         with Image.open(path) as opened:
@@ -129,17 +127,18 @@ def _read(path: Path) -> npt.NDArray[np.generic]:
                 raise TrainerError(f"it holds {pages} pages or slices; store each in a file of its own")
             deep_colour = opened.mode.startswith("RGB") and ";16" in str(opened.tile)
             if not deep_colour:
-                return _with_pillow(opened)
+                return pixels_of(opened)
             if not is_tiff:
                 # Pillow keeps the upper 8 of 16 bits; a wider type has them stretched like others.
-                return _with_pillow(opened).astype(np.uint16)
+                return pixels_of(opened).astype(np.uint16)
     except UnidentifiedImageError:
         if not is_tiff:
             raise
     return np.asarray(tifffile.imread(path))
 
 
-def _with_pillow(opened: Image.Image) -> npt.NDArray[np.generic]:
+def pixels_of(opened: Image.Image) -> npt.NDArray[np.generic]:
+    """Decode what Pillow has opened: upright, grey or RGB, values deeper than 8 bit as they are."""
     image = ImageOps.exif_transpose(opened)
     if image.mode.startswith(("I", "F")):
         return np.asarray(image)

@@ -42,6 +42,35 @@ def split(images: Images, seed: int, val: float = 0.15, test: float = 0.2) -> di
     return found
 
 
+def fold(images: Images, seed: int, folds: int, number: int, val: float = 0.15) -> dict[str, Integers]:
+    """Give the parts of one fold of a cross-validation: over all its folds, every image is tested once.
+
+    Args:
+        images: the data, without a split of their own.
+        seed: the same seed gives the same folds.
+        folds: how many, at least 2.
+        number: of the fold, from 0.
+        val: the share of all images for validation, taken out of the other folds.
+
+    Raises:
+        TrainerError: the data are split already, or a class is too rare.
+    """
+    if images.parts is not None:
+        raise TrainerError("The data bring their own split, which --k-folds would mix up. Leave one of the two out.")
+    rarest, members = _rarest_class(images.labels, images.groups)
+    if members < folds or members < 3:
+        raise TrainerError(
+            f"Class '{images.classes[rarest]}' has {members} independent images (copies and images of one patient count "
+            f"once), and --k-folds {folds} needs {max(folds, 3)}."
+        )
+    fold_of = _folds(images.labels, images.groups, folds, seed)
+    rest = np.flatnonzero(fold_of != number)
+    found = _draw(images, rest, {"val": val * len(images) / len(rest)}, seed)
+    found["test"] = np.flatnonzero(fold_of == number)
+    _check(images, found)
+    return {part: found[part] for part in PARTS}
+
+
 def divided_groups(images: Images, found: dict[str, Integers]) -> int:
     """Count the groups that a split divides: possible only where the data bring their own."""
     inside = [set(images.groups[where].tolist()) for where in found.values()]
