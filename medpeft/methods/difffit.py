@@ -1,7 +1,7 @@
 """DiffFit: every bias and norm, and a scale at the end of every branch.
 
 Xie et al., "DiffFit: Unlocking Transferability of Large Diffusion Models via Simple Parameter-Efficient Fine-Tuning" (ICCV
-2023), arXiv 2304.06648, Sec. 3.2.
+2023), arXiv 2304.06648, Sec. 3.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FacT: the changes of all weights as one tensor, held in factors that the layers share.
 
-Jie & Deng, "FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer" (AAAI 2023), arXiv 2212.03145, Eq. 4 (tensor
-train) and 6 (Tucker).
+Jie & Deng, "FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer" (AAAI 2023), arXiv 2212.03145, there
+FacT-TT (tensor train) and FacT-TK (Tucker).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """OFT: a rotation of every neuron's weights.
 
-Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (NeurIPS 2023), arXiv 2306.07280, Eq. 1 and Sec. 3.3
-(block-diagonal, by the Cayley transform).
+Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning" (NeurIPS 2023), arXiv 2306.07280, Sec. 3: R is
+block-diagonal and made by the Cayley transform.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """RepAdapter: two linear maps before each branch, so thin that they vanish in the branch's first layer.
 
-Luo et al., "Towards Efficient Visual Adaption via Structural Re-parameterization" (2023), arXiv 2302.08106, Eq. 5 to 8.
+Luo et al., "Towards Efficient Visual Adaption via Structural Re-parameterization" (2023), arXiv 2302.08106, Sec. 3.
 """
 
 from __future__ import annotations
