@@ -19,9 +19,10 @@ from experiments import page
 from experiments.cells import Cell, Choice, choices, fitting, make_cell
 from experiments.figures import draw_pareto
 from experiments.flags import make_parser, parse
-from experiments.rates import best_rate, candidates, rate_of, with_rate, write_settings
+from experiments.rates import best_rate, candidates, rate_of, with_rate
 from experiments.records import Record
 from experiments.runs import run_cells
+from experiments.settings import write_settings
 from experiments.study import Study, about, finished, in_order, missing
 from experiments.summary import summarise
 from experiments.tables import score_table, to_html, write_tables

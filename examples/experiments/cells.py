@@ -19,7 +19,7 @@ import medpeft
 
 # They change where a run is, how it is fed, and what it prints, but not what comes out of it. A file's settings are in the
 # other flags once they are read.
-IRRELEVANT = {"config", "num_workers", "output", "quiet", "resume"}
+IRRELEVANT = {"config", "num_workers", "output", "quiet", "resume", "save_every"}
 
 
 @dataclass(frozen=True)

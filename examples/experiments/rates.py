@@ -1,10 +1,7 @@
 """The learning rate of each method by the validation score: most of what separates untuned methods is their rate."""
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from trainer.config import write_config
 from trainer.flags import make_parser, parse
 
 from .cells import Choice
@@ -32,11 +29,3 @@ def best_rate(records: Sequence[Record]) -> float:
 def with_rate(choice: Choice, rate: float) -> Choice:
     """Give the row with a rate of its own."""
     return Choice(choice.label, (*choice.flags, "--lr", repr(rate)))
-
-
-def write_settings(args: argparse.Namespace, path: Path) -> None:
-    """Write what a row trains with, as the YAML that `--config` of every script reads."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = {name: own for name, own in args.option.items() if own}
-    content = {name: getattr(args, name) for name in ("method", "lr", "weight_decay", "batchnorm", "target")}
-    write_config({**content, "option": options or None}, path)

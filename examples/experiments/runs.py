@@ -9,7 +9,6 @@ import torch
 import train
 from trainer.errors import TrainerError
 from trainer.images import Images
-from trainer.sources import read_data
 
 import medpeft
 
@@ -65,5 +64,5 @@ def _images_of(args: argparse.Namespace, cache: dict[tuple[Any, ...], Images]) -
     key = (args.data, args.image_size, args.patient_column)
     if key not in cache:
         cache.clear()  # Cells are in the order of their data: the one before is not needed again.
-        cache[key] = read_data(args.data, args.image_size, args.patient_column)
+        cache[key] = train.images_of(args)
     return cache[key]
