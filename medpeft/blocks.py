@@ -14,8 +14,7 @@ from . import roles
 if TYPE_CHECKING:
     from .targets import Network
 
-_CLASS_TOKENS = ("cls_token", "class_token", "class_embedding", "dist_token", "distillation_token")
-_REGISTERS = ("reg_token", "register_tokens")
+_PREFIXES = ("cls_token", "class_token", "class_embedding", "dist_token", "distillation_token", "reg_token", "register_tokens")
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,8 @@ def _prefix_tokens(network: Network, name: str) -> int:
     count = 0
     for parameter, tensor in network.model.named_parameters():
         owner, _, last = parameter.rpartition(".")
-        if last in (*_CLASS_TOKENS, *_REGISTERS) and (owner in around or owner.rpartition(".")[0] in around):
-            count += tensor.shape[-2] if last in _REGISTERS else 1
+        if last in _PREFIXES and (owner in around or owner.rpartition(".")[0] in around):
+            count += tensor.shape[-2] if tensor.ndim == 3 else 1
     return count
 
 

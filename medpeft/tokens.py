@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +17,10 @@ from .errors import MedpeftError
 if TYPE_CHECKING:
     from .targets import Network
 
-_BIAS = re.compile(r"rel_?pos|relative_position|relative_coords|attention_bias|pos_bias|position_bias|cpb_mlp|rpb")
+_BIAS = re.compile(r"rel_?pos|relative_position|relative_coords|attention_bias|pos_bias|position_bias|cpb_mlp|rpb|pos_proj")
 _ROTARY = re.compile(r"rope|rotary")
-_CHANNELS = re.compile(r"XCA|XCiT|Channel|Linear(Self)?Att|Lite|Efficient(Attn|Attention)")
+_SIZES = {"size", "feat_size", "hw_shape", "H", "W", "input_dimensions"}
+_CHANNELS = re.compile(r"XCA|Channel|Covariance|Linear(Self)?Att|Lite|Efficient(Attn|Attention)")
 
 
 def insert(x: Tensor, tokens: Tensor, at: int, axis: int) -> Tensor:
@@ -69,6 +72,8 @@ def why_not(network: Network, name: str) -> str:
             return f"convolves the grid of its tokens ({path}), in which added tokens have no place"
         if _CHANNELS.search(type(inside).__name__):
             return f"does not compare tokens with one another by a softmax ({path}: {type(inside).__name__})"
+        if (inside is module or roles.is_attention(inside)) and _takes_a_grid(type(inside)):  # type: ignore[arg-type]  # hashable
+            return f"takes its tokens as a grid ({path}), in which added tokens have no place"
         # BEiT's attention has a window too, its whole image.
         shifts = hasattr(inside, "shift_size") or inside is module
         if _is_set(inside, "window_size") and shifts:
@@ -85,6 +90,20 @@ def why_not(network: Network, name: str) -> str:
         if any(_ROTARY.search(held) for held in _held(outside)):
             return f"is rotated by positions (RoPE, by {path or 'the model'}), and an added token has no position"
     return ""
+
+
+@cache
+def _takes_a_grid(cls: type[nn.Module]) -> bool:
+    """Whether `cls.forward`, by its source, asks for a grid's sizes or unpacks its input's shape into four or more."""
+    try:
+        source, names = inspect.getsource(cls.forward), list(inspect.signature(cls.forward).parameters)
+    except (OSError, TypeError, ValueError):
+        return False
+    if _SIZES & set(names):
+        return True
+    given = names[1] if len(names) > 1 else ""
+    said = rf"^\s*(\w+, *){{3,}}\w+ *= *({given}\.shape|{given}\.size\(\)|shape)(\[|\s*$)"
+    return bool(given) and re.search(said, source, flags=re.MULTILINE) is not None
 
 
 def _around(network: Network, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -429,3 +429,28 @@ def test_autocast_and_low_precision_keep_the_dtype_of_the_stream():
         with torch.autocast("cpu", torch.bfloat16):
             y = model(x)
         assert (y - model(x)).abs().max() < 0.1 * model(x).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("twins_svt_small", r"takes its tokens as a grid \(blocks\.0\.0\)"),
+        ("nest_tiny", r"takes its tokens as a grid \(levels\.0\.transformer_encoder\.0\.attn\)"),
+        ("coat_tiny", r"convolves the grid of its tokens \(serial_blocks1\.0\.cpe\.proj\)"),
+        ("samvit_base_patch16", r"attends within windows \(blocks\.0\)"),
+    ],
+)
+def test_tokens_on_a_grid_are_refused_with_the_reason(name, reason):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+
+    with pytest.raises(medpeft.MedpeftError, match=reason):
+        medpeft.plan(model, "vpt_deep")
+
+
+def test_every_token_before_the_patches_is_counted():
+    prefixes = {"pit_xs_distilled_224": 2, "cait_xxs24_224": 1, "vit_small_patch14_reg4_dinov2": 5, "vitamin_small_224": 0}
+    for name, prefix in prefixes.items():
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        assert {site.layout.prefix for _, site in medpeft.plan(model, "vpt_deep").sites} == {prefix}, name

@@ -43,6 +43,8 @@ class Prompts(nn.Module):
 
     def take_off(self, x: Tensor) -> Tensor:
         """(B, N + n, D) → (B, N, D): what was put in is gone, and pooling sees none of it."""
+        if x.shape[self.layout.sequence] <= self.layout.prefix:
+            return x  # CaiT's last blocks give the class token alone.
         return take_off(x, len(self.tokens), self.layout.prefix, self.layout.sequence)
 
 
