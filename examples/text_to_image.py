@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     data, held = data.of(args.new_class), held.of(args.new_class)
     before = sample_scores(fabric, args, pipeline, held, "unadapted")
 
-    adapt(args, pipeline.unet)
+    adapt(args, pipeline.unet, fabric.device)
     report = medpeft.report(pipeline.unet)
     fabric.print(f"\n{report}\n\n{len(data)} images to train on, {len(held)} held out\n", flush=True)
     with fabric.rank_zero_first():
@@ -126,8 +126,9 @@ def open_tiny(args: argparse.Namespace, data: Captioned, classes: list[str]) -> 
     )
 
 
-def adapt(args: argparse.Namespace, unet: Any) -> None:
-    """Apply the method to the UNet, which has no head."""
+def adapt(args: argparse.Namespace, unet: Any, device: torch.device | str = "cpu") -> None:
+    """Apply the method to the UNet, which has no head, on the device, where decompositions are computed."""
+    unet.to(device)
     with caching(args.svd_cache) if args.svd_cache else nullcontext():
         medpeft.apply(unet, args.option, target=args.target, head=None, seed=args.seed)
     if args.gradient_checkpointing:

@@ -1,8 +1,7 @@
 """Singular value decompositions kept on disk, each under a digest of its weight.
 
 An adapted base is then decomposed once, not at every start. A file is found by what it was computed from, so that one directory
-serves any number of models. The UNet of Stable Diffusion 1.x, 3.2 GiB of weights in float32, takes
-4.0 GiB.
+serves any number of models. The UNet of Stable Diffusion 1.x, 3.2 GiB of weights in float32, takes 4.0 GiB.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import medpeft
 from medpeft.svdcache import caching, current, decompose, stored
@@ -66,6 +67,32 @@ def test_caching_names_the_directory_for_what_is_decomposed_within(tmp_path, com
     assert current() is None
     assert len(computed) == 2
     assert len(files(directory)) == 1
+
+
+def test_svdiff_decomposes_a_base_once(tmp_path, computed):
+    def adapted():
+        torch.manual_seed(0)
+        return medpeft.apply(nn.Sequential(nn.Linear(4, 6), nn.Conv2d(2, 3, 1)), "svdiff", head=None)
+
+    without = adapted()
+    anew = len(computed)
+    with caching(tmp_path):
+        medpeft.plan(nn.Sequential(nn.Linear(4, 6)), "svdiff", head=None)
+        assert files(tmp_path) == [], "a plan computes nothing"
+        adapted()
+        computed.clear()
+        found = adapted()
+
+    assert (anew, len(computed)) == (2, 0)
+    pairs = zip(found[0].adapters["svdiff"].buffers(), without[0].adapters["svdiff"].buffers(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_weight_without_values_is_not_kept(tmp_path):
+    with caching(tmp_path):
+        left, values, right = decompose(torch.empty(4, 3, device="meta"))
+    assert (left.shape, values.shape, right.shape) == ((4, 3), (3,), (3, 3))
+    assert files(tmp_path) == []
 
 
 def test_a_cache_that_cannot_be_made_is_refused(tmp_path):

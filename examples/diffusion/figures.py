@@ -32,7 +32,7 @@ def draw_losses(losses: Sequence[float], title: str, path: Path) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def draw_pictures(rows: Mapping[str, Tensor], title: str, path: Path) -> None:
@@ -51,7 +51,7 @@ def draw_pictures(rows: Mapping[str, Tensor], title: str, path: Path) -> None:
         _draw_row(axes, images)
         axes.set_ylabel(fill(name, 22), rotation=0, ha="right", va="center", fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def draw_comparison(images: Mapping[str, Tensor], prompts: Sequence[str], title: str, path: Path) -> None:
@@ -75,7 +75,7 @@ def draw_comparison(images: Mapping[str, Tensor], prompts: Sequence[str], title:
     for axes, prompt in zip(grid[0], prompts, strict=True):
         axes.set_title(fill(prompt, int(13 * width)), fontsize=7)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def _draw_row(axes: Axes, images: Tensor) -> None:
