@@ -19,7 +19,7 @@ from experiments import page
 from experiments.cells import Cell, Choice, choices, fitting, make_cell
 from experiments.figures import draw_pareto
 from experiments.flags import make_parser, parse
-from experiments.rates import best_rate, candidates, rate_of, with_rate
+from experiments.rates import best_rate, beyond, candidates, multiples, rate_of, with_rate
 from experiments.records import Record
 from experiments.runs import run_cells
 from experiments.settings import write_settings
@@ -80,17 +80,33 @@ def cells_of(study: Study) -> list[Cell]:
 def tune_rate(study: Study, data: Path | None, model: str, row: Choice) -> Choice:
     """Give the row with the learning rate of the best validation score, on the first seed."""
     args = study.args
-    trials = candidates(row, rate_of(study.shared, row), args.lr_factors, args.lr_epochs)
+    rates = multiples(rate_of(study.shared, row), args.lr_factors)
+    best = try_rates(study, data, model, row, rates)
+    # The best of a grid is only known to be the best if there is a worse one on either side.
+    for _ in range(MORE):
+        if (further := beyond(rates, best)) is None:
+            break
+        rates.append(further)
+        best = try_rates(study, data, model, row, rates)
+    settings = make_cell(study.shared, data, model, with_rate(row, best), args.seed[0], args.output)
+    write_settings(settings.args, args.output / "settings" / f"{settings.data}-{model}" / f"{row.label}.yaml")
+    return with_rate(row, best)
+
+
+MORE = 2  # rates beyond the edge of the grid
+
+
+def try_rates(study: Study, data: Path | None, model: str, row: Choice, rates: Sequence[float]) -> float:
+    """Give the best of some rates."""
+    args = study.args
+    trials = candidates(row, rates, args.lr_epochs)
     cells = [make_cell(study.shared, data, model, trial, args.seed[0], args.output) for trial in trials]
-    study.failed += run_cells(cells, study.records)
+    failed = run_cells(cells, study.records)
     found = study.records.read()
     done = [found[cell.key] for cell in cells if cell.key in found]
     if not done:
-        raise TrainerError(f"No learning rate worked for {row.label} on {model}: {study.failed[-1][1]}")
-    chosen = with_rate(row, best_rate(done))
-    settings = make_cell(study.shared, data, model, chosen, args.seed[0], args.output)
-    write_settings(settings.args, args.output / "settings" / f"{settings.data}-{model}" / f"{row.label}.yaml")
-    return chosen
+        raise TrainerError(f"No learning rate worked for {row.label} on {model}: {failed[-1][1]}")
+    return best_rate(done)
 
 
 def write_results(study: Study, done: list[Record], expected: int, command: str) -> None:

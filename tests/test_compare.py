@@ -21,7 +21,7 @@ import compare
 from experiments import page
 from experiments.cells import Choice, choices, fitting, make_cell
 from experiments.figures import draw_pareto, looks_of
-from experiments.rates import best_rate, candidates
+from experiments.rates import best_rate, beyond, candidates, multiples
 from experiments.records import Records
 from experiments.statistics import average_ranks, bootstrap_interval, crossover, macro_f1, pareto_front
 from experiments.summary import across_data, summarise
@@ -203,9 +203,17 @@ def test_the_rate_with_the_best_validation_score_is_taken():
 
 
 def test_candidate_rates_are_multiples():
-    rows = candidates(Choice("ssf", ("--method", "ssf")), 0.003, [0.3, 1, 3], 2)
+    rates = multiples(0.003, [3, 0.3, 1])
+    assert rates == [0.0009, 0.003, 0.009]
+    rows = candidates(Choice("ssf", ("--method", "ssf")), rates, 2)
     assert [row.flags[3] for row in rows] == ["0.0009", "0.003", "0.009"]
     assert all(row.flags[-2:] == ("--epochs", "2") for row in rows)
+
+
+@pytest.mark.parametrize(("best", "further"), [(0.009, 0.027), (0.0009, 0.00027), (0.003, None)])
+def test_a_best_rate_at_the_edge_of_the_grid_asks_for_one_further_out(best, further):
+    assert beyond([0.003, 0.0009, 0.009], best) == further
+    assert beyond([best], best) is None
 
 
 # Tables and pictures
@@ -373,12 +381,14 @@ def test_learning_rates_are_found_by_validation_and_written_for_other_scripts(tm
     given = ["--method", "linear_probe", "--seed", "0", "--lr-factors", "0.1", "1", "--output", str(tmp_path)]
     assert compare.run([*TINY, *given]) == 0
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [run["settings"]["lr"] for run in runs] == [0.0003, 0.003]  # the final run is one of the two
+    rates = [run["settings"]["lr"] for run in runs]
+    assert rates[:2] == [0.0003, 0.003]
+    assert len(rates) == len(set(rates)) <= 4  # two beyond the edge at most; the final run is one of the trials
     best = max(runs, key=lambda run: (run["val"]["macro_f1"], -run["val_loss"]))
     settings = tmp_path / "settings" / "tissue-test_efficientnet" / "linear_probe.yaml"
     assert pd.read_csv(tmp_path / "scores.csv")["lr"][0] == best["settings"]["lr"]
     assert compare.run([*TINY, "--method", "--config", str(settings), "--seed", "0", "--output", str(tmp_path)]) == 0
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2  # the file asks for the run that is there
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(runs)  # the file asks for a run that is there
 
 
 def test_a_run_that_fails_ends_itself_alone(tmp_path, capsys):

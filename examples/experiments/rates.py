@@ -13,11 +13,24 @@ def rate_of(flags: Sequence[str], choice: Choice) -> float:
     return float(parse(make_parser(""), [*flags, *choice.flags]).lr)
 
 
-def candidates(choice: Choice, rate: float, factors: Sequence[float], epochs: int | None) -> list[Choice]:
-    """Give the row once for each multiple of a rate, with fewer epochs if asked for."""
+def candidates(choice: Choice, rates: Sequence[float], epochs: int | None) -> list[Choice]:
+    """Give the row once for each rate, with fewer epochs if asked for."""
     shorter = () if epochs is None else ("--epochs", str(epochs))
-    rates = [float(f"{rate * factor:.3g}") for factor in factors]
-    return [Choice(choice.label, (*choice.flags, "--lr", repr(r), *shorter)) for r in rates]
+    return [Choice(choice.label, (*choice.flags, "--lr", repr(rate), *shorter)) for rate in rates]
+
+
+def multiples(rate: float, factors: Sequence[float]) -> list[float]:
+    """Give a rate times each factor, rounded to what one would type."""
+    return sorted({_rounded(rate * factor) for factor in factors})
+
+
+def beyond(rates: Sequence[float], best: float) -> float | None:
+    """Give the next rate outward where the best is at the edge of a grid, None where it is inside or alone."""
+    ordered = sorted(rates)
+    if len(ordered) < 2 or best not in (ordered[0], ordered[-1]):
+        return None
+    neighbour = ordered[1] if best == ordered[0] else ordered[-2]
+    return _rounded(best * best / neighbour)
 
 
 def best_rate(records: Sequence[Record]) -> float:
@@ -29,3 +42,7 @@ def best_rate(records: Sequence[Record]) -> float:
 def with_rate(choice: Choice, rate: float) -> Choice:
     """Give the row with a rate of its own."""
     return Choice(choice.label, (*choice.flags, "--lr", repr(rate)))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
