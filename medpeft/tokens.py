@@ -72,8 +72,6 @@ def why_not(network: Network, name: str) -> str:
             return f"convolves the grid of its tokens ({path}), in which added tokens have no place"
         if _CHANNELS.search(type(inside).__name__):
             return f"does not compare tokens with one another by a softmax ({path}: {type(inside).__name__})"
-        if (inside is module or roles.is_attention(inside)) and _takes_a_grid(type(inside)):  # type: ignore[arg-type]  # hashable
-            return f"takes its tokens as a grid ({path}), in which added tokens have no place"
         # BEiT's attention has a window too, its whole image.
         shifts = hasattr(inside, "shift_size") or inside is module
         if _is_set(inside, "window_size") and shifts:
@@ -89,6 +87,9 @@ def why_not(network: Network, name: str) -> str:
             return f"is given a bias for each pair of positions (by {path or 'the model'}), and an added token has no position"
         if any(_ROTARY.search(held) for held in _held(outside)):
             return f"is rotated by positions (RoPE, by {path or 'the model'}), and an added token has no position"
+    for path, inside in module.named_modules(prefix=name):
+        if (inside is module or roles.is_attention(inside)) and _takes_a_grid(type(inside)):  # type: ignore[arg-type]  # hashable
+            return f"takes its tokens as a grid ({path}), in which added tokens have no place"
     return ""
 
 
