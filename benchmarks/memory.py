@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import NAMES, build, example
+from networks import NAMES, build, example
 from step import CASES, adapted, frozen, loss_of
 from timing import add_arguments, bytes_kept, where
 

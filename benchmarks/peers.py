@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import build
+from networks import build
 from timing import add_arguments, bytes_kept, compiled, interleaved, precision, ratios, where
 from torch import Tensor, nn
 from torch.nn.utils import parametrize

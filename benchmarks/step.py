@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import NAMES, build, example, forward
+from networks import NAMES, build, example, forward
 from timing import add_arguments, bytes_kept, compiled, interleaved, precision, ratios, where
 from torch import Tensor, nn
 
