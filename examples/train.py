@@ -6,7 +6,7 @@ Offline, on patches of stained tissue; then on your own folder with one subfolde
     python examples/train.py --method lora --option rank=4 --data my/images
 
 It uses a GPU if there is one, stops when the validation macro-F1 no longer rises, and writes
-adapter.safetensors, metrics.json, predictions.csv and training.png to --output.
+adapter.safetensors, metrics.json, predictions.csv and two figures to --output.
 """
 
 import argparse
@@ -15,34 +15,36 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import timm
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.wrappers import _FabricOptimizer
-from torch import Tensor, nn
-from trainer.batches import Batches, Part, make_transform, plain_batches, training_batches
-from trainer.checkpoint import Training, load_training, restore_training, save_training
+from trainer.batches import Batches
+from trainer.calibration import fit_temperature
+from trainer.checkpoint import Training, load_training, restore_training
 from trainer.cost import forget_peak, peak_memory, saved_bytes, typical
 from trainer.devices import make_fabric
 from trainer.errors import TrainerError
 from trainer.flags import changed_settings, make_parser, parse, settings_of
-from trainer.images import Images, Integers
-from trainer.loop import Plan, fit, predict, warmup_cosine
-from trainer.metrics import score, table
-from trainer.models import build_model, checkpoint_activations, input_statistics
-from trainer.order import Order, balanced
-from trainer.results import count, describe, write_results
-from trainer.sources import read_data
-from trainer.split import PARTS, fold, split
-from trainer.subset import training_subset
+from trainer.images import Images
+from trainer.loop import Plan, Say, fit, predict
+from trainer.metrics import score, score_subgroups, subgroup_table, table
+from trainer.preparation import (
+    Run,
+    adapted_model,
+    batches_of,
+    checkpoint_file,
+    images_of,
+    parts_of,
+    plan_of,
+    prepare,
+    set_up,
+)
+from trainer.reliability import draw_reliability, scaled, titled
+from trainer.results import count, describe, save_adapter, write_results
 
 import medpeft
-
-Say = Callable[[str], None]
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -65,9 +67,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def run(
-    args: argparse.Namespace,
-    images: Images | None = None,
-    after_epoch: Callable[[Training], None] | None = None,
+    args: argparse.Namespace, images: Images | None = None, after_epoch: Callable[[Training], None] | None = None
 ) -> dict[str, Any]:
     """Train, test and save; give what metrics.json holds, and the test's predictions.
 
@@ -89,142 +89,44 @@ def run(
     fabric.seed_everything(args.seed, workers=True, verbose=False)
     model = adapted_model(args, len(images.classes))
     say(f"\n{medpeft.report(model)}\n")
-    kept = saved_bytes(model, args.batch_size // (args.accumulate * fabric.world_size), args.image_size)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-    batches, order = batches_of(fabric, args, images, found, input_statistics(model))
-    plan = plan_of(fabric, args, images, found["train"], batches, order, say)
-    if after_epoch is not None:
-        plan = with_report(plan, after_epoch)
+    costs: dict[str, Any] = {
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "saved_bytes": saved_bytes(model, args.batch_size // (args.accumulate * fabric.world_size), args.image_size),
+    }
+    prepared = prepare(fabric, args, model, images, found, say)
+    batches, order = batches_of(fabric, args, prepared)
     forget_peak(fabric.device)
-    training = set_up(fabric, args, model, order.steps, scaler)
+    training = set_up(fabric, args, prepared, order.steps, scaler)
     if args.resume:
         resume(fabric, args, training, say)
     args.output.mkdir(parents=True, exist_ok=True)
-    fit(fabric, training, plan)
-    peak, kind = peak_memory(fabric.device)
+    plan = plan_of(fabric, args, prepared, batches, order, say)
+    fit(fabric, training, plan if after_epoch is None else with_report(plan, after_epoch))
+    costs["step_seconds"] = typical(training.step_seconds)
+    costs["peak_bytes"], costs["peak_memory"] = peak_memory(fabric.device)
 
-    predictions = {part: probabilities_of(fabric, training.network, batches[part]) for part in ("val", "test")}
-    scores = {part: score(probabilities, labels) for part, (probabilities, labels) in predictions.items()}
-    say("\n" + table(scores["test"], images.classes, f"Test on {len(found['test'])} images") + "\n")
     record = {
         "settings": settings_of(args),
         "classes": images.classes,
         "images": {part: count(images, rows) for part, rows in found.items()},
-        "trainable": trainable,
-        **scores,
+        "broken_images": images.broken,
+        **costs,
         "best_epoch": training.best_epoch,
         "history": training.history,
+        **evaluate(fabric, args, prepared, training, batches),
         "seconds": time.perf_counter() - begun,
-        "step_seconds": typical(training.step_seconds),
-        "saved_bytes": kept,
-        "peak_bytes": peak,
-        "peak_memory": kind,
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
-        "test_predictions": {
-            "index": found["test"].tolist(),
-            "label": predictions["test"][1].tolist(),
-            "probabilities": predictions["test"][0].tolist(),
-        },
     }
+    say("\n" + table(record["test"], images.classes, f"Test on {len(found['test'])} images") + "\n")
+    if "test_subgroups" in record:
+        say(subgroup_table(record["test_subgroups"]) + "\n")
     # What is sharded is gathered by all processes together; of equal copies one is enough.
     if args.strategy == "fsdp2" or fabric.is_global_zero:
-        save_adapter(args, model, record)
+        save_adapter(args, prepared, record)
     if fabric.is_global_zero:
         write_results(args, images, record)
-    say(f"Saved adapter.safetensors, metrics.json, predictions.csv and training.png to {args.output}")
+    say(f"Saved adapter.safetensors, metrics.json, predictions.csv and two figures to {args.output}")
     return record
-
-
-def images_of(args: argparse.Namespace) -> Images:
-    """Read the data that the flags name; several runs may share them."""
-    return read_data(
-        args.data,
-        args.image_size,
-        args.patient_column,
-        args.quiet,
-        group_column=args.group_column,
-        skip_broken=args.skip_broken,
-    )
-
-
-def parts_of(args: argparse.Namespace, images: Images) -> dict[str, Integers]:
-    """Split the data as the flags say."""
-    if args.k_folds:
-        found = fold(images, args.seed, args.k_folds, args.fold, args.val_fraction)
-    else:
-        found = split(images, args.seed, args.val_fraction, args.test_fraction)
-    found["train"] = training_subset(images, found["train"], args.train_fraction, args.seed)
-    return found
-
-
-def adapted_model(args: argparse.Namespace, classes: int) -> nn.Module:
-    """Build the model and apply the method to it."""
-    model = build_model(args.model, classes, args.image_size, not args.no_pretrained)
-    if args.strategy != "fsdp2":
-        # Convolutions on a CPU take a third less time with channels last; shards are rows, and lie as they are.
-        model = model.to(memory_format=torch.channels_last)
-    if args.checkpoint_activations:
-        checkpoint_activations(model)
-    return medpeft.apply(model, args.option, target=args.target, batchnorm=args.batchnorm, seed=args.seed)
-
-
-def batches_of(
-    fabric: Fabric,
-    args: argparse.Namespace,
-    images: Images,
-    found: dict[str, Integers],
-    statistics: tuple[list[float], list[float]],
-) -> tuple[dict[str, Batches], Order]:
-    """Batch the parts, for this process; only the training part is shuffled and augmented."""
-    rank, world = fabric.global_rank, fabric.world_size
-    labels = images.labels[found["train"]]
-    order = Order(
-        len(labels),
-        args.batch_size,
-        args.seed,
-        args.accumulate,
-        rank,
-        world,
-        balanced(labels) if args.balanced_sampler else None,
-    )
-    batches = {}
-    for part in PARTS:
-        transform = make_transform(args.image_size, *statistics, args.augment if part == "train" else "none")
-        chosen = Part(images, found[part], transform)
-        if part == "train":
-            loader = training_batches(chosen, order, args.num_workers)
-        else:
-            loader = plain_batches(chosen, args.batch_size // world, args.num_workers, rank, world)
-        batches[part] = cast(Batches, fabric.setup_dataloaders(loader, use_distributed_sampler=False))
-    return batches, order
-
-
-def plan_of(
-    fabric: Fabric,
-    args: argparse.Namespace,
-    images: Images,
-    rows: Integers,
-    batches: dict[str, Batches],
-    order: Order,
-    say: Say,
-) -> Plan:
-    """Say how to train."""
-    weights = class_weights(images, rows) if args.class_weights else None
-    return Plan(
-        batches["train"],
-        order,
-        torch.from_numpy(images.labels[rows]),
-        batches["val"],
-        None if weights is None else weights.to(fabric.device),
-        args.epochs,
-        args.patience,
-        args.seed,
-        args.save_every,
-        save=lambda training: save_training(fabric, training, settings_of(args), checkpoint_file(args)),
-        say=say,
-        quiet=args.quiet,
-    )
 
 
 def with_report(plan: Plan, after_epoch: Callable[[Training], None]) -> Plan:
@@ -239,27 +141,34 @@ def with_report(plan: Plan, after_epoch: Callable[[Training], None]) -> Plan:
     return replace(plan, save=save)
 
 
-def class_weights(images: Images, rows: Integers) -> Tensor:
-    """Give (C,) weights by which every class has the same weight in the training loss."""
-    counts = np.bincount(images.labels[rows], minlength=len(images.classes))
-    return torch.tensor(len(rows) / (len(counts) * counts), dtype=torch.float32)
-
-
-def set_up(
-    fabric: Fabric, args: argparse.Namespace, model: nn.Module, steps: int, scaler: torch.amp.GradScaler | None
-) -> Training:
-    """Place an adapted model on the devices, and make its optimizer."""
-    network = fabric.setup_module(cast(nn.Module, torch.compile(model)) if args.compile else model)
-    # After FSDP2 has put its shards into the place of the parameters.
-    groups = medpeft.parameter_groups(model, lr=args.lr, weight_decay=args.weight_decay)
-    adamw = torch.optim.AdamW(groups)
-    optimizer = cast(_FabricOptimizer, fabric.setup_optimizers(adamw))
-    return Training(model, network, optimizer, warmup_cosine(adamw, args.epochs * steps), scaler)
-
-
-def checkpoint_file(args: argparse.Namespace) -> Path:
-    """Name the file from which a run goes on."""
-    return Path(args.output) / "last.ckpt"
+def evaluate(
+    fabric: Fabric, args: argparse.Namespace, prepared: Run, training: Training, batches: dict[str, Batches]
+) -> dict[str, Any]:
+    """Fit the temperature on the validation part, and score that part and the test at it."""
+    logits = {part: predict(fabric, training.network, batches[part]) for part in ("val", "test")}
+    temperature = fit_temperature(*logits["val"])
+    found: dict[str, Any] = {"temperature": temperature}
+    for part, (values, labels) in logits.items():
+        found[part] = score(scaled(values, temperature), labels.cpu())
+        found[part]["ece_uncalibrated"] = score(scaled(values, 1), labels.cpu())["ece"]
+    values, labels = logits["test"][0], logits["test"][1].cpu()
+    probabilities = scaled(values, temperature)
+    rows = prepared.found["test"]
+    if prepared.images.subgroups is not None:
+        subgroups = [prepared.images.subgroups[i] for i in rows]
+        found["test_subgroups"] = score_subgroups(probabilities, labels, subgroups)
+    found["test_predictions"] = {
+        "index": rows.tolist(),
+        "label": labels.tolist(),
+        "probabilities": probabilities.tolist(),
+    }
+    if fabric.is_global_zero:
+        panels = {
+            titled("as trained", found["test"]["ece_uncalibrated"]): scaled(values, 1),
+            titled(f"temperature {temperature:.2f}", found["test"]["ece"]): probabilities,
+        }
+        draw_reliability(panels, labels, args.output / "reliability.png")
+    return found
 
 
 def resume(fabric: Fabric, args: argparse.Namespace, training: Training, say: Say) -> None:
@@ -278,27 +187,6 @@ def resume(fabric: Fabric, args: argparse.Namespace, training: Training, say: Sa
     restore_training(fabric, training, content)
     within = f" and {training.step} steps" if training.step else ""
     say(f"Resumed after epoch {len(training.history)}{within}")
-
-
-def probabilities_of(fabric: Fabric, model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor]:
-    """Give the probabilities (N, C) and the labels (N,) of all batches, on the CPU."""
-    logits, labels = predict(fabric, model, batches)
-    return logits.softmax(1).cpu(), labels.cpu()
-
-
-def save_adapter(args: argparse.Namespace, model: nn.Module, record: dict[str, Any]) -> None:
-    """Write the adapter with what it takes to use it; called on every process, which gathers what is sharded."""
-    mean, std = input_statistics(model)
-    metadata = {
-        "model": args.model,
-        "pretrained": not args.no_pretrained,
-        "classes": record["classes"],
-        "image_size": args.image_size,
-        "mean": mean,
-        "std": std,
-        "test_macro_f1": record["test"]["macro_f1"],
-    }
-    medpeft.save(model, args.output / "adapter.safetensors", metadata=metadata)
 
 
 def print_line(text: str) -> None:

@@ -27,6 +27,7 @@ from trainer.images import Images
 from trainer.loop import predict, warmup_cosine
 from trainer.metrics import score
 from trainer.models import build_model, input_statistics
+from trainer.reliability import draw_reliability
 from trainer.sources import read_data
 from trainer.split import split
 
@@ -96,10 +97,10 @@ def test_the_adapter_on_a_fresh_base_gives_the_same_scores(folder, finished):
     images = read_data(folder, 48)
     part = Part(images, split(images, seed=0)["test"], make_transform(48, *input_statistics(model)))
     logits, labels = predict(Fabric(accelerator="cpu"), model, plain_batches(part, 8))
-    again = score(logits.softmax(1), labels)
-    assert again.keys() == record["test"].keys()
+    again = score((logits / record["temperature"]).softmax(1), labels)
     assert again["confusion_matrix"] == record["test"]["confusion_matrix"]
     assert again["ece"] == pytest.approx(record["test"]["ece"], abs=1e-4)
+    assert score(logits.softmax(1), labels)["ece"] == pytest.approx(record["test"]["ece_uncalibrated"], abs=1e-4)
 
 
 def test_predictions_are_written_image_by_image(finished):
@@ -258,6 +259,48 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert rates[-1] < 0.01
 
 
+# Cached features
+
+
+def test_features_are_computed_once_and_train_the_same_head(folder, tmp_path, capsys, monkeypatch):
+    given = ["--method", "linear_probe", "--lr", "0.05", "--epochs", "3"]
+    cache = ["--cache-features", str(tmp_path / "features")]
+    slow = run(*flags(folder, tmp_path / "slow", *given, "--augment", "none"))
+    first = run(*flags(folder, tmp_path / "first", *given, *cache))
+    assert "Computed the features of 40 images" in capsys.readouterr().out
+    # The second run sees no image: neither the model nor its batches are asked for one.
+    monkeypatch.setattr("trainer.features._compute", None)
+    second = run(*flags(folder, tmp_path / "second", *given, *cache, "--seed", "1"))
+    assert "Took the features of 40 images" in capsys.readouterr().out
+    losses = [[epoch["train_loss"] for epoch in record["history"]] for record in (slow, first, second)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
+    assert first["test"]["macro_f1"] == slow["test"]["macro_f1"]
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_features_of_another_size_are_others(folder, tmp_path):
+    cache = ["--method", "linear_probe", "--cache-features", str(tmp_path / "features"), "--epochs", "1"]
+    for size in ("32", "40"):
+        run(*flags(folder, tmp_path / size, *cache, "--image-size", size))
+    assert len(list((tmp_path / "features").iterdir())) == 2
+
+
+# Subgroups
+
+
+def test_subgroups_are_scored_apart(folder, tmp_path, capsys):
+    file = tmp_path / "table.csv"
+    rows = [(path, path.parent.name, "f" if i % 3 else "m") for i, path in enumerate(sorted(folder.glob("*/*.png")))]
+    file.write_text("\n".join(["path,label,sex", *(",".join(map(str, row)) for row in rows)]))
+    record = run(*flags(file, tmp_path / "out", "--group-column", "sex", "--epochs", "1"))
+    found = record["test_subgroups"]
+    assert sum(scores["images"] for scores in found.values()) == sum(record["images"]["test"].values())
+    matrices = np.sum([scores["confusion_matrix"] for scores in found.values()], 0)
+    assert matrices.tolist() == record["test"]["confusion_matrix"]
+    assert "subgroup  images" in capsys.readouterr().out
+
+
 # Models
 
 
@@ -349,6 +392,10 @@ def test_options_of_a_union_name_their_method():
         (["--option", "rank"], "--option rank is not of the form NAME=VALUE"),
         (["--method", "lora+ssf", "--option", "rank=4"], "Say for which: --option lora.rank=4"),
         (["--option", "lora.rank=4"], "is for 'lora', and --method is ssf"),
+        (["--k-folds", "1"], "--k-folds is 1 and --fold 0; take at least 2 folds"),
+        (["--k-folds", "3", "--fold", "3"], "folds, numbered from 0"),
+        (["--group-column", "sex"], "--group-column sex names a column, and --data None has none"),
+        ([*TINY, "--cache-features"], "methods that train the head alone, and"),
         (["--train-fraction", "0"], "--train-fraction is 0.0; it must be above 0"),
         (["--epochs", "0"], "--epochs is 0; it must be at least 1"),
         (["--lr", "0"], "--lr is 0.0; it must be above 0"),
@@ -404,7 +451,20 @@ def test_the_help_names_every_method(capsys):
     assert ", ".join(medpeft.methods()) in listed
 
 
-# The figure
+# The figures
+
+
+def test_the_reliability_diagram_shows_how_often_each_confidence_is_right(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    original = Axes.bar
+    monkeypatch.setattr(Axes, "bar", lambda self, *args, **more: drawn.append(args) or original(self, *args, **more))
+    probabilities = torch.tensor([[0.95, 0.05], [0.95, 0.05], [0.4, 0.6], [0.4, 0.6]])
+    draw_reliability({"one": probabilities}, torch.tensor([0, 1, 1, 1]), tmp_path / "figure.png")
+    shares, counts = drawn[0][1], drawn[1][1]
+    assert {i: (shares[i], counts[i]) for i in np.flatnonzero(counts)} == {8: (1.0, 2), 14: (0.5, 2)}
+    assert np.asarray(Image.open(tmp_path / "figure.png").convert("L")).std() > 20
 
 
 def test_labels_of_many_long_classes_do_not_overlap(tmp_path):

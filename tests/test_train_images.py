@@ -247,6 +247,178 @@ def test_a_patient_column_that_is_asked_for_must_exist(table):
         read_data(file, 16, "case")
 
 
+# Broken images
+
+
+@pytest.fixture
+def broken(folder):
+    """Two files of eight that are no images."""
+    for name in ("benign/1.png", "malignant/3.png"):
+        (folder / name).write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    return folder
+
+
+def test_all_broken_images_are_named_and_counted(broken):
+    with pytest.raises(TrainerError) as raised:
+        read_data(broken, 16)
+    message = str(raised.value)
+    assert message.startswith("2 of 8 images cannot be read:")
+    for expected in ("benign/1.png", "malignant/3.png", "Leave them out with --skip-broken."):
+        assert expected in message
+
+
+def test_broken_images_are_left_out_only_when_asked(broken, table):
+    images = read_data(broken, 16, skip_broken=True)
+    assert images.labels.tolist() == [0] * 3 + [1] * 3
+    assert images.names == [
+        f"{name}.png" for name in ("benign/0", "benign/2", "benign/3", *(f"malignant/{i}" for i in range(3)))
+    ]
+    assert len(images.broken) == 2
+    assert len(images.groups) == len(images.pixels) == 6
+    rows = [["benign/0.png", "a", "f"], ["benign/1.png", "b", "m"], ["gone.png", "b", "m"], ["benign/2.png", "b", "d"]]
+    images = read_data(table(["path", "label", "sex"], rows), 16, group_column="sex", skip_broken=True)
+    assert (images.names, images.subgroups) == (["benign/0.png", "benign/2.png"], ["f", "d"])
+
+
+def test_nothing_but_broken_images_is_an_error_even_when_skipping(folder):
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(TrainerError, match="8 of 8 images cannot be read"):
+        read_data(folder, 16, skip_broken=True)
+
+
+# DICOM
+
+
+def dicom(path, pixels, **header):
+    """Writes one file; the header's names are DICOM's keywords."""
+    pydicom = pytest.importorskip("pydicom")
+    found = pydicom.Dataset()
+    found.file_meta = pydicom.dataset.FileMetaDataset()
+    found.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    found.file_meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    found.file_meta.MediaStorageSOPInstanceUID = found.SOPInstanceUID = pydicom.uid.generate_uid()
+    found.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+    bits = 8 * pixels.dtype.itemsize
+    plain = {
+        "Rows": pixels.shape[-2] if pixels.ndim < 3 or pixels.shape[-1] != 3 else pixels.shape[0],
+        "Columns": pixels.shape[-1] if pixels.ndim < 3 or pixels.shape[-1] != 3 else pixels.shape[1],
+        "SamplesPerPixel": 1,
+        "PhotometricInterpretation": "MONOCHROME2",
+        "BitsAllocated": bits,
+        "BitsStored": bits,
+        "HighBit": bits - 1,
+        "PixelRepresentation": int(pixels.dtype.kind == "i"),
+    }
+    for name, value in {**plain, **header}.items():
+        setattr(found, name, value)
+    found.PixelData = pixels.tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.save_as(path, enforce_file_format=True)
+    return path
+
+
+# Hounsfield units from −1024 on, stored as 0, 1, 2, …: the range of a CT.
+STORED = np.arange(0, 2048, 2048 // 400, dtype=np.uint16)[:400].reshape(20, 20)
+
+
+@pytest.mark.parametrize(
+    ("function", "share"),
+    [
+        (None, lambda x: ((x - 39.5) / 399 + 0.5).clip(0, 1)),
+        ("LINEAR_EXACT", lambda x: ((x - 40) / 400 + 0.5).clip(0, 1)),
+        ("SIGMOID", lambda x: 1 / (1 + np.exp(-4 * (x - 40) / 400))),
+    ],
+)
+def test_a_dicom_file_is_rescaled_and_windowed(tmp_path, function, share):
+    more = {"VOILUTFunction": function} if function else {}
+    path = dicom(
+        tmp_path / "ct.dcm", STORED, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=[40, 0], WindowWidth=[400, 9], **more
+    )
+    expected = 255 * share(STORED.astype(float) - 1024)
+    assert np.abs(read_image(path) - expected).max() <= 0.5
+    assert (read_image(path) == 0).any()
+
+
+def test_dicom_without_a_window_uses_the_whole_range(tmp_path):
+    read = read_image(dicom(tmp_path / "mr.dcm", STORED))
+    assert (read.min(), read.max()) == (0, 255)
+    assert (np.diff(read.ravel().astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("window", [{}, {"WindowCenter": 1000, "WindowWidth": 500}])
+def test_monochrome1_is_turned_so_that_bone_is_light(tmp_path, window):
+    plain = read_image(dicom(tmp_path / "two.dcm", STORED, **window))
+    turned = read_image(dicom(tmp_path / "one.dcm", STORED, PhotometricInterpretation="MONOCHROME1", **window))
+    assert np.abs((255 - plain.astype(int)) - turned).max() <= 1
+    assert plain.std() > 20
+
+
+def test_dicom_in_colour_stays_colour(tmp_path):
+    colour = RNG.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    path = dicom(tmp_path / "us.dcm", colour, SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0)
+    assert np.array_equal(read_image(path), colour)
+
+
+def test_dicom_of_several_frames_is_refused(tmp_path):
+    path = dicom(tmp_path / "cine.dcm", np.zeros((4, 8, 8), np.uint8), NumberOfFrames=4)
+    with pytest.raises(
+        TrainerError, match=r"cine\.dcm could not be read .* it holds 4 frames; store each in a file of its own"
+    ):
+        read_image(path)
+
+
+def test_a_folder_of_dicom_keeps_patients_together(tmp_path):
+    for i, (name, patient) in enumerate([("a", "p"), ("a", "q"), ("b", "p"), ("b", "")]):
+        dicom(tmp_path / name / f"{i}.dcm", grey(), PatientID=patient)
+    groups = read_data(tmp_path, 16).groups
+    assert groups[0] == groups[2]
+    assert len(set(groups.tolist())) == 3
+
+
+def test_without_pydicom_the_message_says_what_to_install(tmp_path, monkeypatch):
+    path = dicom(tmp_path / "ct.dcm", grey())
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(TrainerError, match=r"ct\.dcm could not be read .* pip install pydicom"):
+        read_image(path)
+
+
+# Hugging Face
+
+
+def test_a_saved_data_set_of_hugging_face_is_read_with_its_splits(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pixels = [grey() for _ in range(6)]
+    columns = {
+        "picture": [Image.fromarray(array) for array in pixels],
+        "finding": [1, 0, 1, 0, 1, 0],
+        "patient": ["p", "p", "q", "r", "s", "t"],
+        "sex": ["f", "m", "f", "m", "f", "m"],
+    }
+    features = datasets.Features(
+        picture=datasets.Image(),
+        finding=datasets.ClassLabel(names=["none", "mass"]),
+        patient=datasets.Value("string"),
+        sex=datasets.Value("string"),
+    )
+    whole = datasets.Dataset.from_dict(columns, features=features)
+    parts = {"train": whole.select(range(4)), "validation": whole.select([4]), "test": whole.select([5])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    images = read_data(f"hf:{tmp_path / 'saved'}", 20, group_column="sex")
+    assert images.classes == ["mass", "none"]
+    assert images.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert images.parts.tolist() == ["train"] * 4 + ["val", "test"]
+    assert images.groups[0] == images.groups[1] != images.groups[2]
+    assert images.subgroups == ["f", "m"] * 3
+    assert np.array_equal(images.pixels[2, 0].numpy(), pixels[2])
+
+
+def test_a_data_set_of_hugging_face_that_is_not_there_says_so(tmp_path):
+    pytest.importorskip("datasets")
+    with pytest.raises(TrainerError, match=r"--data hf:.*nowhere could not be loaded: .* Give a name on the hub"):
+        read_data(f"hf:{tmp_path / 'nowhere'}", 20)
+
+
 # MedMNIST
 
 

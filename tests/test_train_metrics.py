@@ -19,6 +19,7 @@ from torch.nn.functional import one_hot
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+from trainer.calibration import fit_temperature
 from trainer.metrics import score, table, without_nan
 
 CLASSES = ["benign", "malignant", "normal"]
@@ -99,6 +100,26 @@ def test_the_table_is_aligned(predictions):
     assert [row.split()[0] for row in rows] == CLASSES
     assert {len(line) for line in lines[9:]} == {len(header)}
     assert len({line.index("0.") for line in lines[1:7]}) == 1
+
+
+def test_the_temperature_is_the_one_of_the_lowest_loss():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 3, generator=generator)
+    labels = torch.distributions.Categorical(logits=logits).sample()
+    found = fit_temperature(3 * logits, labels)
+    assert found == pytest.approx(3, rel=0.1)
+
+    def loss(temperature):
+        return float(torch.nn.functional.cross_entropy(3 * logits / temperature, labels))
+
+    assert loss(found) <= min(loss(found * 1.02), loss(found / 1.02))
+
+
+def test_the_temperature_stays_within_bounds_and_is_one_for_a_broken_model():
+    certain = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    assert fit_temperature(certain, torch.tensor([0, 1])) == pytest.approx(0.1, rel=1e-2)
+    assert fit_temperature(certain, torch.tensor([1, 0])) == pytest.approx(10, rel=1e-2)
+    assert fit_temperature(certain * math.nan, torch.tensor([1, 0])) == 1
 
 
 def test_files_hold_null_instead_of_nan():

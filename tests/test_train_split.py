@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from trainer.errors import TrainerError
 from trainer.images import Images
-from trainer.split import divided_groups, join_groups, split
+from trainer.split import divided_groups, fold, join_groups, split
 from trainer.subset import training_subset
 
 
@@ -159,3 +159,23 @@ def test_another_seed_takes_another_part(patients):
     rows = np.arange(300)
     first, again, other = (training_subset(patients, rows, 0.2, seed).tolist() for seed in (0, 0, 1))
     assert first == again != other
+
+
+# Cross-validation
+
+
+def test_every_image_is_tested_in_exactly_one_fold_with_its_group(patients):
+    folds = [fold(patients, 0, 5, number) for number in range(5)]
+    assert sorted(np.concatenate([found["test"] for found in folds]).tolist()) == list(range(300))
+    for found in folds:
+        assert sorted(np.concatenate(list(found.values())).tolist()) == list(range(300))
+        assert divided_groups(patients, found) == 0
+        assert len(found["val"]) == pytest.approx(45, abs=10)
+        assert set(patients.labels[found["test"]]) == {0, 1, 2}
+
+
+def test_folds_of_data_with_a_split_or_of_too_few_images_are_refused():
+    with pytest.raises(TrainerError, match="The data bring their own split, which --k-folds would mix up"):
+        fold(images_of([0, 1] * 6, parts=["train", "val", "test"] * 4), 0, 2, 0)
+    with pytest.raises(TrainerError, match=r"Class '1' has 4 independent images .* --k-folds 5 needs 5"):
+        fold(images_of([0] * 20 + [1] * 4), 0, 5, 0)

@@ -6,11 +6,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2  # type: ignore[import-untyped]
 
 from .images import Images, Integers
-from .order import FILLER, Key, Order
+from .order import FILLER, IGNORED, Key, Order
 
 Batches = DataLoader[tuple[Tensor, Tensor]]
 
-IGNORED = -100  # the label that torch's cross entropy leaves out
 AUGMENTATIONS = ("none", "light", "strong")
 
 

@@ -21,6 +21,7 @@ def declare_flags(parser: argparse.ArgumentParser) -> None:
     _add_split_flags(parser)
     _add_method_flags(parser)
     _add_training_flags(parser)
+    _add_cache_flag(parser)
     _add_device_flags(parser)
     _add_run_flags(parser)
 
@@ -137,6 +138,17 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--class-weights", action="store_true", help="weight rare classes up in the loss")
     add("--balanced-sampler", action="store_true", help="draw every class equally often, with replacement")
     add("--seed", type=int, default=0, help="of split, head, adapters and batches (default: 0)")
+
+
+def _add_cache_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache-features",
+        nargs="?",
+        type=Path,
+        const=Path("runs") / "features",
+        metavar="DIR",
+        help="for linear_probe: compute the frozen features once, without augmentation, and keep them in DIR (runs/features)",
+    )
 
 
 def _add_device_flags(parser: argparse.ArgumentParser) -> None:

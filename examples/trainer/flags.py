@@ -40,6 +40,9 @@ def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> argpa
         raise TrainerError(f"--save-every is {args.save_every}; it must be at least 0.")
     if not 0 <= args.seed < 1_000_000:
         raise TrainerError(f"--seed is {args.seed}; it must be from 0 to 999999.")
+    if args.cache_features is not None:
+        # A feature is computed once: there is one view of each image.
+        args.augment = "none"
     args.option = read_options(args.method, args.option)
     if args.lr is None:
         args.lr = min(RATES.get(name, RATE) for name in args.option)

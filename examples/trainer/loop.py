@@ -20,6 +20,8 @@ from .errors import TrainerError
 from .metrics import macro_f1
 from .order import Order, step_seed
 
+Say = Callable[[str], None]
+
 
 @dataclass
 class Plan:
@@ -50,7 +52,7 @@ class Plan:
     seed: int
     save_every: int = 0
     save: Callable[[Training], None] = lambda training: None
-    say: Callable[[str], None] = lambda line: None
+    say: Say = lambda line: None
     quiet: bool = False
 
 

@@ -1,6 +1,7 @@
 """Test scores that stay honest on small and unbalanced data."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,6 +59,31 @@ def score(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
         "ece": _calibration_error(probabilities, labels),
         "confusion_matrix": confusion.tolist(),
     }
+
+
+def score_subgroups(probabilities: Tensor, labels: Tensor, subgroups: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Score each subgroup of patients by itself, with the number of its images in `images`.
+
+    Args:
+        probabilities: (N, C).
+        labels: (N,).
+        subgroups: of the N images.
+    """
+    found = {}
+    for name in sorted(set(subgroups)):
+        rows = torch.tensor([subgroup == name for subgroup in subgroups])
+        found[name] = {"images": int(rows.sum()), **score(probabilities[rows], labels[rows])}
+    return found
+
+
+def subgroup_table(found: dict[str, dict[str, Any]]) -> str:
+    """Lay out the scores of subgroups."""
+    shown = ("macro_f1", "balanced_accuracy", "auroc", "ece")
+    width = max(len("subgroup"), *map(len, found))
+    lines = [f"{'subgroup':<{width}}  {'images':>6}" + "".join(f"  {name:>17}" for name in shown)]
+    for name, scores in found.items():
+        lines.append(f"{name:<{width}}  {scores['images']:>6}" + "".join(f"  {scores[key]:>17.4f}" for key in shown))
+    return "\n".join(lines)
 
 
 def table(scores: dict[str, Any], classes: list[str], title: str) -> str:

@@ -13,6 +13,7 @@ from .images import Integers
 
 Key = tuple[int, int]  # the place of an image in its part, and the seed of its augmentation
 FILLER = -1  # the seed of an image that only fills up a micro-batch: it has no part in the loss
+IGNORED = -100  # its label, which torch's cross entropy leaves out
 
 
 class Order(Sampler[list[Key]]):

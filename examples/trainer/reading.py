@@ -21,11 +21,12 @@ class Reading:
     """How to read a data set.
 
     Attributes:
-        size: the side in pixels at which images are kept.
+        size: the side in pixels at which images are kept; their height, where a width is given.
         patient_column: of a table: rows that must stay together.
         group_column: of a table: subgroups of patients whose scores are told apart.
         skip_broken: leave out images that cannot be read.
         quiet: show no progress.
+        width: in pixels, None for squares.
     """
 
     size: int
@@ -33,6 +34,7 @@ class Reading:
     group_column: str | None = None
     skip_broken: bool = False
     quiet: bool = False
+    width: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def load(items: Sequence[Any], decode: Callable[[Any], tuple[Bytes, str]], readi
             array, patient = decode(item)
         except TrainerError as error:
             return str(error)
-        return resize(array, reading.size), digest(array), patient
+        return resize(array, reading.size, reading.width), digest(array), patient
 
     decoded = thread_map(attempt, items, max_workers=4, desc="reading images", unit="image", leave=False, disable=reading.quiet)
     found = [(row, one) for row, one in enumerate(decoded) if not isinstance(one, str)]

@@ -7,12 +7,29 @@ from typing import Any
 import numpy as np
 import torch
 
+import medpeft
+
 from .config import write_config
 from .figure import draw_training
 from .images import Images, Integers
 from .metrics import without_nan
 from .predictions import write_predictions
+from .preparation import Run
 from .split import PARTS, divided_groups
+
+
+def save_adapter(args: argparse.Namespace, run: Run, record: dict[str, Any]) -> None:
+    """Write the adapter with what it takes to use it; called on every process where the model is sharded."""
+    metadata = {
+        "model": args.model,
+        "pretrained": not args.no_pretrained,
+        "seed": args.seed,
+        "classes": record["classes"],
+        "preprocessing": run.preprocessing.to_metadata(),
+        "temperature": record["temperature"],
+        "test_macro_f1": record["test"]["macro_f1"],
+    }
+    medpeft.save(run.model, args.output / "adapter.safetensors", metadata=metadata)
 
 
 def write_results(args: argparse.Namespace, images: Images, record: dict[str, Any]) -> None:
