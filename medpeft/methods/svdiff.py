@@ -6,7 +6,8 @@ Han et al., "SVDiff: Compact Parameter Space for Diffusion Fine-Tuning" (ICCV 20
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ class SVDiff(Adapter):
         scale: s.
         keep_svd: Keep U, σ and V in the checkpoint; else they are computed anew when it is loaded.
     """
+
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"scale": (0.1, 1.0, 10.0), "norms": (False, True)}
 
     def __init__(self, site: Site, *, scale: float = 1.0, keep_svd: bool = False) -> None:
         super().__init__(site)
