@@ -82,7 +82,7 @@ def test_the_crossover_is_marked_on_the_curve_of_the_method(tmp_path, monkeypatc
     assert [line.get_xdata()[0] for line in marks] == [pytest.approx(0.1 * 10**0.5)]
     assert [line.get_ydata()[0] for line in marks] == [pytest.approx(0.75)]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["full", "ssf  (until 32 %)", "full overtakes"]
+    assert labels == ["full", "ssf  (ahead until 32 %)", "full overtakes"]
 
 
 def test_wrong_shares_are_answered_with_what_to_do(capsys, tmp_path):

@@ -45,7 +45,7 @@ def draw_pareto(summary: pd.DataFrame, title: str, path: Path) -> None:
         _draw_costs(axes, rows, cost, looks)
     panels[0].set_ylabel("test macro-F1")
     entries = [_entry(label, f"{label}  {mean:.3f}", looks) for label, mean in zip(rows["label"], rows["mean"], strict=True)]
-    figure.legend(handles=entries, loc="outside right center", frameon=False, title="macro-F1, best first")
+    figure.legend(handles=entries, loc="outside right center", frameon=False, title="macro-F1, best first\n(size: parameters)")
     figure.suptitle(title)
     figure.savefig(path)
 
@@ -123,7 +123,7 @@ def _entry(label: str, text: str, looks: dict[str, tuple[str, str]], line: bool 
 
 def _with_crossover(label: str, points: Mapping[str, float | None]) -> str:
     at = points.get(label)
-    return label if at is None else f"{label}  (until {100 * at:.2g} %)"
+    return label if at is None else f"{label}  (ahead until {100 * at:.2g} %)"
 
 
 def _finish_volume(axes: Axes, summary: pd.DataFrame) -> None:
