@@ -32,6 +32,7 @@ from trainer.errors import TrainerError
 from trainer.flags import make_parser as make_run_parser
 from trainer.flags import parse as parse_run
 from trainer.images import Images
+from trainer.preparation import images_of
 
 import medpeft
 
@@ -157,7 +158,7 @@ def make_tuner(
     gpus = args.gpus_per_trial if args.gpus_per_trial is not None else float(torch.cuda.is_available())
     # Read once, here; every trial gets them from Ray, so that a cluster needs no shared folder for them.
     trainable = tune.with_resources(
-        tune.with_parameters(train_point, flags=list(flags), images=train.images_of(base)),
+        tune.with_parameters(train_point, flags=list(flags), images=images_of(base)),
         {"cpu": args.cpus_per_trial, "gpu": gpus},
     )
     if tune.Tuner.can_restore(f"{storage}/trials"):

@@ -9,6 +9,7 @@ import torch
 import train
 from trainer.errors import TrainerError
 from trainer.images import Images
+from trainer.preparation import images_of
 
 import medpeft
 
@@ -64,5 +65,5 @@ def _images_of(args: argparse.Namespace, cache: dict[tuple[Any, ...], Images]) -
     key = (args.data, args.image_size, args.patient_column)
     if key not in cache:
         cache.clear()  # Cells are in the order of their data: the one before is not needed again.
-        cache[key] = train.images_of(args)
+        cache[key] = images_of(args)
     return cache[key]
