@@ -188,7 +188,7 @@ def test_a_key_follows_the_settings_and_not_the_place(tmp_path):
     same = [key(), key("--quiet"), key(folder=tmp_path / "other"), key(choice=("--config", str(config)))]
     assert len(set(same)) == 1
     config.write_text("method: ssf\nlr: 0.1\n")
-    others = [key("--lr", "0.1"), key(seed=1), key("--val-fraction", "0.2"), key("--epochs", "3")]
+    others = [key("--lr", "0.1"), key(seed=1), key("--patience", "1"), key("--epochs", "3")]
     assert len({*same, *others}) == 5
     assert key(choice=("--config", str(config))) == others[0]
 

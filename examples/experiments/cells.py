@@ -12,14 +12,14 @@ import torch
 import yaml
 from torch import nn
 from trainer.errors import TrainerError
-from trainer.flags import make_parser, parse, settings_of
+from trainer.flags import FREE, make_parser, parse, settings_of
 from trainer.models import build_model
 
 import medpeft
 
-# They change where a run is, how it is fed, and what it prints, but not what comes out of it. A file's settings are in the
-# other flags once they are read.
-IRRELEVANT = {"config", "num_workers", "output", "quiet", "resume", "save_every"}
+# They change where a run is, how it is fed, and what it prints, but not what comes out of it; patience does. A file's settings
+# are in the other flags once they are read.
+IRRELEVANT = FREE - {"patience"}
 
 
 @dataclass(frozen=True)

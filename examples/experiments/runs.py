@@ -62,7 +62,7 @@ def run_cell(cell: Cell, images: Images) -> Record:
 
 
 def _images_of(args: argparse.Namespace, cache: dict[tuple[Any, ...], Images]) -> Images:
-    key = (args.data, args.image_size, args.patient_column)
+    key = (args.data, args.image_size, args.patient_column, args.group_column, args.skip_broken)
     if key not in cache:
         cache.clear()  # Cells are in the order of their data: the one before is not needed again.
         cache[key] = images_of(args)
