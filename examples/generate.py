@@ -46,7 +46,7 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--pipeline", required=True, help="the Stable Diffusion folder of diffusers that was adapted, or its name on the Hub")
+    add("--pipeline", required=True, help="the folder of diffusers that was adapted, or its name on the Hub")
     add("--adapter", type=Path, nargs="*", default=[], metavar="FILE", help="adapter.safetensors of text_to_image.py; several")
     add("--prompt", action="append", required=True, metavar="TEXT", help="may be repeated: a column each")
     add("--images", type=int, default=4, metavar="N", help="of each prompt and adapter (default: 4)")

@@ -24,7 +24,7 @@ from diffusion.captions import Captioned, halves, hold_out, read_captioned, to_p
 from diffusion.figures import draw_losses, draw_pictures
 from diffusion.flags import PRECISIONS, changed, make_parser, parse
 from diffusion.loop import Recipe, Training, fit, load_training, restore_training, save_training, start_training
-from diffusion.pipelines import generate, image_size, open_pipeline
+from diffusion.pipelines import generate, image_size, noise_schedule, open_pipeline
 from diffusion.pretrain import tiny_pipeline
 from diffusion.scores import find_extractor, score
 from diffusion.tiny import TINY_SIZE
@@ -153,7 +153,7 @@ def train_unet(fabric: Fabric, args: argparse.Namespace, pipeline: Any, encoded:
         if last or training.step % args.sample_every == 0:
             draw_progress(fabric, args, pipeline, training, prompts)
 
-    fit(fabric, training, pipeline.scheduler, encoded, recipe, after_step)
+    fit(fabric, training, noise_schedule(pipeline), encoded, recipe, after_step)
     return training
 
 

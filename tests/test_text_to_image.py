@@ -192,6 +192,41 @@ def test_the_merged_pipeline_generates_the_same_images_as_the_adapted_one(strate
     assert torch.allclose(images_of(pipeline), adapted, atol=1e-4)
 
 
+# SDXL
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    """A tiny pipeline of the kind of SDXL: two text encoders, and a UNet that is told the image's size."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModelWithProjection
+
+    folder, parts = tmp_path_factory.mktemp("sdxl"), build_tiny(TEXTS.values(), SIDE, seed=0)
+    second = CLIPTextModelWithProjection(parts.text_encoder.config)
+    width = second.config.projection_dim
+    pooled = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}
+    unet = UNet2DConditionModel.from_config(
+        parts.unet.config, **pooled, block_out_channels=(16, 32), cross_attention_dim=2 * 48,
+        projection_class_embeddings_input_dim=6 * 4 + width,
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        parts.vae, parts.text_encoder, second, parts.tokenizer, parts.tokenizer, unet, EulerDiscreteScheduler()
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_sdxl_trains_and_its_lora_file_generates_the_same_in_diffusers(data, sdxl, tmp_path):
+    given = flags(data, sdxl, tmp_path, "--steps", 3, "--lr", 0.05, "--image-size", SIDE, "--cache", tmp_path / "latents")
+    assert np.isfinite(run(*given)["losses"]).all()
+    ours, theirs = open_pipeline(str(sdxl)), open_pipeline(str(sdxl))
+    base = images_of(ours)
+    medpeft.load(ours.unet, tmp_path / "adapter.safetensors")
+    theirs.load_lora_weights(str(tmp_path), weight_name="pytorch_lora_weights.safetensors")
+
+    assert torch.allclose(images_of(theirs), images_of(ours), atol=1e-5)
+    assert not torch.allclose(images_of(ours), base, atol=1e-4)
+
+
 # Options of training
 
 
@@ -309,7 +344,7 @@ def test_another_kind_of_pipeline_is_refused_by_name(tmp_path, capsys):
     unet = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
 
-    assert "is a DDPMPipeline; this example trains StableDiffusionPipeline" in messages(capsys, "--pipeline", tmp_path)
+    assert "is a DDPMPipeline; this example trains those of Stable Diffusion" in messages(capsys, "--pipeline", tmp_path)
 
 
 def test_attention_means_the_study_s_blocks_unless_said_otherwise():

@@ -23,6 +23,10 @@ from .captions import Captioned, to_model
 SHARD = 512
 
 
+# What a text gives the UNet: "text", (B, T, D), and with SDXL "pooled", (B, P).
+Condition = dict[str, Tensor]
+
+
 @dataclass
 class Encoded:
     """Images as the autoencoder's normal distributions, and their texts, in shards on disk.
@@ -30,60 +34,73 @@ class Encoded:
     Attributes:
         shards: one file for each `SHARD` images, in order.
         length: the number of images.
+        size: their side in pixels.
         scale: what latents are multiplied with to have unit variance.
         shift: what is subtracted before.
-        empty: (T, D), the embedding of no text, for guidance.
+        empty: the condition of no text, for guidance.
     """
 
     shards: list[Path]
     length: int
+    size: int
     scale: float
     shift: float
-    empty: Tensor
+    empty: Condition
 
     def __len__(self) -> int:
         return self.length
 
-    def batch(self, rows: list[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw latents (B, C, h, w), anew each time, and read the text embeddings (B, T, D), both float32."""
-        means, deviations, texts = zip(*(self._read(row) for row in rows), strict=True)
-        mean, deviation = torch.stack(means).float(), torch.stack(deviations).float()
+    def batch(self, rows: list[int], generator: torch.Generator) -> tuple[Tensor, Condition]:
+        """Draw latents (B, C, h, w), anew each time, and read the conditions of their texts, all float32."""
+        found = [self._read(row) for row in rows]
+        joined = {name: torch.stack([one[name] for one in found]).float() for name in found[0]}
+        mean, deviation = joined.pop("mean"), joined.pop("deviation")
         drawn = mean + deviation * torch.randn(mean.shape, generator=generator)
-        return (drawn - self.shift) * self.scale, torch.stack(texts).float()
+        return (drawn - self.shift) * self.scale, joined
 
-    def _read(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, row: int) -> dict[str, Tensor]:
         # Opening maps the file into memory; the system keeps what is read often.
         with safe_open(self.shards[row // SHARD], "pt") as file:
             at = row % SHARD
             text = int(file.get_slice("text_of")[at])
-            return file.get_slice("mean")[at], file.get_slice("deviation")[at], file.get_slice("text")[text]
+            image = {name: file.get_slice(name)[at] for name in ("mean", "deviation")}
+            return image | {name: file.get_slice(name)[text] for name in self.empty}
 
 
 def encode(pipeline: Any, data: Captioned, folder: Path, device: torch.device, batch_size: int = 32) -> Encoded:
     """Encode images and texts with the frozen parts of a pipeline, or find them encoded.
 
     Args:
-        pipeline: a `StableDiffusionPipeline`.
+        pipeline: a `StableDiffusionPipeline` or a `StableDiffusionXLPipeline`.
         data: the images and texts.
         folder: where the shards go.
         device: where to compute.
         batch_size: images at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    encoders = (pipeline.vae, pipeline.text_encoder)
+    frozen = _encoders(pipeline)
     # Sorted: a tokenizer lists its tokens in another order each time.
-    vocabulary = sorted(pipeline.tokenizer.get_vocab().items())
-    weights = hashlib.sha256(repr([*map(digest_of, encoders), vocabulary]).encode())
+    words = [sorted(part.get_vocab().items()) for part in _parts(pipeline, "tokenizer")]
+    weights = hashlib.sha256(repr([*map(digest_of, frozen), words]).encode())
     parts = [range(start, min(start + SHARD, len(data))) for start in range(0, len(data), SHARD)]
     shards = [folder / f"{_digest(weights.hexdigest(), data, part)}.safetensors" for part in parts]
     missing = [(path, part) for path, part in zip(shards, parts, strict=True) if not path.exists()]
-    for module in encoders:
+    for module in frozen:
         module.to(device).eval()
     for path, part in tqdm(missing, desc="encoding", unit="shard", leave=False):
         write(str(path), _encode(pipeline, data, part, device, batch_size), {"format": "pt"})
     config = pipeline.vae.config
-    empty = embed(pipeline, [""], device)[0].cpu()
-    return Encoded(shards, len(data), float(config.scaling_factor), float(config.shift_factor or 0.0), empty)
+    empty = {name: tensor[0].cpu() for name, tensor in embed(pipeline, [""], device)[1].items()}
+    return Encoded(shards, len(data), data.size, float(config.scaling_factor), float(config.shift_factor or 0.0), empty)
+
+
+def _encoders(pipeline: Any) -> list[Any]:
+    return [pipeline.vae, *_parts(pipeline, "text_encoder")]
+
+
+def _parts(pipeline: Any, kind: str) -> list[Any]:
+    """The text encoders or tokenizers: SDXL has two."""
+    return [part for name, part in sorted(pipeline.components.items()) if name.startswith(kind) and part is not None]
 
 
 @torch.no_grad()
@@ -96,20 +113,20 @@ def _encode(pipeline: Any, data: Captioned, part: range, device: torch.device, b
         deviations.append(posterior.std.cpu())
     texts = [data.texts[i] for i in part]
     unique = list(dict.fromkeys(texts))
-    embedded = torch.cat([embed(pipeline, some, device).cpu() for some in _chunks(unique, batch_size)])
+    embedded = [embed(pipeline, some, device)[0] for some in _chunks(unique, batch_size)]
+    condition = {name: torch.cat([one[name].cpu() for one in embedded]) for name in embedded[0]}
     place = {text: i for i, text in enumerate(unique)}
     text_of = torch.tensor([place[text] for text in texts])
-    return {"mean": torch.cat(means), "deviation": torch.cat(deviations), "text": embedded, "text_of": text_of}
+    return {"mean": torch.cat(means), "deviation": torch.cat(deviations), "text_of": text_of, **condition}
 
 
 @torch.no_grad()
-def embed(pipeline: Any, texts: list[str], device: torch.device) -> Tensor:
-    """Embed texts as the pipeline does when it generates, (B, T, D); they are cut at the tokenizer's length."""
-    tokens = pipeline.tokenizer(
-        texts, padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
-    found: Tensor = pipeline.text_encoder(tokens.input_ids.to(device))[0]
-    return found
+def embed(pipeline: Any, texts: list[str], device: torch.device) -> tuple[Condition, Condition]:
+    """Embed texts as the pipeline does when it generates, and no text as often; texts are cut at the tokenizer's length."""
+    found = pipeline.encode_prompt(prompt=texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True)
+    if len(found) == 2:
+        return {"text": found[0]}, {"text": found[1]}
+    return {"text": found[0], "pooled": found[2]}, {"text": found[1], "pooled": found[3]}
 
 
 def digest_of(module: nn.Module) -> str:

@@ -114,7 +114,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_method_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pipeline and method").add_argument
-    add("--pipeline", help="a Stable Diffusion 1.x or 2.x folder of diffusers, or its name on the Hub (default: a tiny one)")
+    add("--pipeline", help="a folder of diffusers with Stable Diffusion or SDXL, or its name on the Hub (default: a tiny one)")
     add("--tiny-folder", type=Path, metavar="DIR", help="where the tiny pipeline is kept (default: beside --output)")
     add("--tiny-steps", type=int, default=1500, metavar="N", help="steps that pretrain its UNet (default: 1500)")
     add("--tiny-autoencoder-steps", type=int, default=600, metavar="N", help="and its autoencoder (default: 600)")

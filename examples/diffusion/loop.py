@@ -22,7 +22,7 @@ from trainer.errors import TrainerError
 
 import medpeft
 
-from .cache import Encoded
+from .cache import Condition, Encoded
 
 
 @dataclass
@@ -163,13 +163,15 @@ def take_step(fabric: Fabric, training: Training, noise: Any, data: Encoded, rec
     # On the CPU, so that every kind of device draws the same.
     generator = torch.Generator().manual_seed(hash((recipe.seed, training.step, fabric.global_rank)) % 2**63)
     rows = rows_of(len(data), recipe, training.step, fabric.global_rank, fabric.world_size)
-    latents, texts = data.batch(rows, generator)
+    latents, condition = data.batch(rows, generator)
     dropped = torch.rand(len(rows), generator=generator) < recipe.drop_text
-    texts[dropped] = data.empty.to(texts)
+    for name, values in condition.items():
+        values[dropped] = data.empty[name].to(values)
     times = torch.randint(noise.config.num_train_timesteps, (len(rows),), generator=generator)
     added = torch.randn(latents.shape, generator=generator)
-    latents, texts, times, added = (tensor.to(fabric.device) for tensor in (latents, texts, times, added))
-    loss = denoising_loss(training.unet, noise, latents, texts, times, added, recipe.snr_gamma)
+    latents, times, added = (tensor.to(fabric.device) for tensor in (latents, times, added))
+    inputs = unet_inputs({name: values.to(fabric.device) for name, values in condition.items()}, data.size)
+    loss = denoising_loss(training.unet, noise, latents, inputs, times, added, recipe.snr_gamma)
     training.optimizer.zero_grad()
     fabric.backward(loss)
     fabric.clip_gradients(training.unet, training.optimizer, max_norm=recipe.clip, error_if_nonfinite=False)
@@ -177,6 +179,19 @@ def take_step(fabric: Fabric, training: Training, noise: Any, data: Encoded, rec
     training.schedule.step()
     training.average.update(training.unet)
     return float(fabric.all_reduce(loss.detach(), reduce_op="mean"))  # type: ignore[arg-type]  # a tensor gives a tensor
+
+
+def unet_inputs(condition: Condition, size: int) -> dict[str, Any]:
+    """Name a condition as the UNet of Stable Diffusion or SDXL takes it.
+
+    SDXL is told the image's size, what was cropped off and the size wanted: Podell et al. (2023), arXiv 2307.01952, §2.2.
+    """
+    inputs: dict[str, Any] = {"encoder_hidden_states": condition["text"]}
+    if "pooled" in condition:
+        pooled = condition["pooled"]
+        sizes = pooled.new_tensor([size, size, 0, 0, size, size]).expand(len(pooled), 6)
+        inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
+    return inputs
 
 
 def rows_of(length: int, recipe: Recipe, step: int, rank: int, devices: int) -> list[int]:
@@ -193,7 +208,7 @@ def _order(length: int, seed: int, epoch: int) -> list[int]:
 
 
 def denoising_loss(
-    unet: nn.Module, noise: Any, latents: Tensor, texts: Tensor, times: Tensor, added: Tensor, snr_gamma: float
+    unet: nn.Module, noise: Any, latents: Tensor, inputs: dict[str, Any], times: Tensor, added: Tensor, snr_gamma: float
 ) -> Tensor:
     """Mean squared error of what the UNet guesses, weighted by min-SNR.
 
@@ -201,12 +216,12 @@ def denoising_loss(
         unet: guesses the noise, or the velocity where the schedule says so.
         noise: the schedule.
         latents: (B, C, h, w).
-        texts: (B, T, D).
+        inputs: what the UNet is told besides, as from `unet_inputs`.
         times: (B,).
         added: standard normal noise (B, C, h, w).
         snr_gamma: γ, 0 for no weighting.
     """
-    guess = unet(noise.add_noise(latents, added, times), times, texts, return_dict=False)[0].float()
+    guess = unet(noise.add_noise(latents, added, times), times, **inputs, return_dict=False)[0].float()
     velocity = noise.config.prediction_type == "v_prediction"
     wanted = noise.get_velocity(latents, added, times) if velocity else added
     errors = (guess - wanted).square().flatten(1).mean(1)

@@ -1,16 +1,18 @@
-"""Any Stable Diffusion folder of diffusers, and pictures out of it."""
+"""Any Stable Diffusion or SDXL folder of diffusers, and pictures out of it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
-from torch import Tensor
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor, nn
 from trainer.errors import TrainerError
 
+KINDS = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 
-def open_pipeline(name: str) -> StableDiffusionPipeline:
+
+def open_pipeline(name: str) -> Any:
     """Open a pipeline, in float32, its parts frozen; the safety checker, which judges photographs, is left out.
 
     Args:
@@ -28,20 +30,25 @@ def open_pipeline(name: str) -> StableDiffusionPipeline:
             f"--pipeline {name} could not be opened: {problem} Give a folder of diffusers or a repository on the Hub, or leave "
             "it out for the tiny pipeline."
         ) from error
-    if not isinstance(pipeline, StableDiffusionPipeline):
+    if not isinstance(pipeline, KINDS):
         raise TrainerError(
-            f"--pipeline {name} is a {type(pipeline).__name__}; this example trains StableDiffusionPipeline (1.x and 2.x). "
-            "medpeft.apply adapts the denoisers of others too: see docs/text-to-image.md."
+            f"--pipeline {name} is a {type(pipeline).__name__}; this example trains those of Stable Diffusion 1.x, 2.x and "
+            "XL. medpeft.apply adapts the denoisers of others too: see docs/text-to-image.md."
         )
     return quiet(pipeline)
 
 
-def quiet(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
+def quiet(pipeline: Any) -> Any:
     """Freeze a pipeline's parts in float32, and turn its progress bars off."""
     pipeline.set_progress_bar_config(disable=True)
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    for part in (part for part in pipeline.components.values() if isinstance(part, nn.Module)):
         part.float().requires_grad_(False).eval()
     return pipeline
+
+
+def noise_schedule(pipeline: Any) -> Any:
+    """Give the schedule to train with: a pipeline's own may know only how to generate."""
+    return DDPMScheduler.from_config(pipeline.scheduler.config)
 
 
 def image_size(pipeline: Any) -> int:
@@ -67,7 +74,7 @@ def generate(
     are comparable, and whatever the batch size.
 
     Args:
-        pipeline: a `StableDiffusionPipeline`, its UNet adapted or not.
+        pipeline: as from `open_pipeline`, its UNet adapted or not.
         prompts: N texts.
         seed: of the noise.
         size: the side in pixels.

@@ -11,7 +11,7 @@ import medpeft
 from .cache import encode
 from .captions import Captioned
 from .loop import Recipe, fit, start_training
-from .pipelines import open_pipeline, quiet
+from .pipelines import noise_schedule, open_pipeline, quiet
 from .tiny import build_tiny, pretrain_autoencoder, save_tiny, saved_tiny
 
 
@@ -53,7 +53,7 @@ def _pretrain_unet(pipeline: Any, data: Captioned, cache: Path, steps: int, seed
     medpeft.apply(pipeline.unet, "full", head=None)
     recipe = Recipe(steps, seed=seed)
     training = start_training(fabric, pipeline.unet, recipe, lr=2e-3, weight_decay=0.01)
-    fit(fabric, training, pipeline.scheduler, encoded, recipe)
+    fit(fabric, training, noise_schedule(pipeline), encoded, recipe)
     training.average.put(training.unet)
     medpeft.merge(pipeline.unet)
     last = training.losses[-100:]
