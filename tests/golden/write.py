@@ -17,6 +17,7 @@ HERE = Path(__file__).parent / f"schema{SCHEMA}"
 CASES = {
     **{name: (name, {}) for name in medpeft.methods()},
     "bn_adapting": ("bn", {"batchnorm": "adapt"}),
+    "fact_tucker": ("fact", {"rank": 2, "form": "tucker"}),
     "lora_dora": ("lora", {"rank": 2, "dora": True}),
     "lora_everywhere": ({"lora": {"rank": 2, "alpha": 8, "rslora": True, "parts": "qkvo"}, "bias": {}}, {"target": "*"}),
     "lora_pissa": ("lora", {"rank": 2, "init": "pissa", "target": "linear"}),
