@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     skip_initialisation()
     results = Path(options.results)
     candidates = [c for c in _candidates(options.library) if not options.family or c.family in options.family]
+    candidates = [c for c in candidates if not options.name or c.name in options.name]
     methods = options.method or list(medpeft.methods())
     if not options.table:
         run(candidates, methods, results, everything=options.all, alone=options.alone)
@@ -67,6 +68,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--alone", action="store_true", help="connect every method by itself, not all that fit at once")
     parser.add_argument("--library", choices=["timm", "torchvision", "others"], action="append", help="default: all three")
     parser.add_argument("--family", action="append", help="a file of timm.models, such as swin_transformer, or a library")
+    parser.add_argument("--name", action="append", help="an architecture, such as vit_base_patch16_224; default: all")
     parser.add_argument("--method", action="append", choices=list(medpeft.methods()))
     parser.add_argument("--results", default="zoo.jsonl", help="file of results; a run goes on where it stopped")
     parser.add_argument("--table", action="store_true", help="run nothing: make the tables from the results")
