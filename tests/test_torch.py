@@ -14,6 +14,8 @@ PAIRS = [
     ("vit", "adaptformer"),
     ("beit", "lora+ssf"),
     ("multihead_attention", "lora"),
+    ("hf_vit", "fact+repadapter"),
+    ("vit", "oft+ia3+difffit"),
 ]
 MORE = [
     *PAIRS,
@@ -25,6 +27,7 @@ MORE = [
     ("maxvit", "lora"),
     ("torchvision_vit", "ssf+lora"),
     ("transformer_encoder", "lora"),
+    ("beit", "vera+repadapter"),
 ]
 
 
@@ -104,7 +107,9 @@ def test_functional_call_uses_the_parameters_it_is_given(family, method):
     torch.testing.assert_close(y if isinstance(y, torch.Tensor) else y[0], output(model, x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("family", "method"), [("vit", "lora+ssf"), ("convnext", "ssf+svdiff"), ("resnet", "tsa")])
+@pytest.mark.parametrize(
+    ("family", "method"), [("vit", "lora+ssf"), ("convnext", "ssf+svdiff"), ("resnet", "tsa"), ("vit", "fact+repadapter")]
+)
 def test_functorch_computes_the_gradients_of_autograd(family, method):
     model, x = adapted(family, method, torch.float64)
     expected = gradients(model, output(model, x))

@@ -57,7 +57,6 @@ class VeRA(Adapter):
     """
 
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rank": (64, 256, 1024), "d_initial": (0.01, 0.1, 1.0)}
-    decays = False
 
     def __init__(self, site: Site, *, rank: int = 256, d_initial: float = 0.1, projection_seed: int = 0) -> None:
         super().__init__(site)
