@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,15 @@ def pad_mask(value: Any, name: str, tokens: int, count: int, at: int) -> Any:
     return value
 
 
+def stand_still(rotations: Any, count: int) -> Any:
+    """timm's rotations of the patches, (…, N, sines and cosines), with `count` by no angle before them; None as it is."""
+    if not isinstance(rotations, Tensor):
+        return rotations
+    still = rotations.new_zeros(*rotations.shape[:-2], count, rotations.shape[-1])
+    still[..., rotations.shape[-1] // 2 :] = 1
+    return torch.cat([still, rotations], -2)
+
+
 def require_sequence(x: Any, method: str, name: str) -> None:
     """Raise `MedpeftError` unless `x` is a batch of token sequences, (B, N, D)."""
     if not isinstance(x, Tensor) or x.ndim != 3:
@@ -61,10 +71,12 @@ def require_sequence(x: Any, method: str, name: str) -> None:
         )
 
 
-def why_not(network: Network, name: str) -> str:
+def why_not(network: Network, name: str, *, given_rotations: bool = True) -> str:
     """Why the block or attention of that name computes something else once tokens are added; "" where it does not.
 
-    Between tokens there may be nothing but attention: no convolution, no window, no bias or rotation by their positions.
+    Between tokens there may be nothing but attention: no convolution, no window, no bias by their positions. A rotation (RoPE)
+    may leave the tokens before the patches as they are; where it is given to every block, `given_rotations` says whether the
+    method makes room in it.
     """
     module = network.modules[name]
     for path, inside in module.named_modules(prefix=name):
@@ -85,12 +97,30 @@ def why_not(network: Network, name: str) -> str:
     for path, outside in _around(network, name):
         if any(_BIAS.search(held) for held in _held(outside)):
             return f"is given a bias for each pair of positions (by {path or 'the model'}), and an added token has no position"
-        if any(_ROTARY.search(held) for held in _held(outside)):
+        kinds = {_rotation(type(m)) for m in module.modules() if roles.is_attention(m)}  # type: ignore[arg-type]  # as below
+        still = kinds <= ({"patches", "given"} if given_rotations else {"patches"})
+        if any(_ROTARY.search(held) for held in _held(outside)) and not still:
             return f"is rotated by positions (RoPE, by {path or 'the model'}), and an added token has no position"
     for path, inside in module.named_modules(prefix=name):
         if (inside is module or roles.is_attention(inside)) and _takes_a_grid(type(inside)):  # type: ignore[arg-type]  # hashable
             return f"takes its tokens as a grid ({path}), in which added tokens have no place"
     return ""
+
+
+@cache
+def _rotation(cls: type[nn.Module]) -> str:
+    """How an attention rotates the patches alone: by rotations "given" to it (timm), or the last tokens, "patches" (DINOv3).
+
+    Empty where its source does not say so.
+    """
+    turn = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
+    try:
+        source, turning = inspect.getsource(cls.forward), inspect.getsource(turn) if turn is not None else ""
+    except (OSError, TypeError):
+        return ""
+    if "apply_rot_embed_cat" in source and "num_prefix_tokens" in source:
+        return "given"
+    return "patches" if "apply_rotary_pos_emb" in source and "num_prefix_tokens" in turning else ""
 
 
 @cache

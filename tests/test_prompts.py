@@ -132,7 +132,6 @@ def test_what_is_added_to_the_softmax_cannot_start_as_nothing_and_says_so(method
 
 REFUSED = {
     "beit": "adds a bias for each pair of positions",
-    "eva02": "is rotated by positions (RoPE",
     "swin": "attends within windows",
     "swinv2": "attends within windows",
     "maxvit": "adds a bias for each pair of positions",
@@ -163,18 +162,93 @@ def test_models_in_which_tokens_have_positions_are_refused_with_the_reason(famil
             {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False},
             "is given a bias for each pair",
         ),
-        ("eva02_tiny_patch14_224", {"patch_size": 8}, "is rotated by positions (RoPE"),
-        ("vit_small_patch16_dinov3", {}, "is rotated by positions (RoPE"),
     ],
 )
 @pytest.mark.parametrize("method", ["vpt_deep", "prefix"])
-def test_relative_positions_and_rotations_are_refused_wherever_they_come_from(name, options, reason, method):
+def test_relative_positions_are_refused_wherever_they_come_from(name, options, reason, method):
     model = timm.create_model(name, **{**SIZES, **options})
 
     with pytest.raises(medpeft.MedpeftError) as error:
         medpeft.apply(model, method)
 
     assert reason in str(error.value) or "reads the weight of blocks.0.attn.qkv without calling it" in str(error.value)
+
+
+ROTATED = {
+    "eva02": ("eva02_tiny_patch14_224", {}),
+    "registers": ("vit_small_patch16_dinov3", {}),
+    "mixed": ("vit_small_patch16_rope_mixed_224", {}),
+}
+
+
+@pytest.mark.parametrize("variant", ROTATED)
+def test_prompts_stand_still_where_patches_are_rotated(variant):
+    name, options = ROTATED[variant]
+    model, images = randomise(timm.create_model(name, **SIZES, **options).double()).eval(), drawn(2, 3, 32, 32)
+    plain = copy.deepcopy(model)
+    randomise_adapters(medpeft.apply(model, "vpt_deep", tokens=3))
+    prompts, prefix = prompts_of(model), model.num_prefix_tokens
+
+    for block, own in zip(plain.blocks, prompts, strict=True):  # As if the prompts were class tokens.
+        block.attn.num_prefix_tokens += 3
+        block.register_forward_pre_hook(lambda block, args, own=own: (put_in(args[0], own, prefix),))
+        block.register_forward_hook(lambda block, args, y, own=own: taken_off(y, own, prefix))
+    with torch.no_grad():
+        expected = plain(images).numpy()
+
+    assert prefix == {"eva02": 1, "registers": 5, "mixed": 1}[variant]
+    assert_computes(model, images, expected)
+
+
+def test_the_prefix_stands_still_where_patches_are_rotated():
+    model, x = randomise(timm.create_model("vit_small_patch16_rope_224", **SIZES).double()).eval(), drawn(2, 17, 16)
+    attention, plain = model.blocks[0].attn, copy.deepcopy(model.blocks[0].attn)
+    randomise_adapters(medpeft.apply(model, "prefix", tokens=3), size=0.5)
+    rope = model.rope.get_embed(shape=(4, 4)).double()
+
+    plain.num_prefix_tokens += 3
+    keys, values = (p.unsqueeze(0).expand(2, -1, -1) for p in map(torch.from_numpy, prefix_of(attention)))
+    extra = torch.cat([torch.zeros_like(keys), keys, values], -1)
+    plain.qkv.register_forward_hook(lambda layer, args, y: torch.cat([y[:, :1], extra, y[:, 4:]], 1))
+    with torch.no_grad():
+        padded = plain(put_in(x, torch.zeros(3, 16, dtype=x.dtype), 1), rope=rope)
+        expected = torch.cat([padded[:, :1], padded[:, 4:]], 1)
+        got = attention(x, rope=rope)
+
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow", "prefix"])
+def test_prompts_and_prefixes_stand_still_in_hugging_faces_dinov3(method):
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = DINOv3ViTConfig(image_size=32, patch_size=8, num_register_tokens=2, **sizes)
+    model, images = randomise(DINOv3ViTModel(config).double()).eval(), drawn(2, 3, 32, 32)
+    base = model(images).last_hidden_state
+    randomise_adapters(medpeft.apply(model, method, head=None, tokens=3))
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith(".attention"):
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append((args or (kwargs["hidden_states"],))[0].shape[1]), with_kwargs=True
+            )
+
+    got = model(images).last_hidden_state
+
+    assert {m.prompts.layout.prefix if hasattr(m, "prompts") else m.layout.prefix for m in model.modules() if _adds(m)} == {3}
+    assert got.shape == base.shape
+    assert not torch.equal(got, base)
+    assert set(seen) == {3 + 3 + 16}
+
+
+def _adds(module):
+    return getattr(module, "added", 0) > 0
+
+
+def test_shallow_prompts_are_refused_where_every_block_is_given_rotations():
+    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0 is rotated by positions \(RoPE, by the model\)"):
+        medpeft.apply(make("eva02"), "vpt_shallow")
 
 
 def test_blocks_that_fit_are_adapted_beside_some_that_do_not():

@@ -20,7 +20,7 @@ from ..blocks import attention_layout
 from ..errors import MedpeftError, require_positive
 from ..registry import register
 from ..targets import Network
-from ..tokens import insert, pad_mask, require_sequence, take_off, why_not
+from ..tokens import insert, pad_mask, require_sequence, stand_still, take_off, why_not
 
 _HINT = "it adds keys and values to attentions over tokens without positions of their own. Try 'lora' or 'adaptformer'."
 
@@ -98,7 +98,9 @@ class Prefix(Adapter):
         return insert(x, x.new_zeros(len(self.k), x.shape[-1]), self.layout.prefix, self.layout.sequence)
 
     def alongside(self, x: Tensor, name: str, value: Any) -> Any:
-        """A mask with room for the prefix, which every token sees."""
+        """A mask with room for the prefix, which every token sees; rotations of the patches with keys that stand still."""
+        if name == "rope":
+            return stand_still(value, self.added)
         if not self.in_slots:
             return pad_mask(value, name, x.shape[self.layout.sequence], len(self.k), self.layout.prefix)
         if name == "key_padding_mask" and isinstance(value, Tensor):

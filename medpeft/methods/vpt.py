@@ -17,7 +17,7 @@ from ..blocks import branches
 from ..errors import MedpeftError, require_positive
 from ..registry import register
 from ..targets import Network
-from ..tokens import insert, require_sequence, take_off, why_not
+from ..tokens import insert, require_sequence, stand_still, take_off, why_not
 
 _HINT = "it adds tokens to transformer blocks in which nothing but attention depends on them. Try 'adaptformer' or 'lora'."
 _WHY = "its prompts are tokens, which no weight of the model can add"
@@ -84,15 +84,16 @@ class VPTDeep(Adapter):
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
         """Every transformer block in which tokens can be added."""
-        for name, block, found in branches(network):
-            yield Site(name, block, "block", "", "", layout=found[-1].layout, unfit=why_not(network, name))
+        return _blocks(network, given_rotations=True)
 
     def enter(self, x: Tensor) -> Tensor:
         """`x` with the prompts."""
         return self.prompts.put_in(x, self.method)
 
     def alongside(self, x: Tensor, name: str, value: Any) -> Any:
-        """`value`, if it is no mask."""
+        """Rotations of the patches with the prompts, which stand still, before them; else `value`, if it is no mask."""
+        if name == "rope":
+            return stand_still(value, self.added)
         return refuse_mask(x, self.method, name, value, self.prompts.layout.sequence)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -126,7 +127,8 @@ class VPTShallow(Adapter):
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
         """The first block of every row of transformer blocks, with the last as the other module."""
         rows: dict[str, list[Site]] = {}
-        for site in VPTDeep.sites(network):
+        # Rotations go to every block, and these prompts come in at the first alone.
+        for site in _blocks(network, given_rotations=False):
             rows.setdefault(site.name.rpartition(".")[0], []).append(site)
         for row in rows.values():
             unfit = next((site.unfit for site in row if site.unfit), "")
@@ -143,3 +145,9 @@ class VPTShallow(Adapter):
     def elsewhere(self, name: str, y: Tensor) -> Tensor:
         """The last block's output without the prompts."""
         return self.prompts.take_off(y)
+
+
+def _blocks(network: Network, *, given_rotations: bool) -> Iterator[Site]:
+    for name, block, found in branches(network):
+        why = why_not(network, name, given_rotations=given_rotations)
+        yield Site(name, block, "block", "", "", layout=found[-1].layout, unfit=why)
