@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 from experiments import page
-from experiments.cells import Cell, Choice, choices, fitting, make_cell
+from experiments.cells import Cell, Choice, choices, file_name, fitting, make_cell
 from experiments.figures import draw_pareto
 from experiments.flags import make_parser, parse
 from experiments.rates import best_rate, beyond, candidates, multiples, rate_of, with_rate
@@ -25,10 +25,12 @@ from experiments.runs import run_cells
 from experiments.settings import write_settings
 from experiments.study import Study, about, finished, in_order, missing
 from experiments.summary import summarise
-from experiments.tables import score_table, to_html, write_tables
+from experiments.tables import cost_table, score_table, to_html, write_tables
 from trainer.errors import TrainerError
 
 import medpeft
+
+MORE = 2  # rates to try beyond the edge of a grid
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -89,11 +91,8 @@ def tune_rate(study: Study, data: Path | None, model: str, row: Choice) -> Choic
         rates.append(further)
         best = try_rates(study, data, model, row, rates)
     settings = make_cell(study.shared, data, model, with_rate(row, best), args.seed[0], args.output)
-    write_settings(settings.args, args.output / "settings" / f"{settings.data}-{model}" / f"{row.label}.yaml")
+    write_settings(settings.args, args.output / "settings" / file_name(f"{model} on {settings.data}") / f"{row.label}.yaml")
     return with_rate(row, best)
-
-
-MORE = 2  # rates beyond the edge of the grid
 
 
 def try_rates(study: Study, data: Path | None, model: str, row: Choice, rates: Sequence[float]) -> float:
@@ -120,7 +119,8 @@ def write_results(study: Study, done: list[Record], expected: int, command: str)
         sections.append(page.section(f"Scores on {model}", page.wide(to_html(*tables[str(model)])), page.paragraph(LEGEND)))
         for data, group in rows.groupby("data", sort=False):
             title = f"{model} on {data}"
-            sections.append(page.section(title, draw(group, title, folder)))
+            costs = page.wide(to_html(*cost_table(group)))
+            sections.append(page.section(title, draw(group, title, folder), costs, page.paragraph(COSTS)))
     if study.failed or study.left_out:
         sections.append(page.section("Not in the tables", page.listed(missing(study))))
     page.write_page(folder / "report.html", "Which method for these data?", sections)
@@ -133,10 +133,15 @@ LEGEND = (
     "predictions. Bold: the best of the column. Ranks are averaged over the data sets, 1 is the best."
 )
 
+COSTS = (
+    "Medians over the seeds. What a step keeps for its backward pass is counted, the same on every machine. Peak memory is "
+    "that of the graphics card or, without one, of the whole process; like the times it depends on what else the machine does."
+)
+
 
 def draw(rows: pd.DataFrame, title: str, folder: Path) -> str:
     """Draw score against cost; give the picture for the page."""
-    file = folder / f"pareto-{title.replace(' on ', '-')}.png"
+    file = folder / f"pareto-{file_name(title)}.png"
     draw_pareto(rows, title, file)
     return page.picture(file, f"Macro-F1 of every method against its cost, {title}")
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 from experiments import page
-from experiments.cells import Cell, Choice, choices, fitting, make_cell
+from experiments.cells import Cell, Choice, choices, file_name, fitting, make_cell
 from experiments.figures import draw_volume
 from experiments.flags import make_parser, parse
 from experiments.records import Record
@@ -135,7 +135,7 @@ def lay_out(study: Study, rows: pd.DataFrame, title: str) -> tuple[Table, str]:
     """Give the table of one model on one data set, and its curves for the page."""
     baseline = study.args.baseline
     points = crossovers(rows, baseline)
-    file = study.args.output / f"volume-{title.replace(' on ', '-')}.png"
+    file = study.args.output / f"volume-{file_name(title)}.png"
     draw_volume(rows, points, baseline, title, file)
     return volume_table(rows, points), page.picture(file, f"Macro-F1 against the number of training images, {title}")
 

@@ -163,25 +163,19 @@ def make_tuner(
     )
     if tune.Tuner.can_restore(f"{storage}/trials"):
         return tune.Tuner.restore(f"{storage}/trials", trainable=trainable, resume_errored=True)
-    return tune.Tuner(
-        trainable,
-        param_space=space,
-        tune_config=tune.TuneConfig(
-            metric=SCORE,
-            mode="max",
-            num_samples=args.samples,
-            scheduler=ASHAScheduler(max_t=base.epochs, grace_period=args.grace, reduction_factor=args.reduction),
-            search_alg=BasicVariantGenerator(points_to_evaluate=[start], random_state=base.seed),
-            # Importing PyTorch and all the rest takes as long as some trials do.
-            reuse_actors=True,
-        ),
-        run_config=tune.RunConfig(
-            name="trials",
-            storage_path=storage,
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            verbose=1,
-        ),
+    how = tune.TuneConfig(
+        metric=SCORE,
+        mode="max",
+        num_samples=args.samples,
+        scheduler=ASHAScheduler(max_t=base.epochs, grace_period=args.grace, reduction_factor=args.reduction),
+        search_alg=BasicVariantGenerator(points_to_evaluate=[start], random_state=base.seed),
+        # Importing PyTorch and all the rest takes as long as some trials do.
+        reuse_actors=True,
     )
+    where = tune.RunConfig(
+        name="trials", storage_path=storage, checkpoint_config=tune.CheckpointConfig(num_to_keep=1), verbose=1
+    )
+    return tune.Tuner(trainable, param_space=space, tune_config=how, run_config=where)
 
 
 def train_point(point: dict[str, Any], flags: list[str], images: Images) -> None:

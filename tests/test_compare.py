@@ -25,7 +25,7 @@ from experiments.rates import best_rate, beyond, candidates, multiples
 from experiments.records import Records
 from experiments.statistics import average_ranks, bootstrap_interval, crossover, macro_f1, pareto_front
 from experiments.summary import across_data, summarise
-from experiments.tables import score_table, to_html, to_latex, to_markdown, write_tables
+from experiments.tables import cost_table, score_table, to_html, to_latex, to_markdown, write_tables
 from trainer.errors import TrainerError
 from trainer.metrics import macro_f1 as trainer_macro_f1
 
@@ -269,6 +269,15 @@ def test_the_best_are_bold_in_every_format(summary):
     assert "font-weight: bold" in html
 
 
+def test_what_runs_cost_is_tabled_with_their_learning_rate(summary):
+    text, best = cost_table(summary[summary["data"] == "one_set"])
+    assert text.loc["bias+norm"].to_dict() == {
+        "Learning rate": "0.001", "Trainable": "900", "Kept for backward (MiB)": "10", "Peak memory (MiB)": "–",
+        "Step (ms)": "90", "Run (s)": "–",
+    }  # fmt: skip
+    assert not best.any(axis=None)
+
+
 def test_the_csv_holds_every_number_unrounded(summary, tmp_path):
     write_tables({"a_model": score_table(summary)}, summary, tmp_path, "scores")
     read = pd.read_csv(tmp_path / "scores.csv")
@@ -385,7 +394,7 @@ def test_learning_rates_are_found_by_validation_and_written_for_other_scripts(tm
     assert rates[:2] == [0.0003, 0.003]
     assert len(rates) == len(set(rates)) <= 4  # two beyond the edge at most; the final run is one of the trials
     best = max(runs, key=lambda run: (run["val"]["macro_f1"], -run["val_loss"]))
-    settings = tmp_path / "settings" / "tissue-test_efficientnet" / "linear_probe.yaml"
+    settings = tmp_path / "settings" / "test_efficientnet-tissue" / "linear_probe.yaml"
     assert pd.read_csv(tmp_path / "scores.csv")["lr"][0] == best["settings"]["lr"]
     assert compare.run([*TINY, "--method", "--config", str(settings), "--seed", "0", "--output", str(tmp_path)]) == 0
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(runs)  # the file asks for a run that is there
@@ -439,4 +448,4 @@ def test_the_report_opens_in_a_browser_with_its_picture(finished, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     width, rows, fits = done.stdout.partition("<title>")[2].partition("</title>")[0].split()
     assert int(width) > 1000
-    assert (rows, fits) == ("2", "true")
+    assert (rows, fits) == ("4", "true")  # two tables of two methods

@@ -87,6 +87,11 @@ def digest_of(args: argparse.Namespace) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def file_name(title: str) -> str:
+    """Name files after a title such as `MODEL on DATA`: names of models may hold slashes."""
+    return title.replace(" on ", "-").replace("/", "_").replace(":", "_")
+
+
 def choices(methods: Sequence[str] | None, configs: Sequence[Path]) -> list[Choice]:
     """List the rows that were asked for.
 

@@ -64,6 +64,27 @@ def volume_table(summary: pd.DataFrame, crossovers: Mapping[str, float | None]) 
     return text, best
 
 
+def cost_table(summary: pd.DataFrame) -> Table:
+    """Lay out what the runs of one model on one data set cost, and the learning rate that each took.
+
+    Args:
+        summary: of `summarise`.
+    """
+    rows = summary.set_index("label")
+    text = pd.DataFrame(
+        {
+            "Learning rate": [f"{value:.3g}" for value in rows["lr"]],
+            "Trainable": [f"{value:,}" for value in rows["trainable"]],
+            "Kept for backward (MiB)": [_number(value) for value in rows["saved_mib"]],
+            "Peak memory (MiB)": [_number(value) for value in rows["peak_mib"]],
+            "Step (ms)": [_number(value) for value in rows["step_ms"]],
+            "Run (s)": [_number(value) for value in rows["seconds"]],
+        },
+        index=rows.index.to_list(),
+    )
+    return text, text.astype(bool) & False
+
+
 def score_text(row: pd.Series) -> str:
     """Write one score: the mean, the standard deviation over seeds where there are several, the interval."""
     if pd.isna(row["mean"]):
@@ -108,6 +129,10 @@ def write_tables(tables: Mapping[str, Table], summary: pd.DataFrame, folder: Pat
     (folder / f"{stem}.tex").write_text(latex, encoding="utf-8")
     summary.to_csv(folder / f"{stem}.csv", index=False)
     return markdown
+
+
+def _number(value: float) -> str:
+    return "–" if pd.isna(value) else f"{value:,.0f}"
 
 
 def _styled(text: pd.DataFrame, best: pd.DataFrame, style: str) -> Styler:
