@@ -1,8 +1,8 @@
 """Which method for your data? Every method that fits, on your data sets, models and seeds.
 
-Offline, on patches of stained tissue; then on your own data, with a learning rate of its own for each method:
+Offline and in minutes, on patches of stained tissue; then on your own data, with a learning rate of its own for each method:
 
-    python examples/compare.py --epochs 4
+    python examples/compare.py --image-size 64 --epochs 3 --seed 0 1
     python examples/compare.py --data my/images other/images --model resnet50 vit_small_patch16_224 --lr-factors 0.3 1 3
 
 It writes to --output: scores.md, scores.tex and scores.csv, a picture of score against cost for each model and data set,

@@ -1,8 +1,8 @@
 """With how many images does full fine-tuning overtake? Methods on nested shares of the training data.
 
-Offline, on patches of stained tissue; then on your own data, with the settings that tune.py or compare.py found:
+Offline and in minutes, on patches of stained tissue; then on your own data, with the settings that tune.py or compare.py found:
 
-    python examples/data_volume.py --method full linear_probe ssf --epochs 4 --fraction 0.1 0.3 1
+    python examples/data_volume.py --method full linear_probe ssf --image-size 64 --epochs 3 --fraction 0.1 0.3 1 --seed 0 1
     python examples/data_volume.py --data my/images --config full.yaml ssf.yaml --output runs/volume
 
 The shares are stratified, each lies within the next, and validation and test stay whole. It writes to --output: volume.md,

@@ -1,8 +1,8 @@
 """Search a method's learning rate, weight decay, augmentation and own options, with ASHA on Ray Tune.
 
-Offline, on patches of stained tissue; then on your own data, and train with what was found:
+Offline and in minutes, on patches of stained tissue; then on your own data, and train with what was found:
 
-    python examples/tune.py --method lora --samples 8 --epochs 4
+    python examples/tune.py --method lora --image-size 64 --epochs 3 --samples 8
     python examples/tune.py --method lora --data my/images --samples 40 --output runs/tune-lora
     python examples/train.py --config runs/tune-lora/best.yaml --data my/images
 
