@@ -15,7 +15,8 @@ import medpeft
 
 HERE = Path(__file__).parent
 
-# On outputs, on weights through covers (tsa's 1×1 convolution, dora), in a tapped block, and existing parameters.
+# On outputs, on inputs, on weights through covers (tsa's 1×1 convolution, dora), in a tapped block, existing parameters, and
+# modules that layers share.
 METHODS = {
     "lora+bias": {"rank": 2},
     "ssf": {},
@@ -23,6 +24,8 @@ METHODS = {
     "adaptformer": {"bottleneck": 4, "dropout": 0.0},
     "svdiff": {"keep_svd": True},
     "lora": {"rank": 2, "dora": True, "target": "*"},
+    "repadapter+ia3": {"bottleneck": 2},
+    "fact": {"rank": 2},
     "bn": {},
     "full": {"batchnorm": "frozen"},
 }
@@ -57,8 +60,11 @@ def adapted(case):
 
 
 def layouts(case):
-    """What is sharded by itself. FSDP2 gathers a layer when it is called: one that is read instead cannot be a shard."""
-    return ("blocks", "root") if case in READERS else ("blocks", "layers", "root")
+    """What is sharded by itself.
+
+    FSDP2 gathers a layer when it is called: one that is read instead cannot be a shard. What layers share is in one shard.
+    """
+    return ("blocks", "root") if case in READERS or case == "fact" else ("blocks", "layers", "root")
 
 
 def bare(case):
