@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from . import roles
 if TYPE_CHECKING:
     from .targets import Network
 
-_PREFIXES = ("cls_token", "class_token", "class_embedding", "dist_token", "distillation_token", "reg_token", "register_tokens")
+_PREFIX = re.compile(r"(cls_token|class_token|class_embedding|dist_token|distillation_token|reg_token|register_tokens)(_\d+)?")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,23 @@ def _branch(network: Network, name: str, attention: bool, sequence: int) -> Bran
     return Branch(name, module, _layout(network, name, sequence, ends[0], ends[-1]), attention)
 
 
+@cache
+def channels_first(cls: type[nn.Module]) -> bool:
+    """Whether `cls.forward` unpacks its input as (B, C, H, W), by its source: DaViT's blocks, whose MLPs have channels last."""
+    try:
+        source, names = inspect.getsource(cls.forward), list(inspect.signature(cls.forward).parameters)
+    except (OSError, TypeError, ValueError):
+        return False
+    given = names[1] if len(names) > 1 else "x"
+    return re.search(rf"^\s*\w+, *[Cc]\w*, *\w+, *\w+ *= *{given}\.(shape|size\(\))", source, flags=re.MULTILINE) is not None
+
+
+def whole(block: nn.Module, found: list[Branch]) -> Layout:
+    """The layout of a whole block, whose branches are known."""
+    layout = found[-1].layout
+    return replace(layout, axis=1) if channels_first(type(block)) else layout  # type: ignore[arg-type]  # a class is hashable
+
+
 def attention_layout(network: Network, name: str) -> Layout | None:
     """The layout of an attention, in a block or not; None where its widths are not known."""
     module = network.modules[name]
@@ -137,12 +157,14 @@ def _prefix_tokens(network: Network, name: str) -> int:
         said = getattr(module, "num_prefix_tokens", None)
         if isinstance(said, int):
             return said
-    count = 0
+    counts = {}
     for parameter, tensor in network.model.named_parameters():
         owner, _, last = parameter.rpartition(".")
-        if last in _PREFIXES and (owner in around or owner.rpartition(".")[0] in around):
-            count += tensor.shape[-2] if tensor.ndim == 3 else 1
-    return count
+        held = _PREFIX.fullmatch(last)
+        if held and (owner in around or owner.rpartition(".")[0] in around):
+            # CrossViT has one for each of its two rows of blocks.
+            counts[held[1]] = tensor.shape[-2] if tensor.ndim == 3 else 1
+    return sum(counts.values())
 
 
 def _grid(network: Network, name: str) -> tuple[int, ...]:

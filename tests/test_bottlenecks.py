@@ -357,3 +357,29 @@ def test_a_sequential_mlp_runs_as_before_with_adapters_in_it():
         assert torch.equal(medpeft.apply(model, "houlsby")(x), base)
     assert isinstance(model.encoder.layers[0].mlp, nn.Sequential)
     assert "adapters" in model.encoder.layers[0].mlp._modules
+
+
+@pytest.mark.parametrize("method", ["pfeiffer", "adaptformer"])
+@pytest.mark.parametrize("kind", [0, 1], ids=["spatial", "channel"])
+def test_a_block_may_have_its_channels_first_though_its_mlp_has_them_last(method, kind):
+    sizes = {"depths": (1, 1), "embed_dims": (8, 8), "num_heads": (2, 2), "num_classes": 3, "window_size": 2}
+    model = randomise(timm.create_model("davit_tiny", **sizes).double()).eval()
+    block = dict(model.named_modules())[f"stages.0.blocks.0.{kind}"]
+    plain, x, seen = copy.deepcopy(block), drawn(2, 8, 4, 4), {}
+    plain.norm2.register_forward_pre_hook(lambda layer, args: seen.update(stream=args[0]))
+    randomise_adapters(medpeft.apply(model, method, bottleneck=3, target="stages.0.*"), size=0.3)
+    p = numbers(block.adapters[method])
+
+    with torch.no_grad():
+        y = plain(x)
+        stream = y.movedim(1, -1) if method == "pfeiffer" else seen["stream"].view(2, 4, 4, 8)
+        change = through(p, stream.numpy(), relu) * (1.0 if method == "pfeiffer" else 0.1)
+
+    assert_computes(block, x, y.numpy() + np.moveaxis(change, -1, 1))
+
+
+def test_convpass_knows_the_class_token_of_each_row_of_blocks():
+    with torch.device("meta"):
+        model = timm.create_model("crossvit_9_240")
+
+    assert {site.layout.prefix for _, site in medpeft.plan(model, "convpass").sites} == {1}

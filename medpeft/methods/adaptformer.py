@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import roles
 from ..adapter import Adapter, Site, cast, own_tensor
+from ..blocks import channels_first
 from ..errors import MedpeftError, require_choice, require_positive
 from ..registry import register
 from ..targets import Network
@@ -45,6 +46,7 @@ class AdaptFormer(Adapter):
         if not isinstance(scale, (int, float)):
             require_choice("scale", scale, ("learnable", 0.1))
         width_in, width_out, self.axis = _widths(site)
+        self.axis_out = 1 if channels_first(type(site.layer)) else self.axis  # type: ignore[arg-type]  # a class is hashable
         self.down = nn.Parameter(torch.empty(bottleneck, width_in))
         self.down_bias = nn.Parameter(torch.zeros(bottleneck))
         self.up = nn.Parameter(torch.zeros(width_out, bottleneck))
@@ -69,7 +71,7 @@ class AdaptFormer(Adapter):
         x = cast(x, self.down).movedim(self.axis, -1)
         hidden = self.dropout(F.linear(x, self.down, self.down_bias).relu())
         change = self.scale * F.linear(hidden, self.up, self.up_bias)
-        return y + _fitted(change.movedim(-1, self.axis), y).to(y.dtype)
+        return y + _fitted(change.movedim(-1, self.axis_out), y).to(y.dtype)
 
 
 def _fitted(change: Tensor, y: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Site, cast
-from ..blocks import branches
+from ..blocks import branches, whole
 from ..errors import require, require_choice, require_positive
 from ..registry import register
 from ..targets import Network
@@ -154,4 +154,4 @@ class AdapterPlus(Adapter):
 
 def _whole_blocks(network: Network) -> Iterator[Site]:
     for name, block, found in branches(network):
-        yield Site(name, block, "block", "", "", layout=found[-1].layout)
+        yield Site(name, block, "block", "", "", layout=whole(block, found))
