@@ -1,10 +1,12 @@
 """Decompositions are computed once, found by their weight, and never read damaged."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import medpeft
+from medpeft import svdcache
 from medpeft.svdcache import caching, current, decompose, stored
 
 SHAPES = [(6, 4), (4, 6), (1, 5)]
@@ -21,8 +23,8 @@ def files(directory):
 @pytest.fixture
 def computed(monkeypatch):
     """The weights that were decomposed anew."""
-    seen, svd = [], torch.linalg.svd
-    monkeypatch.setattr(torch.linalg, "svd", lambda w, **options: (seen.append(tuple(w.shape)), svd(w, **options))[1])
+    seen, svd = [], svdcache._svd
+    monkeypatch.setattr(svdcache, "_svd", lambda matrix: (seen.append(tuple(matrix.shape)), svd(matrix))[1])
     return seen
 
 
@@ -129,3 +131,26 @@ def test_a_damaged_file_is_computed_anew_with_a_warning_and_replaced(damage, tmp
 
     assert all(torch.equal(a, b) for a, b in zip(again, good, strict=True))
     assert stored(weight(), tmp_path) is not None
+
+
+@pytest.mark.parametrize("shape", [(12, 100), (100, 12), (30, 40)])
+@pytest.mark.parametrize("kind", ["random", "of low rank", "of wide range"])
+def test_the_decomposition_is_one_whatever_the_shape_and_the_spectrum(shape, kind):
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    if kind == "of low rank":
+        weight = weight[:, :5] @ torch.randn(5, shape[1])
+    if kind == "of wide range":
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        weight = (left * torch.logspace(0, -4.5, len(values))) @ right
+
+    left, values, right = decompose(weight)
+
+    rank = min(shape)
+    expected = np.linalg.svd(weight.double().numpy(), compute_uv=False)
+    assert (left.shape, values.shape, right.shape) == ((shape[0], rank), (rank,), (rank, shape[1]))
+    assert {tensor.dtype for tensor in (left, values, right)} == {torch.float32}
+    assert ((left * values) @ right - weight).norm() < 1e-5 * weight.norm()
+    assert (values - torch.tensor(expected)).abs().max() < 1e-5 * values[0]
+    assert (left.t() @ left - torch.eye(rank)).abs().max() < 1e-4
+    assert (right @ right.t() - torch.eye(rank)).abs().max() < 1e-4
