@@ -40,6 +40,10 @@ Verdict = tuple[str, str]
 """A status and what there is to say about it."""
 
 
+class Refusal(str):
+    """Why a method does not run on the input at hand: what it says of a mask or a number of tokens that it first sees there."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the zoo; 1 if anything is silent or crashed."""
     options = _options(arguments)
@@ -181,6 +185,8 @@ def _planned(model: nn.Module, method: str, *, build: bool = False) -> Verdict:
 def _by_itself(model: nn.Module, example: Any, method: str, unused: Mapping[str, str]) -> Verdict:
     """The verdict on one method that planning found no fault with, on a model that runs without it."""
     silent = _attempt(model, example, method)
+    if isinstance(silent, Refusal):
+        return "refused", str(silent)
     if isinstance(silent, str):
         return "crashed", silent
     faults = _faults(silent, unused)
@@ -201,6 +207,9 @@ def _attempt(model: nn.Module, example: Any, applied: str) -> dict[str, str] | s
             return {silent.name: str(silent) for silent in connected(model, example).silent}
         finally:
             forget(model)
+    except medpeft.MedpeftError as error:
+        # With a cause, it is another error's report: the model does not run.
+        return Refusal(error) if error.__cause__ is None else _last_lines()
     except Exception:
         return _last_lines()
 

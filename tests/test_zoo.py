@@ -103,6 +103,35 @@ def test_the_zoo_finds_an_adapter_that_never_runs():
     assert "body" in found["ssf"][1]
 
 
+def test_a_method_that_refuses_an_input_with_a_reason_does_not_count_as_a_crash(own_registry):
+    class Picky(medpeft.Adapter):
+        """What sees on its input alone that it does not fit."""
+
+        layers = (nn.Linear,)
+
+        def __init__(self, site):
+            super().__init__(site)
+            self.gain = nn.Parameter(torch.ones(()))
+
+        def forward(self, x, y):
+            raise medpeft.MedpeftError("'picky' wants a square.")
+
+    class Broken(Picky):
+        def forward(self, x, y):
+            return y.view(-1, 7)
+
+    medpeft.register("picky")(Picky)
+    medpeft.register("broken")(Broken)
+
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(4, 4))
+    model.add_module("head", nn.Linear(4, 2))
+    found, _ = verdicts(model, torch.randn(3, 4), ["picky", "broken"], alone=True)
+
+    assert found["picky"] == ("refused", "'picky' wants a square.")
+    assert found["broken"][0] == "crashed"
+
+
 def test_a_parameter_that_the_model_does_not_use_is_told_from_a_silent_one():
     class Idle(nn.Module):
         def __init__(self):
