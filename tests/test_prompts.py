@@ -404,6 +404,25 @@ def test_prefix_leaves_attention_across_sequences_to_other_methods():
         medpeft.plan(make("diffusion_unet"), "prefix", head=None, target="*.attn2")
 
 
+def test_prefix_refuses_another_sequence_when_it_comes():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x, memory=None):
+            kept = x if memory is None else memory
+            return nn.functional.scaled_dot_product_attention(self.q(x), self.k(kept), self.v(kept))
+
+    model = medpeft.apply(nn.ModuleDict({"attn": Attention()}), "prefix", head=None)
+    x, memory = torch.zeros(2, 5, 8), torch.zeros(2, 40, 8)
+
+    assert model["attn"](x).shape == x.shape
+    for given in ((x, memory), (x,)):
+        with pytest.raises(medpeft.MedpeftError, match=r"which is given others, \(2, 40, 8\).*, to attend to"):
+            model["attn"](*given, **({} if len(given) == 2 else {"memory": memory}))
+
+
 def test_prefix_leaves_an_attention_with_a_key_of_its_own_alone():
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, add_bias_kv=True)})
 

@@ -102,7 +102,13 @@ class Prefix(Adapter):
         if name == "rope":
             return stand_still(value, self.added)
         if not self.in_slots:
-            return pad_mask(value, name, x.shape[self.layout.sequence], len(self.k), self.layout.prefix)
+            found = pad_mask(value, name, x.shape[self.layout.sequence], len(self.k), self.layout.prefix)
+            if found is value and isinstance(value, Tensor) and value.ndim == 3 and value.shape[::2] == x.shape[::2]:
+                raise MedpeftError(
+                    f"{self.method!r} adds keys for the tokens of {self.name}, which is given others, {tuple(value.shape)}"
+                    f"{f' ({name})' if name else ''}, to attend to: exclude it."
+                )
+            return found
         if name == "key_padding_mask" and isinstance(value, Tensor):
             return F.pad(value, (0, len(self.k) - 1))  # The attention itself adds one column.
         if name == "attn_mask" and isinstance(value, Tensor) and len(self.k) > 1:
