@@ -61,8 +61,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     fabric = Fabric(accelerator="auto", devices=args.devices, precision=PRECISIONS[args.precision])  # type: ignore[arg-type]
     fabric.launch()
     data, held, pipeline = prepare(fabric, args)
-    prompts = args.prompt or data.prompts(4)
-    data, held = data.of(args.new_class), held.of(args.new_class)
     before = sample_scores(fabric, args, pipeline, held, "unadapted")
 
     adapt(args, pipeline.unet, fabric.device)
@@ -70,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     fabric.print(f"\n{report}\n\n{len(data)} images to train on, {len(held)} held out\n", flush=True)
     with fabric.rank_zero_first():
         encoded = encode(pipeline, data, args.cache, fabric.device)
-    training = train_unet(fabric, args, pipeline, encoded, prompts)
+    training = train_unet(fabric, args, pipeline, encoded)
 
     training.average.put(training.unet)
     after = sample_scores(fabric, args, pipeline, held, "adapted")
@@ -92,7 +90,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def prepare(fabric: Fabric, args: argparse.Namespace) -> tuple[Captioned, Captioned, Any]:
     """Read the data and open the pipeline; give the images to train on, those held out, and the pipeline.
 
-    Fills in `--image-size` and `--new-class` where they were left out.
+    Fills in `--image-size`, `--prompt`, and for the tiny pipeline `--new-class`, where they were left out.
     """
     pipeline = open_pipeline(args.pipeline) if args.pipeline else None
     args.image_size = args.image_size or (image_size(pipeline) if pipeline else TINY_SIZE)
@@ -101,15 +99,31 @@ def prepare(fabric: Fabric, args: argparse.Namespace) -> tuple[Captioned, Captio
     for name in args.new_class or ():
         if name not in classes:
             raise TrainerError(f"--new-class {name} is no class of the data, which have {', '.join(classes[:8])}.")
-    data, held = hold_out(everything, args.held_out, args.seed)
+    args.prompt = args.prompt or everything.prompts(4)
     if pipeline is None:
         args.new_class = args.new_class or halves(everything)[1]
+    train, held = hold_out(everything, args.held_out, args.seed)
+    data, held = chosen(train, args.new_class), chosen(held, args.new_class)
+    if pipeline is None:
         with fabric.rank_zero_first():
-            pipeline = open_tiny(args, data, [name for name in classes if name not in args.new_class])
-    args.new_class = args.new_class or classes
+            pipeline = open_tiny(args, train, [name for name in classes if name not in args.new_class])
     if args.tokens:
         data, held = (within_tokens(part, pipeline.tokenizer, *args.tokens) for part in (data, held))
     return data, held, pipeline
+
+
+def chosen(data: Captioned, classes: list[str] | None) -> Captioned:
+    """Take the images of some classes, all if none is named.
+
+    Raises:
+        TrainerError: there is none in this part of the split.
+    """
+    found = data.of(classes) if classes else data
+    if not len(found):
+        raise TrainerError(
+            f"{', '.join(classes or [])} has no image in one part of the split. Try another --seed, or add images."
+        )
+    return found
 
 
 def open_tiny(args: argparse.Namespace, data: Captioned, classes: list[str]) -> Any:
@@ -135,7 +149,7 @@ def adapt(args: argparse.Namespace, unet: Any, device: torch.device | str = "cpu
         unet.enable_gradient_checkpointing()
 
 
-def train_unet(fabric: Fabric, args: argparse.Namespace, pipeline: Any, encoded: Encoded, prompts: list[str]) -> Training:
+def train_unet(fabric: Fabric, args: argparse.Namespace, pipeline: Any, encoded: Encoded) -> Training:
     """Train the adapted UNet, from the start or from the last checkpoint."""
     recipe = Recipe(args.steps, args.batch_size, args.snr_gamma, args.drop_text, args.ema, args.seed)
     training = start_training(fabric, pipeline.unet, recipe, lr=args.lr, weight_decay=args.weight_decay)
@@ -151,7 +165,7 @@ def train_unet(fabric: Fabric, args: argparse.Namespace, pipeline: Any, encoded:
             recent = training.losses[-args.save_every :]
             print(f"step {training.step:>6}  loss {sum(recent) / len(recent):.4f}", flush=True)
         if last or training.step % args.sample_every == 0:
-            draw_progress(fabric, args, pipeline, training, prompts)
+            draw_progress(fabric, args, pipeline, training)
 
     fit(fabric, training, noise_schedule(pipeline), encoded, recipe, after_step)
     return training
@@ -173,12 +187,12 @@ def resume(fabric: Fabric, args: argparse.Namespace, training: Training, checkpo
     fabric.print(f"Resumed after step {training.step}")
 
 
-def draw_progress(fabric: Fabric, args: argparse.Namespace, pipeline: Any, training: Training, prompts: list[str]) -> None:
+def draw_progress(fabric: Fabric, args: argparse.Namespace, pipeline: Any, training: Training) -> None:
     """Draw the prompts, four times each, with the averaged weights; one device does it."""
     if fabric.is_global_zero:
         with training.average.used(training.unet):
-            images = pictures(fabric, args, pipeline, [prompt for prompt in prompts for _ in range(4)])
-        rows = {prompt: images[4 * i : 4 * i + 4] for i, prompt in enumerate(prompts)}
+            images = pictures(fabric, args, pipeline, [prompt for prompt in args.prompt for _ in range(4)])
+        rows = {prompt: images[4 * i : 4 * i + 4] for i, prompt in enumerate(args.prompt)}
         title = f"{args.method}, step {training.step}"
         draw_pictures(rows, title, args.output / "samples" / f"step-{training.step:06}.png")
     fabric.barrier()

@@ -323,6 +323,7 @@ def test_wrong_flags_of_generate_are_answered_with_what_to_do(given, said, capsy
     [
         (["--new-class", "grey"], "--new-class grey is no class of the data, which have dark, light"),
         (["--new-class", "light", "--new-class", "dark"], "the tiny pipeline needs one to be pretrained on"),
+        (["--new-class", "dark", "--held-out", "0.04"], "dark has no image in one part of the split"),
         (["--method", "lra"], "Did you mean 'lora'?"),
         (["--pipeline", "nowhere"], "--pipeline nowhere could not be opened"),
         (["--steps", "0"], "--steps is 0"),
@@ -335,6 +336,15 @@ def test_wrong_flags_of_generate_are_answered_with_what_to_do(given, said, capsy
 def test_wrong_flags_are_answered_with_what_to_do(more, said, data, folder, tmp_path, capsys):
     pipeline = [] if "--new-class" in more else ["--pipeline", folder]
     assert said in messages(capsys, "--data", data, "--image-size", SIDE, "--output", tmp_path, *pipeline, *more)
+
+
+def test_without_classes_every_image_trains_and_no_list_of_texts_is_saved(data, folder, tmp_path):
+    table = tmp_path / "reports.csv"
+    rows = [f"{data / str(i)}.png,report {i}" for i in range(6)]
+    table.write_text("\n".join(["file,text", *rows]))
+    record = run(*flags(table, folder, tmp_path / "run", "--method", "norm", "--steps", 1))
+    assert sum(record["images"].values()) == 6
+    assert medpeft.inspect(tmp_path / "run" / "adapter.safetensors").classes is None
 
 
 def test_another_kind_of_pipeline_is_refused_by_name(tmp_path, capsys):
