@@ -47,12 +47,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Branch:
-    """A module whose output a block adds to its residual stream."""
+    """A module whose output a block adds to its residual stream; `half` if what enters the branch is not its own input."""
 
     name: str
     module: nn.Module
     layout: Layout
     attention: bool
+    half: bool = False
 
 
 def branches(network: Network) -> Iterator[tuple[str, nn.Module, list[Branch]]]:
@@ -72,14 +73,15 @@ def _branch(network: Network, name: str, attention: bool, sequence: int) -> Bran
     ends = _attention_ends(module) if attention else matmuls(module)
     if not ends:
         return None
-    if not attention and len(ends) == 1:
+    half = not attention and len(ends) == 1
+    if half:
         # Hugging Face's older MLPs are two modules, of which the second adds the residual stream by itself.
         sibling = f"{name.rpartition('.')[0]}.output.dense"
         if sibling not in network.modules:
             return None
         inside = matmuls(network.modules[sibling])
         name, module, ends = sibling, network.modules[sibling], [*ends, *inside]
-    return Branch(name, module, _layout(network, name, sequence, ends[0], ends[-1]), attention)
+    return Branch(name, module, _layout(network, name, sequence, ends[0], ends[-1]), attention, half)
 
 
 @cache

@@ -347,6 +347,9 @@ def test_branches_of_two_modules_are_adapted_before_they_meet_the_residual_strea
 
     planned = medpeft.plan(model, "houlsby", head=None, bottleneck=2)
     assert [site.name for _, site in planned.sites] == ["0.attention", "0.output.dense"]
+    assert [site.name for _, site in medpeft.plan(model, "convpass", head=None).sites] == ["0.attention"]
+    with pytest.raises(medpeft.MedpeftError, match=r"0\.output\.dense is the second half of an MLP"):
+        medpeft.plan(model, "convpass", head=None, target="*.dense")
     assert medpeft.check(medpeft.apply(model, "houlsby", head=None, bottleneck=2), torch.randn(2, 3, 4)).tensors == 8
 
 

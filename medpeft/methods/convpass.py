@@ -61,7 +61,8 @@ class Convpass(Adapter):
         for _, _, found in branches(network):
             for branch in found:
                 if branch.attention or beside == "both":
-                    yield Site(branch.name, branch.module, "block", "", "", layout=branch.layout)
+                    half = "is the second half of an MLP, and what enters the first does not reach it" if branch.half else ""
+                    yield Site(branch.name, branch.module, "block", "", "", layout=branch.layout, unfit=half)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + s·up(act(conv(act(down(x))))), act being x·sigmoid(1.702·x)."""
