@@ -161,6 +161,8 @@ def test_a_registered_method_of_ones_own_is_compared_too(own_registry):
 def test_a_wrong_name_or_option_is_an_error_and_no_method_that_does_not_fit():
     with pytest.raises(medpeft.MedpeftError, match=r"Unknown method 'lra'\. Did you mean 'lora'"):
         fitting(choices(["lra"], []), [], "test_efficientnet")
+    with pytest.raises(medpeft.MedpeftError, match=r"Unknown option 'rnk'\. Did you mean 'rank'"):
+        fitting(choices(["lora"], []), ["--option", "rnk=4"], "test_efficientnet")
 
 
 def test_files_of_settings_take_the_place_of_their_method(tmp_path):

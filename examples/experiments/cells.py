@@ -16,6 +16,7 @@ from trainer.flags import FREE, make_parser, parse, settings_of
 from trainer.models import build_model
 
 import medpeft
+from medpeft.registry import resolve
 
 # They change where a run is, how it is fed, and what it prints, but not what comes out of it; patience does. A file's settings
 # are in the other flags once they are read.
@@ -142,7 +143,8 @@ def fitting(rows: Sequence[Choice], flags: Sequence[str], model: str) -> tuple[l
     left_out: dict[str, str] = {}
     network = shapes_of(model, next(iter(parsed.values())).image_size) if rows else nn.Identity()
     for row, args in parsed.items():
-        _refuse_unknown(args)
+        # An unknown name or option is a mistake on any model, and no method that happens not to fit this one.
+        resolve(args.option, {})
         try:
             plan = medpeft.plan(network, args.option, target=args.target, batchnorm=args.batchnorm)
         except medpeft.MedpeftError as error:
@@ -158,14 +160,6 @@ def shapes_of(model: str, image_size: int) -> nn.Module:
     """Build a model without memory for its weights."""
     with torch.device("meta"):
         return build_model(model, 2, image_size, pretrained=False)
-
-
-def _refuse_unknown(args: argparse.Namespace) -> None:
-    """Raise medpeft's error for a name or an option that no model could fit."""
-    known = medpeft.methods()
-    for name in args.option:
-        if name not in known:
-            medpeft.plan(nn.Linear(1, 1), name, head=None)
 
 
 def _what_trains(plan: medpeft.Plan, args: argparse.Namespace) -> str:
