@@ -66,9 +66,21 @@ def require_sequence(x: Any, method: str, name: str) -> None:
     if not isinstance(x, Tensor) or x.ndim != 3:
         shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise MedpeftError(
-            f"{method!r} adds tokens to sequences (B, N, D), and {name} was given {shape}: exclude it, or try 'adaptformer' or "
-            "'lora'."
+            f"{method!r} adds tokens to sequences (B, N, D), and {name} was given {shape}: exclude it, or try another method."
         )
+
+
+def hands_out_blocks(network: Network, name: str) -> str:
+    """Why others would see tokens that stay in from the block of that name to a later one; "" where none are known to."""
+    row = name.rpartition(".")[0]
+    owner = row.rpartition(".")[0]
+    try:
+        source = inspect.getsource(type(network.modules[owner]).forward)
+    except (OSError, TypeError):
+        return ""
+    if ".append(" not in source:
+        return ""
+    return f"is one of the blocks whose outputs {owner or 'the model'} hands out, with the added tokens in them"
 
 
 def why_not(network: Network, name: str, *, given_rotations: bool = True) -> str:

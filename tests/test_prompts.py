@@ -101,7 +101,7 @@ def test_both_heads_of_a_distilled_model_meet_their_own_tokens():
 
 @pytest.mark.parametrize("family", ["hf_vit", "torchvision_vit", "monai_vit", "clip_vision"])
 def test_prompts_of_other_libraries_models_come_after_the_class_token(family):
-    model = medpeft.apply(make(family), "vpt_deep+vpt_shallow", head=FAMILIES[family].head)
+    model = medpeft.apply(make(family), "vpt_deep", head=FAMILIES[family].head)
     layouts = {m.prompts.layout.prefix for m in model.modules() if hasattr(m, "prompts")}
 
     assert layouts == {1}
@@ -262,6 +262,16 @@ def test_blocks_that_fit_are_adapted_beside_some_that_do_not():
     assert [site.name for _, site in planned.sites] == ["plain.blocks.0", "plain.blocks.1"]
     with pytest.raises(medpeft.MedpeftError, match=r"windows\.layers\.0\.blocks\.0 attends within windows"):
         medpeft.plan(Two(), "vpt_deep", head=None, target="windows.*")
+
+
+def test_a_model_that_hands_out_its_blocks_outputs_is_for_deep_prompts_alone():
+    model, x = make("monai_vit"), example("monai_vit")
+    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0 is one of the blocks whose outputs the model hands out"):
+        medpeft.apply(model, "vpt_shallow")
+
+    handed = [tuple(y.shape) for y in medpeft.apply(model, "vpt_deep")(x)[1]]
+
+    assert handed == [tuple(y.shape) for y in make("monai_vit")(x)[1]]
 
 
 def test_a_mask_over_the_tokens_is_refused_when_it_comes():

@@ -17,7 +17,7 @@ from ..blocks import branches
 from ..errors import MedpeftError, require_positive
 from ..registry import register
 from ..targets import Network
-from ..tokens import insert, require_sequence, stand_still, take_off, why_not
+from ..tokens import hands_out_blocks, insert, require_sequence, stand_still, take_off, why_not
 
 _HINT = "it adds tokens to transformer blocks in which nothing but attention depends on them. Try 'adaptformer' or 'lora'."
 _WHY = "its prompts are tokens, which no weight of the model can add"
@@ -105,8 +105,9 @@ class VPTDeep(Adapter):
 class VPTShallow(Adapter):
     """Learned tokens at the input of the first transformer block, taken off after the last: [x, Z, E] = L([x, P, E]).
 
-    In a model of several stages, each has its own. Blocks in between give the prompts too, so what reads their outputs (UNETR,
-    `forward_intermediates`) sees them: vpt_deep hides them. The model is not the base at first, as in vpt_deep.
+    In a model of several stages, each has its own. Blocks in between give the prompts too, so a model that hands out their
+    outputs (MONAI's ViT, for UNETR) is refused, and timm's `forward_intermediates` shows them: vpt_deep hides them. The model
+    is not the base at first, as in vpt_deep.
 
     Args:
         site: The first of the transformer blocks that follow one another.
@@ -131,7 +132,10 @@ class VPTShallow(Adapter):
         for site in _blocks(network, given_rotations=False):
             rows.setdefault(site.name.rpartition(".")[0], []).append(site)
         for row in rows.values():
-            unfit = next((site.unfit for site in row if site.unfit), "")
+            shown = hands_out_blocks(network, row[0].name)
+            unfit = next(
+                (site.unfit for site in row if site.unfit), f"{shown}, from which vpt_deep takes them off" if shown else ""
+            )
             yield replace(row[0], others=(row[-1].name,), unfit=unfit)
 
     def enter(self, x: Tensor) -> Tensor:
