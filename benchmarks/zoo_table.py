@@ -18,6 +18,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     by_name = {row["name"]: row for row in rows}
     families: dict[str, dict[str, dict[str, int]]] = {}
     reasons: dict[str, Counter[str]] = {}
+    tried: dict[str, list[int]] = {}
     failures = []
     for row in rows:
         name = row["name"] if row["library"] == "others" else row["family"]
@@ -26,6 +27,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 status, text = by_name[row["like"]]["verdicts"].get(method, (status, text))
             cell = families.setdefault(name, {}).setdefault(method, dict.fromkeys(STATUSES, 0))
             cell[status] += 1
+            tried.setdefault(method, [0, 0])[0] += 1
+            tried[method][1] += row["connected"]
             if status == "refused":
                 reasons.setdefault(method, Counter())[_general(text)] += 1
             if status in FAILURES and not row["like"]:
@@ -38,6 +41,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             **{s: sum(cell[s] for cell in verdicts) for s in STATUSES},
         },
         "connected": sum(row["connected"] for row in rows),
+        "tried": tried,
         "unbuilt": {row["name"]: row["unbuilt"] for row in rows if "unbuilt" in row},
         "unused": {row["name"]: row["unused"] for row in rows if row.get("unused")},
         "seconds": round(sum(row["seconds"] for row in rows)),
@@ -77,7 +81,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# The zoo",
         "",
-        f"Each of the {len(methods)} methods on {totals['architectures']:,} architectures:",
+        f"{len(methods)} methods on {totals['architectures']:,} architectures:",
         f"**{totals['works']:,} combinations work, {totals['refused']:,} are refused with a reason,",
         f"{totals['silent']} are silent, {totals['crashed']} crash.**",
         "",
@@ -87,12 +91,13 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         "Made by `python benchmarks/zoo.py --markdown docs/zoo.md --json docs/zoo.json` with",
         f"{listed}.",
-        "Models are built on the meta device, without weights.",
-        f"{found['connected']} architectures were run on fake tensors, the smallest of each kind (the same classes of modules",
-        "with the same switches); the others of its kind were planned. `--all` runs every one of them.",
+        "Models are built on the meta device, without weights. An architecture is *run* on fake tensors, or *planned* alone if",
+        "a smaller one of its kind (the same classes of modules with the same switches) was run. `--all` runs every one.",
+        "",
+        *_tried(found),
         "",
         "A number counts the architectures of the family on which the method works; *of n* means that it is refused on the",
-        "others, a dash that it is refused on all, ✓ that it works on the only one.",
+        "others, a dash that it is refused on all, ✓ that it works on the only one tried. An empty cell was not tried.",
     ]
     groups = {
         "timm": [n for n in found["families"] if "/" not in n and " " not in n],
@@ -105,6 +110,17 @@ def markdown(found: dict[str, Any]) -> str:
     lines += ["", "## Reasons for refusals", "", *_reasons(found)]
     lines += ["", "## Parameters that a model does not use", "", *_unused(found)]
     return "\n".join(lines) + "\n"
+
+
+def _tried(found: dict[str, Any]) -> list[str]:
+    """How many architectures each method was tried on, methods with the same numbers together."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for method, (architectures, run) in found["tried"].items():
+        groups.setdefault((architectures, run), []).append(method)
+    return [
+        f"- {', '.join(f'`{m}`' for m in methods)}: {architectures:,} architectures, {run:,} of them run"
+        for (architectures, run), methods in sorted(groups.items(), reverse=True)
+    ]
 
 
 def _table(found: dict[str, Any], names: list[str], methods: list[str]) -> list[str]:
