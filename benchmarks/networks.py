@@ -7,13 +7,24 @@ import timm
 import torch
 from torch import Tensor, nn
 
-NAMES = ("resnet50", "vit_small_patch16_224", "vit_base_patch16_224", "convnext_tiny", "monai_unet", "diffusers_unet")
+NAMES = (
+    "resnet50",
+    "vit_small_patch16_224",
+    "vit_base_patch16_224",
+    "convnext_tiny",
+    "monai_unet",
+    "diffusers_unet",
+    "sd_conv",
+)
 
 
 def build(name: str, device: str = "cpu") -> nn.Module:
     """A model in train mode, with random weights that are the same at every call."""
     torch.manual_seed(0)
-    if name == "monai_unet":
+    if name == "sd_conv":
+        # The widest convolution of Stable Diffusion 1.x, 1280×11520 as a matrix.
+        model: nn.Module = nn.Sequential(nn.Conv2d(1280, 1280, 3, padding=1))
+    elif name == "monai_unet":
         model = _monai_unet()
     elif name == "diffusers_unet":
         model = _diffusers_unet()
@@ -23,8 +34,10 @@ def build(name: str, device: str = "cpu") -> nn.Module:
 
 
 def example(name: str, batch: int, size: int, device: str = "cpu") -> tuple[Tensor, ...]:
-    """Inputs of a model: images (N, C, H, W); for a diffusion UNet latents, time steps and a text's embedding."""
+    """Inputs of a model: images (N, C, H, W), for a diffusion UNet latents, time steps and texts, for a part of it features."""
     torch.manual_seed(1)
+    if name == "sd_conv":
+        return (torch.randn(batch, 1280, size // 16, size // 16, device=device),)
     if name == "monai_unet":
         return (torch.randn(batch, 1, size, size, device=device),)
     if name == "diffusers_unet":
@@ -37,7 +50,8 @@ def forward(model: Callable[..., Any], inputs: tuple[Tensor, ...], grad: bool = 
     """The model's output; with `grad`, the first input asks for a gradient, so that every activation does."""
     first = inputs[0].detach().requires_grad_(grad)
     found = model(first, *inputs[1:])
-    output: Tensor = found.sample if hasattr(found, "sample") else found
+    # diffusers and transformers wrap theirs.
+    output: Tensor = found if isinstance(found, Tensor) else found[0]
     return output
 
 

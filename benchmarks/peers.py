@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from networks import build
+from networks import build, example, forward
 from timing import add_arguments, bytes_kept, compiled, interleaved, precision, ratios, where
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -38,22 +38,22 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     found = {}
     for task in args.task or TASKS:
-        found[task] = measure(TASKS[task], args)
+        found[task] = measure(*TASKS[task], args)
         print(table(task, found[task], args), flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps({"where": where(args), "tasks": found}, indent=2) + "\n")
 
 
-def measure(builders: dict[str, Builder], args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(name: str, builders: dict[str, Builder], args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a library: ratio to the floor, seconds, bytes kept, parameters that train."""
-    x = torch.randn(args.batch, 3, args.image_size, args.image_size, device=args.device)
+    inputs = example(name, args.batch, args.image_size, args.device)
     models = {}
     for label, builder in builders.items():
         try:
             models[label] = ready(builder(args)).to(args.device)
         except ImportError as error:
             print(f"{label}: left out: {error}")
-    losses = {label: loss_of(model, x.clone().requires_grad_(label == "floor"), args) for label, model in models.items()}
+    losses = {label: loss_of(model, inputs, label == "floor", args) for label, model in models.items()}
     kept = {label: 0 if args.compile else bytes_kept(model, losses[label]) for label, model in models.items()}
     steps = {label: (lambda loss=loss: loss().backward()) for label, loss in losses.items()}
     figures = ratios(interleaved(steps, args.repeats, args.device))
@@ -69,14 +69,13 @@ def measure(builders: dict[str, Builder], args: argparse.Namespace) -> list[dict
     ]
 
 
-def loss_of(model: nn.Module, x: Tensor, args: argparse.Namespace) -> Callable[[], Tensor]:
+def loss_of(model: nn.Module, inputs: tuple[Tensor, ...], grad: bool, args: argparse.Namespace) -> Callable[[], Tensor]:
     """The forward up to a loss."""
     call = compiled(model, args)
 
     def loss() -> Tensor:
         with precision(args):
-            out = call(x)
-        return (out if isinstance(out, Tensor) else out[0]).float().square().mean()
+            return forward(call, inputs, grad).float().square().mean()
 
     return loss
 
@@ -268,16 +267,19 @@ class PlainTSA(nn.Module):
 class PlainSVDiff(nn.Module):
     """The layer with U·diag(relu(σ + δ))·Vᵀ built in every forward."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
-        left, values, right = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+        left, values, right = torch.linalg.svd(layer.weight.detach().flatten(1), full_matrices=False)
         for key, tensor in (("left", left), ("values", values), ("right", right)):
             self.register_buffer(key, tensor)
         self.layer, self.delta = layer, nn.Parameter(torch.zeros_like(values))
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with the shifted spectrum."""
-        return F.linear(x, (self.left * (self.values + self.delta).relu()) @ self.right, self.layer.bias)
+        weight = ((self.left * (self.values + self.delta).relu()) @ self.right).view(self.layer.weight.shape)
+        if isinstance(self.layer, nn.Linear):
+            return F.linear(x, weight, self.layer.bias)
+        return self.layer._conv_forward(x, weight, self.layer.bias)
 
 
 class LowRankSum(nn.Module):
@@ -303,53 +305,86 @@ def parametrized(args: argparse.Namespace) -> nn.Module:
 
 _LORA = {"r": 8, "lora_alpha": 8}
 
-TASKS: dict[str, dict[str, Builder]] = {
-    "LoRA, every linear layer": {
-        "floor": floor(VIT),
-        "medpeft": with_medpeft(VIT, "lora", target="linear", parts="qkvo"),
-        "peft": with_peft(VIT, target_modules=r".*\.(qkv|proj|fc1|fc2)|head", **_LORA),
-        "LyCORIS": with_lycoris(VIT, (nn.Linear,)),
-        "loralib": with_loralib(VIT),
-        "parametrize": parametrized,
-        "plain expression": plain(VIT, nn.Linear, PlainLoRA),
-    },
-    "LoRA, q and v": {
-        "floor": floor(VIT),
-        "medpeft": with_medpeft(VIT, "lora"),
-        "peft (one A for q, k and v)": with_peft(VIT, target_modules=r".*\.qkv", **_LORA),
-        "loralib": with_loralib(VIT, fused=True),
-    },
-    "LoRA, every convolution": {
-        "floor": floor(RESNET),
-        "medpeft": with_medpeft(RESNET, "lora"),
-        "peft": with_peft(RESNET, target_modules=r".*conv\d|.*downsample\.0", **_LORA),
-        "LyCORIS": with_lycoris(RESNET, (nn.Conv2d,)),
-    },
-    "SSF": {
-        "floor": floor(VIT),
-        "medpeft": with_medpeft(VIT, "ssf"),
-        "plain expression": plain(VIT, (nn.Linear, nn.Conv2d, nn.LayerNorm), PlainSSF),  # type: ignore[arg-type]  # a tuple
-    },
-    "TSA": {
-        "floor": floor(RESNET),
-        "medpeft": with_medpeft(RESNET, "tsa", sites="all"),
-        "plain expression": plain(RESNET, nn.Conv2d, PlainTSA),
-    },
-    "SV-Diff": {
-        "floor": floor(VIT),
-        "medpeft": with_medpeft(VIT, "svdiff", target="linear"),
-        "plain expression": plain(VIT, nn.Linear, PlainSVDiff),
-    },
-    "Houlsby": {
-        "floor": lambda args: base("hf_vit").requires_grad_(False),
-        "medpeft": with_medpeft("hf_vit", "houlsby", bottleneck=64),
-        "adapters": with_adapters("double_seq_bn"),
-    },
-    "Pfeiffer": {
-        "floor": lambda args: base("hf_vit").requires_grad_(False),
-        "medpeft": with_medpeft("hf_vit", "pfeiffer", bottleneck=64),
-        "adapters": with_adapters("seq_bn"),
-    },
+TASKS: dict[str, tuple[str, dict[str, Builder]]] = {
+    "LoRA, every linear layer": (
+        VIT,
+        {
+            "floor": floor(VIT),
+            "medpeft": with_medpeft(VIT, "lora", target="linear", parts="qkvo"),
+            "peft": with_peft(VIT, target_modules=r".*\.(qkv|proj|fc1|fc2)|head", **_LORA),
+            "LyCORIS": with_lycoris(VIT, (nn.Linear,)),
+            "loralib": with_loralib(VIT),
+            "parametrize": parametrized,
+            "plain expression": plain(VIT, nn.Linear, PlainLoRA),
+        },
+    ),
+    "LoRA, q and v": (
+        VIT,
+        {
+            "floor": floor(VIT),
+            "medpeft": with_medpeft(VIT, "lora"),
+            "peft (one A for q, k and v)": with_peft(VIT, target_modules=r".*\.qkv", **_LORA),
+            "loralib": with_loralib(VIT, fused=True),
+        },
+    ),
+    "LoRA, every convolution": (
+        RESNET,
+        {
+            "floor": floor(RESNET),
+            "medpeft": with_medpeft(RESNET, "lora"),
+            "peft": with_peft(RESNET, target_modules=r".*conv\d|.*downsample\.0", **_LORA),
+            "LyCORIS": with_lycoris(RESNET, (nn.Conv2d,)),
+        },
+    ),
+    "SSF": (
+        VIT,
+        {
+            "floor": floor(VIT),
+            "medpeft": with_medpeft(VIT, "ssf"),
+            "plain expression": plain(VIT, (nn.Linear, nn.Conv2d, nn.LayerNorm), PlainSSF),  # type: ignore[arg-type]  # a tuple
+        },
+    ),
+    "TSA": (
+        RESNET,
+        {
+            "floor": floor(RESNET),
+            "medpeft": with_medpeft(RESNET, "tsa", sites="all"),
+            "plain expression": plain(RESNET, nn.Conv2d, PlainTSA),
+        },
+    ),
+    "SV-Diff": (
+        VIT,
+        {
+            "floor": floor(VIT),
+            "medpeft": with_medpeft(VIT, "svdiff", target="linear"),
+            "plain expression": plain(VIT, nn.Linear, PlainSVDiff),
+        },
+    ),
+    "SV-Diff, a convolution of Stable Diffusion": (
+        "sd_conv",
+        {
+            "floor": floor("sd_conv"),
+            "medpeft": with_medpeft("sd_conv", "svdiff"),
+            "plain expression": plain("sd_conv", nn.Conv2d, PlainSVDiff),
+            "medpeft's LoRA, to compare": with_medpeft("sd_conv", "lora"),
+        },
+    ),
+    "Houlsby": (
+        "hf_vit",
+        {
+            "floor": lambda args: base("hf_vit").requires_grad_(False),
+            "medpeft": with_medpeft("hf_vit", "houlsby", bottleneck=64),
+            "adapters": with_adapters("double_seq_bn"),
+        },
+    ),
+    "Pfeiffer": (
+        "hf_vit",
+        {
+            "floor": lambda args: base("hf_vit").requires_grad_(False),
+            "medpeft": with_medpeft("hf_vit", "pfeiffer", bottleneck=64),
+            "adapters": with_adapters("seq_bn"),
+        },
+    ),
 }
 
 
