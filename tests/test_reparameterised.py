@@ -262,6 +262,16 @@ def test_fact_cuts_off_what_juts_out_of_a_weight(shape):
     assert_same(model(x), x.numpy() @ (weight + change).T + bias)
 
 
+def test_fact_adapts_attentions_and_mlps_but_not_the_mlps_that_make_positions():
+    model = make("maxvit")
+    sites = {site.name for _, site in medpeft.plan(model, "fact").sites}
+
+    layers = {name for name, _ in model.named_modules() if name.endswith(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))}
+    positions = {name for name in layers if ".rel_pos." in name}
+    assert positions
+    assert sites == layers - positions
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_value_that_a_search_would_try_can_be_applied(method):
     for option, values in find(method).adapter.search.items():

@@ -69,7 +69,9 @@ class FacT(Adapter):
         for site in network.sites("linear", "conv"):
             if site.kind == "conv" and (site.host[0, 0].numel() > 1 or getattr(site.layer, "groups", 1) > 1):
                 continue
-            if targeted or site.parts or network.has_role(site.name, "mlp"):
+            # An MLP inside an attention makes positions of it, as Swin V2's does.
+            in_mlp = network.has_role(site.name, "mlp") and not network.layer(site.name).attention
+            if targeted or site.parts or in_mlp:
                 yield site
 
     def _middle(self) -> Tensor:
