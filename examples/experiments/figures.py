@@ -101,7 +101,7 @@ def _draw_costs(axes: Axes, rows: pd.DataFrame, cost: str, looks: dict[str, tupl
         x = getattr(row, cost)
         axes.plot([x, x], [row.low, row.high], color=colour, alpha=0.35, linewidth=1.2, zorder=2)
         axes.scatter(x, row.mean, _area(row.trainable), colour, marker=marker, edgecolors="white", linewidths=0.7, zorder=3)
-    if rows[cost].max() > 20 * rows[cost].min():
+    if cost == "trainable":
         axes.set_xscale("log")
     else:
         # From zero, so that a step that looks twice as long is.
