@@ -125,7 +125,7 @@ def run(
         save_adapter(args, prepared, record)
     if fabric.is_global_zero:
         write_results(args, images, record)
-    say(f"Saved adapter.safetensors, metrics.json, predictions.csv and two figures to {args.output}")
+    say(f"Saved the adapter, the metrics and the predictions to {args.output}")
     return record
 
 
@@ -162,7 +162,7 @@ def evaluate(
         "label": labels.tolist(),
         "probabilities": probabilities.tolist(),
     }
-    if fabric.is_global_zero:
+    if fabric.is_global_zero and not args.no_figures:
         panels = {
             titled("as trained", found["test"]["ece_uncalibrated"]): scaled(values, 1),
             titled(f"temperature {temperature:.2f}", found["test"]["ece"]): probabilities,

@@ -42,7 +42,19 @@ def finished(folder, tmp_path_factory, request):
     more = (
         ["--image-size", "48"] if request.param == "pretrained" else ["--model", "test_vit", "--no-pretrained", "--seed", "3"]
     )
-    given = ["--data", str(folder), "--epochs", "2", "--output", str(output), "--method", "bias+lora", "--quiet", *more]
+    given = [
+        "--data",
+        str(folder),
+        "--epochs",
+        "2",
+        "--output",
+        str(output),
+        "--method",
+        "bias+lora",
+        "--quiet",
+        "--no-figures",
+        *more,
+    ]
     record = train.run(parse(make_parser(""), [*given, "--image-size", "48"]))
     return output, record
 
@@ -86,7 +98,7 @@ def test_stored_pixels_smaller_than_the_input_are_predicted_as_trained(folder, t
         "--epochs",
         "1",
     ]
-    record = train.run(parse(make_parser(""), [*given, "--output", str(tmp_path / "run"), "--quiet"]))
+    record = train.run(parse(make_parser(""), [*given, "--output", str(tmp_path / "run"), "--quiet", "--no-figures"]))
     adapter = str(tmp_path / "run" / "adapter.safetensors")
     predict.main([adapter, str(tmp_path / "test"), "--output", str(tmp_path / "found.csv"), "--quiet"])
     found = [[float(row["p(0)"]), float(row["p(1)"])] for row in rows_of(tmp_path / "found.csv").values()]

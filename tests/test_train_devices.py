@@ -45,6 +45,7 @@ RUN = {
     "accelerator": "cpu",
     "save-every": 3,
     "quiet": True,
+    "no-figures": True,
 }
 
 

@@ -193,3 +193,4 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="write a checkpoint every so many steps too (default: 0, only after every epoch)",
     )
     add("--quiet", action="store_true", help="print nothing")
+    add("--no-figures", action="store_true", help="draw nothing, which takes a second")

@@ -12,7 +12,19 @@ from .declared import RATE, RATES, declare_flags
 from .errors import TrainerError
 
 # What may change between a run and its continuation.
-FREE = {"config", "output", "resume", "num_workers", "patience", "quiet", "save_every", "accelerator", "devices", "strategy"}
+FREE = {
+    "config",
+    "output",
+    "resume",
+    "num_workers",
+    "patience",
+    "quiet",
+    "no_figures",
+    "save_every",
+    "accelerator",
+    "devices",
+    "strategy",
+}
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from torch import Tensor
 
 from .metrics import BINS
@@ -22,7 +23,7 @@ def draw_reliability(panels: dict[str, Tensor], labels: Tensor, path: Path) -> N
         labels: (N,).
         path: the PNG to write.
     """
-    figure = Figure(figsize=(4.2 * len(panels), 5.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.2 * len(panels), 5.2), dpi=150, layout=ConstrainedLayoutEngine(wspace=0.06))
     axes = figure.subplots(2, len(panels), height_ratios=[3, 1], sharex=True, sharey="row", squeeze=False)
     for column, (title, probabilities) in enumerate(panels.items()):
         confidence, predicted = probabilities.max(1)

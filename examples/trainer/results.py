@@ -43,6 +43,8 @@ def write_results(args: argparse.Namespace, images: Images, record: dict[str, An
     labels = [images.classes[label] for label in found["label"]]
     probabilities = torch.tensor(found["probabilities"])
     write_predictions(args.output / "predictions.csv", names, images.classes, probabilities, labels)
+    if args.no_figures:
+        return
     draw_training(
         record["history"],
         record["best_epoch"],
