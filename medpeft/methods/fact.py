@@ -86,7 +86,8 @@ class FacT(Adapter):
             hidden = F.linear(F.linear(x, u.t()), middle.flatten(0, 1)).unflatten(-1, (self.blocks, -1))
             change = F.linear(hidden, v).flatten(-2)[..., : self.outputs]
         else:
-            blocks = F.pad(x, (0, self.blocks * self.width - self.inputs)).unflatten(-1, (self.blocks, -1))
+            missing = self.blocks * self.width - self.inputs
+            blocks = (F.pad(x, (0, missing)) if missing else x).unflatten(-1, (self.blocks, -1))
             change = F.linear(F.linear(F.linear(blocks, u.t()).flatten(-2), middle.transpose(0, 1).flatten(1)), v)
         return y + (self.scale * change).to(y.dtype)
 

@@ -16,6 +16,7 @@ from .. import parts as parts_of
 from .. import roles
 from ..adapter import Adapter, Site
 from ..feedforward import feed_forwards
+from ..kernels import ScaleShift, in_place, writes_fresh_output
 from ..registry import register
 from ..targets import Network
 
@@ -37,6 +38,7 @@ class IA3(Adapter):
         self.axis, self.groups = roles.channel_axis(site.layer), getattr(site.layer, "groups", 1)
         channels = host.shape[1] * self.groups if self.scales_input else sum(parts_of.sizes(site.rows, host.shape[0]))
         self.scale = nn.Parameter(torch.ones(channels))
+        self.fresh = writes_fresh_output(site.layer) and not site.overwritten
         self.on_output = self.on_output and not self.scales_input
         self.on_input = self.on_input and self.scales_input
 
@@ -59,6 +61,10 @@ class IA3(Adapter):
         """l ⊙ y, in the channels of the keys and values."""
         every = self.scale.new_empty(y.shape[self.axis])
         scale = parts_of.placed(self.scale, self.rows, every, -1, fill=1.0)
+        if self.fresh and in_place(y):
+            # The attention keeps the scaled y anyway; y itself is found again from it in backward.
+            scaled: Tensor = ScaleShift.apply(y, scale, torch.zeros_like(scale), self.axis)
+            return scaled
         return (y * self._along(scale, y)).to(y.dtype)
 
     def _along(self, scale: Tensor, y: Tensor) -> Tensor:
