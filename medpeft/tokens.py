@@ -38,17 +38,21 @@ def take_off(x: Tensor, count: int, at: int, axis: int) -> Tensor:
     return torch.cat([before, after], axis)
 
 
-def pad_mask(value: Any, name: str, tokens: int, count: int, at: int) -> Any:
-    """A mask of `tokens` tokens with `count` more, which all others see, before number `at`; anything else as it is."""
+def pad_mask(value: Any, name: str, tokens: int, count: int, at: int, *, seen: bool = True) -> Any:
+    """A mask of `tokens` tokens with `count` more, which all others see, before number `at`; anything else as it is.
+
+    `seen` is what a mask of truth values says of a token that is attended to.
+    """
     is_mask = isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == tokens
     if not is_mask or (name and "mask" not in name and "bias" not in name):
         return value
-    seen = 0 if value.is_floating_point() else 1
-    for axis in (-1, -2) if value.shape[-2] == tokens else (-1,):
+    free = 0 if value.is_floating_point() else int(seen)
+    pairs = value.shape[-2] == tokens and "padding" not in name
+    for axis in (-1, -2) if pairs else (-1,):
         before, after = value.tensor_split([at], axis)
         shape = list(value.shape)
         shape[axis] = count
-        value = torch.cat([before, value.new_full(shape, seen), after], axis)
+        value = torch.cat([before, value.new_full(shape, free), after], axis)
     return value
 
 

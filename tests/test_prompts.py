@@ -274,15 +274,51 @@ def test_a_model_that_hands_out_its_blocks_outputs_is_for_deep_prompts_alone():
     assert handed == [tuple(y.shape) for y in make("monai_vit")(x)[1]]
 
 
-def test_a_mask_over_the_tokens_is_refused_when_it_comes():
-    model = medpeft.apply(make("clip_vision"), "vpt_deep", head=None)
+class Masked(nn.Module):
+    """A transformer block that hands its mask to torch's attention as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x, attn_mask=None):
+        y = self.norm1(x)
+        x = x + self.attn(y, y, y, attn_mask=attn_mask)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("of", ["numbers", "truth values"])
+def test_deep_prompts_are_seen_through_a_mask_and_keep_it_causal(of):
+    model, x = nn.ModuleDict({"block": randomise(Masked().double())}).eval(), drawn(2, 5, 16)
+    block = model["block"]
+    plain = copy.deepcopy(block)
+    randomise_adapters(medpeft.apply(model, "vpt_deep", head=None, tokens=3))
+    prompts = block.adapters["vpt_deep"].prompts.tokens.detach()
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    wide = torch.zeros(8, 8, dtype=torch.bool)
+    wide[3:, 3:] = hidden
+    as_given = (lambda m: m) if of == "truth values" else (lambda m: torch.zeros(m.shape).double().masked_fill(m, -torch.inf))
+
+    with torch.no_grad():
+        got = block(x, attn_mask=as_given(hidden))
+        expected = taken_off(plain(put_in(x, prompts, 0), attn_mask=as_given(wide)), prompts, 0)
+        later = block(torch.cat([x[:, :4], drawn(2, 1, 16, seed=8)], 1), attn_mask=as_given(hidden))
+
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(later[:, :4], got[:, :4], rtol=1e-12, atol=1e-12)
+    assert not torch.equal(later[:, 4], got[:, 4])
+
+
+def test_a_mask_over_the_tokens_of_shallow_prompts_is_refused_when_it_comes():
+    model = medpeft.apply(make("clip_vision"), "vpt_shallow", head=None)
     block, x = model.transformer.resblocks[0], drawn(2, 5, 16)
 
     with pytest.raises(
         medpeft.MedpeftError, match=r"a mask or a bias of shape \(5, 5\) is given with the tokens \(attn_mask\)"
     ):
         block(x, attn_mask=torch.zeros(5, 5, dtype=torch.float64))
-    assert block(x).shape == x.shape
 
 
 def test_tokens_on_a_grid_are_refused_when_they_come():

@@ -17,7 +17,7 @@ from ..blocks import branches
 from ..errors import MedpeftError, require_positive
 from ..registry import register
 from ..targets import Network
-from ..tokens import hands_out_blocks, insert, require_sequence, stand_still, take_off, why_not
+from ..tokens import hands_out_blocks, insert, pad_mask, require_sequence, stand_still, take_off, why_not
 
 _HINT = "it adds tokens to transformer blocks in which nothing but attention depends on them. Try 'adaptformer' or 'lora'."
 _WHY = "its prompts are tokens, which no weight of the model can add"
@@ -80,6 +80,8 @@ class VPTDeep(Adapter):
         super().__init__(site)
         self.prompts = Prompts(site, tokens, dropout)
         self.added = tokens
+        # There True hides a token.
+        self.masks_are_torchs = any(isinstance(module, nn.MultiheadAttention) for module in site.layer.modules())
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
@@ -91,10 +93,14 @@ class VPTDeep(Adapter):
         return self.prompts.put_in(x, self.method)
 
     def alongside(self, x: Tensor, name: str, value: Any) -> Any:
-        """Rotations of the patches with the prompts, which stand still, before them; else `value`, if it is no mask."""
+        """Rotations of the patches with prompts that stand still; a mask with prompts that all tokens see.
+
+        That keeps a causal mask causal: what leaves a block for the prompts is taken off.
+        """
         if name == "rope":
             return stand_still(value, self.added)
-        return refuse_mask(x, self.method, name, value, self.prompts.layout.sequence)
+        layout = self.prompts.layout
+        return pad_mask(value, name, x.shape[layout.sequence], self.added, layout.prefix, seen=not self.masks_are_torchs)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """`y` without the prompts."""
