@@ -33,6 +33,8 @@ def draw_reliability(panels: dict[str, Tensor], labels: Tensor, path: Path) -> N
         lower.set_xlabel("confidence")
     axes[0, 0].set_ylabel("share that is right")
     axes[1, 0].set_ylabel("images")
+    # Outside: within the axes a bar may reach any height at any confidence.
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path)
 
 
@@ -46,7 +48,6 @@ def _draw_bins(upper: Axes, lower: Axes, confidence: np.ndarray, right: np.ndarr
     upper.bar(edges[:-1], shares, width, align="edge", color=BAR, edgecolor="white", label="model")
     upper.plot([0, 1], [0, 1], "--", color=LINE, label="perfectly calibrated")
     upper.set(ylim=(0, 1.02), xlim=(0, 1))
-    upper.legend(frameon=False, loc="upper left", fontsize=9)
     lower.bar(edges[:-1], counts, width, align="edge", color=BAR, edgecolor="white")
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
