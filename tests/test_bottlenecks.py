@@ -145,6 +145,15 @@ def test_convpass_beside_the_attention_alone():
     ]
 
 
+def test_convpass_refuses_an_attention_that_pools_its_tokens():
+    adapter = medpeft.apply(make("vit"), "convpass").blocks[0].attn.adapters["convpass"]
+    x = torch.randn(1, 4, 4, 16, dtype=torch.float64)
+
+    assert adapter(x, x).shape == x.shape
+    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0\.attn makes \(1, 2, 2, 16\) of \(1, 4, 4, 16\): it pools"):
+        adapter(x, x[:, ::2, ::2])
+
+
 def test_convpass_takes_the_grid_of_an_oblong_image_from_the_model():
     options = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2, "num_classes": 3}
     model = randomise(timm.create_model("vit_tiny_patch16_224", img_size=(16, 32), **options).double()).eval()

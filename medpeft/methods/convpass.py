@@ -72,6 +72,11 @@ class Convpass(Adapter):
         change = self.scale * F.linear(hidden, self.up, self.up_bias).movedim(-1, axis)
         if y.ndim == 3 and y.shape[1] < change.shape[1]:
             change = change[:, : y.shape[1]]  # A class attention gives the class token alone, which comes first.
+        if change.numel() != y.numel():
+            raise MedpeftError(
+                f"{self.method!r} adds to every token that enters, and {self.name} makes {tuple(y.shape)} of {tuple(x.shape)}: "
+                "it pools. Exclude it, or try 'adaptformer' or 'lora'."
+            )
         return y + change.reshape(y.shape).to(y.dtype)
 
     @property
