@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapters, own_tensor
 from .hooks import Cover
-from .kernels import SumToBias, in_place
+from .kernels import SumToBias, eager
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -55,5 +55,5 @@ def _trains_alone(layer: nn.Module) -> Tensor | None:
 
 def _lone_bias(layer: nn.Module, x: Any) -> Tensor | None:
     """The bias, if its gradient would cost the weight's for this input: eager mode on a CPU, in full precision."""
-    costly = isinstance(x, Tensor) and x.device.type == "cpu" and torch.is_grad_enabled() and in_place(x)
+    costly = isinstance(x, Tensor) and x.device.type == "cpu" and torch.is_grad_enabled() and eager(x)
     return _trains_alone(layer) if costly else None

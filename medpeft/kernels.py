@@ -25,12 +25,15 @@ def writes_fresh_output(layer: nn.Module) -> bool:
 
 
 def in_place(y: Tensor) -> bool:
-    """Whether a kernel may write into `y`: eager mode, no functorch transform, float32 or wider outside autocast."""
+    """Whether a kernel may write into `y`: in eager mode, and where the step that made `y` does not need it again."""
+    return eager(y) and not _keeps_its_output(y.grad_fn)
+
+
+def eager(x: Tensor) -> bool:
+    """Whether what is done to `x` is done as it is written: not compiled, no functorch transform, no autocast, no half."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    if _keeps_its_output(y.grad_fn):
-        return False
-    return y.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(y.device.type)
+    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _keeps_its_output(step: Any) -> bool:

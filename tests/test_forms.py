@@ -130,3 +130,9 @@ def test_copies_and_moves_keep_the_factors():
     twin = copy.deepcopy(model)
     assert form(twin, x) == ["factors"]
     assert torch.equal(twin(x), model(x))
+
+
+def test_an_input_that_its_maker_needs_again_is_no_obstacle():
+    model, x = adapted("conv")
+    assert form(model, torch.relu(x)) == ["factors"]
+    assert form(model, torch.sigmoid(x)) == ["factors"]

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from ..adapter import Adapter, Form, Site, cast
 from ..conv import Geometry
-from ..kernels import in_place, writes_fresh_output
+from ..kernels import eager, writes_fresh_output
 from ..registry import register
 from ..svdcache import decompose
 from ..targets import Network
@@ -88,7 +88,7 @@ class SVDiff(Adapter):
 
     def _stands_for(self, weight: Tensor | None, x: Tensor) -> bool:
         """Whether U·diag(σ)·Vᵀ is the weight, to within rounding: nobody trains it, casts it, or has loaded another since."""
-        if weight is None or weight.requires_grad or not in_place(x) or not weight.dtype == x.dtype == self.left.dtype:
+        if weight is None or weight.requires_grad or not eager(x) or not weight.dtype == x.dtype == self.left.dtype:
             return False
         if weight.is_meta or is_fake(weight):
             return True
