@@ -89,11 +89,33 @@ def run(
     fabric.seed_everything(args.seed, workers=True, verbose=False)
     model = adapted_model(args, len(images.classes))
     say(f"\n{medpeft.report(model)}\n")
-    costs: dict[str, Any] = {
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "saved_bytes": saved_bytes(model, args.batch_size // (args.accumulate * fabric.world_size), args.image_size),
-    }
+    kept = saved_bytes(model, args.batch_size // (args.accumulate * fabric.world_size), args.image_size)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     prepared = prepare(fabric, args, model, images, found, say)
+    record = {
+        "settings": settings_of(args),
+        "classes": images.classes,
+        "images": {part: count(images, rows) for part, rows in found.items()},
+        "broken_images": images.broken,
+        "trainable": trainable,
+        "saved_bytes": kept,
+        **train(fabric, args, prepared, scaler, say, after_epoch),
+        "seconds": time.perf_counter() - begun,
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+    }
+    conclude(fabric, args, prepared, record, say)
+    return record
+
+
+def train(
+    fabric: Fabric,
+    args: argparse.Namespace,
+    prepared: Run,
+    scaler: torch.amp.GradScaler | None,
+    say: Say,
+    after_epoch: Callable[[Training], None] | None,
+) -> dict[str, Any]:
+    """Train from the start or the last checkpoint; give how it went, what it cost, and the scores."""
     batches, order = batches_of(fabric, args, prepared)
     forget_peak(fabric.device)
     training = set_up(fabric, args, prepared, order.steps, scaler)
@@ -102,31 +124,29 @@ def run(
     args.output.mkdir(parents=True, exist_ok=True)
     plan = plan_of(fabric, args, prepared, batches, order, say)
     fit(fabric, training, plan if after_epoch is None else with_report(plan, after_epoch))
-    costs["step_seconds"] = typical(training.step_seconds)
-    costs["peak_bytes"], costs["peak_memory"] = peak_memory(fabric.device)
-
-    record = {
-        "settings": settings_of(args),
-        "classes": images.classes,
-        "images": {part: count(images, rows) for part, rows in found.items()},
-        "broken_images": images.broken,
-        **costs,
+    peak, kind = peak_memory(fabric.device)
+    return {
+        "step_seconds": typical(training.step_seconds),
+        "peak_bytes": peak,
+        "peak_memory": kind,
         "best_epoch": training.best_epoch,
         "history": training.history,
         **evaluate(fabric, args, prepared, training, batches),
-        "seconds": time.perf_counter() - begun,
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
-    say("\n" + table(record["test"], images.classes, f"Test on {len(found['test'])} images") + "\n")
+
+
+def conclude(fabric: Fabric, args: argparse.Namespace, prepared: Run, record: dict[str, Any], say: Say) -> None:
+    """Print the scores and write everything that a run leaves."""
+    tested = len(prepared.found["test"])
+    say("\n" + table(record["test"], record["classes"], f"Test on {tested} images") + "\n")
     if "test_subgroups" in record:
         say(subgroup_table(record["test_subgroups"]) + "\n")
     # What is sharded is gathered by all processes together; of equal copies one is enough.
     if args.strategy == "fsdp2" or fabric.is_global_zero:
         save_adapter(args, prepared, record)
     if fabric.is_global_zero:
-        write_results(args, images, record)
+        write_results(args, prepared.images, record)
     say(f"Saved the adapter, the metrics and the predictions to {args.output}")
-    return record
 
 
 def with_report(plan: Plan, after_epoch: Callable[[Training], None]) -> Plan:

@@ -24,29 +24,19 @@ def read_huggingface(name: str, reading: Reading) -> Images:
     splits = _splits(name)
     first = next(iter(splits.values()))
     image, label = _columns(name, first.features)
+    if reading.group_column and reading.group_column not in first.column_names:
+        raise TrainerError(f"{name} has the columns {', '.join(first.column_names)}, and no '{reading.group_column}'.")
     places = [(key, i) for key, rows in splits.items() for i in range(len(rows))]
 
     def column(wanted: str) -> list[str]:
-        return [str(value) for rows in splits.values() for value in rows[wanted]]
+        return loaded.of([str(value) for rows in splits.values() for value in rows[wanted]])
 
-    def decode(place: tuple[str, int]) -> tuple[Bytes, str]:
-        key, i = place
-        try:
-            return as_image(pixels_of(splits[key][i][image])), ""
-        # Damaged files raise whatever their format's parser stumbles on.
-        except Exception as error:
-            raise TrainerError(f"Image {i} of the split '{key}' of {name} could not be read: {error}.") from error
-
-    loaded = load(places, decode, reading)
+    loaded = load(places, lambda place: _decode(splits, place, image, name), reading)
     spelled = getattr(first.features[label], "names", None)
-    labels, classes = number_classes(
-        loaded.of([spelled[int(v)] if spelled else v for v in column(label)]),
-    )
+    labels, classes = number_classes([spelled[int(value)] if spelled else value for value in column(label)])
     groups = [loaded.digests]
     if reading.patient_column in first.column_names:
-        groups.append(loaded.of(column(reading.patient_column)))
-    if reading.group_column and reading.group_column not in first.column_names:
-        raise TrainerError(f"{name} has the columns {', '.join(first.column_names)}, and no '{reading.group_column}'.")
+        groups.append(column(reading.patient_column))
     return Images(
         loaded.pixels,
         labels,
@@ -54,9 +44,18 @@ def read_huggingface(name: str, reading: Reading) -> Images:
         join_groups(*groups),
         name_parts(loaded.of([key for key, _ in places]), name) if len(splits) > 1 else None,
         loaded.of([f"{key}/{i}" for key, i in places]),
-        loaded.of(column(reading.group_column)) if reading.group_column else None,
+        column(reading.group_column) if reading.group_column else None,
         loaded.broken,
     )
+
+
+def _decode(splits: dict[str, Any], place: tuple[str, int], image: str, name: str) -> tuple[Bytes, str]:
+    key, i = place
+    try:
+        return as_image(pixels_of(splits[key][i][image])), ""
+    # Damaged files raise whatever their format's parser stumbles on.
+    except Exception as error:
+        raise TrainerError(f"Image {i} of the split '{key}' of {name} could not be read: {error}.") from error
 
 
 def _splits(name: str) -> dict[str, Any]:
