@@ -10,22 +10,31 @@ Every model has BatchNorm at its running statistics, a frozen base and no head t
 
 import argparse
 import json
-import logging
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from networks import build, example, forward
-from timing import add_arguments, bytes_kept, compiled, interleaved, precision, ratios, where
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from libraries import (
+    Builder,
+    PlainLoRA,
+    PlainSSF,
+    PlainSVDiff,
+    PlainTSA,
+    base,
+    floor,
+    parametrized,
+    plain,
+    with_adapters,
+    with_loralib,
+    with_lycoris,
+    with_medpeft,
+    with_peft,
+)
+from networks import example
+from step import loss_of
+from timing import add_arguments, bytes_kept, compiled, interleaved, ratios, where
+from torch import nn
 
-import medpeft
-
-Builder = Callable[[argparse.Namespace], nn.Module]
 VIT, RESNET = "vit_small_patch16_224", "resnet50"
 
 
@@ -53,7 +62,7 @@ def measure(name: str, builders: dict[str, Builder], args: argparse.Namespace) -
             models[label] = ready(builder(args)).to(args.device)
         except ImportError as error:
             print(f"{label}: left out: {error}")
-    losses = {label: loss_of(model, inputs, label == "floor", args) for label, model in models.items()}
+    losses = {label: loss_of(compiled(model, args), inputs, label == "floor", args) for label, model in models.items()}
     kept = {label: 0 if args.compile else bytes_kept(model, losses[label]) for label, model in models.items()}
     steps = {label: (lambda loss=loss: loss().backward()) for label, loss in losses.items()}
     figures = ratios(interleaved(steps, args.repeats, args.device))
@@ -67,17 +76,6 @@ def measure(name: str, builders: dict[str, Builder], args: argparse.Namespace) -
         }
         for label, model in models.items()
     ]
-
-
-def loss_of(model: nn.Module, inputs: tuple[Tensor, ...], grad: bool, args: argparse.Namespace) -> Callable[[], Tensor]:
-    """The forward up to a loss."""
-    call = compiled(model, args)
-
-    def loss() -> Tensor:
-        with precision(args):
-            return forward(call, inputs, grad).float().square().mean()
-
-    return loss
 
 
 def ready(model: nn.Module) -> nn.Module:
@@ -106,203 +104,6 @@ def table(task: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> st
     return "\n".join(lines)
 
 
-# Builders.
-
-
-def floor(name: str) -> Builder:
-    """The frozen model, whose input asks for a gradient."""
-    return lambda args: build(name).requires_grad_(False)
-
-
-def with_medpeft(name: str, method: str, **options: Any) -> Builder:
-    """The model adapted by medpeft."""
-    return lambda args: medpeft.apply(base(name), method, head=None, **options)
-
-
-def base(name: str) -> nn.Module:
-    """A model by name; "hf_vit" is transformers' ViT in the size of ViT-S/16."""
-    if name != "hf_vit":
-        return build(name)
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536)
-    return ViTModel(config, add_pooling_layer=False)
-
-
-def with_peft(name: str, kind: str = "LoraConfig", **options: Any) -> Builder:
-    """The model adapted by Hugging Face's peft."""
-
-    def builder(args: argparse.Namespace) -> nn.Module:
-        import peft
-
-        return peft.get_peft_model(base(name), getattr(peft, kind)(**options))
-
-    return builder
-
-
-def with_lycoris(name: str, layers: tuple[type[nn.Module], ...]) -> Builder:
-    """The model adapted by LyCORIS' LoCon."""
-
-    def builder(args: argparse.Namespace) -> nn.Module:
-        from lycoris import LycorisNetwork, create_lycoris
-
-        logging.getLogger("LyCORIS").setLevel(logging.ERROR)
-        model = base(name).requires_grad_(False)
-        LycorisNetwork.apply_preset({"target_name": [n for n, m in model.named_modules() if isinstance(m, layers)]})
-        network = create_lycoris(model, 1.0, linear_dim=8, linear_alpha=8, conv_dim=8, conv_alpha=8, algo="lora")
-        network.apply_to()
-        model.add_module("lycoris", network)
-        return model
-
-    return builder
-
-
-def with_loralib(name: str, fused: bool = False) -> Builder:
-    """The model with the layers of loralib, LoRA's original implementation; `fused` puts them on q and v alone."""
-
-    def builder(args: argparse.Namespace) -> nn.Module:
-        import loralib
-
-        def layer(old: nn.Linear, path: str) -> nn.Module | None:
-            shape, bias = (old.in_features, old.out_features), old.bias is not None
-            if fused:
-                is_qkv = path.endswith("qkv")
-                options = {"r": 8, "lora_alpha": 8, "enable_lora": [True, False, True], "merge_weights": False}
-                return loralib.MergedLinear(*shape, bias=bias, **options) if is_qkv else None
-            return loralib.Linear(*shape, r=8, lora_alpha=8, merge_weights=False, bias=bias)
-
-        model = replaced(base(name), nn.Linear, layer)
-        loralib.mark_only_lora_as_trainable(model)
-        return model
-
-    return builder
-
-
-def with_adapters(config: str) -> Builder:
-    """transformers' ViT adapted by the library `adapters`."""
-
-    def builder(args: argparse.Namespace) -> nn.Module:
-        import adapters
-
-        model = base("hf_vit")
-        adapters.init(model)
-        model.add_adapter("own", config=adapters.AdapterConfig.load(config, reduction_factor=6, non_linearity="gelu"))
-        model.train_adapter("own")
-        model.set_active_adapters("own")
-        return model
-
-    return builder
-
-
-def plain(name: str, kind: type[nn.Module], wrapper: type[nn.Module]) -> Builder:
-    """The model with each layer of a kind in a wrapper that computes the plain expression."""
-
-    def builder(args: argparse.Namespace) -> nn.Module:
-        model = base(name).requires_grad_(False)
-        for path, layer in list(model.named_modules()):
-            if isinstance(layer, kind):
-                put(model, path, wrapper(layer))
-        return model
-
-    return builder
-
-
-def replaced(model: nn.Module, kind: type[nn.Module], make: Callable[[Any, str], nn.Module | None]) -> nn.Module:
-    """The model with its layers of a kind replaced by others that hold their values."""
-    for path, layer in list(model.named_modules()):
-        new = make(layer, path) if isinstance(layer, kind) else None
-        if new is not None:
-            new.load_state_dict(layer.state_dict(), strict=False)
-            put(model, path, new)
-    return model
-
-
-def put(model: nn.Module, path: str, layer: nn.Module) -> None:
-    """Put a layer in the place of another."""
-    parent, _, own = path.rpartition(".")
-    setattr(model.get_submodule(parent), own, layer)
-
-
-class PlainLoRA(nn.Module):
-    """y + (α/r)·B·A·x."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.layer = layer
-        self.down, self.up = nn.Linear(layer.in_features, 8, bias=False), nn.Linear(8, layer.out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output and the low-rank change."""
-        return self.layer(x) + self.up(self.down(x))
-
-
-class PlainSSF(nn.Module):
-    """y·γ + β on the last axis, or on the channels of a convolution."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.layer = layer
-        self.axis = 1 if isinstance(layer, nn.Conv2d) else -1
-        self.scale, self.shift = (nn.Parameter(torch.full((len(layer.weight),), start)) for start in (1.0, 0.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, scaled and shifted."""
-        shape = (1, -1, 1, 1) if self.axis == 1 else (-1,)
-        return self.layer(x) * self.scale.view(shape) + self.shift.view(shape)
-
-
-class PlainTSA(nn.Module):
-    """conv(x) + conv1x1(x)."""
-
-    def __init__(self, layer: nn.Conv2d) -> None:
-        super().__init__()
-        self.layer = layer
-        self.alpha = nn.Conv2d(layer.in_channels, layer.out_channels, 1, layer.stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The sum of both convolutions."""
-        return self.layer(x) + self.alpha(x)
-
-
-class PlainSVDiff(nn.Module):
-    """The layer with U·diag(relu(σ + δ))·Vᵀ built in every forward."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        left, values, right = torch.linalg.svd(layer.weight.detach().flatten(1), full_matrices=False)
-        for key, tensor in (("left", left), ("values", values), ("right", right)):
-            self.register_buffer(key, tensor)
-        self.layer, self.delta = layer, nn.Parameter(torch.zeros_like(values))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output with the shifted spectrum."""
-        weight = ((self.left * (self.values + self.delta).relu()) @ self.right).view(self.layer.weight.shape)
-        if isinstance(self.layer, nn.Linear):
-            return F.linear(x, weight, self.layer.bias)
-        return self.layer._conv_forward(x, weight, self.layer.bias)
-
-
-class LowRankSum(nn.Module):
-    """W + B·A, as a parametrization of the weight."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], 8))
-        self.down = nn.Parameter(torch.randn(8, weight.shape[1]) / math.sqrt(weight.shape[1]))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The changed weight."""
-        return weight + self.up @ self.down
-
-
-def parametrized(args: argparse.Namespace) -> nn.Module:
-    """Every linear layer with a parametrized weight."""
-    model = base(VIT).requires_grad_(False)
-    for layer in [m for m in model.modules() if isinstance(m, nn.Linear)]:
-        parametrize.register_parametrization(layer, "weight", LowRankSum(layer.weight))
-    return model
-
-
 _LORA = {"r": 8, "lora_alpha": 8}
 
 TASKS: dict[str, tuple[str, dict[str, Builder]]] = {
@@ -314,7 +115,7 @@ TASKS: dict[str, tuple[str, dict[str, Builder]]] = {
             "peft": with_peft(VIT, target_modules=r".*\.(qkv|proj|fc1|fc2)|head", **_LORA),
             "LyCORIS": with_lycoris(VIT, (nn.Linear,)),
             "loralib": with_loralib(VIT),
-            "parametrize": parametrized,
+            "parametrize": parametrized(VIT),
             "plain expression": plain(VIT, nn.Linear, PlainLoRA),
         },
     ),

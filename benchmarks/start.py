@@ -118,9 +118,7 @@ def _peft_round(peft: Any, args: argparse.Namespace, config: Any, folder: str) -
     found["save"] = timed(lambda: model.save_pretrained(folder))
     found["load into a fresh base"] = timed(lambda: held.append(peft.PeftModel.from_pretrained(second, folder)))
     loaded: Any = held[1]
-    state = peft.load_peft_weights(folder)
     found["swap in place"] = timed(lambda: peft.set_peft_model_state_dict(loaded, peft.load_peft_weights(folder)))
-    assert state
     found["merge"] = timed(lambda: loaded.merge_and_unload())
     found["remove"] = timed(lambda: model.unload())
     return found
