@@ -17,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 from experiments import page
 from experiments.cells import Cell, Choice, choices, file_name, fitting, make_cell
+from experiments.command import exit_status
 from experiments.figures import draw_pareto
 from experiments.flags import make_parser, parse
 from experiments.rates import best_rate, beyond, candidates, multiples, rate_of, with_rate
@@ -28,21 +29,12 @@ from experiments.summary import summarise
 from experiments.tables import cost_table, score_table, to_html, write_tables
 from trainer.errors import TrainerError
 
-import medpeft
-
 MORE = 2  # rates to try beyond the edge of a grid
 
 
 def main(given: Sequence[str] | None = None) -> int:
     """Run the command line; give its exit status."""
-    try:
-        return run(given)
-    except (TrainerError, medpeft.MedpeftError) as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
-        return 130
+    return exit_status("compare.py", run, given)
 
 
 def run(given: Sequence[str] | None = None) -> int:

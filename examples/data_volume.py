@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import pandas as pd
 from experiments import page
 from experiments.cells import Cell, Choice, choices, file_name, fitting, make_cell
+from experiments.command import exit_status
 from experiments.figures import draw_volume
 from experiments.flags import make_parser, parse
 from experiments.records import Record
@@ -27,21 +28,12 @@ from trainer.errors import TrainerError
 from trainer.flags import make_parser as make_run_parser
 from trainer.flags import parse as parse_run
 
-import medpeft
-
 FRACTIONS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 def main(given: Sequence[str] | None = None) -> int:
     """Run the command line; give its exit status."""
-    try:
-        return run(given)
-    except (TrainerError, medpeft.MedpeftError) as error:
-        print(f"data_volume.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
-        return 130
+    return exit_status("data_volume.py", run, given)
 
 
 def run(given: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ from typing import Any
 import fsspec  # type: ignore[import-untyped]
 import torch
 import train
+from experiments.command import exit_status
 from experiments.settings import write_settings
 from experiments.space import as_flags, defaults, search_space
 from trainer.checkpoint import Training
@@ -51,14 +52,7 @@ SCORE = "best_val_macro_f1"
 
 def main(given: Sequence[str] | None = None) -> int:
     """Run the command line; give its exit status."""
-    try:
-        return run(given)
-    except (TrainerError, medpeft.MedpeftError) as error:
-        print(f"tune.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
-        return 130
+    return exit_status("tune.py", run, given)
 
 
 def make_parser() -> argparse.ArgumentParser:
