@@ -28,7 +28,7 @@ from experiments.command import exit_status
 from experiments.settings import write_settings
 from experiments.space import as_flags, defaults, search_space
 from trainer.checkpoint import Training
-from trainer.config import with_config
+from trainer.config import without_config
 from trainer.errors import TrainerError
 from trainer.flags import make_parser as make_run_parser
 from trainer.flags import parse as parse_run
@@ -80,6 +80,7 @@ def run(given: Sequence[str] | None = None) -> int:
     """Search, or go on with a search; give the exit status."""
     args, flags = make_parser().parse_known_args(given)
     base = parse_run(make_run_parser(""), [*flags, "--quiet"])
+    flags = portable(base, flags)
     space = search_space(base, given_names(flags))
     start = defaults(base, space)
     if not space:
@@ -103,12 +104,18 @@ def run(given: Sequence[str] | None = None) -> int:
     return write_results(args, flags, results, start)
 
 
+def portable(base: argparse.Namespace, flags: Sequence[str]) -> list[str]:
+    """Give flags that mean the same in a trial, which has a working folder of its own and may be on another machine."""
+    own = without_config(make_run_parser(""), flags)
+    return own if base.cache_features is None else [*own, f"--cache-features={base.cache_features.resolve()}"]
+
+
 def given_names(flags: Sequence[str]) -> set[str]:
-    """Name the trainer's flags that a command line, or the file it names, sets."""
+    """Name the trainer's flags that a command line sets."""
     parser = make_run_parser("")
     for action in parser._actions:
         action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_args(with_config(parser, flags))))
+    return set(vars(parser.parse_args(flags)))
 
 
 def keep_search(file: str, args: argparse.Namespace, flags: Sequence[str]) -> None:
@@ -195,7 +202,11 @@ def train_point(point: dict[str, Any], flags: list[str], images: Images) -> None
 
 
 def write_results(args: argparse.Namespace, flags: Sequence[str], results: tune.ResultGrid, start: dict[str, Any]) -> int:
-    """Write every trial and the best settings, and print them; give the exit status."""
+    """Write every trial and the best settings, and print them; give the exit status, 1 if a trial broke off."""
+    if broken := results.errors:
+        print(f"{len(broken)} of {len(results)} trials broke off, the first with:\n{broken[0]}", file=sys.stderr)
+        if len(broken) == len(results):
+            return 1
     trials = results.get_dataframe(filter_metric=SCORE, filter_mode="max")
     names = {f"config/{name}": name for name in start} | {"training_iteration": "epoch"}
     shown = trials.rename(columns=names).sort_values(SCORE, ascending=False)
@@ -211,7 +222,7 @@ def write_results(args: argparse.Namespace, flags: Sequence[str], results: tune.
     print(shown[columns].head(10).to_string(index=False, float_format=lambda value: f"{value:.4g}"))
     print(f"\nValidation macro-F1 {shown[SCORE].iloc[0]:.4f} with {args.output / 'best.yaml'}")
     print(f"Train with it: train.py --config {args.output / 'best.yaml'}")
-    return 0
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A search tries what the method declares, goes on where it was interrupted, and writes what the other scripts read."""
 
+import argparse
 import json
 import os
 import signal
@@ -72,12 +73,13 @@ def test_a_point_survives_the_way_to_the_trainer_and_into_a_file(tmp_path):
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """A search of three points, interrupted after the first and taken up again."""
+    """A search of three points, interrupted after the first and taken up again; settings in a file beside it."""
     folder = tmp_path_factory.mktemp("search")
-    command = [sys.executable, EXAMPLES / "tune.py", *TINY, "--method", "lora", "--samples", "3", "--cpus", "1"]
-    command += ["--output", folder]
+    (folder / "tiny.yaml").write_text(f"model: {TINY[1]}\nno_pretrained: true\nimage_size: 32\nepochs: 2\n")
+    command = [sys.executable, EXAMPLES / "tune.py", "--config", "tiny.yaml", "--train-fraction", "0.2"]
+    command += ["--method", "lora", "--samples", "3", "--cpus", "1", "--output", folder]
     with (folder / "log").open("w") as log:
-        first = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        first = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
         end = time.monotonic() + 240
         while not any(done_trials(folder)):
             assert first.poll() is None, (folder / "log").read_text()
@@ -87,7 +89,7 @@ def output(tmp_path_factory):
         assert first.wait(60) == 130, (folder / "log").read_text()
     (folder / "after").write_text(json.dumps([path.name for path in done_trials(folder)]))
     assert not (folder / "best.yaml").exists()
-    second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=folder)
     assert second.returncode == 0, second.stdout + second.stderr
     (folder / "second").write_text(second.stdout)
     return folder
@@ -128,11 +130,16 @@ def test_the_other_scripts_read_the_best_settings(output):
     assert not left_out
 
 
-def test_another_search_in_the_same_place_is_refused(output):
+def test_another_search_in_the_same_place_is_refused(output, monkeypatch):
     import tune
 
+    monkeypatch.chdir(output)
+    same = ["--config", "tiny.yaml", "--train-fraction", "0.2", "--method", "lora", "--output", str(output)]
     with pytest.raises(tune.TrainerError, match=r"search\.json is of a search with other samples \(3\)"):
-        tune.run([*TINY, "--method", "lora", "--samples", "9", "--output", str(output)])
+        tune.run([*same, "--samples", "9"])
+    (output / "tiny.yaml").write_text("epochs: 3\n")
+    with pytest.raises(tune.TrainerError, match=r"search\.json is of a search with other flags"):
+        tune.run([*same, "--samples", "3"])
 
 
 def test_nothing_to_search_is_an_error(tmp_path, capsys):
@@ -141,3 +148,16 @@ def test_nothing_to_search_is_an_error(tmp_path, capsys):
     given = ["--method", "bias", "--lr", "0.1", "--weight-decay", "0", "--augment", "none", "--output", str(tmp_path)]
     assert tune.main([*TINY, *given]) == 2
     assert "Nothing is left to search" in capsys.readouterr().err
+
+
+def test_trials_that_break_off_are_an_error_with_the_first_reason(tmp_path, capsys):
+    import tune
+
+    class Results(list):
+        @property
+        def errors(self):
+            return [RuntimeError("no space left on the device")] * len(self)
+
+    assert tune.write_results(argparse.Namespace(output=tmp_path), [], Results(["first", "second"]), {}) == 1
+    assert "2 of 2 trials broke off, the first with:\nno space left on the device" in capsys.readouterr().err
+    assert not (tmp_path / "best.yaml").exists()

@@ -21,11 +21,36 @@ def with_config(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[s
     Raises:
         TrainerError: the file cannot be read, is no mapping, or has a key that is no flag.
     """
+    return [*_content(parser, given)[0], *given]
+
+
+def without_config(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
+    """Put the flags of `--config FILE` in its place: for a process that has another working folder, or another disk.
+
+    Args:
+        parser: as for `with_config`.
+        given: the command line.
+
+    Raises:
+        TrainerError: as for `with_config`.
+    """
+    flags, rest = _content(parser, given)
+    return [*flags, *rest]
+
+
+def write_config(settings: Mapping[str, Any], file: Path) -> None:
+    """Write settings that `--config` reads."""
+    file.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}, sort_keys=False))
+
+
+def _content(parser: argparse.ArgumentParser, given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Give the flags of the file that a command line names, and the rest of the command line."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
-    file = early.parse_known_args(list(given))[0].config
+    named, rest = early.parse_known_args(list(given))
+    file = named.config
     if file is None:
-        return list(given)
+        return [], rest
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     flags: list[str] = []
     for key, value in _read(file).items():
@@ -36,12 +61,7 @@ def with_config(parser: argparse.ArgumentParser, given: Sequence[str]) -> list[s
         if name == "target" and "--target" in given:
             continue
         flags += _as_flags(file, actions[name], value)
-    return [*flags, *given]
-
-
-def write_config(settings: Mapping[str, Any], file: Path) -> None:
-    """Write settings that `--config` reads."""
-    file.write_text(yaml.safe_dump({k: v for k, v in settings.items() if v is not None}, sort_keys=False))
+    return flags, rest
 
 
 def _read(file: Path) -> dict[str, Any]:
