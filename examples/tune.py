@@ -122,10 +122,13 @@ def keep_search(file: str, args: argparse.Namespace, flags: Sequence[str]) -> No
     """Write down what is searched, or check that an interrupted search is this one.
 
     Raises:
-        TrainerError: another search is there.
+        TrainerError: another search is there, or the place cannot be reached.
     """
     now = {"flags": list(flags), "samples": args.samples, "grace": args.grace, "reduction": args.reduction}
-    filesystem, path = fsspec.core.url_to_fs(file)
+    try:
+        filesystem, path = fsspec.core.url_to_fs(file)
+    except (ImportError, ValueError) as error:
+        raise TrainerError(f"--storage {args.storage} cannot be reached: {error}") from error
     if not filesystem.exists(path):
         filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
         filesystem.pipe_file(path, json.dumps(now).encode())
@@ -140,11 +143,21 @@ def keep_search(file: str, args: argparse.Namespace, flags: Sequence[str]) -> No
 
 
 def start_ray(args: argparse.Namespace) -> None:
-    """Start Ray on this machine, or join a cluster, whose machines then get these scripts."""
+    """Start Ray on this machine, or join a cluster, whose machines then get these scripts.
+
+    Raises:
+        TrainerError: there is no such cluster, or it lets nobody in without its token.
+    """
     if args.address is None:
         ray.init(num_cpus=args.cpus, include_dashboard=False, configure_logging=False)
-    else:
+        return
+    try:
         ray.init(address=args.address, runtime_env={"working_dir": str(Path(__file__).parent)})
+    except ConnectionError as error:
+        raise TrainerError(
+            f"--address {args.address} cannot be joined: {error}. Check that 'ray status' works here. A cluster that asks for "
+            "a token needs RAY_AUTH_MODE=token in the environment, and the token of its head."
+        ) from error
 
 
 def make_tuner(

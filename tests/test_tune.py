@@ -150,6 +150,14 @@ def test_nothing_to_search_is_an_error(tmp_path, capsys):
     assert "Nothing is left to search" in capsys.readouterr().err
 
 
+def test_a_storage_that_cannot_be_reached_is_an_error(tmp_path, capsys):
+    import tune
+
+    given = ["--method", "bias", "--storage", "nowhere://bucket/path", "--output", str(tmp_path)]
+    assert tune.main([*TINY, *given]) == 2
+    assert "--storage nowhere://bucket/path cannot be reached: Protocol not known: nowhere" in capsys.readouterr().err
+
+
 def test_trials_that_break_off_are_an_error_with_the_first_reason(tmp_path, capsys):
     import tune
 
