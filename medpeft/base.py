@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapters
 from .file import printable, short
+from .shards import whole
 
 SAMPLES = 256
 """Elements of each tensor that enter its digest."""
@@ -100,12 +101,6 @@ def pretrained_config(model: nn.Module) -> dict[str, Any]:
     """timm's `pretrained_cfg`, empty for a model without one."""
     config = getattr(model, "pretrained_cfg", None)
     return config if isinstance(config, dict) else {}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded, detached; every rank has to take part."""
-    gathered: Tensor = getattr(tensor.detach(), "full_tensor", tensor.detach)()
-    return gathered
 
 
 def _described(tensor: Tensor) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Site, adapted_layers, own_state
-from .base import class_of, differences, identify, pretrained_config, whole
+from .base import class_of, differences, identify, pretrained_config
 from .errors import CheckpointError, MedpeftError, require_choice
 from .file import MAX_DEPTH, short, write
 from .fitting import draw_head, expected_tensors, explain, misfits, record_of, require_values, within
@@ -20,8 +20,9 @@ from .header import KEY, SCHEMA, Header, compose, read, read_values
 from .model import carry_out, forget
 from .planning import Plan, build, plan_from
 from .registry import Method
+from .shards import is_first, overwrite, reshard, whole
 from .source import Source, name_of, opened
-from .state import Applied, applied, like, require_applied, trained_tensors
+from .state import Applied, applied, require_applied, trained_tensors
 
 _INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -46,6 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
             device, within `disabled` or `merged`, a head replaced). A file that was there before stays.
     """
     record = require_applied(model)
+    reshard(model)
     _check_savable(model, record)
     said = _json({} if metadata is None else metadata, "metadata")
     if not isinstance(said, dict) or not _names(said.get("classes")):
@@ -122,12 +124,6 @@ def _input(model: nn.Module) -> dict[str, Any] | None:
     """What timm says of the input that the model expects, None for other models."""
     config = pretrained_config(model)
     return {key: _json(config[key], f"pretrained_cfg[{key!r}]") for key in _INPUT if key in config} or None
-
-
-def is_first(tensors: Iterable[Tensor]) -> bool:
-    """Whether this process writes: of the ranks that share a sharded model, the first; else always."""
-    meshes = [tensor.device_mesh for tensor in tensors if hasattr(tensor, "device_mesh")]
-    return all(not any(mesh.get_coordinate() or ()) for mesh in meshes)
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -270,17 +266,8 @@ def _fill(built: Built, values: dict[str, Tensor]) -> Built:
     return built
 
 
-@torch.no_grad()
 def copy_values(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
     """Copy the values into the model's own tensors; after an error all are as before."""
+    reshard(model)
     own = {**dict(own_state(model)), **dict(trained_tensors(model, record))}
-    pairs = [(own[name], like(value, own[name])) for name, value in values.items()]
-    before: list[tuple[Tensor, Tensor]] = []
-    try:
-        for tensor, value in pairs:
-            before.append((tensor, tensor.detach().clone()))
-            tensor.copy_(value)
-    except BaseException:
-        for tensor, value in before:
-            tensor.copy_(value)
-        raise
+    overwrite((own[name], value) for name, value in values.items())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Site, adapted_layers
-from .base import class_of, own_tensors, whole
+from .base import class_of, own_tensors
 from .checkpoint import plain, settle
 from .conv import slides_plainly
 from .errors import CheckpointError, MedpeftError
@@ -18,6 +18,7 @@ from .fitting import require_values, within
 from .head import Head
 from .methods.lora import LoRA
 from .planning import Plan, build, plan
+from .shards import reshard, whole
 from .state import Applied, trained_tensors
 from .targets import Network
 
@@ -36,6 +37,7 @@ class Factors:
 
 def exported(model: nn.Module, record: Applied, *, with_head: bool) -> dict[str, Factors]:
     """The factors of every layer; a `CheckpointError` names all that cannot be expressed."""
+    reshard(model)
     require_values(model)
     problems = []
     others = [name for name in record.methods if name not in ("lora", "linear_probe")]

@@ -16,6 +16,7 @@ from .file import Entry, short
 from .header import Header
 from .planning import Plan, build, state_of, statistics_names
 from .registry import find
+from .shards import is_sharded
 from .state import Applied, trained_tensors
 
 
@@ -31,7 +32,7 @@ def record_of(header: Header, model: nn.Module, head: str, keep_base: bool | Non
         CheckpointError: a method or an option of the file's is unknown, or the model cannot be adapted.
     """
     for name, tensor in own_tensors(model):
-        if hasattr(tensor, "device_mesh"):
+        if is_sharded(tensor):
             raise CheckpointError(f"{name!r} is sharded already: load the checkpoint before fully_shard.")
     said = header.document
     selected = dict(said["selected"])

@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .checkpoint import is_first, plain
+from .checkpoint import plain
 from .errors import CheckpointError
 from .factors import Factors, apply_factors, exported
 from .file import MAX_HEADER, parse, read_layout, read_tensors, write
 from .head import Head
+from .shards import is_first
 from .source import opened
 from .state import require_applied
 

@@ -15,6 +15,7 @@ from .adapter import adapted_layers, covering, own_tensor
 from .conv import standardises
 from .errors import MedpeftError, require
 from .model import forget, require_acting
+from .shards import gathered, is_sharded, like, overwrite, reshard, whole
 from .state import require_applied
 
 _log = logging.getLogger("medpeft")
@@ -54,6 +55,7 @@ def merge(model: nn.Module, *, example_input: Any = None, tolerance: float = 1e-
             f"The merged outputs would differ by {difference:.2e} of the largest one, more than tolerance={tolerance:.2e}: is "
             "the weight in low precision? Nothing was merged.",
         )
+    reshard(model)
     created = [f"{name}.{tensor}" for name, tensor in values if own_tensor(model.get_submodule(name), tensor) is None]
     for (name, tensor), value in values.items():
         _put(model.get_submodule(name), tensor, value)
@@ -87,6 +89,7 @@ def merged(model: nn.Module, *, min_kept: float = 0.9) -> Iterator[nn.Module]:
 def _merged_values(model: nn.Module, min_kept: float) -> Values:
     """New tensors by layer and name; nothing in the model changes."""
     require_acting(model, require_applied(model), "merging")
+    reshard(model)
     values: Values = {}
     problems = []
     holders = _holders(model)
@@ -97,7 +100,8 @@ def _merged_values(model: nn.Module, min_kept: float) -> Values:
         never = next((adapter.unmergeable for adapter in adapters.every() if adapter.unmergeable), "")
         try:
             require(not never, never)
-            new = covering(layer, adapters.every())
+            with gathered([layer, *adapters.modules()]):
+                new = covering(layer, adapters.every())
         except MedpeftError as reason:
             problems.append(f"{name}: {reason}")
             continue
@@ -105,11 +109,13 @@ def _merged_values(model: nn.Module, min_kept: float) -> Values:
             own = own_tensor(layer, tensor)
             tied = [n for n in holders.get(id(own), []) if n != f"{name}.{tensor}".lstrip(".")]
             kept = 1.0 if own is None else _kept(own, value)
+            if own is None and any(is_sharded(p) for p in layer.parameters(recurse=False)):
+                problems.append(f"{name}: it has no {tensor}, and a sharded layer can get none: merge the unsharded model")
             if tied:
                 problems.append(f"{name}: its {tensor} is tied to {tied[0]}, which has no such adapter")
             elif kept < min_kept:
                 problems.append(f"{name}: {value.dtype if own is None else own.dtype} would keep {kept:.0%} of the update")
-            values[name, tensor] = value.to(_dtype(layer, own))
+            values[name, tensor] = value.to(_dtype(layer)) if own is None else like(value, own)
     if problems:
         shown = "\n  ".join(problems[:10]) + (f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else "")
         raise MedpeftError(
@@ -134,13 +140,13 @@ def _kept(own: Tensor, value: Tensor) -> float:
     if own.is_meta or own.dtype not in (torch.float16, torch.bfloat16):
         return 1.0
     wide = value.float()
-    size = torch.linalg.vector_norm(wide - own.float())
+    size = torch.linalg.vector_norm(wide - whole(own).float())
     lost = torch.linalg.vector_norm(wide - value.to(own.dtype).float())
     return 1.0 if size == 0 else max(0.0, 1.0 - float(lost / size))
 
 
-def _dtype(layer: nn.Module, own: Tensor | None) -> torch.dtype | None:
-    return own.dtype if own is not None else next((p.dtype for p in layer.parameters(recurse=False)), None)
+def _dtype(layer: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in layer.parameters(recurse=False)), None)
 
 
 def _put(layer: nn.Module, tensor: str, value: Tensor) -> None:
@@ -156,17 +162,27 @@ def _put(layer: nn.Module, tensor: str, value: Tensor) -> None:
 @contextmanager
 def _swapped(model: nn.Module, values: Values) -> Iterator[None]:
     """Other tensors in the place of the layers' own, and the adapters off, for a while."""
+    reshard(model)
     before: list[tuple[dict[str, Any], str, Any]] = []
+    shards: list[tuple[Tensor, Tensor]] = []
     for (name, tensor), value in values.items():
         layer = model.get_submodule(name)
         store: dict[str, Any] = layer._buffers if tensor in layer._buffers else layer._parameters
-        before.append((store, tensor, store.get(tensor)))
+        own: Any = store.get(tensor)
+        if is_sharded(own):
+            # FSDP2 has a hold of its own on it, and puts it back whenever the layer runs.
+            shards.append((own, value))
+            continue
+        before.append((store, tensor, own))
         store[tensor] = value if store is layer._buffers else nn.Parameter(value, requires_grad=False)
+    trained = overwrite(shards)
     for _, _, adapters in adapted_layers(model):
         adapters.enabled = False
     try:
         yield
     finally:
+        reshard(model)
+        overwrite(trained)
         for store, tensor, own in before:
             store[tensor] = own
         for _, _, adapters in adapted_layers(model):

@@ -17,7 +17,8 @@ from .head import Head
 from .hooks import attach, detach
 from .planning import Plan, build, plan
 from .registry import Method, Methods
-from .state import Applied, like, require_applied, set_applied, trained_tensors
+from .shards import overwrite, reshard
+from .state import Applied, require_applied, set_applied, trained_tensors
 from .targets import Target
 
 
@@ -57,8 +58,8 @@ def apply(
         `model` itself.
 
     Raises:
-        MedpeftError: an unknown method, option or pattern; a method that fits nothing here; a model that is compiled or
-            adapted already. The model is untouched.
+        MedpeftError: an unknown method, option or pattern; a method that fits nothing here; a model that is compiled,
+            sharded, wrapped in DistributedDataParallel or adapted already. The model is untouched.
     """
     planned = plan(
         model, method, target=target, exclude=exclude, head=head, batchnorm=batchnorm, keep_base=keep_base,
@@ -97,10 +98,7 @@ def remove(model: nn.Module) -> nn.Module:
     """
     record = require_applied(model)
     require_acting(model, record, "remove")
-    base = _base(record, "remove")
-    with torch.no_grad():
-        for name, tensor in trained_tensors(model, record):
-            tensor.copy_(base[name])
+    _put(model, record, _base(record, "remove"))
     forget(model)
     return model
 
@@ -128,6 +126,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     if before:
         require_acting(model, record, "disabled")
     base = _base(record, "disabled")
+    reshard(model)
     trained = {name: tensor.detach().clone() for name, tensor in trained_tensors(model, record)}
     _switch(model, record, base, enabled=False)
     try:
@@ -136,13 +135,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         _switch(model, record, trained, enabled=before)
 
 
-@torch.no_grad()
 def _switch(model: nn.Module, record: Applied, values: dict[str, Tensor], *, enabled: bool) -> None:
     record.enabled = enabled
-    for name, tensor in trained_tensors(model, record):
-        tensor.copy_(like(values[name], tensor))
+    _put(model, record, values)
     for _, _, adapters in adapted_layers(model):
         adapters.enabled = enabled
+
+
+def _put(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
+    """Give the tensors that training changes other values."""
+    reshard(model)
+    overwrite((tensor, values[name]) for name, tensor in trained_tensors(model, record))
 
 
 def require_acting(model: nn.Module, record: Applied, action: str) -> None:

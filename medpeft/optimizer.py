@@ -8,6 +8,7 @@ from torch import nn
 
 from .adapter import adapted_layers
 from .errors import require
+from .shards import reshard
 from .state import require_applied
 
 
@@ -34,6 +35,7 @@ def parameter_groups(
     """
     require(lr > 0 and lora_plus > 0, f"lr={lr!r} and lora_plus={lora_plus!r} must be above 0.")
     record = require_applied(model)
+    reshard(model)
     fast, still = set(), set()
     for _, _, adapters in adapted_layers(model):
         for adapter in adapters.every():

@@ -142,8 +142,12 @@ def _all_sites(network: Network, method: Method, options: dict[str, Any]) -> dic
     return {(site.name, site.weight): site for sites in found for site in sites if not site.unfit}
 
 
+_SYNCHRONISED = ("DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel")
+"""Classes of torch that look for a model's parameters once, when they get it."""
+
+
 def _refuse(model: nn.Module) -> None:
-    """Raise where hooks would not be seen, or would be seen twice."""
+    """Raise where hooks would not be seen or would be seen twice, or where ranks would train adapters each for itself."""
     if not isinstance(model, nn.Module):
         raise MedpeftError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself.")
     here = applied(model)
@@ -160,6 +164,12 @@ def _refuse(model: nn.Module) -> None:
             raise MedpeftError(
                 f"{name or type(model).__name__} is compiled, and a compiled model does not see adapters added to it: apply "
                 "first, then compile."
+            )
+        wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _SYNCHRONISED), "")
+        if wrapper:
+            raise MedpeftError(
+                f"{name or type(model).__name__} is in {wrapper} already, which would not keep adapters added now the same on "
+                "all ranks: apply first, then shard or wrap."
             )
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise MedpeftError(f"{name} has no shape yet: run the model once, then apply.")

@@ -83,13 +83,3 @@ def trained_tensors(model: nn.Module, record: Applied) -> Iterator[tuple[str, Te
     names = {*record.selected, *record.statistics}
     yield from ((name, p) for name, p in model.named_parameters() if name in names)
     yield from ((name, b) for name, b in model.named_buffers() if name in names)
-
-
-def like(value: Tensor, own: Tensor) -> Tensor:
-    """The value in the dtype of the model's own tensor, and sharded as that is; of a sharded one every rank takes part."""
-    value = value.to(own.dtype)
-    if not hasattr(own, "device_mesh") or hasattr(value, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)  # type: ignore[attr-defined]

@@ -524,18 +524,18 @@ def test_options_that_are_no_json_are_refused(tmp_path, own_registry):
 
 
 def test_a_copy_that_fails_half_way_leaves_the_model_as_it_was(file, monkeypatch):
-    import medpeft.checkpoint as checkpoint
+    import medpeft.shards as shards
 
-    whole = checkpoint.like
+    like = shards.like
 
     for model in (Golden(), trained(Golden(), "lora+bias", seed=9)):
         fits = []
 
         def wrong(value, own, fits=fits):
             fits.append(own)
-            return whole(value, own) if len(fits) < 4 else torch.zeros(own.numel() + 1)
+            return like(value, own) if len(fits) < 4 else torch.zeros(own.numel() + 1)
 
-        monkeypatch.setattr(checkpoint, "like", wrong)
+        monkeypatch.setattr(shards, "like", wrong)
         before = bits(model)
         with pytest.raises(RuntimeError):
             medpeft.load(model, file)

@@ -1,4 +1,4 @@
-"""The same training run in one process, in DDP and in FSDP2: the same weights, and checkpoints that any of them loads."""
+"""The same training run in one process, in DDP and in FSDP2: the same weights, checkpoints, merged and removed adapters."""
 
 import os
 import subprocess
@@ -48,6 +48,7 @@ class Reader(nn.Module):
 
 READERS = {"read": ("lora", {"rank": 2, "target": "*"}), "read svdiff": ("svdiff", {"target": "*", "keep_svd": True})}
 CASES = [*METHODS, *READERS]
+REMOVED = ("adaptformer", "bn")  # In place of merging: the one cannot be merged, the other has nothing to merge.
 
 
 def adapted(case):
@@ -93,9 +94,10 @@ SCRIPT = """
 import sys, torch, medpeft
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from test_distributed import CASES, adapted, bare, batch, layouts, train
+from test_distributed import CASES, REMOVED, adapted, bare, batch, layouts, train
 
 torch.set_num_threads(1)
 rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -122,14 +124,49 @@ for case in CASES:
         train(model, x, target)
         medpeft.save(model, f"{folder}/{layout}-{case}.safetensors")
         if layout == "blocks":
+            # A forward leaves whole tensors in the place of shards: what is written to those alone is lost with them.
+            base, before = bare(case).eval()(x), model.eval()(x)
             if case != "full":
-                before = model(x)
                 with medpeft.disabled(model):
-                    assert torch.allclose(model(x), bare(case).eval()(x)), f"{case} is not the base while disabled"
+                    assert torch.allclose(model(x), base), f"{case} is not the base while disabled"
+                model.reshard()
+                assert torch.equal(model(x), before)
+            if case not in REMOVED:
+                with medpeft.merged(model):
+                    assert torch.allclose(model(x), before), f"{case} merged for a while computes something else"
+                model.reshard()
                 assert torch.equal(model(x), before)
             medpeft.load(model, f"{folder}/ddp-{case}.safetensors")
+            model.reshard()
             medpeft.save(model, f"{folder}/swapped-{case}.safetensors")
+            before = model(x)
+            if case in REMOVED:
+                medpeft.remove(model)
+                model.reshard()
+                assert torch.allclose(model(x), base), f"{case} is not the base when removed"
+            else:
+                medpeft.merge(model)
+                model.reshard()
+                assert torch.allclose(model(x), before), f"{case} computes something else when merged"
+                state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+                if rank == 0:
+                    torch.save(state, f"{folder}/merged-{case}.pt")
     dist.barrier()
+
+for wrap, name in ((lambda m: fully_shard(m, mesh=mesh), "FSDPModule"), (DistributedDataParallel, "DistributedDataParallel")):
+    try:
+        medpeft.apply(wrap(bare("ssf")), "lora")
+    except medpeft.MedpeftError as error:
+        assert f"is in {name} already" in str(error), error
+    else:
+        raise AssertionError(f"each rank would train adapters of its own in {name}")
+
+model = medpeft.apply(bare("ssf"), "lora+bias", rank=2)
+fully_shard(model, mesh=mesh)
+model(x)
+medpeft.remove(model)
+model.reshard()
+assert torch.allclose(model.eval()(x), bare("ssf").eval()(x)), "selected parameters are not those of the base"
 dist.destroy_process_group()
 """
 
@@ -163,3 +200,12 @@ def test_two_processes_train_what_one_does_and_their_checkpoint_loads_into_a_pla
         assert torch.allclose(found[name], tensor, rtol=1e-9, atol=1e-11), name
     moved = {n for n, t in before.state_dict().items() if not torch.equal(t, expected[n])}
     assert moved >= {n for n, p in alone.named_parameters() if p.requires_grad} - {"head.bias"}, "training changed nothing"
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in REMOVED])
+def test_a_sharded_model_merges_into_the_weights_that_a_plain_one_does(case, folder):
+    plain = medpeft.merge(medpeft.load(bare(case), folder / f"ddp-{case}.safetensors"))
+    found, expected = torch.load(folder / f"merged-{case}.pt"), plain.state_dict()
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, rtol=1e-9, atol=1e-11), name
