@@ -1,8 +1,9 @@
 """In-place autograd functions: an adapter works on its layer's fresh output, and keeps for backward no more than it must.
 
 A frozen layer does not need its own output again, so an adapter may write into it. Where that is not so (under
-`torch.compile`, which fuses by itself, under functorch's transforms, or on a layer with a forward of its own), `in_place` is
-False and the methods compute the plain expression, which gives the same numbers.
+`torch.compile`, which fuses by itself, `torch.jit.trace`, which records no such functions, under functorch's transforms, or on
+a layer with a forward of its own), `in_place` is False and the methods compute the plain expression, which gives the same
+numbers.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def in_place(y: Tensor) -> bool:
 
 
 def eager(x: Tensor) -> bool:
-    """Whether what is done to `x` is done as it is written: not compiled, no functorch transform, no autocast, no half."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    """Whether what is done to `x` is done as it is written: not compiled, traced, transformed or cast by autocast."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 

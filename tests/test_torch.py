@@ -30,6 +30,9 @@ MORE = [
     ("beit", "vera+repadapter"),
 ]
 
+# transformers warns of itself while its models are traced.
+TRACED = [*(pair for pair in PAIRS if pair[0] != "hf_vit"), ("efficientnet", "bias+ssf"), ("monai_unet3d", "tsa")]
+
 
 def adapted(family, method, dtype=torch.float32):
     model = medpeft.apply(make(family, dtype), method, head=FAMILIES[family].head)
@@ -64,6 +67,19 @@ def test_a_compiled_model_computes_the_same_forward_and_backward_without_a_break
 
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     assert_same_gradients(eager, gradients(model, y), tolerance=1e-3)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning"
+)
+@pytest.mark.parametrize(("family", "method"), TRACED)
+def test_a_traced_model_computes_the_same(family, method):
+    model, x = adapted(family, method)
+    expected = output(model.eval(), x)
+    traced = torch.jit.trace(model, x, strict=False)
+    torch.testing.assert_close(output(traced, x), expected, rtol=1e-4, atol=1e-5)
+    with medpeft.disabled(model):
+        assert not torch.allclose(output(model, x), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("family", "method"), MORE)
