@@ -15,7 +15,16 @@ from .adapter import Adapter, Site, adapted_layers, own_state
 from .base import class_of, differences, identify, pretrained_config
 from .errors import CheckpointError, MedpeftError, require_choice
 from .file import MAX_DEPTH, short, write
-from .fitting import draw_head, expected_tensors, explain, misfits, record_of, require_values, within
+from .fitting import (
+    draw_head,
+    expected_tensors,
+    explain,
+    misfits,
+    record_of,
+    require_nothing_else_trains,
+    require_values,
+    within,
+)
 from .header import KEY, SCHEMA, Header, compose, read, read_values
 from .model import carry_out, forget
 from .planning import Plan, build, plan_from
@@ -44,7 +53,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     Raises:
         MedpeftError: nothing was applied.
         CheckpointError: the file cannot be written, metadata is no JSON, or the model is not as `apply` left it (on the meta
-            device, within `disabled` or `merged`, a head replaced). A file that was there before stays.
+            device, within `disabled` or `merged`, a head replaced, other parameters unfrozen). A file that was there before
+            stays.
     """
     record = require_applied(model)
     reshard(model)
@@ -96,6 +106,7 @@ def _check_savable(model: nn.Module, record: Applied) -> None:
             f"{lost[0]!r}{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}, which {record.name!r} trains, is no longer "
             "as apply left it: was a layer or the head replaced? Replace it before apply."
         )
+    require_nothing_else_trains(model, record)
     require_values(model)
 
 

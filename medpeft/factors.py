@@ -14,7 +14,7 @@ from .checkpoint import plain, settle
 from .conv import slides_plainly
 from .errors import CheckpointError, MedpeftError
 from .file import short
-from .fitting import require_values, within
+from .fitting import require_nothing_else_trains, require_values, within
 from .head import Head
 from .methods.lora import LoRA
 from .planning import Plan, build, plan
@@ -39,6 +39,7 @@ def exported(model: nn.Module, record: Applied, *, with_head: bool) -> dict[str,
     """The factors of every layer; a `CheckpointError` names all that cannot be expressed."""
     reshard(model)
     require_values(model)
+    require_nothing_else_trains(model, record)
     problems = []
     others = [name for name in record.methods if name not in ("lora", "linear_probe")]
     if others or "lora" not in record.methods:

@@ -54,6 +54,18 @@ def record_of(header: Header, model: nn.Module, head: str, keep_base: bool | Non
     )
 
 
+def require_nothing_else_trains(model: nn.Module, record: Applied) -> None:
+    """Raise `CheckpointError` if a parameter trains that no file holds; the file would then fit no base."""
+    saved = {id(tensor) for _, tensor in (*own_state(model), *trained_tensors(model, record))}
+    loose = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+    if loose:
+        raise CheckpointError(
+            f"{loose[0]!r}{f' and {len(loose) - 1} more' if len(loose) > 1 else ''} would train, though apply froze it or did "
+            "not see it. It is no part of the file, which would then fit no base. Choose a method that trains it beside "
+            f"{record.name!r}; or call requires_grad_(False) on it, if it has not been trained."
+        )
+
+
 def require_values(model: nn.Module) -> None:
     """Raise where the model is on the meta device."""
     meta = next((name for name, tensor in (*own_tensors(model), *own_state(model)) if tensor.is_meta), None)

@@ -32,7 +32,7 @@ def in_place(y: Tensor) -> bool:
 
 def eager(x: Tensor) -> bool:
     """Whether what is done to `x` is done as it is written: not compiled, traced, transformed or cast by autocast."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 

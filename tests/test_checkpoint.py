@@ -523,6 +523,19 @@ def test_options_that_are_no_json_are_refused(tmp_path, own_registry):
         medpeft.save(medpeft.apply(Golden(), "odd", only=torch.float16), tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("method", ["lora+bias", "linear_probe"])
+def test_parameters_that_train_and_are_not_saved_are_refused(method, tmp_path):
+    model = trained(Golden(), method).requires_grad_(True)
+    with pytest.raises(medpeft.CheckpointError, match=r"'stem\.weight' and \d+ more would train, though apply froze it"):
+        medpeft.save(model, tmp_path / "adapter.safetensors")
+    assert not list(tmp_path.iterdir())
+
+    model = trained(Golden(), method)
+    model.auxiliary = torch.nn.Linear(2, 2)
+    with pytest.raises(medpeft.CheckpointError, match=r"'auxiliary\.weight' and 1 more would train"):
+        medpeft.save(model, tmp_path / "adapter.safetensors")
+
+
 def test_a_copy_that_fails_half_way_leaves_the_model_as_it_was(file, monkeypatch):
     import medpeft.shards as shards
 

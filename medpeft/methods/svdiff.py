@@ -76,7 +76,7 @@ class SVDiff(Adapter):
         rows = x.shape[:-1].numel()
         if self.geometry is not None:
             rows = x.shape[0] * x.shape[2:].numel() // math.prod(self.geometry.stride)
-        if not torch.is_grad_enabled() or torch.jit.is_tracing():
+        if not torch.is_grad_enabled() or torch._C._is_tracing():
             return "output" if rows * (out + columns) < out * columns else "weight"
         # In training the weight's own gradient comes on top, and its product with U.
         built = (3 * rows + 2 * rank) * out * columns
