@@ -16,20 +16,16 @@ from pathlib import Path
 
 import pandas as pd
 from experiments import page
-from experiments.cells import Cell, Choice, choices, file_name, fitting, make_cell
+from experiments.cells import Cell, choices, file_name, fitting
 from experiments.command import exit_status
 from experiments.figures import draw_pareto
 from experiments.flags import make_parser, parse
-from experiments.rates import best_rate, beyond, candidates, multiples, rate_of, with_rate
+from experiments.rates import Row, check_rate_flags, declare_rate_flags, tuned
 from experiments.records import Record
-from experiments.runs import run_cells
-from experiments.settings import write_settings
 from experiments.study import Study, about, finished, in_order, missing
 from experiments.summary import summarise
 from experiments.tables import cost_table, score_table, to_html, write_tables
 from trainer.errors import TrainerError
-
-MORE = 2  # rates to try beyond the edge of a grid
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -40,14 +36,9 @@ def main(given: Sequence[str] | None = None) -> int:
 def run(given: Sequence[str] | None = None) -> int:
     """Run what is missing and write the results; give the exit status, 1 if a run failed."""
     parser = make_parser(__doc__, "runs/compare")
-    parser.add_argument("--lr-factors", nargs="+", type=float, metavar="X", help="try each method's learning rate times each X")
-    parser.add_argument("--lr-epochs", type=int, metavar="N", help="epochs of those trials (default: those of the runs)")
+    declare_rate_flags(parser)
     args, shared = parse(parser, given)
-    if args.shard[1] > 1 and args.lr_factors:
-        raise TrainerError(
-            "--shard cannot be combined with --lr-factors: every machine would try every rate. Find the rates on one, then "
-            f"give {args.output / 'settings'}/…/*.yaml to --config."
-        )
+    check_rate_flags(args)
     study = Study.of(args, shared)
     cells = cells_of(study)
     done = finished(study, cells)
@@ -58,46 +49,18 @@ def run(given: Sequence[str] | None = None) -> int:
 
 def cells_of(study: Study) -> list[Cell]:
     """List the runs, after finding the learning rates if that was asked for."""
-    args, cells = study.args, []
-    rows = choices(args.method, args.config)
+    args = study.args
+    asked = choices(args.method, args.config)
+    rows: list[Row] = []
     for model in args.model:
-        kept, left_out = fitting(rows, study.shared, model)
+        kept, left_out = fitting(asked, study.shared, model)
         study.left_out |= {f"{label} on {model}": reason for label, reason in left_out.items()}
         if not kept:
             raise TrainerError(f"No method fits {model}: {'; '.join(left_out.values())}")
-        for data in args.data:
-            tuned = [tune_rate(study, data, model, row) for row in kept] if args.lr_factors else kept
-            cells += [make_cell(study.shared, data, model, row, s, args.output) for s in args.seed for row in tuned]
-    return in_order(args, cells)
-
-
-def tune_rate(study: Study, data: Path | None, model: str, row: Choice) -> Choice:
-    """Give the row with the learning rate of the best validation score, on the first seed."""
-    args = study.args
-    rates = multiples(rate_of(study.shared, row), args.lr_factors)
-    best = try_rates(study, data, model, row, rates)
-    # The best of a grid is only known to be the best if there is a worse one on either side.
-    for _ in range(MORE):
-        if (further := beyond(rates, best)) is None:
-            break
-        rates.append(further)
-        best = try_rates(study, data, model, row, rates)
-    settings = make_cell(study.shared, data, model, with_rate(row, best), args.seed[0], args.output)
-    write_settings(settings.args, args.output / "settings" / file_name(f"{model} on {settings.data}") / f"{row.label}.yaml")
-    return with_rate(row, best)
-
-
-def try_rates(study: Study, data: Path | None, model: str, row: Choice, rates: Sequence[float]) -> float:
-    """Give the best of some rates."""
-    args = study.args
-    trials = candidates(row, rates, args.lr_epochs)
-    cells = [make_cell(study.shared, data, model, trial, args.seed[0], args.output) for trial in trials]
-    failed = run_cells(cells, study.records)
-    found = study.records.read()
-    done = [found[cell.key] for cell in cells if cell.key in found]
-    if not done:
-        raise TrainerError(f"No learning rate worked for {row.label} on {model}: {failed[-1][1]}")
-    return best_rate(done)
+        rows += [Row(data, model, choice) for data in args.data for choice in kept]
+    if args.lr_factors:
+        rows = tuned(study, rows)
+    return in_order(args, [row.cell(study, seed) for seed in args.seed for row in rows])
 
 
 def write_results(study: Study, done: list[Record], expected: int, command: str) -> None:

@@ -80,6 +80,11 @@ def run(given: Sequence[str] | None = None) -> int:
     """Search, or go on with a search; give the exit status."""
     args, flags = make_parser().parse_known_args(given)
     base = parse_run(make_run_parser(""), [*flags, "--quiet"])
+    if base.devices > 1:
+        raise TrainerError(
+            f"--devices is {base.devices}, and a trial trains on one device, which Ray gives it. Leave --devices out; trials "
+            "run beside each other on all devices there are."
+        )
     flags = portable(base, flags)
     space = search_space(base, given_names(flags))
     start = defaults(base, space)

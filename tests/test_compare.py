@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,11 @@ import compare
 from experiments import page
 from experiments.cells import Choice, choices, fitting, make_cell
 from experiments.figures import draw_pareto, looks_of
-from experiments.rates import best_rate, beyond, candidates, multiples
+from experiments.rates import Row, best_rate, beyond, multiples, tuned
 from experiments.records import Records
+from experiments.runs import run_cells
 from experiments.statistics import average_ranks, bootstrap_interval, crossover, macro_f1, pareto_front
+from experiments.study import Study
 from experiments.summary import across_data, summarise
 from experiments.tables import cost_table, score_table, to_html, to_latex, to_markdown, write_tables
 from trainer.errors import TrainerError
@@ -198,18 +201,76 @@ def test_a_key_follows_the_settings_and_not_the_place(tmp_path):
 # The learning rates
 
 
+def validated(lr, score, loss=1.0):
+    return {"settings": {"lr": lr}, "val": {"macro_f1": score}, "val_loss": loss}
+
+
 def test_the_rate_with_the_best_validation_score_is_taken():
     runs = [(0.1, 0.5, 1.0), (0.2, 0.7, 0.9), (0.3, 0.7, 0.8), (0.4, 0.6, 0.1)]
-    records = [{"settings": {"lr": lr}, "val": {"macro_f1": score}, "val_loss": loss} for lr, score, loss in runs]
-    assert best_rate(records) == 0.3
+    assert best_rate([validated(*run) for run in runs]) == 0.3
+
+
+def test_a_rate_is_judged_by_its_mean_over_the_seeds_and_one_that_failed_comes_last():
+    lucky, steady, failed = [(0.1, 0.9), (0.1, 0.2)], [(0.2, 0.6), (0.2, 0.7)], [(0.3, 0.95)]
+    assert best_rate([validated(*run) for run in lucky + steady + failed]) == 0.2
+    assert best_rate([validated(*run) for run in failed]) == 0.3
 
 
 def test_candidate_rates_are_multiples():
-    rates = multiples(0.003, [3, 0.3, 1])
-    assert rates == [0.0009, 0.003, 0.009]
-    rows = candidates(Choice("ssf", ("--method", "ssf")), rates, 2)
-    assert [row.flags[3] for row in rows] == ["0.0009", "0.003", "0.009"]
-    assert all(row.flags[-2:] == ("--epochs", "2") for row in rows)
+    assert multiples(0.003, [3, 0.3, 1]) == [0.0009, 0.003, 0.009]
+    row = Row(None, "test_efficientnet", Choice("ssf", ("--method", "ssf")))
+    assert row.at(0.009).choice.flags == ("--method", "ssf", "--lr", "0.009")
+    assert row.at(0.009, epochs=2).choice.flags[-2:] == ("--epochs", "2")
+
+
+@pytest.fixture
+def imagined(monkeypatch):
+    """A function that lets runs end at once, with scores that it is told."""
+    monkeypatch.setattr("experiments.runs.images_of", lambda args: None)
+
+    def install(score_of):
+        def run_cell(cell, images):
+            scores = {"test": {"macro_f1": 0.5}, "val": {"macro_f1": score_of(cell)}, "val_loss": 1.0}
+            return {"key": cell.key, "settings": vars(cell.args), **scores}
+
+        monkeypatch.setattr("experiments.runs.run_cell", run_cell)
+        monkeypatch.setattr("experiments.runs.Records.append", lambda self, record: RECORDED.setdefault(record["key"], record))
+        monkeypatch.setattr("experiments.runs.Records.read", lambda self: RECORDED)
+
+    RECORDED: dict = {}
+    return install
+
+
+def tuned_rates(folder, rows, *given):
+    """The labels with the rates that a search took, and the study."""
+    parser = compare.make_parser("", str(folder))
+    compare.declare_rate_flags(parser)
+    study = Study.of(*compare.parse(parser, [*TINY, "--output", str(folder), *given]))
+    return {row.choice.label: row.cell(study, 0).args.lr for row in tuned(study, rows)}, study
+
+
+def rows_of(*methods):
+    return [Row(None, "test_efficientnet", Choice(m, ("--method", m))) for m in methods]
+
+
+def test_a_search_over_seeds_takes_another_rate_than_one_on_the_first(tmp_path, imagined):
+    table = {0.0009: (0.9, 0.1), 0.003: (0.7, 0.7), 0.009: (0.6, 0.6), 0.00027: (0.2, 0.2)}
+    imagined(lambda cell: table[cell.args.lr][cell.args.seed])
+    given = ["--seed", "0", "1", "--lr-factors", "0.3", "1", "3"]
+    assert tuned_rates(tmp_path, rows_of("ssf"), *given)[0] == {"ssf": 0.0009}
+    assert tuned_rates(tmp_path, rows_of("ssf"), *given, "--lr-seeds", "2")[0] == {"ssf": 0.003}
+
+
+def test_a_row_for_which_no_rate_works_does_not_end_the_others(tmp_path, imagined):
+    def score(cell):
+        if cell.label == "lora":
+            raise TrainerError("The training loss became nan")
+        return 0.5
+
+    imagined(score)
+    found, study = tuned_rates(tmp_path, rows_of("ssf", "lora"), "--lr-factors", "1")
+    assert found == {"ssf": 0.003}
+    assert [(cell.label, reason) for cell, reason in study.failed] == [("lora", "The training loss became nan")]
 
 
 @pytest.mark.parametrize(("best", "further"), [(0.009, 0.027), (0.0009, 0.00027), (0.003, None)])
@@ -410,6 +471,72 @@ def test_a_run_that_fails_ends_itself_alone(tmp_path, capsys):
     assert "full on test_efficientnet, tissue, seed 0 failed: The training loss became" in capsys.readouterr().out
 
 
+# Several processes, several devices
+
+
+def cells_in(folder, count):
+    return [make_cell(TINY, None, "test_efficientnet", Choice("ssf", ("--method", "ssf")), s, folder) for s in range(count)]
+
+
+@pytest.fixture
+def slow_runs(monkeypatch):
+    """Runs that take a moment and train nothing; the keys of those that began."""
+    begun = []
+
+    def run_cell(cell, images):
+        begun.append(cell.key)
+        time.sleep(0.2)
+        return {"key": cell.key, "test": {"macro_f1": 0.5}}
+
+    monkeypatch.setattr("experiments.runs.images_of", lambda args: None)
+    monkeypatch.setattr("experiments.runs.run_cell", run_cell)
+    return begun
+
+
+def test_the_same_command_started_twice_shares_the_runs(tmp_path, slow_runs):
+    cells, records = cells_in(tmp_path, 5), Records(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        failed = list(pool.map(lambda _: run_cells(cells, records), range(2)))
+    assert failed == [[], []]
+    assert sorted(slow_runs) == sorted(cell.key for cell in cells), "a run was done twice or not at all"
+    assert set(records.read()) == set(slow_runs)
+
+
+def test_a_run_whose_process_died_is_taken_over(tmp_path, slow_runs):
+    cells, records = cells_in(tmp_path, 2), Records(tmp_path)
+    cells[0].args.output.mkdir(parents=True)
+    script = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True)"
+    script += "; time.sleep(60)"
+    command = [sys.executable, "-c", script, cells[0].args.output / "run.lock"]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    other.stdout.read(1)
+    with ThreadPoolExecutor(1) as pool:
+        ours = pool.submit(run_cells, cells, records)
+        wait_for(records.read, other)
+        assert slow_runs == [cells[1].key]
+        other.kill()
+        other.communicate()
+        assert ours.result() == []
+    assert slow_runs == [cells[1].key, cells[0].key]
+
+
+def test_a_run_on_two_devices_has_processes_of_its_own(tmp_path):
+    given = ["--method", "linear_probe", "--seed", "0", "--devices", "2", "--accelerator", "cpu", "--output", str(tmp_path)]
+    assert compare.run([*TINY, *given]) == 0
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+    assert list(pd.read_csv(tmp_path / "scores.csv")["runs"]) == [1]
+
+
+@pytest.mark.parametrize(
+    "said", ["a warning\ntrain.py: the batch does not divide\nmore", "Traceback\nthe batch does not divide\n"]
+)
+def test_a_run_that_fails_in_its_own_processes_is_told_of(tmp_path, capsys, monkeypatch, said):
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2, stderr=said))
+    given = ["--method", "linear_probe", "--seed", "0", "--devices", "2", "--accelerator", "cpu", "--output", str(tmp_path)]
+    assert compare.run([*TINY, *given]) == 1
+    assert ": failed. the batch does not divide\n" in capsys.readouterr().out
+
+
 def test_shards_share_the_runs(tmp_path):
     given = [*TINY, "--method", "linear_probe", "--seed", "0", "1", "--output", str(tmp_path)]
     assert compare.run([*given, "--shard", "2/2"]) == 0
@@ -426,12 +553,19 @@ def test_shards_share_the_runs(tmp_path):
         (["--method", "lra"], "Unknown method 'lra'. Did you mean 'lora'"),
         (["--method", "attention"], "No method fits test_efficientnet"),
         (["--shard", "1/2", "--lr-factors", "1"], "--shard cannot be combined with --lr-factors"),
+        (["--seed", "0", "1", "--lr-factors", "1", "--lr-seeds", "3"], "--lr-seeds is 3; it must be from 1 to 2"),
         (["--data", "/nowhere"], "--data /nowhere does not exist"),
     ],
 )
 def test_wrong_flags_are_answered_with_what_to_do(capsys, tmp_path, given, message):
     assert compare.main([*TINY, *given, "--output", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_torchrun_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert compare.main([*TINY, "--output", str(tmp_path)]) == 2
+    assert "torchrun would run the whole study in every process" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not (shutil.which("chromium") or shutil.which("google-chrome")), reason="needs Chromium")

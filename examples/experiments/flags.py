@@ -1,6 +1,7 @@
 """The flags that the experiments share: those of `train.py`, several values at once, and all its others as they are."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,9 +45,14 @@ def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> tuple
     """Read the flags; give the study's own, and those for every run.
 
     Raises:
-        TrainerError: a flag that the study sets itself, or two data sets of one name.
+        TrainerError: a flag that the study sets itself, two data sets of one name, or a start by torchrun.
     """
     args, shared = parser.parse_known_args(given)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainerError(
+            "torchrun would run the whole study in every process. Start it as one command: with --devices N, every run of it "
+            "starts N processes of its own."
+        )
     for flag in ("--resume", "--quiet"):
         if flag in shared:
             raise TrainerError(f"{flag} is set already: a study always resumes, and its runs are quiet. Leave it out.")

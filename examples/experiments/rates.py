@@ -1,22 +1,112 @@
-"""The learning rate of each method by the validation score: most of what separates untuned methods is their rate."""
+"""The learning rate of each row by its validation score: most of what separates untuned methods is their rate."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+from trainer.errors import TrainerError
 from trainer.flags import make_parser, parse
 
-from .cells import Choice
+from .cells import Cell, Choice, file_name, make_cell
 from .records import Record
+from .runs import run_cells
+from .settings import write_settings
+from .study import Study, in_order
+
+MORE = 2  # rates to try beyond the edge of a grid
+
+
+def declare_rate_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the search for the rates."""
+    add = parser.add_argument
+    add("--lr-factors", nargs="+", type=float, metavar="X", help="try each method's learning rate times each X")
+    add("--lr-epochs", type=int, metavar="N", help="epochs of those trials (default: those of the runs)")
+    add("--lr-seeds", type=int, default=1, metavar="N", help="judge a rate by its mean over the first N seeds (default: 1)")
+
+
+def check_rate_flags(args: argparse.Namespace) -> None:
+    """Raise a TrainerError for flags that do not go together."""
+    if args.shard[1] > 1 and args.lr_factors:
+        raise TrainerError(
+            "--shard cannot be combined with --lr-factors: every machine would try every rate. On machines that share "
+            "--output, start the same command on each without --shard; otherwise find the rates on one, then give "
+            f"{args.output / 'settings'}/…/*.yaml to --config."
+        )
+    if not 1 <= args.lr_seeds <= len(args.seed):
+        raise TrainerError(f"--lr-seeds is {args.lr_seeds}; it must be from 1 to {len(args.seed)}, the number of seeds.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on one data set with one model, which has a learning rate of its own.
+
+    Attributes:
+        data: what `--data` takes; None for the default data.
+        model: a timm model.
+        choice: the method.
+    """
+
+    data: Path | None
+    model: str
+    choice: Choice
+
+    def cell(self, study: Study, seed: int) -> Cell:
+        """Give its run with one seed."""
+        return make_cell(study.shared, self.data, self.model, self.choice, seed, study.args.output)
+
+    def at(self, rate: float, epochs: int | None = None) -> Row:
+        """Give the row with a rate, and another number of epochs if asked for."""
+        shorter = () if epochs is None else ("--epochs", str(epochs))
+        return replace(self, choice=Choice(self.choice.label, (*self.choice.flags, "--lr", repr(rate), *shorter)))
+
+
+def tuned(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """Give the rows with the learning rates of their best validation scores, and write each one's settings to a file.
+
+    All rates of all rows are tried before any best one is looked at, so that processes which share the work seldom wait.
+    A row for which no rate works is left out, and its runs are among the study's failed ones.
+    """
+    args = study.args
+    grids = {row: multiples(rate_of(study.shared, row.choice), args.lr_factors) for row in rows}
+    best = try_rates(study, grids)
+    # The best of a grid is only known to be the best if there is a worse one on either side.
+    for _ in range(MORE):
+        further = {row: rate for row in best if (rate := beyond(grids[row], best[row])) is not None}
+        for row, rate in further.items():
+            grids[row].append(rate)
+        best |= try_rates(study, {row: grids[row] for row in further})
+    found = [row.at(rate) for row, rate in best.items()]
+    for row in found:
+        cell = row.cell(study, args.seed[0])
+        file = args.output / "settings" / file_name(f"{row.model} on {cell.data}") / f"{cell.label}.yaml"
+        write_settings(cell.args, file)
+    return found
+
+
+def try_rates(study: Study, grids: Mapping[Row, Sequence[float]]) -> dict[Row, float]:
+    """Run every row with every rate of its grid, on the seeds for that; give the best rate of each row that has one."""
+    args = study.args
+    seeds = args.seed[: args.lr_seeds]
+    trials = {row: [row.at(r, args.lr_epochs).cell(study, s) for r in rates for s in seeds] for row, rates in grids.items()}
+    failed = run_cells(in_order(args, [cell for cells in trials.values() for cell in cells]), study.records)
+    found = study.records.read()
+    best = {}
+    for row, cells in trials.items():
+        if done := [found[cell.key] for cell in cells if cell.key in found]:
+            best[row] = best_rate(done)
+        else:
+            keys = {cell.key for cell in cells}
+            study.failed += [(cell, reason) for cell, reason in failed if cell.key in keys]
+    return best
 
 
 def rate_of(flags: Sequence[str], choice: Choice) -> float:
     """Give the rate that `train.py` would take: that of the file, or the method's default."""
     return float(parse(make_parser(""), [*flags, *choice.flags]).lr)
-
-
-def candidates(choice: Choice, rates: Sequence[float], epochs: int | None) -> list[Choice]:
-    """Give the row once for each rate, with fewer epochs if asked for."""
-    shorter = () if epochs is None else ("--epochs", str(epochs))
-    return [Choice(choice.label, (*choice.flags, "--lr", repr(rate), *shorter)) for rate in rates]
 
 
 def multiples(rate: float, factors: Sequence[float]) -> list[float]:
@@ -34,14 +124,19 @@ def beyond(rates: Sequence[float], best: float) -> float | None:
 
 
 def best_rate(records: Sequence[Record]) -> float:
-    """Give the rate of the run with the best validation macro-F1, and the lowest validation loss among equals."""
-    best = max(records, key=lambda r: (r["val"]["macro_f1"], -r["val_loss"]))
-    return float(best["settings"]["lr"])
+    """Give the rate of the best mean validation macro-F1 over the seeds, and the lowest validation loss among equals.
 
+    A rate that failed on a seed stands behind those that did not.
+    """
+    runs: dict[float, list[Record]] = {}
+    for record in records:
+        runs.setdefault(float(record["settings"]["lr"]), []).append(record)
 
-def with_rate(choice: Choice, rate: float) -> Choice:
-    """Give the row with a rate of its own."""
-    return Choice(choice.label, (*choice.flags, "--lr", repr(rate)))
+    def worth(rate: float) -> tuple[int, float, float]:
+        tried = runs[rate]
+        return len(tried), mean(r["val"]["macro_f1"] for r in tried), -mean(r["val_loss"] for r in tried)
+
+    return max(runs, key=worth)
 
 
 def _rounded(rate: float) -> float:
