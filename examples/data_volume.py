@@ -1,4 +1,4 @@
-"""With how many images does full fine-tuning overtake? Methods on nested shares of the training data.
+"""With how many images is a method ahead of full fine-tuning? Methods on nested shares of the training data.
 
 Offline and in minutes, on patches of stained tissue; then on your own data, with the settings that tune.py or compare.py found:
 
@@ -6,8 +6,8 @@ Offline and in minutes, on patches of stained tissue; then on your own data, wit
     python examples/data_volume.py --data my/images --config full.yaml ssf.yaml --output runs/volume
 
 The shares are stratified, each lies within the next, and validation and test stay whole. It writes to --output: volume.md,
-volume.tex and volume.csv, a picture of the curves for each model and data set with the point where full fine-tuning overtakes
-each method, report.html, and runs.jsonl with a line for each finished run. Started again, it does what is missing.
+volume.tex and volume.csv, a picture of the curves for each model and data set with the points where they cross that of full
+fine-tuning, report.html, and runs.jsonl with a line for each finished run. Started again, it does what is missing.
 """
 
 import shlex
@@ -22,7 +22,7 @@ from experiments.figures import draw_volume
 from experiments.flags import make_parser, parse
 from experiments.records import Record
 from experiments.study import Study, about, finished, in_order, missing
-from experiments.summary import crossovers, summarise
+from experiments.summary import leads, summarise
 from experiments.tables import Table, to_html, volume_table, write_tables
 from trainer.errors import TrainerError
 from trainer.flags import make_parser as make_run_parser
@@ -118,18 +118,18 @@ def write_results(study: Study, done: list[Record], expected: int, command: str)
 
 LEGEND = (
     "Macro-F1 on the test images: mean ± standard deviation over the seeds, and a 95 % bootstrap interval over seeds and test "
-    "predictions. Bold: the best of the column. The last column: the share of the training images, interpolated, from which "
-    "full fine-tuning stays ahead of the method; a dash where it does not overtake."
+    "predictions. Bold: the best of the column. The last column: where the method is ahead of the baseline, from or until the "
+    "last share of the training images at which their curves cross, interpolated."
 )
 
 
 def lay_out(study: Study, rows: pd.DataFrame, title: str) -> tuple[Table, str]:
     """Give the table of one model on one data set, and its curves for the page."""
     baseline = study.args.baseline
-    points = crossovers(rows, baseline)
+    found = leads(rows, baseline)
     file = study.args.output / f"volume-{file_name(title)}.png"
-    draw_volume(rows, points, baseline, title, file)
-    return volume_table(rows, points), page.picture(file, f"Macro-F1 against the number of training images, {title}")
+    draw_volume(rows, found, baseline, title, file)
+    return volume_table(rows, found, baseline), page.picture(file, f"Macro-F1 against the number of training images, {title}")
 
 
 if __name__ == "__main__":

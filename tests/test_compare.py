@@ -25,7 +25,7 @@ from experiments.figures import draw_pareto, looks_of
 from experiments.rates import Row, best_rate, beyond, multiples, tuned
 from experiments.records import Records
 from experiments.runs import run_cells
-from experiments.statistics import average_ranks, bootstrap_interval, crossover, macro_f1, pareto_front
+from experiments.statistics import Lead, average_ranks, bootstrap_interval, lead_of, macro_f1, pareto_front
 from experiments.study import Study
 from experiments.summary import across_data, summarise
 from experiments.tables import cost_table, score_table, to_html, to_latex, to_markdown, write_tables
@@ -99,17 +99,22 @@ def test_the_pareto_front_holds_what_nothing_beats():
 
 
 @pytest.mark.parametrize(
-    ("ours", "full", "at"),
+    ("ours", "full", "lead"),
     [
-        ([0.6, 0.7, 0.8], [0.4, 0.7, 0.9], 0.1),
-        ([0.6, 0.7, 0.8], [0.4, 0.6, 0.9], 0.1 * 10**0.5),
-        ([0.6, 0.7, 0.8], [0.4, 0.6, 0.7], None),
-        ([0.3, 0.4, 0.5], [0.4, 0.6, 0.7], None),
-        ([0.6, 0.5, 0.8], [0.5, 0.6, 0.9], 0.01 * 10**0.5),
+        ([0.6, 0.7, 0.8], [0.4, 0.7, 0.9], Lead(False, 0.1)),
+        ([0.6, 0.7, 0.8], [0.4, 0.6, 0.9], Lead(False, 0.1 * 10**0.5)),
+        ([0.4, 0.6, 0.9], [0.6, 0.7, 0.8], Lead(True, 0.1 * 10**0.5)),
+        ([0.6, 0.7, 0.8], [0.4, 0.6, 0.7], Lead(True)),
+        ([0.3, 0.4, 0.5], [0.4, 0.6, 0.7], Lead(False)),
+        ([0.6, 0.5, 0.8], [0.5, 0.6, 0.9], Lead(False, 0.01 * 10**0.5)),
+        ([0.6, 0.7, 0.9], [0.4, 0.8, 0.9], Lead(False, 0.01 * 10 ** (2 / 3))),
+        ([0.6, 0.7, 0.9], [0.6, 0.7, 0.9], None),
     ],
 )
-def test_the_crossover_is_where_full_fine_tuning_leads_for_good(ours, full, at):
-    assert crossover([0.01, 0.1, 1.0], ours, full) == (at if at is None else pytest.approx(at))
+def test_the_last_crossing_says_who_leads_and_since_when(ours, full, lead):
+    found = lead_of([0.01, 0.1, 1.0], ours, full)
+    assert (found and found.ahead) == (lead and lead.ahead)
+    assert (found and found.since) == (lead and lead.since and pytest.approx(lead.since))
 
 
 # The records

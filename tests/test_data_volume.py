@@ -1,4 +1,4 @@
-"""Scores against the amount of data: nested shares, curves, and where full fine-tuning overtakes."""
+"""Scores against the amount of data: nested shares, curves, and where they cross that of full fine-tuning."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import data_volume
 from experiments.cells import Choice
-from experiments.summary import crossovers
+from experiments.statistics import Lead
+from experiments.summary import leads
 from experiments.tables import volume_table
 
 TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32", "--epochs", "1", "--batch-size", "64"]
@@ -57,32 +58,47 @@ def summary(scores):
     return pd.DataFrame(rows).assign(train_images=lambda d: (500 * d["fraction"]).astype(int))
 
 
-def test_the_crossover_of_every_method_is_found_and_tabled():
-    found = summary({"full": [0.4, 0.7, 0.9], "ssf": [0.6, 0.7, 0.8], "lora": [0.5, 0.8, 0.95]})
-    points = crossovers(found, "full")
-    assert points == {"ssf": pytest.approx(0.1), "lora": None}
-    text, best = volume_table(found, points)
-    assert list(text["full overtakes at"]) == ["–", "10 %", "–"]
+def test_where_each_method_is_ahead_is_found_and_tabled():
+    scores = {
+        "full": [0.4, 0.7, 0.9],
+        "ssf": [0.6, 0.7, 0.8],
+        "lora": [0.5, 0.8, 0.95],
+        "bn": [0.3, 0.6, 0.91],
+        "bias": [0, 0, 0],
+    }
+    found = summary(scores)
+    where = leads(found, "full")
+    assert where["ssf"] == Lead(ahead=False, since=pytest.approx(0.1))
+    assert where["lora"] == Lead(ahead=True)
+    assert where["bn"] == Lead(ahead=True, since=pytest.approx(0.1 ** (0.01 / 0.11)))
+    assert where["bias"] == Lead(ahead=False)
+    text, best = volume_table(found, where, "full")
+    assert list(text["Against full"]) == ["–", "ahead until 10 %", "ahead", "ahead from 81 %", "behind"]
     assert text.columns[0] == "1 % (5 images)"
-    assert list(best["100 % (500 images)"]) == [False, False, True]
+    assert list(best["100 % (500 images)"]) == [False, False, True, False, False]
 
 
-def test_without_full_fine_tuning_there_is_no_crossover():
-    assert crossovers(summary({"ssf": [0.6, 0.7, 0.8]}), "full") == {}
+def test_without_full_fine_tuning_or_a_second_share_there_is_nothing_to_be_ahead_of():
+    assert leads(summary({"ssf": [0.6, 0.7, 0.8]}), "full") == {}
+    both = summary({"full": [0.4, 0.7, 0.9], "ssf": [0.6, 0.7, 0.8]})
+    assert leads(both[both["fraction"] == 1], "full") == {}
 
 
-def test_the_crossover_is_marked_on_the_curve_of_the_method(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("scores", "height", "said"), [([0.6, 0.7, 0.8], 0.75, "ahead until 32 %"), ([0.3, 0.5, 1.0], 0.75, "ahead from 32 %")]
+)
+def test_where_two_curves_cross_is_marked(tmp_path, monkeypatch, scores, height, said):
     drawn = []
     figure_class = data_volume.draw_volume.__globals__["Figure"]
     monkeypatch.setattr(figure_class, "savefig", lambda figure, path: drawn.append(figure))
-    found = summary({"full": [0.4, 0.6, 0.9], "ssf": [0.6, 0.7, 0.8]})
-    data_volume.draw_volume(found, crossovers(found, "full"), "full", "title", tmp_path / "x.png")
+    found = summary({"full": [0.4, 0.6, 0.9], "ssf": scores})
+    data_volume.draw_volume(found, leads(found, "full"), "full", "title", tmp_path / "x.png")
     (figure,) = drawn
     marks = [line for line in figure.axes[0].lines if line.get_marker() == "X"]
     assert [line.get_xdata()[0] for line in marks] == [pytest.approx(0.1 * 10**0.5)]
-    assert [line.get_ydata()[0] for line in marks] == [pytest.approx(0.75)]
+    assert [line.get_ydata()[0] for line in marks] == [pytest.approx(height)]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["full", "ssf  (ahead until 32 %)", "full overtakes"]
+    assert sorted(labels) == ["crosses full", "full", f"ssf  ({said})"]
 
 
 def test_wrong_shares_are_answered_with_what_to_do(capsys, tmp_path):

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from .statistics import pareto_front
+from .statistics import Lead, pareto_front
+from .tables import lead_text
 
 # Okabe and Ito's colours, told apart with any colour vision, but for their yellow, which is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -50,12 +51,12 @@ def draw_pareto(summary: pd.DataFrame, title: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def draw_volume(summary: pd.DataFrame, points: Mapping[str, float | None], baseline: str, title: str, path: Path) -> None:
-    """Draw the mean macro-F1 against the share of the training data, and mark where full fine-tuning overtakes a method.
+def draw_volume(summary: pd.DataFrame, leads: Mapping[str, Lead], baseline: str, title: str, path: Path) -> None:
+    """Draw the mean macro-F1 against the share of the training data, and mark where a method's curve crosses the baseline's.
 
     Args:
         summary: of `summarise`, rows of one model and data set.
-        points: of `crossovers`.
+        leads: of `leads`.
         baseline: the label of full fine-tuning.
         title: one line above all.
         path: the picture to write.
@@ -70,15 +71,17 @@ def draw_volume(summary: pd.DataFrame, points: Mapping[str, float | None], basel
         axes.plot(rows["fraction"], rows["mean"], marker=marker, color=colour, linewidth=heavy, markersize=6)
         spread = rows["sd"].fillna(0)
         axes.fill_between(rows["fraction"], rows["mean"] - spread, rows["mean"] + spread, color=colour, alpha=0.12, linewidth=0)
-        entries.append(_entry(label, _with_crossover(label, points), looks, line=True))
-        if (at := points.get(label)) is not None:
-            height = np.interp(math.log(at), np.log(rows["fraction"]), rows["mean"])
-            axes.plot(at, height, "X", color=colour, markeredgecolor="white", markersize=13, zorder=5)
+        lead = leads.get(label, Lead(ahead=True))
+        name = label if lead.since is None else f"{label}  ({lead_text(lead)})"
+        entries.append(_entry(label, name, looks, line=True))
+        if lead.since is not None:
+            height = np.interp(math.log(lead.since), np.log(rows["fraction"]), rows["mean"])
+            axes.plot(lead.since, height, "X", color=colour, markeredgecolor="white", markersize=13, zorder=5)
     _finish_volume(axes, summary)
     order = {label: i for i, label in enumerate(_by_last_score(summary))}
     entries.sort(key=lambda entry: order[str(entry.get_gid())])
-    if any(at is not None for at in points.values()):
-        entries.append(Line2D([], [], marker="X", linestyle="", color=GREY, markersize=9, label="full overtakes"))
+    if any(lead.since is not None for lead in leads.values()):
+        entries.append(Line2D([], [], marker="X", linestyle="", color=GREY, markersize=9, label=f"crosses {baseline}"))
     figure.legend(handles=entries, loc="outside right center", frameon=False)
     figure.suptitle(title)
     figure.savefig(path)
@@ -119,11 +122,6 @@ def _area(trainable: float) -> float:
 def _entry(label: str, text: str, looks: dict[str, tuple[str, str]], line: bool = False) -> Line2D:
     colour, marker = looks[label]
     return Line2D([], [], marker=marker, color=colour, linestyle="-" if line else "", label=text, markersize=7, gid=label)
-
-
-def _with_crossover(label: str, points: Mapping[str, float | None]) -> str:
-    at = points.get(label)
-    return label if at is None else f"{label}  (ahead until {100 * at:.2g} %)"
 
 
 def _finish_volume(axes: Axes, summary: pd.DataFrame) -> None:

@@ -1,6 +1,7 @@
 """What many runs say together: mean and spread over seeds, intervals by bootstrap, the average rank."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -74,8 +75,21 @@ def pareto_front(cost: npt.ArrayLike, score: npt.ArrayLike) -> list[int]:
     return front
 
 
-def crossover(x: npt.ArrayLike, ours: npt.ArrayLike, baseline: npt.ArrayLike) -> float | None:
-    """Find where the baseline overtakes for good, interpolated on a logarithmic axis.
+@dataclass(frozen=True)
+class Lead:
+    """Whether a method is ahead of full fine-tuning with all the data, and since when.
+
+    Attributes:
+        ahead: of the baseline at the largest amount of data.
+        since: the amount from which it has been so, None where it is so from the smallest on.
+    """
+
+    ahead: bool
+    since: float | None = None
+
+
+def lead_of(x: npt.ArrayLike, ours: npt.ArrayLike, baseline: npt.ArrayLike) -> Lead | None:
+    """Find the last point where the curves of a method and of full fine-tuning cross, interpolated on a logarithmic axis.
 
     Args:
         x: (N,) increasing amounts of data, above 0.
@@ -83,19 +97,20 @@ def crossover(x: npt.ArrayLike, ours: npt.ArrayLike, baseline: npt.ArrayLike) ->
         baseline: (N,) those of full fine-tuning.
 
     Returns:
-        The last x at which the baseline rises from below the method to at least its score; None if it never leads at the
-        end after having been behind.
+        Who leads from there on; None where the scores are equal throughout.
     """
     lead = np.asarray(ours, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    apart = np.flatnonzero(lead)
+    if not len(apart):
+        return None
+    ahead = bool(lead[apart[-1]] > 0)
+    other = apart[(lead[apart] > 0) != ahead]
+    if not len(other):
+        return Lead(ahead)
+    i = other[-1]
     logs = np.log(np.asarray(x, dtype=np.float64))
-    if lead[-1] > 0:
-        return None
-    ahead = np.flatnonzero(lead > 0)
-    if not len(ahead):
-        return None
-    i = ahead[-1]
     share = lead[i] / (lead[i] - lead[i + 1])
-    return float(np.exp(logs[i] + share * (logs[i + 1] - logs[i])))
+    return Lead(ahead, float(np.exp(logs[i] + share * (logs[i + 1] - logs[i]))))
 
 
 def _by_run(drawn: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:

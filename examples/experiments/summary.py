@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .records import Record
-from .statistics import average_ranks, bootstrap_interval, crossover
+from .statistics import Lead, average_ranks, bootstrap_interval, lead_of
 
 SETTING = ["model", "data", "fraction", "label"]
 
@@ -44,15 +44,15 @@ def across_data(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"average": scores.mean(axis=1, skipna=False), "rank": average_ranks(scores)})
 
 
-def crossovers(summary: pd.DataFrame, baseline: str) -> dict[str, float | None]:
-    """Find at which share of the training data full fine-tuning overtakes each method.
+def leads(summary: pd.DataFrame, baseline: str) -> dict[str, Lead]:
+    """Find from which share of the training data on each method is ahead of full fine-tuning, or behind it.
 
     Args:
         summary: rows of one model and data set.
         baseline: the label of full fine-tuning.
 
     Returns:
-        For every other label the share, None where full fine-tuning does not overtake; nothing without the baseline.
+        By label, but for those that share less than two points with the baseline or are equal to it throughout.
     """
     means = summary.pivot_table(index="fraction", columns="label", values="mean", sort=False).sort_index()
     if baseline not in means:
@@ -60,7 +60,9 @@ def crossovers(summary: pd.DataFrame, baseline: str) -> dict[str, float | None]:
     found = {}
     for label in means.columns.drop(baseline):
         both = means[[label, baseline]].dropna()
-        found[str(label)] = crossover(both.index, both[label], both[baseline]) if len(both) > 1 else None
+        lead = lead_of(both.index, both[label], both[baseline])
+        if lead is not None and len(both) > 1:
+            found[str(label)] = lead
     return found
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from .statistics import Lead
 from .summary import across_data
 
-AVERAGE, RANK, PARAMETERS, OVERTAKEN = "Average", "Average rank", "Trainable", "full overtakes at"
+AVERAGE, RANK, PARAMETERS = "Average", "Average rank", "Trainable"
 
 Table = tuple[pd.DataFrame, pd.DataFrame]
 """The cells as text, indexed by the methods' labels, and of the same shape which of them are the best of their column."""
@@ -43,12 +44,13 @@ def score_table(summary: pd.DataFrame) -> Table:
     return text, best
 
 
-def volume_table(summary: pd.DataFrame, crossovers: Mapping[str, float | None]) -> Table:
+def volume_table(summary: pd.DataFrame, leads: Mapping[str, Lead], baseline: str) -> Table:
     """Lay out the scores of one model on one data set, a column for each share of the training data.
 
     Args:
         summary: of `summarise`.
-        crossovers: for each label the share at which full fine-tuning overtakes it, None where it does not; the last column.
+        leads: of `leads`; the last column says where each method is ahead.
+        baseline: the label of what they were compared with.
     """
     labels = list(dict.fromkeys(summary["label"]))
     text, best = pd.DataFrame(index=labels), pd.DataFrame(index=labels)
@@ -57,11 +59,18 @@ def volume_table(summary: pd.DataFrame, crossovers: Mapping[str, float | None]) 
         found = rows.set_index("label").reindex(labels)
         text[column] = [score_text(row) for _, row in found.iterrows()]
         best[column] = found["mean"] == found["mean"].max()
-    if crossovers:
-        points = [crossovers.get(label) for label in labels]
-        text[OVERTAKEN] = ["–" if at is None else f"{100 * at:.2g} %" for at in points]
-        best[OVERTAKEN] = False
+    if leads:
+        column = f"Against {baseline}"
+        text[column] = [lead_text(leads[label]) if label in leads else "–" for label in labels]
+        best[column] = False
     return text, best
+
+
+def lead_text(lead: Lead) -> str:
+    """Say in words where a method is ahead."""
+    if lead.since is None:
+        return "ahead" if lead.ahead else "behind"
+    return f"ahead {'from' if lead.ahead else 'until'} {100 * lead.since:.2g} %"
 
 
 def cost_table(summary: pd.DataFrame) -> Table:
