@@ -308,9 +308,11 @@ def test_a_model_that_cannot_compute_activations_again_says_so():
 
 
 def test_half_precision_trains_close_to_single(tmp_path):
-    single, half = run(tmp_path / "32", **SHORT), run(tmp_path / "bf16", **SHORT, precision="bf16-mixed")
+    # With frozen statistics: those of a batch of eight 1 × 1 maps magnify the rounding, by a quarter on a CPU with bf16 units.
+    stable = SHORT | {"batchnorm": "frozen"}
+    single, half = run(tmp_path / "32", **stable), run(tmp_path / "bf16", **stable, precision="bf16-mixed")
     assert losses(half) != losses(single)
-    assert losses(half) == pytest.approx(losses(single), rel=0.1)
+    assert losses(half) == pytest.approx(losses(single), rel=0.02)
 
 
 def test_a_compiled_model_trains_to_the_same_loss(tmp_path, monkeypatch):
