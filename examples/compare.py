@@ -24,7 +24,7 @@ from experiments.rates import Row, check_rate_flags, declare_rate_flags, tuned
 from experiments.records import Record
 from experiments.study import Study, about, finished, in_order, missing
 from experiments.summary import summarise
-from experiments.tables import cost_table, score_table, to_html, write_tables
+from experiments.tables import cost_table, detail_table, score_table, to_html, write_tables
 from trainer.errors import TrainerError
 
 
@@ -68,14 +68,16 @@ def write_results(study: Study, done: list[Record], expected: int, command: str)
     folder = study.args.output
     summary = summarise(done)
     tables = {str(model): score_table(rows) for model, rows in summary.groupby("model", sort=False)}
-    print("\n" + write_tables(tables, summary, folder, "scores"))
     sections = [page.section("What was run", page.command(command), page.paragraph(about(done, expected)))]
     for model, rows in summary.groupby("model", sort=False):
         sections.append(page.section(f"Scores on {model}", page.wide(to_html(*tables[str(model)])), page.paragraph(LEGEND)))
         for data, group in rows.groupby("data", sort=False):
             title = f"{model} on {data}"
-            costs = page.wide(to_html(*cost_table(group)))
-            sections.append(page.section(title, draw(group, title, folder), costs, page.paragraph(COSTS)))
+            details = tables[f"{title}: other scores"] = detail_table(group)
+            parts = [draw(group, title, folder), page.wide(to_html(*details)), page.paragraph(DETAILS)]
+            parts += [page.wide(to_html(*cost_table(group))), page.paragraph(COSTS)]
+            sections.append(page.section(title, *parts))
+    print("\n" + write_tables(tables, summary, folder, "scores"))
     if study.failed or study.left_out:
         sections.append(page.section("Not in the tables", page.listed(missing(study))))
     page.write_page(folder / "report.html", "Which method for these data?", sections)
@@ -86,6 +88,11 @@ def write_results(study: Study, done: list[Record], expected: int, command: str)
 LEGEND = (
     "Macro-F1 on the test images: mean ± standard deviation over the seeds, and a 95 % bootstrap interval over seeds and test "
     "predictions. Bold: the best of the column. Ranks are averaged over the data sets, 1 is the best."
+)
+
+DETAILS = (
+    "Means ± standard deviations over the seeds, on the test images. AUROC and average precision are means over the classes, "
+    "one against the rest, and a dash where a test had no image of a class. The calibration error is after the temperature."
 )
 
 COSTS = (

@@ -28,7 +28,7 @@ from experiments.runs import run_cells
 from experiments.statistics import Lead, average_ranks, bootstrap_interval, lead_of, macro_f1, pareto_front
 from experiments.study import Study
 from experiments.summary import across_data, summarise
-from experiments.tables import cost_table, score_table, to_html, to_latex, to_markdown, write_tables
+from experiments.tables import cost_table, detail_table, score_table, to_html, to_latex, to_markdown, write_tables
 from trainer.errors import TrainerError
 from trainer.metrics import macro_f1 as trainer_macro_f1
 
@@ -293,7 +293,8 @@ def record(label, data, seed, confusion, model="a_model", **more):
         "key": f"{label} {data} {seed} {model}", "model": model, "data": data, "label": label, "seed": seed,
         "settings": {"lr": 0.001, "train_fraction": 1.0, "epochs": 1, "batch_size": 2, "image_size": 32},
         "images": {"train": dict.fromkeys(range(classes), 50)},
-        "test": {"macro_f1": float(macro_f1(confusion)), "confusion_matrix": confusion}, "val": {"macro_f1": 0.5},
+        "test": {"macro_f1": float(macro_f1(confusion)), "confusion_matrix": confusion, "auroc": None, "ece": 0.1 + seed / 10,
+                 "mcc": 0.01 * confusion[0][0]}, "val": {"macro_f1": 0.5},
         "trainable": 100 * len(label), "saved_bytes": 2**20 * (1 + len(label)), "step_seconds": 0.01 * len(label), **more,
     }  # fmt: skip
 
@@ -333,8 +334,21 @@ def test_the_best_are_bold_in_every_format(summary):
     assert r"\textbf{0.880 $\pm$ 0.113 [" in latex
     assert r"\toprule" in latex
     html = to_html(*table)
-    assert html.count("<tr>") == 4
-    assert "font-weight: bold" in html
+    assert html.count("<tr") == 4
+    assert html.count("<b>") == 5  # a tie on the average rank
+    assert "<b>0.880 ± 0.113 [" in html
+
+
+def test_the_other_scores_are_tabled_and_the_lowest_error_is_the_best(summary):
+    text, best = detail_table(summary[summary["data"] == "one_set"])
+    assert text.loc["full"].to_dict() == {
+        "Balanced accuracy": "–", "AUROC": "–", "Average precision": "–", "MCC": "0.440 ± 0.057",
+        "Calibration error": "0.150 ± 0.071",
+    }  # fmt: skip
+    assert text.loc["lora", "MCC"] == "0.300"
+    assert best["MCC"].to_dict() == {"full": True, "bias+norm": False, "lora": False}
+    assert best["Calibration error"].to_dict() == {"full": False, "bias+norm": False, "lora": True}
+    assert not best["AUROC"].any()
 
 
 def test_what_runs_cost_is_tabled_with_their_learning_rate(summary):
@@ -410,6 +424,8 @@ def test_a_comparison_writes_all_its_results(finished):
     assert list(scores["runs"]) == [2, 2]
     assert scores["saved_mib"].notna().all()
     assert scores["step_ms"].notna().all()
+    assert scores["auroc"].between(0, 1).all()
+    assert "### test_efficientnet on tissue: other scores" in (finished / "scores.md").read_text()
     assert not list(finished.glob("runs/*/last.ckpt"))
     assert len(list(finished.glob("runs/*/adapter.safetensors"))) == 4
 
@@ -589,4 +605,4 @@ def test_the_report_opens_in_a_browser_with_its_picture(finished, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     width, rows, fits = done.stdout.partition("<title>")[2].partition("</title>")[0].split()
     assert int(width) > 1000
-    assert (rows, fits) == ("4", "true")  # two tables of two methods
+    assert (rows, fits) == ("6", "true")  # three tables of two methods

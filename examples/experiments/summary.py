@@ -11,6 +11,13 @@ from .records import Record
 from .statistics import Lead, average_ranks, bootstrap_interval, lead_of
 
 SETTING = ["model", "data", "fraction", "label"]
+OTHER_SCORES = {
+    "balanced_accuracy": "Balanced accuracy",
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "mcc": "MCC",
+    "ece": "Calibration error",
+}
 
 
 def summarise(records: Iterable[Record], *, draws: int = 2000) -> pd.DataFrame:
@@ -23,7 +30,8 @@ def summarise(records: Iterable[Record], *, draws: int = 2000) -> pd.DataFrame:
     Returns:
         A row for each model, data set, fraction of the training data and label, in the order of the records, with `runs`,
         `mean` and `sd` of the test macro-F1 (NaN for one run), `low` and `high` of its 95 % interval, `val`, the mean of the
-        validation macro-F1, `lr`, `trainable`, `train_images`, `saved_mib`, `peak_mib`, `step_ms`, and `seconds` of a run.
+        validation macro-F1, the mean of each of `OTHER_SCORES` on the test images and its deviation in `…_sd` (NaN where it is
+        not defined for a run), `lr`, `trainable`, `train_images`, `saved_mib`, `peak_mib`, `step_ms`, and `seconds` of a run.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
@@ -68,14 +76,17 @@ def leads(summary: pd.DataFrame, baseline: str) -> dict[str, Lead]:
 
 def _sum_up(runs: list[Record], draws: int) -> dict[str, Any]:
     scores = np.array([r["test"]["macro_f1"] for r in runs])
+    others = {name: np.array([r["test"].get(name) for r in runs], dtype=float) for name in OTHER_SCORES}
     low, high = bootstrap_interval([r["test"]["confusion_matrix"] for r in runs], draws=draws)
     return {
         "runs": len(runs),
         "mean": scores.mean(),
-        "sd": scores.std(ddof=1) if len(runs) > 1 else np.nan,
+        "sd": _deviation(scores),
         "low": low,
         "high": high,
         "val": np.mean([r["val"]["macro_f1"] for r in runs]),
+        **{name: values.mean() for name, values in others.items()},
+        **{f"{name}_sd": _deviation(values) for name, values in others.items()},
         "lr": median(r["settings"]["lr"] for r in runs),
         "trainable": runs[0]["trainable"],
         "train_images": round(np.mean([sum(r["images"]["train"].values()) for r in runs])),
@@ -84,6 +95,10 @@ def _sum_up(runs: list[Record], draws: int) -> dict[str, Any]:
         "step_ms": _middle(runs, "step_seconds", 1000),
         "seconds": _middle(runs, "seconds", 1),
     }
+
+
+def _deviation(values: np.ndarray) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else float("nan")
 
 
 def _middle(runs: list[Record], name: str, scale: float) -> float:

@@ -1,13 +1,13 @@
 """The tables of the paper: a row for each method, a column for each data set or amount of data, the best in bold."""
 
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 
 import pandas as pd
-from pandas.io.formats.style import Styler
 
 from .statistics import Lead
-from .summary import across_data
+from .summary import OTHER_SCORES, across_data
 
 AVERAGE, RANK, PARAMETERS = "Average", "Average rank", "Trainable"
 
@@ -73,6 +73,22 @@ def lead_text(lead: Lead) -> str:
     return f"ahead {'from' if lead.ahead else 'until'} {100 * lead.since:.2g} %"
 
 
+def detail_table(summary: pd.DataFrame) -> Table:
+    """Lay out the other scores of one model on one data set: `mean ± sd` over the seeds.
+
+    Args:
+        summary: of `summarise`.
+    """
+    rows = summary.set_index("label")
+    text, best = pd.DataFrame(index=rows.index.to_list()), pd.DataFrame(index=rows.index.to_list())
+    for name, column in OTHER_SCORES.items():
+        values = rows[name]
+        text[column] = [_spread(value, sd) for value, sd in zip(values, rows[f"{name}_sd"], strict=True)]
+        # An error is the better the lower it is.
+        best[column] = (values == (values.min() if name == "ece" else values.max())).to_list()
+    return text, best
+
+
 def cost_table(summary: pd.DataFrame) -> Table:
     """Lay out what the runs of one model on one data set cost, and the learning rate that each took.
 
@@ -98,8 +114,7 @@ def score_text(row: pd.Series) -> str:
     """Write one score: the mean, the standard deviation over seeds where there are several, the interval."""
     if pd.isna(row["mean"]):
         return "–"
-    spread = "" if pd.isna(row["sd"]) else f" ± {row['sd']:.3f}"
-    return f"{row['mean']:.3f}{spread} [{row['low']:.3f}, {row['high']:.3f}]"
+    return f"{_spread(row['mean'], row['sd'])} [{row['low']:.3f}, {row['high']:.3f}]"
 
 
 def to_markdown(text: pd.DataFrame, best: pd.DataFrame) -> str:
@@ -112,7 +127,8 @@ def to_markdown(text: pd.DataFrame, best: pd.DataFrame) -> str:
 
 def to_latex(text: pd.DataFrame, best: pd.DataFrame) -> str:
     """Write a table in LaTeX, for the package booktabs."""
-    styled = _styled(text, best, "textbf:--rwrap").format(escape="latex")
+    bold = best.replace({True: "textbf:--rwrap", False: ""}).astype(str)
+    styled = text.style.apply(lambda _: bold, axis=None).format(escape="latex")
     escaped = styled.format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
     latex: str = escaped.to_latex(hrules=True, column_format="l" + "r" * len(text.columns))
     return latex.replace("±", r"$\pm$").replace("–", "--")
@@ -120,9 +136,9 @@ def to_latex(text: pd.DataFrame, best: pd.DataFrame) -> str:
 
 def to_html(text: pd.DataFrame, best: pd.DataFrame) -> str:
     """Write a table in HTML."""
-    styled = _styled(text, best, "font-weight: bold").format(escape="html")
-    escaped = styled.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
-    html: str = escaped.set_table_attributes('class="scores"').to_html(table_uuid="scores")
+    escaped = text.map(escape).rename(index=escape, columns=escape)
+    bold = escaped.mask(best.to_numpy(dtype=bool), "<b>" + escaped + "</b>")
+    html: str = bold.to_html(escape=False, border=0, justify="unset")
     return html
 
 
@@ -140,9 +156,11 @@ def write_tables(tables: Mapping[str, Table], summary: pd.DataFrame, folder: Pat
     return markdown
 
 
+def _spread(mean: float, sd: float) -> str:
+    if pd.isna(mean):
+        return "–"
+    return f"{mean:.3f}" if pd.isna(sd) else f"{mean:.3f} ± {sd:.3f}"
+
+
 def _number(value: float) -> str:
     return "–" if pd.isna(value) else f"{value:,.0f}"
-
-
-def _styled(text: pd.DataFrame, best: pd.DataFrame, style: str) -> Styler:
-    return text.style.apply(lambda _: best.replace({True: style, False: ""}).astype(str), axis=None)
