@@ -103,7 +103,11 @@ def _draw_costs(axes: Axes, rows: pd.DataFrame, cost: str, looks: dict[str, tupl
         colour, marker = looks[str(row.label)]
         x = getattr(row, cost)
         axes.plot([x, x], [row.low, row.high], color=colour, alpha=0.35, linewidth=1.2, zorder=2)
-        axes.scatter(x, row.mean, _area(row.trainable), colour, marker=marker, edgecolors="white", linewidths=0.7, zorder=3)
+        dot = axes.scatter(
+            x, row.mean, _area(row.trainable), colour, marker=marker, edgecolors="white", linewidths=0.7, zorder=3
+        )
+        # Whole also at 0, where a linear probe lies that keeps nothing.
+        dot.set_clip_on(False)
     if cost == "trainable":
         axes.set_xscale("log")
     else:
