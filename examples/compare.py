@@ -60,7 +60,7 @@ def cells_of(study: Study) -> list[Cell]:
         rows += [Row(data, model, choice) for data in args.data for choice in kept]
     if args.lr_factors:
         rows = tuned(study, rows)
-    return in_order(args, [row.cell(study, seed) for seed in args.seed for row in rows])
+    return in_order(args, [row.cell(study, split) for split in args.splits for row in rows])
 
 
 def write_results(study: Study, done: list[Record], expected: int, command: str) -> None:
@@ -86,17 +86,17 @@ def write_results(study: Study, done: list[Record], expected: int, command: str)
 
 
 LEGEND = (
-    "Macro-F1 on the test images: mean ± standard deviation over the seeds, and a 95 % bootstrap interval over seeds and test "
+    "Macro-F1 on the test images: mean ± standard deviation over the runs, and a 95 % bootstrap interval over runs and test "
     "predictions. Bold: the best of the column. Ranks are averaged over the data sets, 1 is the best."
 )
 
 DETAILS = (
-    "Means ± standard deviations over the seeds, on the test images. AUROC and average precision are means over the classes, "
+    "Means ± standard deviations over the runs, on the test images. AUROC and average precision are means over the classes, "
     "one against the rest, and a dash where a test had no image of a class. The calibration error is after the temperature."
 )
 
 COSTS = (
-    "Medians over the seeds. What a step keeps for its backward pass is counted, the same on every machine. Peak memory is "
+    "Medians over the runs. What a step keeps for its backward pass is counted, the same on every machine. Peak memory is "
     "that of the graphics card or, without one, of the whole process; like the times it depends on what else the machine does."
 )
 

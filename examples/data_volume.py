@@ -71,11 +71,11 @@ def cells_of(study: Study) -> list[Cell]:
         kept, left_out = fitting(rows, study.shared, model)
         study.left_out |= {f"{label} on {model}": reason for label, reason in left_out.items()}
         require_baseline(args.baseline, kept)
-        for seed in args.seed:
+        for split in args.splits:
             for fraction in reversed(args.fraction):
                 for row in kept:
                     flags = [*study.shared, *share_flags(study.shared, row, fraction, args.stretch)]
-                    cells += [make_cell(flags, data, model, row, seed, args.output) for data in args.data]
+                    cells += [make_cell(flags, data, model, row, split, args.output) for data in args.data]
     return in_order(args, cells)
 
 
@@ -117,7 +117,7 @@ def write_results(study: Study, done: list[Record], expected: int, command: str)
 
 
 LEGEND = (
-    "Macro-F1 on the test images: mean ± standard deviation over the seeds, and a 95 % bootstrap interval over seeds and test "
+    "Macro-F1 on the test images: mean ± standard deviation over the runs, and a 95 % bootstrap interval over runs and test "
     "predictions. Bold: the best of the column. The last column: where the method is ahead of the baseline, from or until the "
     "last share of the training images at which their curves cross, interpolated."
 )

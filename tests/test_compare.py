@@ -105,6 +105,16 @@ def test_a_run_that_fails_ends_itself_alone(tmp_path, capsys):
     assert "full on test_efficientnet, tissue, seed 0 failed: The training loss became" in capsys.readouterr().out
 
 
+def test_a_cross_validation_tests_every_image_once(tmp_path):
+    given = ["--method", "linear_probe", "--seed", "0", "--k-folds", "3", "--lr-factors", "1", "--output", str(tmp_path)]
+    assert compare.run([*TINY, *given]) == 0
+    tested = [name for file in tmp_path.glob("runs/*/predictions.csv") for name in pd.read_csv(file)["image"]]
+    assert sorted(tested) == list(range(576))
+    assert list(pd.read_csv(tmp_path / "scores.csv")["runs"]) == [3]
+    assert "3 of 3 runs; seeds 0, each with 3 folds" in (tmp_path / "report.html").read_text()
+    assert "fold" not in (tmp_path / "settings" / "test_efficientnet-tissue" / "linear_probe.yaml").read_text()
+
+
 def test_a_run_on_two_devices_has_processes_of_its_own(tmp_path):
     given = ["--method", "linear_probe", "--seed", "0", "--devices", "2", "--accelerator", "cpu", "--output", str(tmp_path)]
     assert compare.run([*TINY, *given]) == 0
@@ -133,7 +143,9 @@ def test_shards_share_the_runs(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--resume"], "--resume is set already"),
+        (["--resume"], "--resume is set by the study"),
+        (["--k-folds", "3", "--fold=1"], "--fold is set by the study: it resumes, its runs are quiet, and --k-folds runs all"),
+        (["--k-folds", "1"], "--k-folds is 1; take at least 2 folds"),
         (["--data", "a/x", "b/x"], "--data has two data sets called x"),
         (["--method", "lra"], "Unknown method 'lra'. Did you mean 'lora'"),
         (["--method", "attention"], "No method fits test_efficientnet"),

@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import compare
-from experiments.cells import Choice, choices, fitting, make_cell
+from experiments.cells import Choice, Split, choices, fitting, make_cell
 from experiments.rates import Row, best_rate, beyond, multiples, tuned
 from experiments.study import Study
 from trainer.errors import TrainerError
@@ -68,7 +68,7 @@ def test_a_file_without_a_method_is_refused(tmp_path):
 
 def test_a_key_follows_the_settings_and_not_the_place(tmp_path):
     def key(*flags, folder=tmp_path, seed=0, choice=("--method", "ssf")):
-        return make_cell(list(flags), None, "test_efficientnet", Choice("row", choice), seed, folder).key
+        return make_cell(list(flags), None, "test_efficientnet", Choice("row", choice), Split(seed), folder).key
 
     config = tmp_path / "settings.yaml"
     config.write_text("method: ssf\n")
@@ -128,7 +128,7 @@ def tuned_rates(folder, rows, *given):
     parser = compare.make_parser("", str(folder))
     compare.declare_rate_flags(parser)
     study = Study.of(*compare.parse(parser, [*TINY, "--output", str(folder), *given]))
-    return {row.choice.label: row.cell(study, 0).args.lr for row in tuned(study, rows)}, study
+    return {row.choice.label: row.cell(study, Split(0)).args.lr for row in tuned(study, rows)}, study
 
 
 def rows_of(*methods):

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from experiments.cells import Choice, make_cell
+from experiments.cells import Choice, Split, make_cell
 from experiments.records import Records
 from experiments.runs import run_cells
 from trainer.errors import TrainerError
@@ -44,7 +44,9 @@ def test_a_damaged_record_is_named(tmp_path):
 
 
 def cells_in(folder, count):
-    return [make_cell([], None, "test_efficientnet", Choice("ssf", ("--method", "ssf")), s, folder) for s in range(count)]
+    return [
+        make_cell([], None, "test_efficientnet", Choice("ssf", ("--method", "ssf")), Split(s), folder) for s in range(count)
+    ]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A cell is one run of a study, one method on one data set with one model and seed; a grid lists them all."""
+"""A cell is one run of a study, one method on one data set with one model and split; a grid lists them all."""
 
 import argparse
 import hashlib
@@ -37,6 +37,30 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Which images a run trains and tests on.
+
+    Attributes:
+        seed: of the split and of the training.
+        folds: of a cross-validation, 0 for none.
+        fold: the one to test on, from 0.
+    """
+
+    seed: int
+    folds: int = 0
+    fold: int = 0
+
+    @property
+    def flags(self) -> list[str]:
+        """Spell it as flags of `train.py`."""
+        folds = ["--k-folds", str(self.folds), "--fold", str(self.fold)] if self.folds else []
+        return ["--seed", str(self.seed), *folds]
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}" + (f", fold {self.fold} of {self.folds}" if self.folds else "")
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run.
 
@@ -44,12 +68,14 @@ class Cell:
         data: the data set's name.
         model: the model's name.
         label: the row of the table.
+        split: of the data.
         args: what `train.run` takes.
     """
 
     data: str
     model: str
     label: str
+    split: Split
     args: argparse.Namespace
 
     @property
@@ -58,10 +84,10 @@ class Cell:
         return digest_of(self.args)
 
     def __str__(self) -> str:
-        return f"{self.label} on {self.model}, {self.data}, seed {self.args.seed}"
+        return f"{self.label} on {self.model}, {self.data}, {self.split}"
 
 
-def make_cell(flags: Sequence[str], data: Path | None, model: str, choice: Choice, seed: int, folder: Path) -> Cell:
+def make_cell(flags: Sequence[str], data: Path | None, model: str, choice: Choice, split: Split, folder: Path) -> Cell:
     """Make one run out of the flags of `train.py` that all runs share and those of its own.
 
     Args:
@@ -69,14 +95,14 @@ def make_cell(flags: Sequence[str], data: Path | None, model: str, choice: Choic
         data: what `--data` takes; None for the default data.
         model: a timm model.
         choice: the method.
-        seed: of the split and of the training.
+        split: of the data.
         folder: the study's; the run writes into a folder of its own below it.
     """
-    own = ["--model", model, *choice.flags, "--seed", str(seed)]
+    own = ["--model", model, *choice.flags, *split.flags]
     own += [] if data is None else ["--data", str(data)]
     args = parse(make_parser(""), [*flags, *own])
     args.output, args.resume = folder / "runs" / digest_of(args), True
-    return Cell("tissue" if data is None else data.stem, model, choice.label, args)
+    return Cell("tissue" if data is None else data.stem, model, choice.label, split, args)
 
 
 def digest_of(args: argparse.Namespace) -> str:

@@ -11,7 +11,7 @@ from statistics import mean
 from trainer.errors import TrainerError
 from trainer.flags import make_parser, parse
 
-from .cells import Cell, Choice, file_name, make_cell
+from .cells import Cell, Choice, Split, file_name, make_cell
 from .records import Record
 from .runs import run_cells
 from .settings import write_settings
@@ -54,9 +54,9 @@ class Row:
     model: str
     choice: Choice
 
-    def cell(self, study: Study, seed: int) -> Cell:
-        """Give its run with one seed."""
-        return make_cell(study.shared, self.data, self.model, self.choice, seed, study.args.output)
+    def cell(self, study: Study, split: Split) -> Cell:
+        """Give its run on one split of the data."""
+        return make_cell(study.shared, self.data, self.model, self.choice, split, study.args.output)
 
     def at(self, rate: float, epochs: int | None = None) -> Row:
         """Give the row with a rate, and another number of epochs if asked for."""
@@ -81,17 +81,20 @@ def tuned(study: Study, rows: Sequence[Row]) -> list[Row]:
         best |= try_rates(study, {row: grids[row] for row in further})
     found = [row.at(rate) for row, rate in best.items()]
     for row in found:
-        cell = row.cell(study, args.seed[0])
+        cell = row.cell(study, args.splits[0])
         file = args.output / "settings" / file_name(f"{row.model} on {cell.data}") / f"{cell.label}.yaml"
         write_settings(cell.args, file)
     return found
 
 
 def try_rates(study: Study, grids: Mapping[Row, Sequence[float]]) -> dict[Row, float]:
-    """Run every row with every rate of its grid, on the seeds for that; give the best rate of each row that has one."""
+    """Run every row with every rate of its grid, on the seeds for that; give the best rate of each row that has one.
+
+    Of a cross-validation the first fold is enough.
+    """
     args = study.args
-    seeds = args.seed[: args.lr_seeds]
-    trials = {row: [row.at(r, args.lr_epochs).cell(study, s) for r in rates for s in seeds] for row, rates in grids.items()}
+    splits = [split for split in args.splits if split.fold == 0][: args.lr_seeds]
+    trials = {row: [row.at(r, args.lr_epochs).cell(study, s) for r in rates for s in splits] for row, rates in grids.items()}
     failed = run_cells(in_order(args, [cell for cells in trials.values() for cell in cells]), study.records)
     found = study.records.read()
     best = {}

@@ -57,8 +57,9 @@ def about(done: list[Record], expected: int) -> str:
     seeds = sorted({record["seed"] for record in done})
     versions = ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items())
     settings = first["settings"]
+    folds = f", each with {settings['k_folds']} folds" if settings.get("k_folds") else ""
     return (
-        f"{len(done)} of {expected} runs; seeds {', '.join(map(str, seeds))}; at most {settings['epochs']} epochs, "
+        f"{len(done)} of {expected} runs; seeds {', '.join(map(str, seeds))}{folds}; at most {settings['epochs']} epochs, "
         f"batches of {settings['batch_size']}, {settings['image_size']} pixels; {versions}."
     )
 

@@ -21,7 +21,7 @@ OTHER_SCORES = {
 
 
 def summarise(records: Iterable[Record], *, draws: int = 2000) -> pd.DataFrame:
-    """Sum up the runs that differ in nothing but their seed.
+    """Sum up the runs that differ in nothing but their split of the data.
 
     Args:
         records: of finished runs.

@@ -74,7 +74,7 @@ def lead_text(lead: Lead) -> str:
 
 
 def detail_table(summary: pd.DataFrame) -> Table:
-    """Lay out the other scores of one model on one data set: `mean ± sd` over the seeds.
+    """Lay out the other scores of one model on one data set: `mean ± sd` over the runs.
 
     Args:
         summary: of `summarise`.
@@ -111,7 +111,7 @@ def cost_table(summary: pd.DataFrame) -> Table:
 
 
 def score_text(row: pd.Series) -> str:
-    """Write one score: the mean, the standard deviation over seeds where there are several, the interval."""
+    """Write one score: the mean, the standard deviation over runs where there are several, the interval."""
     if pd.isna(row["mean"]):
         return "–"
     return f"{_spread(row['mean'], row['sd'])} [{row['low']:.3f}, {row['high']:.3f}]"
