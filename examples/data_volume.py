@@ -1,9 +1,10 @@
 """With how many images is a method ahead of full fine-tuning? Methods on nested shares of the training data.
 
-Offline and in minutes, on patches of stained tissue; then on your own data, with the settings that tune.py or compare.py found:
+Offline and in minutes, on patches of stained tissue; then on your own data, with a learning rate of its own for each method on
+each share, for what is best on all the images may be far from it on a few:
 
     python examples/data_volume.py --method full linear_probe ssf --image-size 64 --epochs 3 --fraction 0.1 0.3 1 --seed 0 1
-    python examples/data_volume.py --data my/images --config full.yaml ssf.yaml --output runs/volume
+    python examples/data_volume.py --data my/images --method full ssf lora --lr-factors 0.3 1 3 --output runs/volume
 
 The shares are stratified, each lies within the next, and validation and test stay whole. It writes to --output: volume.md,
 volume.tex and volume.csv, a picture of the curves for each model and data set with the points where they cross that of full
@@ -16,14 +17,15 @@ from collections.abc import Sequence
 
 import pandas as pd
 from experiments import page
-from experiments.cells import Cell, Choice, choices, file_name, fitting, make_cell
+from experiments.cells import Cell, Choice, choices, file_name, fitting
 from experiments.command import exit_status
 from experiments.figures import draw_volume
 from experiments.flags import make_parser, parse
+from experiments.rates import Row, check_rate_flags, declare_rate_flags, tuned
 from experiments.records import Record
 from experiments.study import Study, about, finished, in_order, missing
 from experiments.summary import leads, summarise
-from experiments.tables import Table, to_html, volume_table, write_tables
+from experiments.tables import Table, rate_table, to_html, volume_table, write_tables
 from trainer.errors import TrainerError
 from trainer.flags import make_parser as make_run_parser
 from trainer.flags import parse as parse_run
@@ -49,7 +51,9 @@ def run(given: Sequence[str] | None = None) -> int:
         metavar="X",
         help="a smaller share has more epochs, for the steps of the whole, but at most X times as many (default: 4)",
     )
+    declare_rate_flags(parser)
     args, shared = parse(parser, given)
+    check_rate_flags(args)
     for fraction in args.fraction:
         if not 0 < fraction <= 1:
             raise TrainerError(f"--fraction {fraction:g} is no share: give numbers above 0 and at most 1, such as 0.1.")
@@ -64,19 +68,22 @@ def run(given: Sequence[str] | None = None) -> int:
 
 
 def cells_of(study: Study) -> list[Cell]:
-    """List the runs; the largest share first, which tells soonest whether the settings are any good."""
-    args, cells = study.args, []
-    rows = choices(args.method, args.config)
+    """List the runs, after finding the learning rates if that was asked for.
+
+    The largest share comes first, which tells soonest whether the settings are any good.
+    """
+    args = study.args
+    asked = choices(args.method, args.config)
+    rows: list[Row] = []
     for model in args.model:
-        kept, left_out = fitting(rows, study.shared, model)
+        kept, left_out = fitting(asked, study.shared, model)
         study.left_out |= {f"{label} on {model}": reason for label, reason in left_out.items()}
         require_baseline(args.baseline, kept)
-        for split in args.splits:
-            for fraction in reversed(args.fraction):
-                for row in kept:
-                    flags = [*study.shared, *share_flags(study.shared, row, fraction, args.stretch)]
-                    cells += [make_cell(flags, data, model, row, split, args.output) for data in args.data]
-    return in_order(args, cells)
+        shares = [on_share(study.shared, choice, f, args.stretch) for f in reversed(args.fraction) for choice in kept]
+        rows += [Row(data, model, choice) for data in args.data for choice in shares]
+    if args.lr_factors:
+        rows = tuned(study, rows)
+    return in_order(args, [row.cell(study, split) for split in args.splits for row in rows])
 
 
 def require_baseline(baseline: str, rows: Sequence[Choice]) -> None:
@@ -86,16 +93,17 @@ def require_baseline(baseline: str, rows: Sequence[Choice]) -> None:
         raise TrainerError(f"--baseline {baseline} is not among the rows ({', '.join(labels)}). Add it, or name one of them.")
 
 
-def share_flags(shared: Sequence[str], row: Choice, fraction: float, stretch: float) -> list[str]:
-    """Give the flags of one share of the training data.
+def on_share(shared: Sequence[str], choice: Choice, fraction: float, stretch: float) -> Choice:
+    """Give a method on a share of the training data.
 
     With the epochs of the whole, a hundredth of the images would get a hundredth of the steps, and a method that learns
     slowly would seem to need data where it needs time.
     """
-    asked = parse_run(make_run_parser(""), [*shared, *row.flags])
+    asked = parse_run(make_run_parser(""), [*shared, *choice.flags])
     longer = min(stretch, 1 / fraction)
     epochs, patience = round(longer * asked.epochs), round(longer * asked.patience)
-    return ["--train-fraction", repr(fraction), "--epochs", str(epochs), "--patience", str(patience)]
+    share = ("--train-fraction", repr(fraction), "--epochs", str(epochs), "--patience", str(patience))
+    return Choice(choice.label, (*choice.flags, *share))
 
 
 def write_results(study: Study, done: list[Record], expected: int, command: str) -> None:
@@ -107,7 +115,9 @@ def write_results(study: Study, done: list[Record], expected: int, command: str)
     for (model, data), rows in summary.groupby(["model", "data"], sort=False):
         title = f"{model} on {data}"
         tables[title], picture = lay_out(study, rows, title)
-        sections.append(page.section(title, picture, page.wide(to_html(*tables[title])), page.paragraph(LEGEND)))
+        rates = tables[f"{title}: learning rates"] = rate_table(rows)
+        scores = [picture, page.wide(to_html(*tables[title])), page.paragraph(LEGEND)]
+        sections.append(page.section(title, *scores, page.wide(to_html(*rates)), page.paragraph(RATES)))
     if study.failed or study.left_out:
         sections.append(page.section("Not in the tables", page.listed(missing(study))))
     print("\n" + write_tables(tables, summary, folder, "volume"))
@@ -121,6 +131,9 @@ LEGEND = (
     "predictions. Bold: the best of the column. The last column: where the method is ahead of the baseline, from or until the "
     "last share of the training images at which their curves cross, interpolated."
 )
+
+
+RATES = "The learning rate of each method on each share; with --lr-factors, that of the best validation score there."
 
 
 def lay_out(study: Study, rows: pd.DataFrame, title: str) -> tuple[Table, str]:

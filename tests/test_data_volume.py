@@ -1,11 +1,14 @@
 """Scores against the amount of data: nested shares, curves, and where they cross that of full fine-tuning."""
 
+import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -45,8 +48,9 @@ def test_finished_shares_are_not_run_again_and_more_can_be_added(finished, capsy
 
 @pytest.mark.parametrize(("fraction", "epochs", "patience"), [(1.0, "6", "5"), (0.5, "12", "10"), (0.01, "24", "20")])
 def test_smaller_shares_have_more_epochs_up_to_a_bound(fraction, epochs, patience):
-    flags = data_volume.share_flags(["--epochs", "6"], Choice("ssf", ("--method", "ssf")), fraction, 4.0)
-    assert flags == ["--train-fraction", str(fraction), "--epochs", epochs, "--patience", patience]
+    row = data_volume.on_share(["--epochs", "6"], Choice("ssf", ("--method", "ssf")), fraction, 4.0)
+    share = ("--train-fraction", str(fraction), "--epochs", epochs, "--patience", patience)
+    assert row == Choice("ssf", ("--method", "ssf", *share))
 
 
 def summary(scores):
@@ -99,6 +103,30 @@ def test_where_two_curves_cross_is_marked(tmp_path, monkeypatch, scores, height,
     assert [line.get_ydata()[0] for line in marks] == [pytest.approx(height)]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(labels) == ["crosses full", "full", f"ssf  ({said})"]
+
+
+def test_every_share_has_a_learning_rate_of_its_own(tmp_path, monkeypatch):
+    def run_cell(cell, images):
+        """The best rate is 0.009 on a tenth and 0.003 on the whole."""
+        best = {0.1: 0.009, 1.0: 0.003}[cell.args.train_fraction]
+        score = 0.5 - abs(np.log(cell.args.lr / best)) / 10
+        return {
+            "key": cell.key, "model": cell.model, "data": cell.data, "label": cell.label, "seed": cell.args.seed,
+            "settings": vars(cell.args), "images": {"train": {"a": 9}}, "trainable": 9, "val_loss": 1.0,
+            "val": {"macro_f1": score}, "test": {"macro_f1": score, "confusion_matrix": [[5, 1], [2, 4]]},
+        }  # fmt: skip
+
+    monkeypatch.setattr("experiments.runs.images_of", lambda args: None)
+    monkeypatch.setattr("experiments.runs.run_cell", run_cell)
+    monkeypatch.setattr("experiments.records.json.dumps", partial(json.dumps, default=str))
+    given = ["--method", "ssf", "--baseline", "ssf", "--fraction", "0.1", "1", "--seed", "0", "--lr-factors", "0.3", "1"]
+    assert data_volume.run([*TINY, *given, "--output", str(tmp_path)]) == 0
+    found = pd.read_csv(tmp_path / "volume.csv").set_index("fraction")
+    assert found["lr"].to_dict() == {1.0: 0.003, 0.1: 0.01}  # two rates beyond the edge: 0.01 and 0.0333
+    assert "| ssf | 0.01 | 0.003 |" in (tmp_path / "volume.md").read_text()
+    settings = tmp_path / "settings"
+    assert yaml.safe_load((settings / "test_efficientnet-tissue-0.1" / "ssf.yaml").read_text())["lr"] == 0.01
+    assert yaml.safe_load((settings / "test_efficientnet-tissue" / "ssf.yaml").read_text())["lr"] == 0.003
 
 
 def test_wrong_shares_are_answered_with_what_to_do(capsys, tmp_path):

@@ -82,8 +82,9 @@ def tuned(study: Study, rows: Sequence[Row]) -> list[Row]:
     found = [row.at(rate) for row, rate in best.items()]
     for row in found:
         cell = row.cell(study, args.splits[0])
-        file = args.output / "settings" / file_name(f"{row.model} on {cell.data}") / f"{cell.label}.yaml"
-        write_settings(cell.args, file)
+        share = "" if cell.args.train_fraction == 1 else f"-{cell.args.train_fraction:g}"
+        folder = args.output / "settings" / (file_name(f"{row.model} on {cell.data}") + share)
+        write_settings(cell.args, folder / f"{cell.label}.yaml")
     return found
 
 

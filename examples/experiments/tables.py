@@ -66,6 +66,19 @@ def volume_table(summary: pd.DataFrame, leads: Mapping[str, Lead], baseline: str
     return text, best
 
 
+def rate_table(summary: pd.DataFrame) -> Table:
+    """Lay out the learning rates of one model on one data set, a column for each share of the training data.
+
+    Args:
+        summary: of `summarise`.
+    """
+    labels = list(dict.fromkeys(summary["label"]))
+    rates = summary.pivot_table(index="label", columns="fraction", values="lr").reindex(labels)
+    text = rates.map(lambda rate: "–" if pd.isna(rate) else f"{rate:.3g}")
+    text = text.rename(columns=lambda fraction: f"{100 * fraction:.3g} %").rename_axis(index=None, columns=None)
+    return text, text.astype(bool) & False
+
+
 def lead_text(lead: Lead) -> str:
     """Say in words where a method is ahead."""
     if lead.since is None:
