@@ -5,6 +5,9 @@ import torch
 
 from medpeft import registry
 
+# What these assert says what it found, as if it stood in the test.
+pytest.register_assert_rewrite("checkpoints", "small_checkpoints", "small_diffusion", "small_training")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():

@@ -1,4 +1,4 @@
-"""Bottlenecks and convolutions beside layers against their formulas in NumPy and float64, and where they begin."""
+"""Bottlenecks after layers and blocks against their formulas in NumPy and float64, and where they begin."""
 
 import copy
 
@@ -6,46 +6,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from by_hand import block_and_adapters, gelu, numbers, relu, through
 from models import make, randomise, randomise_adapters
-from test_methods import GEOMETRIES, assert_computes, base_convolution, convolved, drawn
+from test_methods import assert_computes, drawn
 from torch import nn
 
 import medpeft
-
-
-def numbers(adapter):
-    return {name.replace("bottleneck.", ""): value.detach().numpy() for name, value in adapter.named_parameters()}
-
-
-def gelu(x):
-    return torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
-
-
-def relu(x):
-    return np.maximum(x, 0)
-
-
-def quick_gelu(x):
-    return x / (1 + np.exp(-1.702 * x))
-
-
-def through(p, x, act):
-    """up(act(down(x))) of a bottleneck's numbers."""
-    return act(x @ p["down"].T + p["down_bias"]) @ p["up"].T + p["up_bias"]
-
-
-def block_and_adapters(family, method, **options):
-    """An adapted model, a plain copy of its first block, and the numbers of that block's adapters by layer."""
-    model = make(family)
-    plain = copy.deepcopy(model.blocks[0])
-    medpeft.apply(model, method, **options)
-    randomise_adapters(model, size=0.3)
-    found = {
-        name: numbers(next(module.adapters.children()))
-        for name, module in model.blocks[0].named_modules()
-        if "adapters" in module._modules
-    }
-    return model, plain, found
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2"])  # without and with LayerScale
@@ -106,164 +72,6 @@ def test_a_convolutional_block_has_its_channels_first():
 
     expected = y.numpy() + np.moveaxis(through(numbers(adapters["pfeiffer"]), np.moveaxis(y.numpy(), 1, -1), relu), -1, 1)
     assert np.abs(got - expected).max() < 1e-12
-
-
-def bypass(p, x, grid, prefix, scale):
-    """Convpass on tokens, (B, N, D): patches on their grid, the tokens before them each as an image of one pixel."""
-    hidden = quick_gelu(x @ p["down"].T + p["down_bias"])
-    image = np.moveaxis(hidden[:, prefix:].reshape(len(x), *grid, -1), -1, 1)
-    convolved_image = convolved(image, p["conv"], padding=1) + p["conv_bias"][:, None, None]
-    patches = np.moveaxis(convolved_image, 1, -1).reshape(len(x), grid[0] * grid[1], -1)
-    alone = [
-        (convolved(hidden[:, i, :, None, None], p["conv"], padding=1)[..., 0, 0] + p["conv_bias"])[:, None]
-        for i in range(prefix)
-    ]
-    hidden = quick_gelu(np.concatenate([*alone, patches], 1))
-    return scale * (hidden @ p["up"].T + p["up_bias"])
-
-
-@pytest.mark.parametrize(("family", "prefix"), [("vit", 1), ("deit_distilled", 2)])
-def test_convpass_in_a_block_written_out_by_hand(family, prefix):
-    model, plain, p = block_and_adapters(family, "convpass", bottleneck=3, scale=0.5)
-    x = drawn(2, prefix + 16, 16)
-
-    with torch.no_grad():
-        normed = plain.norm1(x)
-        stream = x + plain.attn(normed) + torch.from_numpy(bypass(p["attn"], normed.numpy(), (4, 4), prefix, 0.5))
-        normed = plain.norm2(stream)
-        expected = stream + plain.mlp(normed) + torch.from_numpy(bypass(p["mlp"], normed.numpy(), (4, 4), prefix, 0.5))
-
-    assert_computes(model.blocks[0], x, expected.numpy())
-
-
-def test_convpass_beside_the_attention_alone():
-    model = medpeft.apply(make("vit"), "convpass", beside="attention")
-
-    assert [name for name, module in model.named_modules() if name.endswith("adapters")] == [
-        "blocks.0.attn.adapters",
-        "blocks.1.attn.adapters",
-    ]
-
-
-def test_convpass_refuses_an_attention_that_pools_its_tokens():
-    adapter = medpeft.apply(make("vit"), "convpass").blocks[0].attn.adapters["convpass"]
-    x = torch.randn(1, 4, 4, 16, dtype=torch.float64)
-
-    assert adapter(x, x).shape == x.shape
-    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0\.attn makes \(1, 2, 2, 16\) of \(1, 4, 4, 16\): it pools"):
-        adapter(x, x[:, ::2, ::2])
-
-
-def test_convpass_takes_the_grid_of_an_oblong_image_from_the_model():
-    options = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2, "num_classes": 3}
-    model = randomise(timm.create_model("vit_tiny_patch16_224", img_size=(16, 32), **options).double()).eval()
-    medpeft.apply(model, "convpass", bottleneck=3, beside="attention")
-    randomise_adapters(model)
-    adapter = model.blocks[0].attn.adapters["convpass"]
-    x, y = drawn(2, 9, 16), drawn(2, 9, 16)
-
-    with torch.no_grad():
-        change = (adapter(x, y) - y).numpy()
-
-    assert np.abs(change - bypass(numbers(adapter), x.numpy(), (2, 4), 1, 1.0)).max() < 1e-12
-
-
-def test_convpass_says_so_where_tokens_make_no_grid():
-    options = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2, "num_classes": 3, "dynamic_img_size": True}
-    model = medpeft.apply(timm.create_model("vit_tiny_patch16_224", img_size=32, **options), "convpass")
-
-    with pytest.raises(medpeft.MedpeftError, match=r"'convpass' finds no grid in the 9 tokens of blocks\.0\.attn"):
-        model(torch.zeros(1, 3, 16, 32))
-
-
-def test_convpass_convolves_volumes_in_three_directions():
-    from monai.networks.nets import ViT
-
-    model = ViT(1, (16,) * 3, (8,) * 3, hidden_size=16, mlp_dim=32, num_layers=1, num_heads=2, classification=True)
-    randomise_adapters(medpeft.apply(randomise(model.double()).eval(), "convpass", bottleneck=3))
-    adapter = model.blocks[0].attn.adapters["convpass"]
-    hidden = drawn(1, 9, 3)
-
-    with torch.no_grad():
-        got = adapter._convolved(hidden)
-        image = hidden[:, 1:].unflatten(1, (2, 2, 2)).movedim(-1, 1)
-        expected = nn.functional.conv3d(image, adapter.conv, adapter.conv_bias, padding=1).flatten(2).mT
-
-    assert adapter.conv.shape == (3, 3, 3, 3, 3)
-    torch.testing.assert_close(got[:, 1:], expected, rtol=0, atol=1e-14)
-    torch.testing.assert_close(got[:, 0], hidden[:, 0] @ adapter.conv[:, :, 1, 1, 1].T + adapter.conv_bias)
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_conv_adapter_beside_a_convolution(geometry):
-    conv, x = nn.Conv2d(4, 8, **geometry), drawn(2, 4, 7, 9)
-    model, _, p = applied_at(conv, "conv_adapter", reduction=2)
-
-    slides = {"stride": conv.stride[0], "padding": conv.padding[0], "dilation": conv.dilation[0]}
-    hidden = relu(convolved(x.numpy(), p["down"], groups=2, **slides))
-    change = p["scale"][:, None, None] * np.einsum("oh,nhij->noij", p["up"], hidden)
-    assert p["down"].shape == (2, 2, *conv.kernel_size)
-    assert_computes(model, x, base_convolution(conv, x) + change)
-
-
-def test_conv_adapter_after_a_convolution():
-    conv, x = nn.Conv2d(4, 8, 3, stride=2, padding=2, dilation=2), drawn(2, 4, 7, 9)
-    model, _, p = applied_at(conv, "conv_adapter", reduction=4, form="sequential")
-
-    y = base_convolution(conv, x)
-    hidden = relu(convolved(y, p["down"], padding=1, groups=2))
-    assert p["down"].shape == (2, 4, 3, 3)
-    assert_computes(model, x, y + p["scale"][:, None, None] * np.einsum("oh,nhij->noij", p["up"], hidden))
-
-
-@pytest.mark.parametrize("size", [7, 8])
-def test_conv_adapter_pads_by_the_size_of_its_input_as_its_host_does(size):
-    from timm.layers import Conv2dSame
-
-    conv, x = Conv2dSame(4, 4, 3, stride=2), drawn(2, 4, size, size)
-    model, _, p = applied_at(conv, "conv_adapter", reduction=1)
-    twin = Conv2dSame(4, 4, 3, stride=2, groups=4, bias=False).double()
-
-    with torch.no_grad():
-        twin.weight.copy_(torch.from_numpy(p["down"]))
-        hidden = twin(x).relu().numpy()
-        y = medpeft.remove(copy.deepcopy(model))(x).numpy()
-    assert_computes(model, x, y + p["scale"][:, None, None] * np.einsum("oh,nhij->noij", p["up"], hidden))
-
-
-def applied_at(layer, method, **options):
-    """As `applied`, for a method whose sites would be the residual blocks'."""
-    model = nn.Sequential(layer).double().eval()
-    randomise(model)
-    medpeft.apply(model, method, head=None, target="*", **options)
-    randomise_adapters(model, size=0.3)
-    (adapter,) = layer.adapters.children()
-    return model, adapter, numbers(adapter)
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_a_residual_adapter_in_parallel_is_a_1x1_convolution_of_the_input(geometry):
-    conv, x = nn.Conv2d(4, 8, **geometry), drawn(2, 4, 7, 9)
-    model, _, p = applied_at(conv, "residual_adapter")
-
-    beside = convolved(x.numpy(), p["alpha"][..., None, None], conv.stride[0], groups=conv.groups)
-    assert_computes(model, x, base_convolution(conv, x) + beside)
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_a_residual_adapter_in_series_is_a_1x1_convolution_of_the_output(geometry):
-    conv, x = nn.Conv2d(4, 8, **geometry), drawn(2, 4, 7, 9)
-    model, _, p = applied_at(conv, "residual_adapter", form="series")
-
-    y = base_convolution(conv, x)
-    assert_computes(model, x, y + np.einsum("oi,nihw->nohw", p["alpha"], y))
-
-
-def test_by_themselves_residual_adapters_take_the_3x3_convolutions_of_the_residual_blocks():
-    model = medpeft.apply(make("resnet"), "residual_adapter")
-
-    adapted = [name for name, module in model.named_modules() if "adapters" in module._modules]
-    assert adapted == [f"layer{i}.0.conv2" for i in (1, 2, 3, 4)]
 
 
 ONE_SIDE = [
@@ -388,10 +196,3 @@ def test_a_block_may_have_its_channels_first_though_its_mlp_has_them_last(method
         change = through(p, stream.numpy(), relu) * (1.0 if method == "pfeiffer" else 0.1)
 
     assert_computes(block, x, y.numpy() + np.moveaxis(change, -1, 1))
-
-
-def test_convpass_knows_the_class_token_of_each_row_of_blocks():
-    with torch.device("meta"):
-        model = timm.create_model("crossvit_9_240")
-
-    assert {site.layout.prefix for _, site in medpeft.plan(model, "convpass").sites} == {1}

@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 from models import make, randomise, randomise_adapters
+from prompted import SIZES, put_in, vit
 from test_methods import drawn
-from test_prompts import SIZES, put_in, vit
 from torch import nn
 
 import medpeft

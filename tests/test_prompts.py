@@ -1,4 +1,4 @@
-"""Prompts, computed by hand in float64: right in every kind of model or refused with the reason."""
+"""Prompts, computed by hand in float64: right in every kind of model."""
 
 import copy
 
@@ -6,39 +6,11 @@ import pytest
 import timm
 import torch
 from models import FAMILIES, example, make, output, randomise, randomise_adapters
+from prompted import SIZES, embedded, prompts_of, put_in, taken_off, vit
 from test_methods import assert_computes, drawn
 from torch import nn
 
 import medpeft
-
-SIZES = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 16, "num_heads": 2, "num_classes": 3}
-
-
-def vit(**options):
-    return randomise(timm.create_model("vit_tiny_patch16_224", **SIZES, **options).double()).eval()
-
-
-def prompts_of(model):
-    return [
-        block.adapters[name].prompts.tokens.detach()
-        for block in model.blocks
-        for name in ("vpt_deep", "vpt_shallow")
-        if "adapters" in block._modules and name in block.adapters
-    ]
-
-
-def put_in(x, prompts, at):
-    return torch.cat([x[:, :at], prompts.expand(len(x), -1, -1), x[:, at:]], 1)
-
-
-def taken_off(x, prompts, at):
-    return torch.cat([x[:, :at], x[:, at + len(prompts) :]], 1)
-
-
-def embedded(model, images):
-    """What enters the first block of timm's plain ViT."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-
 
 VARIANTS = {
     "class token": ({}, 1),
@@ -129,50 +101,6 @@ def test_what_is_added_to_the_softmax_cannot_start_as_nothing_and_says_so(method
         assert torch.equal(output(model, x), base)
 
 
-REFUSED = {
-    "beit": "adds a bias for each pair of positions",
-    "swin": "attends within windows",
-    "swinv2": "attends within windows",
-    "maxvit": "adds a bias for each pair of positions",
-    "coatnet": "adds a bias for each pair of positions",
-    "torchvision_swin": "attends within windows",
-    "hf_swin": "attends within windows",
-    "monai_swin_unetr": "attends within windows",
-}
-
-
-@pytest.mark.parametrize("family", REFUSED)
-@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep"])
-def test_models_in_which_tokens_have_positions_are_refused_with_the_reason(family, method):
-    with pytest.raises(medpeft.MedpeftError) as error:
-        medpeft.apply(make(family), method)
-
-    assert REFUSED[family] in str(error.value)
-    assert "Try 'adaptformer' or 'lora'" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "reason"),
-    [
-        ("vit_relpos_small_patch16_224", {}, "adds a bias for each pair of positions"),
-        ("vit_relpos_small_patch16_224", {"shared_rel_pos": True}, "a bias for each pair of positions"),
-        (
-            "beit_base_patch16_224",
-            {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False},
-            "is given a bias for each pair",
-        ),
-    ],
-)
-@pytest.mark.parametrize("method", ["vpt_deep", "prefix"])
-def test_relative_positions_are_refused_wherever_they_come_from(name, options, reason, method):
-    model = timm.create_model(name, **{**SIZES, **options})
-
-    with pytest.raises(medpeft.MedpeftError) as error:
-        medpeft.apply(model, method)
-
-    assert reason in str(error.value) or "reads the weight of blocks.0.attn.qkv without calling it" in str(error.value)
-
-
 ROTATED = {
     "eva02": ("eva02_tiny_patch14_224", {}),
     "registers": ("vit_small_patch16_dinov3", {}),
@@ -227,34 +155,6 @@ def _adds(module):
     return getattr(module, "added", 0) > 0
 
 
-def test_shallow_prompts_are_refused_where_every_block_is_given_rotations():
-    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0 is rotated by positions \(RoPE, by the model\)"):
-        medpeft.apply(make("eva02"), "vpt_shallow")
-
-
-def test_blocks_that_fit_are_adapted_beside_some_that_do_not():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.plain, self.windows = make("vit"), make("swin")
-
-    planned = medpeft.plan(Two(), "vpt_deep", head=None)
-
-    assert [site.name for _, site in planned.sites] == ["plain.blocks.0", "plain.blocks.1"]
-    with pytest.raises(medpeft.MedpeftError, match=r"windows\.layers\.0\.blocks\.0 attends within windows"):
-        medpeft.plan(Two(), "vpt_deep", head=None, target="windows.*")
-
-
-def test_a_model_that_hands_out_its_blocks_outputs_is_for_deep_prompts_alone():
-    model, x = make("monai_vit"), example("monai_vit")
-    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0 is one of the blocks whose outputs the model hands out"):
-        medpeft.apply(model, "vpt_shallow")
-
-    handed = [tuple(y.shape) for y in medpeft.apply(model, "vpt_deep")(x)[1]]
-
-    assert handed == [tuple(y.shape) for y in make("monai_vit")(x)[1]]
-
-
 class Masked(nn.Module):
     """A transformer block that hands its mask to torch's attention as it is."""
 
@@ -290,23 +190,6 @@ def test_deep_prompts_are_seen_through_a_mask_and_keep_it_causal(of):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(later[:, :4], got[:, :4], rtol=1e-12, atol=1e-12)
     assert not torch.equal(later[:, 4], got[:, 4])
-
-
-def test_a_mask_over_the_tokens_of_shallow_prompts_is_refused_when_it_comes():
-    model = medpeft.apply(make("clip_vision"), "vpt_shallow", head=None)
-    block, x = model.transformer.resblocks[0], drawn(2, 5, 16)
-
-    with pytest.raises(
-        medpeft.MedpeftError, match=r"a mask or a bias of shape \(5, 5\) is given with the tokens \(attn_mask\)"
-    ):
-        block(x, attn_mask=torch.zeros(5, 5, dtype=torch.float64))
-
-
-def test_tokens_on_a_grid_are_refused_when_they_come():
-    model = medpeft.apply(make("vit"), "vpt_deep")
-
-    with pytest.raises(medpeft.MedpeftError, match=r"adds tokens to sequences .*blocks\.0 was given \(2, 4, 4, 16\)"):
-        model.blocks[0](drawn(2, 4, 4, 16))
 
 
 def test_the_batch_may_come_second():
@@ -356,80 +239,6 @@ def test_adapters_in_a_prompted_block_see_the_prompts():
         expected = plain.forward_head(plain.norm(taken_off(x, shallow, 1)))
 
     assert_computes(model, images, expected.numpy())
-
-
-@pytest.mark.parametrize(("family", "method"), [("vit", "vpt_shallow+vpt_deep+prefix"), ("torchvision_vit", "prefix")])
-def test_compiled_prompts_and_prefixes_compute_the_same_without_a_break(family, method):
-    model, x = make(family), example(family)
-    randomise_adapters(medpeft.apply(model, method))
-    torch._dynamo.reset()
-
-    y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-
-    torch.testing.assert_close(y, model(x), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep", "prefix"])
-def test_checkpointed_blocks_give_the_same_gradients(method):
-    gradients = []
-    for checkpointed in (False, True):
-        model = vit()
-        model.set_grad_checkpointing(checkpointed)
-        randomise_adapters(medpeft.apply(model, method)).train()
-        model(drawn(2, 3, 32, 32).requires_grad_()).square().sum().backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("family", "method"), [("vit", "vpt_shallow+vpt_deep"), ("multihead_attention", "prefix"), ("vit", "prefix")]
-)
-def test_saved_prompts_and_prefixes_come_back(family, method, tmp_path):
-    model, x = make(family), example(family)
-    randomise_adapters(medpeft.apply(model, method, tokens=4) if "+" not in method else medpeft.apply(model, method))
-    medpeft.save(model, tmp_path / "prompts.safetensors")
-
-    loaded = medpeft.load(make(family), tmp_path / "prompts.safetensors")
-
-    assert torch.equal(loaded(x), model(x))
-
-
-def test_the_lost_end_of_a_row_of_prompts_is_found():
-    model = medpeft.apply(make("vit"), "vpt_shallow")
-    model.blocks[1]._forward_hooks.clear()
-
-    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0 has lost the hook of its adapters"):
-        medpeft.check(model, example("vit"))
-
-
-def test_autocast_and_low_precision_keep_the_dtype_of_the_stream():
-    for method in ("vpt_shallow+vpt_deep", "prefix"):
-        model, x = medpeft.apply(make("vit", torch.bfloat16), method), example("vit", torch.bfloat16)
-        assert model(x).dtype == torch.bfloat16
-        model, x = medpeft.apply(make("vit", torch.float32), method), example("vit", torch.float32)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = model(x)
-        assert (y - model(x)).abs().max() < 0.1 * model(x).abs().max()
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("twins_svt_small", r"takes its tokens as a grid \(blocks\.0\.0\)"),
-        ("nest_tiny", r"takes its tokens as a grid \(levels\.0\.transformer_encoder\.0\.attn\)"),
-        ("coat_tiny", r"convolves the grid of its tokens \(serial_blocks1\.0\.cpe\.proj\)"),
-        ("samvit_base_patch16", r"attends within windows \(blocks\.0\)"),
-    ],
-)
-def test_tokens_on_a_grid_are_refused_with_the_reason(name, reason):
-    with torch.device("meta"):
-        model = timm.create_model(name)
-
-    with pytest.raises(medpeft.MedpeftError, match=reason):
-        medpeft.plan(model, "vpt_deep")
 
 
 def test_every_token_before_the_patches_is_counted():

@@ -9,7 +9,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,15 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import train
 from trainer import preparation
-from trainer.batches import Part, make_transform, training_batches
 from trainer.checkpoint import load_training
-from trainer.errors import TrainerError
 from trainer.flags import make_parser, parse
-from trainer.images import Images
-from trainer.models import build_model, checkpoint_activations
-from trainer.order import FILLER, Order, balanced, step_seed
-
-import medpeft
 
 SCRIPT = Path(train.__file__)
 FOLDERS = os.pathsep.join(map(str, (SCRIPT.parent, SCRIPT.parents[1])))
@@ -190,101 +182,7 @@ def test_two_processes_train_to_the_same_loss_as_one(single, tmp_path):
         assert again["test"]["auroc"] == pytest.approx(record["test"]["auroc"], abs=1e-3)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("world", [1, 2])
-def test_all_processes_together_see_each_step_of_one(world, accumulate):
-    alone = Order(37, 8, seed=3)
-    alone.begin(2)
-    steps = list(alone)
-    assert [len(step) for step in steps] == [8, 8, 8, 8, 5]
-    shares = []
-    for rank in range(world):
-        order = Order(37, 8, 3, accumulate, rank, world)
-        order.begin(2)
-        shares.append(list(order))
-    assert len({len(share) for share in shares}) == 1
-    whole_steps = len(shares[0]) // accumulate
-    for step in range(whole_steps):
-        seen = [key for share in shares for part in share[step * accumulate : (step + 1) * accumulate] for key in part]
-        counted = [key for key in seen if key[1] != FILLER]
-        assert sorted(counted) == sorted(steps[step])
-        assert sorted(place for place, _ in counted) == sorted(alone.images(step).tolist())
-
-
-# The order
-
-
-def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
-    order = Order(20, 4, seed=0)
-    first = [key for batch in order for key in batch]
-    order.begin(2)
-    second = [key for batch in order for key in batch]
-    assert sorted(place for place, _ in first) == list(range(20))
-    assert [place for place, _ in first] != [place for place, _ in second]
-    assert len({seed for _, seed in first + second}) == 40
-
-
-def test_an_order_begins_at_any_step():
-    order = Order(20, 4, seed=0)
-    every = list(order)
-    order.begin(1, step=3)
-    assert list(order) == every[3:]
-    assert len(order) == 2
-
-
-@pytest.mark.parametrize(("count", "steps"), [(9, 2), (10, 3), (1, 1), (8, 2)])
-def test_a_last_step_of_one_image_is_left_out(count, steps):
-    order = Order(count, 4, seed=0)
-    assert len(order) == len(list(order)) == steps
-
-
-def test_a_last_step_too_small_for_all_processes_is_filled_up():
-    shares = [list(Order(11, 8, seed=0, world=2, rank=rank)) for rank in (0, 1)]
-    last = [share[-1] for share in shares]
-    assert [len(part) for part in last] == [2, 2]
-    assert [seed == FILLER for part in last for _, seed in part] == [False, False, False, True]
-
-
-def test_what_fills_up_a_batch_has_no_part_in_the_loss():
-    images = Images(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), np.array([1, 0]), ["a", "b"], np.arange(2))
-    part = Part(images, np.arange(2), make_transform(8, [0.5] * 3, [0.5] * 3, "light"))
-    loaded, labels = next(iter(training_batches(part, Order(2, 2, seed=0, world=2, rank=1), 0)))
-    assert loaded.shape == (2, 3, 8, 8)
-    logits = torch.tensor([[0.3, 0.1], [9.0, -9.0]])
-    counted = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    assert counted[1] == 0 < counted[0]
-
-
-def test_a_balanced_order_draws_every_class_as_often():
-    labels = np.repeat([0, 1, 2], [1600, 300, 100])
-    order = Order(2000, 100, seed=0, balance=balanced(labels))
-    places = [place for batch in order for place, _ in batch]
-    assert np.bincount(labels[places]) / 2000 == pytest.approx([1 / 3] * 3, abs=0.03)
-
-
-def test_every_step_and_process_draws_its_own_dropout():
-    seeds = {step_seed(seed, epoch, step, rank) for seed in (0, 1) for epoch in (1, 2) for step in range(5) for rank in (0, 1)}
-    assert len(seeds) == 40
-
-
 # Precision, memory, compilation
-
-
-def test_activations_computed_again_give_the_same_gradients():
-    x = torch.randn(2, 3, 64, 64)
-    found = []
-    for again in (False, True):
-        torch.manual_seed(0)
-        model = build_model("test_vit", 3, 64, pretrained=False)
-        if again:
-            checkpoint_activations(model)
-        medpeft.apply(model, "lora", init="kaiming", seed=0)
-        for parameter in model.parameters():
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        model.train()(x).square().sum().backward()
-        found.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found, strict=True))
-    assert min(float(g.abs().max()) for g in found[0]) > 0
 
 
 def test_less_memory_waits_for_the_backward_pass(tmp_path):
@@ -300,11 +198,6 @@ def test_less_memory_waits_for_the_backward_pass(tmp_path):
     less = run(tmp_path / "less", **more, checkpoint_activations=True)
     assert less["saved_bytes"] < 0.7 * plain["saved_bytes"]
     assert losses(less) == pytest.approx(losses(plain), rel=1e-4)
-
-
-def test_a_model_that_cannot_compute_activations_again_says_so():
-    with pytest.raises(TrainerError, match=r"Linear cannot compute its activations again\. Leave --checkpoint-activations out"):
-        checkpoint_activations(torch.nn.Linear(2, 2))
 
 
 def test_half_precision_trains_close_to_single(tmp_path):

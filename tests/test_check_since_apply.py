@@ -1,0 +1,81 @@
+"""`check` finds what became of an adapted model since `apply`: optimizers, conversions, lost hooks, replaced layers."""
+
+import torch
+from checked import IMAGES, Net, Norms, X, adapted, failure
+from models import example, make
+from torch import nn
+
+import medpeft
+
+
+def test_an_optimizer_built_before_apply_is_found():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    text = failure(medpeft.apply(model, "lora", target="linear"), optimizer=optimizer)
+    assert (
+        "first.adapters.lora.down, first.adapters.lora.up, second.adapters.lora.down, second.adapters.lora.up is not in" in text
+    )
+    assert "build it after apply, from medpeft.parameter_groups" in text
+    assert "head" not in text
+
+
+def test_an_optimizer_that_holds_a_replaced_head_is_found():
+    model = adapted()
+    optimizer = torch.optim.SGD(medpeft.parameter_groups(model, lr=0.1))
+    assert medpeft.check(model, X, optimizer=optimizer).tensors == 6
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    assert "head.weight is not in the optimizer (it holds a replaced one of the same shape)" in failure(
+        model, optimizer=optimizer
+    )
+
+
+def test_conversion_to_syncbatchnorm_after_apply_is_found():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(medpeft.apply(Norms(), "ssf"))
+    text = failure(model, IMAGES)
+    assert "bn1 (SyncBatchNorm) would change its frozen statistics in training: convert (to SyncBatchNorm) first" in text
+    assert "bn1 has lost the hook of its adapters" in text
+
+
+def test_batchnorms_that_adapt_may_change():
+    assert medpeft.check(medpeft.apply(Norms(), "bn", batchnorm="adapt"), IMAGES).tensors == 4
+
+
+def test_lost_hooks_are_found():
+    model = adapted()
+    model.first._forward_hooks.clear()
+    assert "first has lost the hook of its adapters (was the layer converted, or its hooks cleared?)" in failure(model)
+    model = medpeft.apply(make("beit", torch.float32), "lora")
+    model.blocks[0].attn._forward_pre_hooks.clear()
+    assert "blocks.0.attn.qkv has lost the hook" in failure(model, example("beit", torch.float32))
+    model = medpeft.apply(make("vit", torch.float32), "adaptformer")
+    model.blocks[0].norm2._forward_pre_hooks.clear()
+    model.blocks[0].mlp._forward_pre_hooks.clear()
+    model.blocks[0]._forward_pre_hooks.clear()
+    assert "blocks.0 has lost the hook" in failure(model, example("vit", torch.float32))
+
+
+def test_a_replaced_layer_is_found():
+    model = adapted()
+    model.second, model.head = nn.Linear(6, 6), nn.Linear(6, 3, bias=False)
+    text = failure(model)
+    assert "second has lost its adapter (lora): was the layer replaced?" in text
+    assert "second.weight, second.bias would train, though apply froze it" in text
+    assert "head.bias was chosen by apply and is no longer there" in text
+
+
+def test_frozen_parameters_that_would_train_and_trained_ones_that_are_frozen_are_found():
+    model = adapted().requires_grad_(True)
+    assert "first.weight, first.bias, second.weight, second.bias would train, though apply froze it" in failure(model)
+    text = failure(adapted().requires_grad_(False))
+    assert "head.weight, head.bias is frozen, though apply chose it to train" in text
+    assert "first, second has an adapter (lora) that is frozen" in text
+
+
+def test_switched_off_adapters_are_found():
+    model = adapted()
+    with medpeft.disabled(model):
+        assert "has its adapters switched off; leave `with medpeft.disabled" in failure(model)
+
+
+def test_an_unadapted_model_is_refused():
+    assert "not adapted: call medpeft.apply(model, method) first" in failure(Net())

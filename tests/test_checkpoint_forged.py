@@ -1,0 +1,123 @@
+"""Files forged by one who knows the format: an error or the exact values, nothing between."""
+
+import resource
+
+import pytest
+import torch
+from small_checkpoints import Small, adapted, attempt, saved_small, summary_is_whole_or_refused
+
+import medpeft
+from medpeft.file import write
+from medpeft.header import KEY, compose
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return saved_small(tmp_path_factory.mktemp("whole") / "a.safetensors")
+
+
+def forged(whole, path, **changes):
+    """A file with another document and good digests, as one who knows the format can write it."""
+    data, tensors = whole
+    said = medpeft.inspect(data).document | changes
+    said.pop("content")
+    write(str(path), tensors, {KEY: compose(said, tensors)})
+    return path.read_bytes()
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1e308,
+    "",
+    "x",
+    "a\x1b[31m\ud800",
+    [],
+    [[]],
+    [None],
+    {},
+    {"x": {}},
+    {"x": None},
+    [["a", "b", "c"]],
+]
+
+
+def test_forged_documents_load_exactly_or_are_refused(whole, tmp_path):
+    said = medpeft.inspect(whole[0]).document
+    tried = 0
+    for field in said:
+        for value in ODD:
+            if field in ("content", "schema") or said[field] == value:
+                continue
+            data = forged(whole, tmp_path / "f", **{field: value})
+            summary_is_whole_or_refused(data)
+            attempt(data, whole[1])
+            tried += 1
+    for part in said["base"]:
+        for value in ODD:
+            data = forged(whole, tmp_path / "f", base=said["base"] | {part: value})
+            summary_is_whole_or_refused(data)
+            attempt(data, whole[1])
+            tried += 1
+    assert tried > 250
+
+
+def test_forged_options_are_refused_without_memory_or_time(whole, tmp_path):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    options = medpeft.inspect(whole[0]).methods["lora"]
+    tried = 0
+    for option in options:
+        for value in [*ODD, 10**9, 2**62, 2**63, -(10**12), 10**400, "8"]:
+            methods = {"lora": options | {option: value}, "bn": {}}
+            attempt(forged(whole, tmp_path / "f", methods=methods), whole[1])
+            tried += 1
+    for methods in (
+        {"lora": {}},
+        {"lra": {}, "bn": {}},
+        {"lora": {"rang": 2}, "bn": {}},
+        {"ssf": {}, "bn": {}},
+        {"bn": {"x": 1}},
+    ):
+        assert not attempt(forged(whole, tmp_path / "f", methods=methods), whole[1])
+        tried += 1
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB on Linux
+    assert tried > 150
+    assert grown < 300 * 1024
+
+
+def test_forged_names_never_reach_other_tensors(whole, tmp_path):
+    said = medpeft.inspect(whole[0]).document
+    own = "body.adapters.lora.down"
+    for changes in (
+        {"selected": said["selected"] | {own: "bn"}},
+        {"selected": said["selected"] | {"body.weight": "bn"}},
+        {"selected": said["selected"] | {"": "bn"}},
+        {"selected": {}},
+        {"sites": said["sites"] * 2 + [["lora", "head", "weight"]]},
+        {"sites": [["bn", "body", "weight"]]},
+        {"sites": [["lora", "", "weight"]]},
+        {"sites": []},
+        {"head": ["body"]},
+        {"head": [""]},
+        {"head": ["nowhere"]},
+        {"head": []},
+        {"batchnorm": "frozen"},
+        {"dtype": "int8"},
+        {"dtype": "float16"},
+    ):
+        for head in ("strict", "skip", "reinit"):
+            for model in (Small(), adapted()):
+                data = forged(whole, tmp_path / "f", **changes)
+                before = {name: t.clone() for name, t in model.state_dict().items()}
+                try:
+                    medpeft.load(model, data, head=head, check_base=False)
+                except medpeft.CheckpointError:
+                    after = model.state_dict()
+                    assert list(after) == list(before)
+                    assert all(torch.equal(t, after[name]) for name, t in before.items())
+                else:
+                    assert torch.equal(model.body.weight, before["body.weight"])
+                    assert set(medpeft.remove(model).state_dict()) == set(Small().state_dict())
