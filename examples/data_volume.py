@@ -129,7 +129,7 @@ def write_results(study: Study, done: list[Record], expected: int, command: str)
 LEGEND = (
     "Macro-F1 on the test images: mean ± standard deviation over the runs, and a 95 % bootstrap interval over runs and test "
     "predictions. Bold: the best of the column. The last column: where the method is ahead of the baseline, from or until the "
-    "last share of the training images at which their curves cross, interpolated."
+    "shares of the training images at which their curves cross, interpolated."
 )
 
 

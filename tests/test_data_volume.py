@@ -17,7 +17,7 @@ import data_volume
 from experiments.cells import Choice
 from experiments.statistics import Lead
 from experiments.summary import leads
-from experiments.tables import volume_table
+from experiments.tables import lead_text, volume_table
 
 TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32", "--epochs", "1", "--batch-size", "64"]
 
@@ -72,10 +72,11 @@ def test_where_each_method_is_ahead_is_found_and_tabled():
     }
     found = summary(scores)
     where = leads(found, "full")
-    assert where["ssf"] == Lead(ahead=False, since=pytest.approx(0.1))
+    assert where["ssf"] == Lead(ahead=True, crossings=(pytest.approx(0.1),))
     assert where["lora"] == Lead(ahead=True)
-    assert where["bn"] == Lead(ahead=True, since=pytest.approx(0.1 ** (0.01 / 0.11)))
+    assert where["bn"] == Lead(ahead=False, crossings=(pytest.approx(0.1 ** (0.01 / 0.11)),))
     assert where["bias"] == Lead(ahead=False)
+    assert lead_text(Lead(ahead=True, crossings=(0.016, 0.63))) == "ahead until 1.6 %, from 63 %"
     text, best = volume_table(found, where, "full")
     assert list(text["Against full"]) == ["–", "ahead until 10 %", "ahead", "ahead from 81 %", "behind"]
     assert text.columns[0] == "1 % (5 images)"
@@ -98,9 +99,8 @@ def test_where_two_curves_cross_is_marked(tmp_path, monkeypatch, scores, height,
     found = summary({"full": [0.4, 0.6, 0.9], "ssf": scores})
     data_volume.draw_volume(found, leads(found, "full"), "full", "title", tmp_path / "x.png")
     (figure,) = drawn
-    marks = [line for line in figure.axes[0].lines if line.get_marker() == "X"]
-    assert [line.get_xdata()[0] for line in marks] == [pytest.approx(0.1 * 10**0.5)]
-    assert [line.get_ydata()[0] for line in marks] == [pytest.approx(height)]
+    marks = [point for line in figure.axes[0].lines if line.get_marker() == "X" for point in line.get_xydata().tolist()]
+    assert marks == [pytest.approx([0.1 * 10**0.5, height])]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(labels) == ["crosses full", "full", f"ssf  ({said})"]
 

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from experiments.statistics import Lead, average_ranks, bootstrap_interval, lead_of, macro_f1, pareto_front
+from experiments.statistics import average_ranks, bootstrap_interval, lead_of, macro_f1, pareto_front
 from trainer.metrics import macro_f1 as trainer_macro_f1
 
 
@@ -67,19 +67,25 @@ def test_the_pareto_front_holds_what_nothing_beats():
 
 
 @pytest.mark.parametrize(
-    ("ours", "full", "lead"),
+    ("ours", "full", "ahead", "crossings"),
     [
-        ([0.6, 0.7, 0.8], [0.4, 0.7, 0.9], Lead(False, 0.1)),
-        ([0.6, 0.7, 0.8], [0.4, 0.6, 0.9], Lead(False, 0.1 * 10**0.5)),
-        ([0.4, 0.6, 0.9], [0.6, 0.7, 0.8], Lead(True, 0.1 * 10**0.5)),
-        ([0.6, 0.7, 0.8], [0.4, 0.6, 0.7], Lead(True)),
-        ([0.3, 0.4, 0.5], [0.4, 0.6, 0.7], Lead(False)),
-        ([0.6, 0.5, 0.8], [0.5, 0.6, 0.9], Lead(False, 0.01 * 10**0.5)),
-        ([0.6, 0.7, 0.9], [0.4, 0.8, 0.9], Lead(False, 0.01 * 10 ** (2 / 3))),
-        ([0.6, 0.7, 0.9], [0.6, 0.7, 0.9], None),
+        ([0.6, 0.7, 0.8], [0.4, 0.7, 0.9], True, [0.1]),
+        ([0.6, 0.7, 0.8], [0.4, 0.6, 0.9], True, [0.1 * 10**0.5]),
+        ([0.4, 0.6, 0.9], [0.6, 0.7, 0.8], False, [0.1 * 10**0.5]),
+        ([0.6, 0.7, 0.8], [0.4, 0.6, 0.7], True, []),
+        ([0.3, 0.4, 0.5], [0.4, 0.6, 0.7], False, []),
+        ([0.6, 0.5, 0.8], [0.5, 0.6, 0.9], True, [0.01 * 10**0.5]),
+        ([0.6, 0.7, 0.9], [0.4, 0.8, 0.8], True, [0.01 * 10 ** (2 / 3), 0.1 * 10**0.5]),
+        ([0.6, 0.7, 0.9], [0.4, 0.8, 0.9], True, [0.01 * 10 ** (2 / 3)]),
+        ([0.6, 0.7, 0.9], [0.6, 0.8, 0.8], False, [0.1 * 10**0.5]),
+        ([0.6, 0.7, 0.9], [0.4, 0.7, 0.8], True, []),
     ],
 )
-def test_the_last_crossing_says_who_leads_and_since_when(ours, full, lead):
+def test_every_crossing_of_two_curves_is_found(ours, full, ahead, crossings):
     found = lead_of([0.01, 0.1, 1.0], ours, full)
-    assert (found and found.ahead) == (lead and lead.ahead)
-    assert (found and found.since) == (lead and lead.since and pytest.approx(lead.since))
+    assert found.ahead == ahead
+    assert list(found.crossings) == pytest.approx(crossings)
+
+
+def test_equal_curves_have_no_lead():
+    assert lead_of([0.01, 0.1, 1.0], [0.6, 0.7, 0.9], [0.6, 0.7, 0.9]) is None

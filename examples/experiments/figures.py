@@ -52,7 +52,7 @@ def draw_pareto(summary: pd.DataFrame, title: str, path: Path) -> None:
 
 
 def draw_volume(summary: pd.DataFrame, leads: Mapping[str, Lead], baseline: str, title: str, path: Path) -> None:
-    """Draw the mean macro-F1 against the share of the training data, and mark where a method's curve crosses the baseline's.
+    """Draw the mean macro-F1 against the share of the training data, and mark where the methods' curves cross the baseline's.
 
     Args:
         summary: of `summarise`, rows of one model and data set.
@@ -71,16 +71,15 @@ def draw_volume(summary: pd.DataFrame, leads: Mapping[str, Lead], baseline: str,
         axes.plot(rows["fraction"], rows["mean"], marker=marker, color=colour, linewidth=heavy, markersize=6)
         spread = rows["sd"].fillna(0)
         axes.fill_between(rows["fraction"], rows["mean"] - spread, rows["mean"] + spread, color=colour, alpha=0.12, linewidth=0)
-        lead = leads.get(label, Lead(ahead=True))
-        name = label if lead.since is None else f"{label}  ({lead_text(lead)})"
-        entries.append(_entry(label, name, looks, line=True))
-        if lead.since is not None:
-            height = np.interp(math.log(lead.since), np.log(rows["fraction"]), rows["mean"])
-            axes.plot(lead.since, height, "X", color=colour, markeredgecolor="white", markersize=13, zorder=5)
+        lead = leads.get(label)
+        crosses = lead.crossings if lead else ()
+        entries.append(_entry(label, f"{label}  ({lead_text(lead)})" if lead and crosses else label, looks, line=True))
+        heights = np.interp(np.log(crosses), np.log(rows["fraction"]), rows["mean"])
+        axes.plot(crosses, heights, "X", color=colour, markeredgecolor="white", markersize=13, zorder=5)
     _finish_volume(axes, summary)
     order = {label: i for i, label in enumerate(_by_last_score(summary))}
     entries.sort(key=lambda entry: order[str(entry.get_gid())])
-    if any(lead.since is not None for lead in leads.values()):
+    if any(lead.crossings for lead in leads.values()):
         entries.append(Line2D([], [], marker="X", linestyle="", color=GREY, markersize=9, label=f"crosses {baseline}"))
     figure.legend(handles=entries, loc="outside right center", frameon=False)
     figure.suptitle(title)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -77,19 +78,19 @@ def pareto_front(cost: npt.ArrayLike, score: npt.ArrayLike) -> list[int]:
 
 @dataclass(frozen=True)
 class Lead:
-    """Whether a method is ahead of full fine-tuning with all the data, and since when.
+    """Where a method is ahead of full fine-tuning.
 
     Attributes:
-        ahead: of the baseline at the largest amount of data.
-        since: the amount from which it has been so, None where it is so from the smallest on.
+        ahead: whether it is with the least data.
+        crossings: the amounts of data, increasing, at each of which the one that was behind takes the lead.
     """
 
     ahead: bool
-    since: float | None = None
+    crossings: tuple[float, ...] = ()
 
 
 def lead_of(x: npt.ArrayLike, ours: npt.ArrayLike, baseline: npt.ArrayLike) -> Lead | None:
-    """Find the last point where the curves of a method and of full fine-tuning cross, interpolated on a logarithmic axis.
+    """Find where the curves of a method and of full fine-tuning cross, interpolated on a logarithmic axis.
 
     Args:
         x: (N,) increasing amounts of data, above 0.
@@ -97,20 +98,18 @@ def lead_of(x: npt.ArrayLike, ours: npt.ArrayLike, baseline: npt.ArrayLike) -> L
         baseline: (N,) those of full fine-tuning.
 
     Returns:
-        Who leads from there on; None where the scores are equal throughout.
+        None where the scores are equal throughout.
     """
     lead = np.asarray(ours, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
     apart = np.flatnonzero(lead)
     if not len(apart):
         return None
-    ahead = bool(lead[apart[-1]] > 0)
-    other = apart[(lead[apart] > 0) != ahead]
-    if not len(other):
-        return Lead(ahead)
-    i = other[-1]
     logs = np.log(np.asarray(x, dtype=np.float64))
-    share = lead[i] / (lead[i] - lead[i + 1])
-    return Lead(ahead, float(np.exp(logs[i] + share * (logs[i + 1] - logs[i]))))
+    # From each point to the next at which another leads; equal scores between them are the crossing itself.
+    last = [i for i, j in pairwise(apart) if (lead[i] > 0) != (lead[j] > 0)]
+    shares = [lead[i] / (lead[i] - lead[i + 1]) for i in last]
+    crossings = (logs[i] + share * (logs[i + 1] - logs[i]) for i, share in zip(last, shares, strict=True))
+    return Lead(bool(lead[apart[0]] > 0), tuple(float(np.exp(at)) for at in crossings))
 
 
 def _by_run(drawn: npt.NDArray[np.int64]) -> list[tuple[int, npt.NDArray[np.int64]]]:

@@ -53,7 +53,7 @@ def across_data(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def leads(summary: pd.DataFrame, baseline: str) -> dict[str, Lead]:
-    """Find from which share of the training data on each method is ahead of full fine-tuning, or behind it.
+    """Find at which shares of the training data each method is ahead of full fine-tuning.
 
     Args:
         summary: rows of one model and data set.

@@ -81,9 +81,10 @@ def rate_table(summary: pd.DataFrame) -> Table:
 
 def lead_text(lead: Lead) -> str:
     """Say in words where a method is ahead."""
-    if lead.since is None:
+    if not lead.crossings:
         return "ahead" if lead.ahead else "behind"
-    return f"ahead {'from' if lead.ahead else 'until'} {100 * lead.since:.2g} %"
+    words = ("until", "from") if lead.ahead else ("from", "until")
+    return "ahead " + ", ".join(f"{words[i % 2]} {100 * at:.2g} %" for i, at in enumerate(lead.crossings))
 
 
 def detail_table(summary: pd.DataFrame) -> Table:
