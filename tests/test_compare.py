@@ -91,7 +91,7 @@ def test_learning_rates_are_found_by_validation_and_written_for_other_scripts(tm
     assert rates[:2] == [0.0003, 0.003]
     assert len(rates) == len(set(rates)) <= 4  # two beyond the edge at most; the final run is one of the trials
     best = max(runs, key=lambda run: (run["val"]["macro_f1"], -run["val_loss"]))
-    settings = tmp_path / "settings" / "test_efficientnet-tissue" / "linear_probe.yaml"
+    settings = tmp_path / "settings" / "test_efficientnet-tissue-0.2" / "linear_probe.yaml"
     assert pd.read_csv(tmp_path / "scores.csv")["lr"][0] == best["settings"]["lr"]
     assert compare.run([*TINY, "--method", "--config", str(settings), "--seed", "0", "--output", str(tmp_path)]) == 0
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(runs)  # the file asks for a run that is there
@@ -112,7 +112,7 @@ def test_a_cross_validation_tests_every_image_once(tmp_path):
     assert sorted(tested) == list(range(576))
     assert list(pd.read_csv(tmp_path / "scores.csv")["runs"]) == [3]
     assert "3 of 3 runs; seeds 0, each with 3 folds" in (tmp_path / "report.html").read_text()
-    assert "fold" not in (tmp_path / "settings" / "test_efficientnet-tissue" / "linear_probe.yaml").read_text()
+    assert "fold" not in (tmp_path / "settings" / "test_efficientnet-tissue-0.2" / "linear_probe.yaml").read_text()
 
 
 def test_a_run_on_two_devices_has_processes_of_its_own(tmp_path):
