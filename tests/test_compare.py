@@ -1,5 +1,6 @@
 """A comparison runs what fits, once, survives being killed, and lays out what it found."""
 
+import argparse
 import json
 import os
 import shutil
@@ -15,6 +16,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import compare
+import train
+from experiments.cells import digest_of
+from trainer.flags import make_parser, parse
 
 EXAMPLES = Path(compare.__file__).parent
 TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32", "--epochs", "1", "--train-fraction", "0.2"]
@@ -115,11 +119,24 @@ def test_a_cross_validation_tests_every_image_once(tmp_path):
     assert "fold" not in (tmp_path / "settings" / "test_efficientnet-tissue-0.2" / "linear_probe.yaml").read_text()
 
 
-def test_a_run_on_two_devices_has_processes_of_its_own(tmp_path):
-    given = ["--method", "linear_probe", "--seed", "0", "--devices", "2", "--accelerator", "cpu", "--output", str(tmp_path)]
+def test_a_run_on_two_devices_is_started_as_a_command_of_its_own(tmp_path, monkeypatch):
+    started = []
+
+    def run(command, **_):
+        """Do on one device what the command does on two, which test_train_devices.py sees to."""
+        assert command[:2] == [sys.executable, train.__file__]
+        args = parse(make_parser(""), list(map(str, command[2:])))
+        started.append((args.devices, digest_of(args)))
+        train.run(argparse.Namespace(**vars(args) | {"devices": 1}))
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    given = ["--method", "lora", "--option", "rank=2", "--seed", "0", "--devices", "2", "--output", str(tmp_path)]
     assert compare.run([*TINY, *given]) == 0
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
-    assert list(pd.read_csv(tmp_path / "scores.csv")["runs"]) == [1]
+    (record,) = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert started == [(2, record["key"])]
+    assert record["settings"]["option"] == {"lora": {"rank": 2}}
+    assert list(pd.read_csv(tmp_path / "scores.csv")["mean"]) == [record["test"]["macro_f1"]]
 
 
 @pytest.mark.parametrize(
