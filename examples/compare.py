@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pandas as pd
 from experiments import page
-from experiments.cells import Cell, choices, file_name, fitting
+from experiments.cells import file_name
 from experiments.command import exit_status
 from experiments.figures import draw_pareto
 from experiments.flags import make_parser, parse
-from experiments.rates import Row, check_rate_flags, declare_rate_flags, tuned
+from experiments.grid import cells_of
+from experiments.rates import check_rate_flags, declare_rate_flags
 from experiments.records import Record
-from experiments.study import Study, about, finished, in_order, missing
+from experiments.study import Study, about, finished, missing
 from experiments.summary import summarise
 from experiments.tables import cost_table, detail_table, score_table, to_html, write_tables
-from trainer.errors import TrainerError
 
 
 def main(given: Sequence[str] | None = None) -> int:
@@ -45,22 +45,6 @@ def run(given: Sequence[str] | None = None) -> int:
     if done:
         write_results(study, done, len(cells), shlex.join(["compare.py", *(sys.argv[1:] if given is None else given)]))
     return 1 if study.failed else 0
-
-
-def cells_of(study: Study) -> list[Cell]:
-    """List the runs, after finding the learning rates if that was asked for."""
-    args = study.args
-    asked = choices(args.method, args.config)
-    rows: list[Row] = []
-    for model in args.model:
-        kept, left_out = fitting(asked, study.shared, model)
-        study.left_out |= {f"{label} on {model}": reason for label, reason in left_out.items()}
-        if not kept:
-            raise TrainerError(f"No method fits {model}: {'; '.join(left_out.values())}")
-        rows += [Row(data, model, choice) for data in args.data for choice in kept]
-    if args.lr_factors:
-        rows = tuned(study, rows)
-    return in_order(args, [row.cell(study, split) for split in args.splits for row in rows])
 
 
 def write_results(study: Study, done: list[Record], expected: int, command: str) -> None:

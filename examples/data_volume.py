@@ -14,16 +14,18 @@ fine-tuning, report.html, and runs.jsonl with a line for each finished run. Star
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 from experiments import page
-from experiments.cells import Cell, Choice, choices, file_name, fitting
+from experiments.cells import Choice, file_name
 from experiments.command import exit_status
 from experiments.figures import draw_volume
 from experiments.flags import make_parser, parse
-from experiments.rates import Row, check_rate_flags, declare_rate_flags, tuned
+from experiments.grid import cells_of
+from experiments.rates import check_rate_flags, declare_rate_flags
 from experiments.records import Record
-from experiments.study import Study, about, finished, in_order, missing
+from experiments.study import Study, about, finished, missing
 from experiments.summary import leads, summarise
 from experiments.tables import Table, rate_table, to_html, volume_table, write_tables
 from trainer.errors import TrainerError
@@ -59,7 +61,7 @@ def run(given: Sequence[str] | None = None) -> int:
             raise TrainerError(f"--fraction {fraction:g} is no share: give numbers above 0 and at most 1, such as 0.1.")
     args.fraction = sorted(set(args.fraction))
     study = Study.of(args, shared)
-    cells = cells_of(study)
+    cells = cells_of(study, partial(shares_of, study))
     done = finished(study, cells)
     if done:
         command = shlex.join(["data_volume.py", *(sys.argv[1:] if given is None else given)])
@@ -67,23 +69,11 @@ def run(given: Sequence[str] | None = None) -> int:
     return 1 if study.failed else 0
 
 
-def cells_of(study: Study) -> list[Cell]:
-    """List the runs, after finding the learning rates if that was asked for.
-
-    The largest share comes first, which tells soonest whether the settings are any good.
-    """
+def shares_of(study: Study, kept: Sequence[Choice]) -> list[Choice]:
+    """Give every method on every share; the largest share first, which tells soonest whether the settings are any good."""
     args = study.args
-    asked = choices(args.method, args.config)
-    rows: list[Row] = []
-    for model in args.model:
-        kept, left_out = fitting(asked, study.shared, model)
-        study.left_out |= {f"{label} on {model}": reason for label, reason in left_out.items()}
-        require_baseline(args.baseline, kept)
-        shares = [on_share(study.shared, choice, f, args.stretch) for f in reversed(args.fraction) for choice in kept]
-        rows += [Row(data, model, choice) for data in args.data for choice in shares]
-    if args.lr_factors:
-        rows = tuned(study, rows)
-    return in_order(args, [row.cell(study, split) for split in args.splits for row in rows])
+    require_baseline(args.baseline, kept)
+    return [on_share(study.shared, choice, f, args.stretch) for f in reversed(args.fraction) for choice in kept]
 
 
 def require_baseline(baseline: str, rows: Sequence[Choice]) -> None:

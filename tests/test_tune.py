@@ -150,6 +150,13 @@ def test_nothing_to_search_is_an_error(tmp_path, capsys):
     assert "Nothing is left to search" in capsys.readouterr().err
 
 
+def test_several_devices_for_a_trial_are_refused(tmp_path, capsys):
+    import tune
+
+    assert tune.main([*TINY, "--method", "bias", "--devices", "2", "--output", str(tmp_path)]) == 2
+    assert "--devices is 2, and a trial trains on one device, which Ray gives it" in capsys.readouterr().err
+
+
 def test_a_storage_that_cannot_be_reached_is_an_error(tmp_path, capsys):
     import tune
 
