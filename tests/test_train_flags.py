@@ -39,6 +39,7 @@ def test_options_of_a_union_name_their_method():
         (["--method", "lora+ssf", "--option", "rank=4"], "Say for which: --option lora.rank=4"),
         (["--option", "lora.rank=4"], "is for 'lora', and --method is ssf"),
         (["--k-folds", "1"], "--k-folds is 1 and --fold 0; take at least 2 folds"),
+        (["--k-folds", "-2"], "--k-folds is -2 and --fold 0; take at least 2 folds"),
         (["--k-folds", "3", "--fold", "3"], "folds, numbered from 0"),
         (["--group-column", "sex"], "--group-column sex names a column, and --data None has none"),
         ([*TINY, "--cache-features"], "methods that train the head alone, and"),

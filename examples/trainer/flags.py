@@ -46,7 +46,7 @@ def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> argpa
             raise TrainerError(f"{_flag(name)} is {getattr(args, name)}; it must be at least 1.")
     if not 0 < args.train_fraction <= 1:
         raise TrainerError(f"--train-fraction is {args.train_fraction}; it must be above 0 and at most 1.")
-    if args.k_folds == 1 or not 0 <= args.fold < max(args.k_folds, 1):
+    if args.k_folds < 0 or args.k_folds == 1 or not 0 <= args.fold < max(args.k_folds, 1):
         raise TrainerError(f"--k-folds is {args.k_folds} and --fold {args.fold}; take at least 2 folds, numbered from 0.")
     if args.save_every < 0:
         raise TrainerError(f"--save-every is {args.save_every}; it must be at least 0.")
