@@ -30,9 +30,9 @@ from zoo_models import Candidate, other_models, timm_models, torchvision_models
 from zoo_table import markdown, summary
 
 import medpeft
-from medpeft.connected import connected
-from medpeft.model import forget
-from medpeft.registry import find
+from medpeft.adapters.registry import find
+from medpeft.checks.connections import connected
+from medpeft.surgery.apply import forget
 
 _MODES = ("training", "inplace", "scale_by_keep")
 

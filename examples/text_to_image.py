@@ -34,8 +34,8 @@ from trainer.flags import settings_of
 from trainer.metrics import without_nan
 
 import medpeft
+from medpeft.formulas.svd import caching
 from medpeft.interchange import to_diffusers
-from medpeft.svdcache import caching
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -1,28 +1,28 @@
 """Parameter-efficient fine-tuning for medical image analysis, on any PyTorch model."""
 
-from . import methods as _methods  # noqa: F401 - registers the built-in methods; the name is taken by the function below
-from .adapter import Adapter as Adapter
-from .adapter import Site as Site
-from .check import check as check
-from .checkpoint import inspect as inspect
-from .checkpoint import load as load
-from .checkpoint import save as save
+from . import formulas as _formulas  # noqa: F401 - registers the built-in methods
+from .adapters.adapter import Adapter as Adapter
+from .adapters.registry import methods as methods
+from .adapters.registry import register as register
+from .adapters.registry import search_space as search_space
+from .architecture.site import Site as Site
+from .checkpoint.header import Header as Header
+from .checkpoint.load import inspect as inspect
+from .checkpoint.load import load as load
+from .checkpoint.save import save as save
+from .checks.check import check as check
 from .errors import CheckpointError as CheckpointError
 from .errors import MedpeftError as MedpeftError
-from .header import Header as Header
-from .merging import merge as merge
-from .merging import merged as merged
-from .model import apply as apply
-from .model import disabled as disabled
-from .model import remove as remove
 from .optimizer import parameter_groups as parameter_groups
-from .planning import Plan as Plan
-from .planning import plan as plan
-from .registry import methods as methods
-from .registry import register as register
-from .registry import search_space as search_space
-from .report import Report as Report
-from .report import report as report
+from .reports.report import Report as Report
+from .reports.report import report as report
+from .surgery.apply import apply as apply
+from .surgery.apply import disabled as disabled
+from .surgery.apply import remove as remove
+from .surgery.merge import merge as merge
+from .surgery.merge import merged as merged
+from .surgery.plan import Plan as Plan
+from .surgery.plan import plan as plan
 
 
 def __getattr__(name: str) -> str:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import medpeft
+from medpeft.checkpoint.file import write
+from medpeft.checkpoint.header import Header
 from medpeft.errors import MedpeftError, require
-from medpeft.file import write
-from medpeft.header import Header
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 """What medpeft raises: one error for models and methods, one below it for files."""
 
+from __future__ import annotations
+
 
 class MedpeftError(ValueError):
     """A call that cannot be carried out; the message names the thing and the next step."""

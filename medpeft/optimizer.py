@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from .adapter import adapted_layers
+from .adapters.adapter import adapted_layers
+from .adapters.record import require_applied
 from .errors import require
-from .shards import reshard
-from .state import require_applied
+from .sharding import reshard
 
 
 def parameter_groups(

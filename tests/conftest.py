@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from medpeft import registry
+from medpeft.adapters import registry
 
 # What these assert says what it found, as if it stood in the test.
 pytest.register_assert_rewrite("checkpoints", "small_checkpoints", "small_diffusion", "small_training")

@@ -10,7 +10,7 @@ from golden.model import Golden
 from small_checkpoints import attempt, saved_small, summary_is_whole_or_refused
 
 import medpeft
-from medpeft.file import MAX_HEADER
+from medpeft.checkpoint.file import MAX_HEADER
 
 HERE = Path(__file__).parent
 

@@ -105,8 +105,8 @@ def test_a_swap_can_skip_the_head_too(file):
 
 
 def test_every_misfit_is_listed_in_one_error(file, tmp_path):
-    from medpeft.file import write
-    from medpeft.header import KEY, compose
+    from medpeft.checkpoint.file import write
+    from medpeft.checkpoint.header import KEY, compose
 
     header, tensors = medpeft.inspect(file), load_file(file)
     tensors["extra"] = tensors.pop("stem.bias")
@@ -159,7 +159,7 @@ def test_a_method_of_ones_own_must_be_registered_before_loading(tmp_path, own_re
     assert torch.equal(medpeft.load(Golden(), tmp_path / "a.safetensors").eval()(example()), model(example()))
     medpeft.load(model, tmp_path / "a.safetensors")
 
-    from medpeft import registry
+    from medpeft.adapters import registry
 
     monkeypatch.delitem(registry._METHODS, "shifted")
     message = refusal(Golden(), tmp_path / "a.safetensors")
@@ -168,7 +168,7 @@ def test_a_method_of_ones_own_must_be_registered_before_loading(tmp_path, own_re
 
 
 def test_a_copy_that_fails_half_way_leaves_the_model_as_it_was(file, monkeypatch):
-    import medpeft.shards as shards
+    from medpeft import sharding as shards
 
     like = shards.like
 

@@ -7,8 +7,8 @@ import torch
 from small_checkpoints import Small, adapted, attempt, saved_small, summary_is_whole_or_refused
 
 import medpeft
-from medpeft.file import write
-from medpeft.header import KEY, compose
+from medpeft.checkpoint.file import write
+from medpeft.checkpoint.header import KEY, compose
 
 
 @pytest.fixture(scope="module")

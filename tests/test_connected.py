@@ -6,7 +6,7 @@ import torch
 from checked import X, adapted, unused
 
 import medpeft
-from medpeft.connected import connected
+from medpeft.checks.connections import connected
 
 
 def test_a_model_without_values_has_its_connections_checked():

@@ -11,7 +11,7 @@ from models import FAMILIES, example, make, output, randomise_adapters
 from recipes import NEEDS, RECIPES, SLOW, SOLE
 
 import medpeft
-from medpeft.registry import resolve
+from medpeft.adapters.registry import resolve
 
 
 def _pairs(fitting, recipes=RECIPES):

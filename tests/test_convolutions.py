@@ -10,7 +10,7 @@ from models import randomise, randomise_adapters
 from torch import nn
 
 import medpeft
-from medpeft.conv import Geometry
+from medpeft.architecture.convolution import Geometry
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

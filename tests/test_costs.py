@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import medpeft
-from medpeft.costs import Costs, costs, full_costs
+from medpeft.reports.costs import Costs, costs, full_costs
 
 
 def measured(model, x):

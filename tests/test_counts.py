@@ -10,8 +10,8 @@ from models import FAMILIES, example, make, randomise_adapters
 from torch import nn
 
 import medpeft
-from medpeft.roles import Rows
-from medpeft.targets import Network
+from medpeft.architecture.network import Network
+from medpeft.architecture.rows import Rows
 
 RESNET50 = [
     ("full", {}, 23_508_032),

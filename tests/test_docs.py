@@ -10,7 +10,7 @@ import timm
 import torch
 
 import medpeft
-from medpeft import registry
+from medpeft.adapters import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

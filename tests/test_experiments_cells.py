@@ -14,7 +14,7 @@ from experiments.study import Study
 from trainer.errors import TrainerError
 
 import medpeft
-from medpeft import registry
+from medpeft.adapters import registry
 
 TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32", "--epochs", "1", "--train-fraction", "0.2"]
 

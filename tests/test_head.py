@@ -6,7 +6,7 @@ from models import FAMILIES, make
 from torch import nn
 
 import medpeft
-from medpeft.head import find_head
+from medpeft.architecture.head import find_head
 
 EXPECTED = {
     "resnet": ("fc",),

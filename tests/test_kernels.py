@@ -7,8 +7,8 @@ import torch
 from models import FAMILIES, example, make, output, randomise_adapters
 
 import medpeft
-from medpeft import biases
-from medpeft.kernels import AddLowRank, AddPointwise, ScaleShift, SumToBias
+from medpeft.adapters import bias_gradients as biases
+from medpeft.adapters.kernels import AddLowRank, AddPointwise, ScaleShift, SumToBias
 
 # Every method whose adapters write into their layer's output, and one family of each kind of layer.
 PAIRS = [
@@ -45,7 +45,7 @@ def test_gradients_in_place_are_those_of_the_plain_expression(family, method, op
     y, written = gradients(model, x)
 
     for name in ("lora", "ssf", "tsa"):
-        monkeypatch.setattr(importlib.import_module(f"medpeft.methods.{name}"), "in_place", lambda y: False)
+        monkeypatch.setattr(importlib.import_module(f"medpeft.formulas.{name}"), "in_place", lambda y: False)
     monkeypatch.setattr(biases, "eager", lambda y: False)
     expected, plain = gradients(model, x)
 

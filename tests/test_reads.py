@@ -6,8 +6,8 @@ from models import SelfAttention, example, make, output, randomise, randomise_ad
 from torch import nn
 
 import medpeft
-from medpeft.reads import reads
-from medpeft.targets import Network
+from medpeft.architecture.network import Network
+from medpeft.architecture.weight_reads import reads
 
 BYPASSED = [
     ("beit", "lora"),

@@ -11,7 +11,7 @@ from models import make, randomise, randomise_adapters
 from torch import nn
 
 import medpeft
-from medpeft.registry import find
+from medpeft.adapters.registry import find
 
 WIDTH = 16
 METHODS = ("difffit", "fact", "ia3", "oft", "repadapter", "vera")

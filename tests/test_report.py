@@ -9,7 +9,7 @@ from models import make
 from torch import nn
 
 import medpeft
-from medpeft.report import Row, Table
+from medpeft.table import Row, Table
 
 
 def test_the_report_counts_what_trains_per_method_and_layer_type():

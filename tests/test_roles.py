@@ -7,8 +7,8 @@ from models import make
 from torch import nn
 
 import medpeft
-from medpeft import roles
-from medpeft.targets import Network
+from medpeft.architecture import layers as roles
+from medpeft.architecture.network import Network
 
 NORMS = [
     (nn.LayerNorm(6), -1, {"ln", "norm"}),

@@ -31,9 +31,10 @@ from timm.models import (
 from torch import nn
 
 import medpeft
-from medpeft import roles
-from medpeft.head import find_head
-from medpeft.reads import overwrites
+from medpeft.architecture import attention
+from medpeft.architecture import layers as roles
+from medpeft.architecture.head import find_head
+from medpeft.architecture.weight_reads import overwrites
 
 IMAGE, TOKENS = (1, 8, 4, 4), (1, 16, 8)
 # Without an activation between attention and output, which is then linear in the values.
@@ -106,7 +107,7 @@ def test_queries_act_locally_and_values_linearly(kind):
     before = layer(*inputs).detach()
     channels = 1 if before.ndim == 4 else -1
     reach = {part: [] for part in "qkv"}
-    for projection in roles.projections(layer):
+    for projection in attention.projections(layer):
         size = layer.get_submodule(projection.path).weight.shape[0]
         rows = {r.part: r.indices(size) for r in projection.rows} or {projection.part: range(size)}
         for part in set(rows) - {"o"}:
@@ -123,20 +124,20 @@ def test_queries_act_locally_and_values_linearly(kind):
 def test_the_rows_of_a_fused_projection_are_each_in_one_part():
     for kind, (build, *_) in LAYOUTS.items():
         layer = build()
-        for projection in roles.projections(layer):
+        for projection in attention.projections(layer):
             taken = [i for row in projection.rows for i in row.indices(layer.get_submodule(projection.path).weight.shape[0])]
             assert len(taken) == len(set(taken)), kind
 
 
 def test_mobilevit_v2_has_one_query_channel():
     layer = mobilevit.MobileVitV2Block(8, transformer_dim=6, transformer_depth=1).transformer[0].attn
-    (fused, _) = roles.projections(layer)
+    (fused, _) = attention.projections(layer)
     assert [(row.part, row.start, row.size) for row in fused.rows] == [("q", 0, 1), ("k", 1, 6), ("v", 7, 6)]
 
 
 def test_each_head_of_a_cascade_has_a_projection_of_its_own():
     layer = efficientvit_msra.CascadedGroupAttention(8, key_dim=2, num_heads=2, attn_ratio=2.0, resolution=4, kernels=(3, 3))
-    found = [p for p in roles.projections(layer) if p.rows]
+    found = [p for p in attention.projections(layer) if p.rows]
     assert [p.path for p in found] == ["qkvs.0.conv", "qkvs.1.conv"]
     assert [[(row.part, row.start, row.size, row.groups) for row in p.rows] for p in found] == [
         [("q", 0, 2, 1), ("k", 2, 2, 1), ("v", 4, 4, 1)]
@@ -145,13 +146,13 @@ def test_each_head_of_a_cascade_has_a_projection_of_its_own():
 
 def test_global_queries_leave_keys_and_values_in_the_projection():
     layer = gcvit.WindowAttentionGlobal(8, 2, (4, 4), use_global=True)
-    fused = roles.projections(layer)[0]
+    fused = attention.projections(layer)[0]
     assert [(row.part, row.start, row.size) for row in fused.rows] == [("k", 0, 8), ("v", 8, 8)]
 
 
 def test_attention_pools_and_class_attentions_have_their_projections():
-    assert [p.parts for p in roles.projections(AttentionPoolLatent(8, num_heads=2))] == ["kv", "q", "o"]
-    assert [p.parts for p in roles.projections(cait.ClassAttn(8, num_heads=2))] == ["q", "k", "v", "o"]
+    assert [p.parts for p in attention.projections(AttentionPoolLatent(8, num_heads=2))] == ["kv", "q", "o"]
+    assert [p.parts for p in attention.projections(cait.ClassAttn(8, num_heads=2))] == ["q", "k", "v", "o"]
 
 
 def test_a_fused_projection_of_unknown_layout_is_no_projection():
@@ -160,7 +161,7 @@ def test_a_fused_projection_of_unknown_layout_is_no_projection():
             super().__init__()
             self.qkv, self.num_heads = nn.Linear(8, 25), 2
 
-    assert roles.projections(Odd()) == []
+    assert attention.projections(Odd()) == []
 
 
 def test_an_adapter_beside_a_class_block_changes_the_class_token_alone():

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import medpeft
-from medpeft import svdcache
-from medpeft.svdcache import caching, current, decompose, stored
+from medpeft.formulas import svd as svdcache
+from medpeft.formulas.svd import caching, current, decompose, stored
 
 SHAPES = [(6, 4), (4, 6), (1, 5)]
 

@@ -8,7 +8,8 @@ from models import make
 from torch import nn
 
 import medpeft
-from medpeft.targets import Network, picks
+from medpeft.architecture.network import Network
+from medpeft.architecture.targets import picks
 
 
 def sites(model, method="lora", **options):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from medpeft.file import memory, write
+from medpeft.checkpoint.file import memory, write
 
 from .captions import Captioned, to_model
 

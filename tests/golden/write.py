@@ -10,7 +10,7 @@ from model import Golden, example, fill
 from safetensors.torch import load_file, save_file
 
 import medpeft
-from medpeft.header import SCHEMA
+from medpeft.checkpoint.header import SCHEMA
 
 HERE = Path(__file__).parent / f"schema{SCHEMA}"
 

@@ -1,0 +1,85 @@
+"""What `apply` leaves on a model besides the adapters: a record of what was done, from which all else is read off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MedpeftError
+
+_NAME = "_medpeft"
+
+
+@dataclass
+class Applied:
+    """What was applied to a model.
+
+    Attributes:
+        methods: Every method with its options, defaults filled in.
+        sites: The additive ones' sites in order: method, name of the layer, name of its weight.
+        selected: Existing parameters made trainable, by name, with the method that picked them; "head" for the head's.
+        head: Names of the head's modules.
+        batchnorm: "frozen" or "adapt".
+        statistics: Names of the BatchNorm buffers that adapt.
+        trained_before: Whether each parameter required a gradient before `apply`.
+        base: The selected parameters and adapting buffers as they were, on the CPU; None if given up.
+        seed: Seed of the adapters' initial values.
+        dtype: dtype asked for the adapters, None for the default.
+        enabled: False within `disabled`, where the base's values are in place.
+    """
+
+    methods: dict[str, dict[str, Any]]
+    sites: list[tuple[str, str, str]]
+    selected: dict[str, str]
+    head: tuple[str, ...]
+    batchnorm: str
+    statistics: list[str]
+    trained_before: dict[str, bool]
+    base: dict[str, Tensor] | None
+    seed: int = 0
+    dtype: torch.dtype | None = None
+    enabled: bool = True
+
+    @property
+    def name(self) -> str:
+        """The methods as one name: "bias+norm"."""
+        return "+".join(self.methods)
+
+
+def applied(model: nn.Module) -> Applied | None:
+    """What was applied to the model, None if nothing."""
+    record = model.__dict__.get(_NAME)
+    return record if isinstance(record, Applied) else None
+
+
+def require_applied(model: nn.Module) -> Applied:
+    """What was applied to the model.
+
+    Raises:
+        MedpeftError: nothing was.
+    """
+    record = applied(model)
+    if record is not None:
+        return record
+    below = [name for name, module in model.named_modules() if applied(module) is not None]
+    hint = f"its {below[0]!r} is: pass that." if below else "call medpeft.apply(model, method) first."
+    raise MedpeftError(f"This {type(model).__name__} is not adapted: {hint}")
+
+
+def set_applied(model: nn.Module, record: Applied | None) -> None:
+    """Leave the record on the model, or take it off."""
+    if record is None:
+        model.__dict__.pop(_NAME, None)
+    else:
+        model.__dict__[_NAME] = record
+
+
+def trained_tensors(model: nn.Module, record: Applied) -> Iterator[tuple[str, Tensor]]:
+    """The base's own tensors that training changes: selected parameters and adapting BatchNorm buffers."""
+    names = {*record.selected, *record.statistics}
+    yield from ((name, p) for name, p in model.named_parameters() if name in names)
+    yield from ((name, b) for name, b in model.named_buffers() if name in names)

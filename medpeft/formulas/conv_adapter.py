@@ -1,0 +1,74 @@
+"""Conv-Adapter: a depthwise-separable bottleneck beside the convolutions of residual blocks.
+
+Chen et al., "Conv-Adapter: Exploring Parameter Efficient Transfer Learning for ConvNets" (CVPR Workshop 2024),
+arXiv 2208.07463, Eq. 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter, cast
+from ..adapters.registry import register
+from ..architecture.convolution import Geometry
+from ..architecture.layers import CONVS, in_body
+from ..architecture.network import Network
+from ..architecture.site import Site
+from ..errors import require_choice, require_positive
+
+
+@register("conv_adapter", hint="it adapts convolutions of residual blocks wider than 1×1. Try 'adaptformer' or 'convpass'.")
+class ConvAdapter(Adapter):
+    """A depthwise-separable bottleneck beside the convolutions of residual blocks: conv(x) + α ⊙ up(relu(down(x))).
+
+    x is (B, I, …). `down` is a convolution of I to I / γ channels in I / γ groups, which slides as its host does, so that both
+    see the same field; `up` is a 1×1 convolution; α has one value per channel and starts at 1.
+
+    Args:
+        site: A convolution.
+        reduction: γ; the next smaller width that divides I is taken where γ does not.
+        form: "parallel" beside the convolution, "sequential" after it, on its output.
+    """
+
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"reduction": (1, 2, 4, 8), "form": ("parallel", "sequential")}
+    unmergeable = (
+        "there is a nonlinearity between the two convolutions of its bottleneck, which no weight of the layer can replace"
+    )
+
+    def __init__(self, site: Site, *, reduction: int = 4, form: str = "parallel") -> None:
+        super().__init__(site)
+        require_positive("reduction", reduction)
+        require_choice("form", form, ("parallel", "sequential"))
+        self.geometry, self.form = Geometry.of(site.layer), form  # type: ignore[arg-type]  # its sites are convolutions
+        outputs, inputs = site.host.shape[0], site.host.shape[1] * self.geometry.groups
+        if form == "sequential":
+            inputs, ones = outputs, (1,) * self.geometry.dims
+            padding = tuple((k - 1) // 2 for k in self.geometry.kernel)
+            after = tuple(k // 2 for k in self.geometry.kernel)
+            self.geometry = replace(self.geometry, stride=ones, dilation=ones, before=padding, after=after)
+        width = next(w for w in range(max(inputs // reduction, 1), 0, -1) if inputs % w == 0)
+        self.down = nn.Parameter(torch.empty(width, inputs // width, *self.geometry.kernel))
+        self.up = nn.Parameter(torch.zeros(outputs, width))
+        self.scale = nn.Parameter(torch.ones(outputs))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5, generator=site.generator)
+
+    @classmethod
+    def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
+        """Convolutions of residual blocks whose kernel is larger than 1; with a target, any convolution."""
+        for site in network.sites("conv"):
+            if isinstance(site.layer, CONVS):
+                wide = max(site.layer.kernel_size) > 1
+                if targeted or (wide and in_body(site.name, network.modules)):
+                    yield site
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + α ⊙ up(relu(down(x))), or of y where the form is sequential."""
+        hidden = cast(x if self.form == "parallel" else y, self.down)
+        hidden = self.geometry.convolve(hidden, self.down, groups=len(self.down)).relu()
+        change = self.geometry.pointwise(hidden, self.scale[:, None] * self.up, strided=False)
+        return y + change.to(y.dtype)

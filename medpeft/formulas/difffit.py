@@ -1,0 +1,64 @@
+"""DiffFit: every bias and norm, and a scale at the end of every branch.
+
+Xie et al., "DiffFit: Unlocking Transferability of Large Diffusion Models via Simple Parameter-Efficient Fine-Tuning" (ICCV
+2023), arXiv 2304.06648, Sec. 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.registry import register
+from ..architecture.blocks import feed_forwards
+from ..architecture.layers import channel_axis, is_norm
+from ..architecture.network import Network
+from ..architecture.site import Site
+from .selective import bias as is_bias
+
+
+@register("difffit", hint="it scales the branches of transformer blocks. Try 'bias+norm' or 'ssf'.")
+class DiffFit(Adapter):
+    """A scale of what every attention and every MLP gives, γ ⊙ y, beside every bias and every norm of the model.
+
+    γ has one element a channel and starts at one.
+
+    Args:
+        site: The last layer of an attention or MLP, linear or a convolution.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.gamma = nn.Parameter(torch.ones(site.host.shape[0]))
+        self.axis = channel_axis(site.layer)
+
+    @classmethod
+    def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
+        """The output projection of every attention and the last layer of every MLP."""
+        last = {name for _, name in feed_forwards(network)}
+        for site in network.sites("linear", "conv"):
+            # A batch norm right after it would undo the scale.
+            if ("o" in site.parts or site.name in last) and not network.erased(site):
+                yield replace(site, rows=())
+
+    @staticmethod
+    def selects(name: str, parameter: nn.Parameter, layer: Any) -> bool:
+        """Every bias, and the parameters of every normalisation layer."""
+        return is_bias(name, parameter, layer) or is_norm(layer.module)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """γ ⊙ y."""
+        shape = [1] * y.ndim
+        shape[self.axis] = -1
+        return (y * self.gamma.view(shape)).to(y.dtype)
+
+    def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """diag(γ)·W and γ ⊙ b."""
+        assert weight is not None
+        scaled = weight * self.gamma.view(-1, *[1] * (weight.ndim - 1))
+        return scaled, None if bias is None else bias * self.gamma

@@ -1,0 +1,69 @@
+"""Selective methods: predicates over the parameters a model already has.
+
+Bias: Ben Zaken, Goldberg & Ravfogel, "BitFit" (2022), arXiv 2106.10199; Cai et al., "TinyTL" (2020), arXiv 2007.11622.
+Norms: Frankle, Schwab & Morcos, "Training BatchNorm and Only BatchNorm" (2021), arXiv 2003.00152; Basu et al., "Strong
+Baselines for Parameter Efficient Few-Shot Fine-tuning" (2024), arXiv 2304.01917, for LayerNorm. Attention: Touvron et al.,
+"Three things everyone should know about Vision Transformers" (2022), arXiv 2203.09795. Unions and the paper's text-to-image
+strategies: Dutt et al. (2024), arXiv 2305.08252.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..adapters.registry import register
+from ..architecture.layers import is_batchnorm, is_layernorm, is_norm
+from ..architecture.network import Layer
+from ..errors import require_choice
+
+
+@register("full")
+def full(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
+    """Every parameter: full fine-tuning, the reference."""
+    return True
+
+
+@register("linear_probe")
+def linear_probe(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
+    """Nothing but the head: linear probing, the cheapest baseline."""
+    return False
+
+
+@register("bn", hint="it trains BatchNorm layers. Try 'norm' or 'ssf'.")
+def bn(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
+    """Weight and bias of every BatchNorm (BN tuning)."""
+    return is_batchnorm(layer.module)
+
+
+@register("ln", hint="it trains LayerNorm layers. Try 'norm' or 'ssf'.")
+def ln(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
+    """Weight and bias of every LayerNorm."""
+    return is_layernorm(layer.module)
+
+
+@register("norm", hint="it trains normalisation layers that have parameters. Try 'bias' or 'lora'.")
+def norm(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
+    """Parameters of every normalisation layer, of whatever kind."""
+    return is_norm(layer.module)
+
+
+@register("attention", hint="it trains attention layers. Try 'ssf', 'lora' or 'norm'.")
+def attention(name: str, parameter: nn.Parameter, layer: Layer, *, scope: str = "layer") -> bool:
+    """Every attention layer whole (scope="layer"), or the block around it (scope="block", diffusers' `attentions`)."""
+    require_choice("scope", scope, ("layer", "block"))
+    return bool(layer.attention if scope == "layer" else layer.attention_block)
+
+
+@register("bias", hint="it trains biases. Try 'ssf' or 'lora'.")
+def bias(name: str, parameter: nn.Parameter, layer: Layer, *, tables: bool = False) -> bool:
+    """Every bias, norms' included; relative position tables too with tables=True (bias tuning)."""
+    last = name.rpartition(".")[2]
+    if last == "bias" or last.endswith("_bias") or last in ("bias_k", "bias_v"):
+        return parameter.numel() == max(parameter.shape, default=1) or tables
+    return tables and "bias" in last
+
+
+@register("bitfit", hint="it trains biases. Try 'ssf' or 'lora'.")
+def bitfit(name: str, parameter: nn.Parameter, layer: Layer, *, tables: bool = False) -> bool:
+    """Every bias, norms' included: what transformers' literature calls BitFit."""
+    return bias(name, parameter, layer, tables=tables)

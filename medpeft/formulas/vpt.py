@@ -1,0 +1,165 @@
+"""Visual prompt tuning: learned tokens beside those of the image.
+
+Jia et al., "Visual Prompt Tuning" (ECCV 2022), arXiv 2203.12119, Eq. 4 and 5 (shallow), 6 (deep); values as in its Sec. 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.registry import register
+from ..adapters.tokens import insert, pad_mask, require_sequence, stand_still, take_off
+from ..architecture.blocks import branches
+from ..architecture.network import Network
+from ..architecture.positions import hands_out_blocks, why_not
+from ..architecture.site import Site
+from ..errors import MedpeftError, require_positive
+
+_HINT = "it adds tokens to transformer blocks in which nothing but attention depends on them. Try 'adaptformer' or 'lora'."
+_WHY = "its prompts are tokens, which no weight of the model can add"
+
+
+class Prompts(nn.Module):
+    """The prompts, (n, D), drawn Xavier-uniform over the fan-in of the patch embedding and D, as in the authors' code."""
+
+    def __init__(self, site: Site, tokens: int, dropout: float) -> None:
+        super().__init__()
+        require_positive("tokens", tokens)
+        assert site.layout is not None
+        self.name, self.layout = site.name, site.layout
+        bound = (6 / (self.layout.patch + self.layout.outputs)) ** 0.5
+        self.tokens = nn.Parameter(torch.empty(tokens, self.layout.outputs))
+        nn.init.uniform_(self.tokens, -bound, bound, generator=site.generator)
+        self.dropout = nn.Dropout(dropout)
+
+    def put_in(self, x: Tensor, method: str) -> Tensor:
+        """(B, N, D) → (B, N + n, D): after the class token, if there is one."""
+        require_sequence(x, method, self.name)
+        return insert(x, self.dropout(self.tokens), self.layout.prefix, self.layout.sequence)
+
+    def take_off(self, x: Tensor) -> Tensor:
+        """(B, N + n, D) → (B, N, D): what was put in is gone, and pooling sees none of it."""
+        if x.shape[self.layout.sequence] <= self.layout.prefix:
+            return x  # CaiT's last blocks give the class token alone.
+        return take_off(x, len(self.tokens), self.layout.prefix, self.layout.sequence)
+
+
+def refuse_mask(x: Tensor, method: str, name: str, value: Any, sequence: int) -> Any:
+    """`value`, unless it speaks of each of the tokens of `x`, as a mask does: a `MedpeftError`."""
+    if isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == x.shape[sequence] != x.shape[-1]:
+        raise MedpeftError(
+            f"{method!r} adds tokens, but a mask or a bias of shape {tuple(value.shape)} is given with the tokens"
+            f"{f' ({name})' if name else ''}: exclude these blocks, or try 'adaptformer' or 'lora'."
+        )
+    return value
+
+
+@register("vpt_deep", hint=_HINT)
+class VPTDeep(Adapter):
+    """Learned tokens at the input of every transformer block, taken off at its output: [x, _, E] = L([x, P, E]).
+
+    To take a block's prompts off and put the next one's in is to replace them; the last block's are taken off too, so that
+    average pooling, distillation tokens and registers meet what they did before. The model is not the base at first: even
+    fresh prompts take part in every softmax.
+
+    Args:
+        site: A transformer block.
+        tokens: Number of prompts, n.
+        dropout: Probability for each of their values.
+    """
+
+    identity = False
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"tokens": (1, 5, 10, 50, 100), "dropout": (0.0, 0.1)}
+    unmergeable = _WHY
+
+    def __init__(self, site: Site, *, tokens: int = 10, dropout: float = 0.0) -> None:
+        super().__init__(site)
+        self.prompts = Prompts(site, tokens, dropout)
+        self.added = tokens
+        # There True hides a token.
+        self.masks_are_torchs = any(isinstance(module, nn.MultiheadAttention) for module in site.layer.modules())
+
+    @classmethod
+    def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
+        """Every transformer block in which tokens can be added."""
+        return _blocks(network, given_rotations=True)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """`x` with the prompts."""
+        return self.prompts.put_in(x, self.method)
+
+    def alongside(self, x: Tensor, name: str, value: Any) -> Any:
+        """Rotations of the patches with prompts that stand still; a mask with prompts that all tokens see.
+
+        That keeps a causal mask causal: what leaves a block for the prompts is taken off.
+        """
+        if name == "rope":
+            return stand_still(value, self.added)
+        layout = self.prompts.layout
+        return pad_mask(value, name, x.shape[layout.sequence], self.added, layout.prefix, seen=not self.masks_are_torchs)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y` without the prompts."""
+        return self.prompts.take_off(y)
+
+
+@register("vpt_shallow", hint=_HINT)
+class VPTShallow(Adapter):
+    """Learned tokens at the input of the first transformer block, taken off after the last: [x, Z, E] = L([x, P, E]).
+
+    In a model of several stages, each has its own. Blocks in between give the prompts too, so a model that hands out their
+    outputs (MONAI's ViT, for UNETR) is refused, and timm's `forward_intermediates` shows them: vpt_deep hides them. The model
+    is not the base at first, as in vpt_deep.
+
+    Args:
+        site: The first of the transformer blocks that follow one another.
+        tokens: Number of prompts, n.
+        dropout: Probability for each of their values.
+    """
+
+    identity = False
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"tokens": (1, 5, 10, 50, 100), "dropout": (0.0, 0.1)}
+    unmergeable = _WHY
+
+    def __init__(self, site: Site, *, tokens: int = 10, dropout: float = 0.0) -> None:
+        super().__init__(site)
+        self.prompts = Prompts(site, tokens, dropout)
+        self.added = tokens
+
+    @classmethod
+    def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
+        """The first block of every row of transformer blocks, with the last as the other module."""
+        rows: dict[str, list[Site]] = {}
+        # Rotations go to every block, and these prompts come in at the first alone.
+        for site in _blocks(network, given_rotations=False):
+            rows.setdefault(site.name.rpartition(".")[0], []).append(site)
+        for row in rows.values():
+            shown = hands_out_blocks(network, row[0].name)
+            unfit = next(
+                (site.unfit for site in row if site.unfit), f"{shown}, from which vpt_deep takes them off" if shown else ""
+            )
+            yield replace(row[0], others=(row[-1].name,), unfit=unfit)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """`x` with the prompts."""
+        return self.prompts.put_in(x, self.method)
+
+    def alongside(self, x: Tensor, name: str, value: Any) -> Any:
+        """`value`, if it is no mask."""
+        return refuse_mask(x, self.method, name, value, self.prompts.layout.sequence)
+
+    def elsewhere(self, name: str, y: Tensor) -> Tensor:
+        """The last block's output without the prompts."""
+        return self.prompts.take_off(y)
+
+
+def _blocks(network: Network, *, given_rotations: bool) -> Iterator[Site]:
+    for name, block, found in branches(network):
+        why = why_not(network, name, given_rotations=given_rotations)
+        yield Site(name, block, "block", "", "", layout=found[-1].layout, unfit=why)

@@ -1,0 +1,6 @@
+"""LoRA files of other libraries: Hugging Face's peft and diffusers, neither of which is needed here."""
+
+from .diffusers import from_diffusers as from_diffusers
+from .diffusers import to_diffusers as to_diffusers
+from .peft import from_peft as from_peft
+from .peft import to_peft as to_peft

@@ -1,0 +1,1 @@
+"""The numbers: what trains, and what a step costs."""

@@ -1,0 +1,1 @@
+"""Changing a model and changing it back; no formula is known here."""
