@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .adapters.adapter import adapted_layers
-from .adapters.record import require_applied
+from .adapters.record import adapted_layers, require_applied
 from .errors import require
 from .sharding import reshard
 

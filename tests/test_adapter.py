@@ -6,8 +6,8 @@ from models import example, make, output, randomise, randomise_adapters
 from torch import nn
 
 import medpeft
-from medpeft.adapters.adapter import adapted_layers, own_state
 from medpeft.adapters.forward import Cover
+from medpeft.adapters.record import adapted_layers, own_state
 
 
 def hooks(model):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import medpeft
-from medpeft.adapters.adapter import adapted_layers
+from medpeft.adapters.record import adapted_layers
 
 LAYERS = {
     "linear": (lambda: nn.Linear(12, 20), (2, 30, 12)),

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 import medpeft
-from medpeft.adapters.adapter import adapted_layers
+from medpeft.adapters.record import adapted_layers
 
 HERE = Path(__file__).parent
 SHARING = {"vera": {"rank": 6}, "fact": {"rank": 3}, "repadapter": {"bottleneck": 4}}

@@ -9,7 +9,7 @@ applies the other. The layer keeps its class, its parameters and every key of it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -174,21 +174,3 @@ def covering(layer: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Tensor]
         for name, old, new in zip(names, before, adapter.merged(*before), strict=True):
             values.update({name: new} if new is not old else {})
     return {name: value for name, value in values.items() if value is not None}
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
-    """Every layer that has adapters: its name, itself, and they."""
-    for name, layer in model.named_modules():
-        adapters = layer._modules.get("adapters")
-        if isinstance(adapters, Adapters):
-            yield name, layer, adapters
-
-
-def own_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of all adapters, each once, by their (first) names in the model."""
-    seen: set[int] = set()
-    for name, _, adapters in adapted_layers(model):
-        for key, tensor in adapters.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield f"{name}.adapters.{key}".lstrip("."), tensor

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MedpeftError
+from .adapter import Adapters
 
 _NAME = "_medpeft"
 
@@ -83,3 +84,63 @@ def trained_tensors(model: nn.Module, record: Applied) -> Iterator[tuple[str, Te
     names = {*record.selected, *record.statistics}
     yield from ((name, p) for name, p in model.named_parameters() if name in names)
     yield from ((name, b) for name, b in model.named_buffers() if name in names)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]]:
+    """Every layer that has adapters: its name, itself, and they."""
+    for name, layer in model.named_modules():
+        adapters = layer._modules.get("adapters")
+        if isinstance(adapters, Adapters):
+            yield name, layer, adapters
+
+
+def own_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and persistent buffers of all adapters, each once, by their (first) names in the model."""
+    seen: set[int] = set()
+    for name, _, adapters in adapted_layers(model):
+        for key, tensor in adapters.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{name}.adapters.{key}".lstrip("."), tensor
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One look at an adapted model: what was applied to it, and every tensor that this brought or changes.
+
+    Attributes:
+        model: The model.
+        record: What was applied to it.
+        layers: Every layer that has adapters: its name, itself, and they.
+        own: Parameters and persistent buffers of the adapters, by their names in a file.
+        trained: The model's own tensors that training changes: selected parameters and adapting BatchNorm statistics.
+    """
+
+    model: nn.Module
+    record: Applied
+    layers: list[tuple[str, nn.Module, Adapters]]
+    own: dict[str, Tensor]
+    trained: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Adapted:
+        """Look at a model.
+
+        Raises:
+            MedpeftError: it is not adapted.
+        """
+        record = require_applied(model)
+        layers = list(adapted_layers(model))
+        return cls(model, record, layers, dict(own_state(model)), dict(trained_tensors(model, record)))
+
+    @property
+    def saved(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the adapters' tensors and the trained ones of the model, by name."""
+        return {**self.own, **self.trained}
+
+    @property
+    def acting(self) -> bool:
+        """Whether the adapters act: False within `disabled` and `merged`."""
+        if not self.record.enabled:
+            return False
+        return all(adapters.enabled for _, _, adapters in self.layers)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import own_state
-from ..adapters.record import Applied, trained_tensors
+from ..adapters.record import Applied, own_state, trained_tensors
 from ..adapters.registry import find
 from ..errors import CheckpointError, MedpeftError
 from ..sharding import is_sharded

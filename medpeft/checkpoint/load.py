@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, adapted_layers, own_state
-from ..adapters.record import Applied, applied, trained_tensors
+from ..adapters.adapter import Adapter
+from ..adapters.record import Applied, adapted_layers, applied, own_state, trained_tensors
 from ..adapters.registry import Method
 from ..architecture.site import Site
 from ..errors import CheckpointError, MedpeftError, require_choice

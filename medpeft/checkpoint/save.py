@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, adapted_layers, own_state
-from ..adapters.record import Applied, require_applied, trained_tensors
+from ..adapters.adapter import Adapter
+from ..adapters.record import Applied, adapted_layers, own_state, require_applied, trained_tensors
 from ..errors import CheckpointError
 from ..sharding import is_first, reshard, whole
 from .compatibility import require_nothing_else_trains, require_values

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.adapter import adapted_layers
 from ..adapters.batchnorm import with_statistics
 from ..adapters.forward import Cover, Elsewhere, Tap, adapt_input, adapt_output
-from ..adapters.record import Applied, require_applied
+from ..adapters.record import Applied, adapted_layers, require_applied
 from ..architecture.network import Network
 from ..errors import MedpeftError
 from .connections import Silent, connected

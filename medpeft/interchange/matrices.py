@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import adapted_layers
-from ..adapters.record import Applied, trained_tensors
+from ..adapters.record import Applied, adapted_layers, trained_tensors
 from ..architecture.convolution import slides_plainly
 from ..architecture.head import Head
 from ..architecture.network import Network

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters.adapter import Adapter, adapted_layers, own_state
-from ..adapters.record import require_applied, trained_tensors
+from ..adapters.adapter import Adapter
+from ..adapters.record import adapted_layers, own_state, require_applied, trained_tensors
 from ..table import Row, Table
 from .costs import Costs, costs, full_costs
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, adapted_layers
+from ..adapters.adapter import Adapter
 from ..adapters.batchnorm import freeze_statistics, release_statistics
 from ..adapters.bias_gradients import sum_to_biases
-from ..adapters.record import Applied, require_applied, set_applied, trained_tensors
+from ..adapters.record import Applied, adapted_layers, require_applied, set_applied, trained_tensors
 from ..adapters.registry import Method, Methods
 from ..architecture.head import Head
 from ..architecture.site import Site

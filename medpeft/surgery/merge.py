@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import adapted_layers, covering
-from ..adapters.record import require_applied
+from ..adapters.adapter import covering
+from ..adapters.record import adapted_layers, require_applied
 from ..architecture.convolution import standardises
 from ..architecture.layers import own_tensor
 from ..errors import MedpeftError, require
