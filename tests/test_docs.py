@@ -3,16 +3,15 @@
 import re
 import tomllib
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from places import ROOT
 
 import medpeft
 from medpeft.adapters import registry
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

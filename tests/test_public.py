@@ -4,16 +4,14 @@ import inspect
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from models import make
+from places import ROOT
 
 import medpeft
-
-ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
     "Adapter", "CheckpointError", "Header", "MedpeftError", "Plan", "Report", "Site", "apply", "check", "disabled", "inspect",

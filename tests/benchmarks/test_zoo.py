@@ -1,0 +1,121 @@
+"""The zoo in small: every method on one architecture of each of many kinds."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+from zoo import kind_of, verdicts
+from zoo_models import timm_models
+
+import medpeft
+
+SHALLOW = {"depth": 2}
+SAMPLE = {
+    "test_byobnet": {},
+    "test_convnext": {},
+    "test_efficientnet": {},
+    "test_efficientnet_gn": {},
+    "test_mambaout": {},
+    "test_maxvit": {},
+    "test_nfnet": {},
+    "test_resnet": {},
+    "test_vit3": {},
+    "beit_base_patch16_224": SHALLOW,
+    "cait_xxs24_224": SHALLOW,
+    "coatnet_pico_rw_224": {"depths": (1, 1, 1, 1)},
+    "densenet121": {"block_config": (1, 1, 1, 1)},
+    "efficientvit_m0": {"depth": (1, 1, 1)},
+    "eva02_tiny_patch14_224": SHALLOW,
+    "levit_128s": {"depth": (1, 1, 1)},
+    "mixer_s32_224": {},
+    "mobilevitv2_050": {},
+    "pvt_v2_b0": {"depths": (1, 1, 1, 1)},
+    "swinv2_tiny_window8_256": {"depths": (2, 1, 1, 1)},
+    "tnt_s_patch16_224": SHALLOW,
+    "vgg11_bn": {},
+    "xcit_nano_12_p16_224": {"depth": 1},
+}
+
+
+@pytest.mark.parametrize("arch", SAMPLE)
+def test_every_method_works_or_is_refused_with_a_reason(arch):
+    with torch.device("meta"):
+        model = timm.create_model(arch, num_classes=3, **SAMPLE[arch])
+        example = torch.empty(2, *model.pretrained_cfg["input_size"])
+    classes = {name: type(module) for name, module in model.named_modules()}
+    keys = list(model.state_dict())
+    found, _ = verdicts(model, example, list(medpeft.methods()), alone=False)
+    assert set(found) == set(medpeft.methods())
+    assert {status for status, _ in found.values()} <= {"works", "refused"}, found
+    assert all(text for status, text in found.values() if status == "refused")
+    assert {found[method][0] for method in ("full", "linear_probe", "svdiff", "ssf", "bias")} == {"works"}
+    assert (classes, keys) == ({name: type(module) for name, module in model.named_modules()}, list(model.state_dict()))
+
+
+def test_the_zoo_finds_an_adapter_that_never_runs():
+    class Silent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            # `forward` passes the hooks by.
+            return self.head(self.body.forward(x))
+
+    model = Silent()
+    found, unused = verdicts(model, torch.randn(2, 4), ["linear_probe", "ssf"], alone=False)
+    assert unused == []
+    assert found["linear_probe"][0] == "works"
+    assert found["ssf"][0] == "silent"
+    assert "body" in found["ssf"][1]
+
+
+def test_a_method_that_refuses_an_input_with_a_reason_does_not_count_as_a_crash(own_registry):
+    class Picky(medpeft.Adapter):
+        """What sees on its input alone that it does not fit."""
+
+        layers = (nn.Linear,)
+
+        def __init__(self, site):
+            super().__init__(site)
+            self.gain = nn.Parameter(torch.ones(()))
+
+        def forward(self, x, y):
+            raise medpeft.MedpeftError("'picky' wants a square.")
+
+    class Broken(Picky):
+        def forward(self, x, y):
+            return y.view(-1, 7)
+
+    medpeft.register("picky")(Picky)
+    medpeft.register("broken")(Broken)
+
+    model = nn.Sequential()
+    model.add_module("body", nn.Linear(4, 4))
+    model.add_module("head", nn.Linear(4, 2))
+    found, _ = verdicts(model, torch.randn(3, 4), ["picky", "broken"], alone=True)
+
+    assert found["picky"] == ("refused", "'picky' wants a square.")
+    assert found["broken"][0] == "crashed"
+
+
+def test_a_parameter_that_the_model_does_not_use_is_told_from_a_silent_one():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.idle, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    found, unused = verdicts(Idle(), torch.randn(2, 4), ["full", "bias", "ssf"], alone=False)
+    assert unused == ["idle.bias", "idle.weight"]
+    assert {status for status, _ in found.values()} == {"works"}
+
+
+def test_a_kind_is_the_same_at_any_depth_and_differs_with_the_classes():
+    def kind(name):
+        return kind_of(next(c for c in timm_models() if c.name == name).build()[0])
+
+    assert kind("resnet50") == kind("resnet101")
+    assert len({kind(name) for name in ("resnet18", "resnet50", "seresnet50")}) == 3

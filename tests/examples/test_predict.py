@@ -1,0 +1,132 @@
+"""A checkpoint and a folder are enough to predict what the trainer predicted."""
+
+import csv
+
+import numpy as np
+import predict
+import pytest
+import timm
+import train
+from PIL import Image
+from trainer.flags import make_parser, parse
+
+import medpeft
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes of grey and coloured images of several sizes and depths."""
+    root = tmp_path_factory.mktemp("images")
+    for name, level in (("dark", 60), ("light", 160)):
+        (root / name).mkdir()
+        for i in range(12):
+            pixels = RNG.normal(level, 40, (30 + i, 40)).clip(0, 255).astype(np.uint8)
+            if i % 3 == 1:
+                pixels = np.stack([pixels, pixels // 2, pixels // 3], 2)
+            if i % 3 == 2:
+                pixels = pixels.astype(np.uint16) * 16
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module", params=["pretrained", "random"])
+def finished(folder, tmp_path_factory, request):
+    output = tmp_path_factory.mktemp(request.param)
+    more = (
+        ["--image-size", "48"] if request.param == "pretrained" else ["--model", "test_vit", "--no-pretrained", "--seed", "3"]
+    )
+    given = [
+        "--data",
+        str(folder),
+        "--epochs",
+        "2",
+        "--output",
+        str(output),
+        "--method",
+        "bias+lora",
+        "--quiet",
+        "--no-figures",
+        *more,
+    ]
+    record = train.run(parse(make_parser(""), [*given, "--image-size", "48"]))
+    return output, record
+
+
+def rows_of(file):
+    with file.open(newline="") as opened:
+        return {row["image"]: row for row in csv.DictReader(opened)}
+
+
+def test_predictions_equal_those_of_the_trainer(folder, finished, tmp_path):
+    output, record = finished
+    assert predict.main([str(output / "adapter.safetensors"), str(folder), "--output", str(tmp_path / "all.csv")]) == 0
+    found, expected = rows_of(tmp_path / "all.csv"), rows_of(output / "predictions.csv")
+    assert len(found) == 24
+    assert len(expected) == len(record["test_predictions"]["index"]) >= 4
+    for name, row in expected.items():
+        for column in ("p(dark)", "p(light)"):
+            assert float(found[name][column]) == pytest.approx(float(row[column]), abs=1e-5)
+    assert record["temperature"] != 1
+    values = [float(row["p(dark)"]) for row in found.values()]
+    assert max(values) - min(values) > 1e-3
+
+
+def test_stored_pixels_smaller_than_the_input_are_predicted_as_trained(folder, tmp_path):
+    arrays = {}
+    for part, count in (("train", 8), ("val", 4), ("test", 4)):
+        arrays[f"{part}_images"] = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        arrays[f"{part}_labels"] = (np.arange(count) % 2)[:, None]
+    np.savez(tmp_path / "toy.npz", **arrays)
+    for i, pixels in enumerate(arrays["test_images"]):
+        (tmp_path / "test").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "test" / f"{i}.png")
+    given = [
+        "--data",
+        str(tmp_path / "toy.npz"),
+        "--model",
+        "test_vit",
+        "--no-pretrained",
+        "--image-size",
+        "64",
+        "--epochs",
+        "1",
+    ]
+    record = train.run(parse(make_parser(""), [*given, "--output", str(tmp_path / "run"), "--quiet", "--no-figures"]))
+    adapter = str(tmp_path / "run" / "adapter.safetensors")
+    predict.main([adapter, str(tmp_path / "test"), "--output", str(tmp_path / "found.csv"), "--quiet"])
+    found = [[float(row["p(0)"]), float(row["p(1)"])] for row in rows_of(tmp_path / "found.csv").values()]
+    assert np.allclose(found, record["test_predictions"]["probabilities"], atol=1e-5)
+
+
+def test_broken_images_are_named_or_left_out(folder, finished, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "images" / "whole.png")
+    (tmp_path / "images" / "torn.png").write_bytes(b"no image")
+    given = [str(finished[0] / "adapter.safetensors"), str(tmp_path / "images"), "--output", str(tmp_path / "found.csv")]
+    assert predict.main(given) == 2
+    assert "torn.png could not be read as an image" in capsys.readouterr().err
+    assert not (tmp_path / "found.csv").exists()
+    assert predict.main([*given, "--skip-broken"]) == 0
+    assert "left out:" in capsys.readouterr().err
+    assert list(rows_of(tmp_path / "found.csv")) == ["whole.png"]
+
+
+def test_one_image_may_stand_for_a_folder(folder, finished, tmp_path):
+    given = [str(finished[0] / "adapter.safetensors"), str(folder / "dark" / "0.png"), "--output", str(tmp_path / "found.csv")]
+    assert predict.main(given) == 0
+    assert list(rows_of(tmp_path / "found.csv")) == ["0.png"]
+
+
+def test_an_adapter_of_another_program_is_refused(folder, tmp_path, capsys):
+    model = medpeft.apply(timm.create_model("test_vit", num_classes=2), "bias")
+    medpeft.save(model, tmp_path / "other.safetensors", metadata={"classes": ["a", "b"]})
+    assert predict.main([str(tmp_path / "other.safetensors"), str(folder)]) == 2
+    assert "does not say how images become input" in capsys.readouterr().err
+
+
+def test_a_folder_without_images_is_refused(finished, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert predict.main([str(finished[0] / "adapter.safetensors"), str(tmp_path / "empty")]) == 2
+    assert "has no images" in capsys.readouterr().err

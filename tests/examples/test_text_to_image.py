@@ -1,0 +1,161 @@
+"""The text-to-image example trains, resumes, draws, and what it saves gives the same images elsewhere."""
+
+import json
+
+import generate as generate_script
+import numpy as np
+import pytest
+import text_to_image
+import torch
+from diffusion.pipelines import open_pipeline
+from PIL import Image
+from safetensors.torch import load_file
+from small_diffusion import SIDE, TEXTS, draw_spots, flags, images_of, messages, run, save_pipeline
+
+import medpeft
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return draw_spots(tmp_path_factory.mktemp("spots"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+# A whole run
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """From nothing: a tiny pipeline that is pretrained on dark spots for a moment, then LoRA on light ones."""
+    output = tmp_path_factory.mktemp("runs") / "lora"
+    steps = ["--tiny-steps", 4, "--tiny-autoencoder-steps", 4, "--steps", 6, "--lr", 0.02]
+    small = ["--batch-size", 4, "--image-size", SIDE, "--sample-every", 4, "--inference-steps", 2]
+    record = run("--data", data, "--output", output, *steps, *small, "--option", "parts=qkvo", "--score-samples", 2)
+    return output, record
+
+
+def test_training_lowers_the_loss(data, folder, tmp_path):
+    record = run(*flags(data, folder, tmp_path, "--method", "full", "--steps", 40, "--lr", 2e-3, "--snr-gamma", 0))
+    losses = record["losses"]
+    assert len(losses) == 40
+    assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4])
+
+
+def test_the_tiny_pipeline_is_pretrained_on_the_first_half_of_the_classes_and_adapted_to_the_second(finished):
+    output, record = finished
+    kept = next(output.parent.glob("tiny-pipeline-*"))
+    assert json.loads((kept / "pretrained_on.json").read_text())["classes"] == ["dark"]
+    assert record["classes"] == ["light"]
+    assert sum(record["images"].values()) == list(TEXTS).index("dark") * 8
+
+
+def test_what_a_run_writes(finished):
+    output, record = finished
+    written = {path.name for path in output.iterdir()}
+    named = {"adapter.safetensors", "pytorch_lora_weights.safetensors", "metrics.json", "loss.png", "samples", "last.ckpt"}
+    assert written == named
+    assert [path.name for path in sorted((output / "samples").iterdir())] == ["step-000004.png", "step-000006.png"]
+    assert json.loads((output / "metrics.json").read_text())["trainable"] == record["trainable"]
+    assert medpeft.inspect(output / "adapter.safetensors").metadata["classes"] == ["light"]
+
+
+def test_a_plain_diffusers_pipeline_loads_the_lora_file_and_generates_the_same(finished):
+    output, _ = finished
+    kept = str(next(output.parent.glob("tiny-pipeline-*")))
+    ours, theirs = open_pipeline(kept), open_pipeline(kept)
+    base = images_of(theirs)
+    medpeft.load(ours.unet, output / "adapter.safetensors")
+
+    theirs.load_lora_weights(str(output))
+
+    assert torch.allclose(images_of(theirs), images_of(ours), atol=1e-5)
+    assert not torch.allclose(images_of(theirs), base, atol=1e-3)
+
+
+def test_the_averaged_weights_are_what_is_saved(finished):
+    output, _ = finished
+    content = torch.load(output / "last.ckpt", weights_only=True)
+    saved = load_file(output / "adapter.safetensors")
+    assert set(saved) == set(content["average"])
+    assert all(torch.equal(saved[name], value) for name, value in content["average"].items())
+    assert any(not torch.equal(content["trained"][name], value) for name, value in content["average"].items())
+
+
+def test_a_tiny_pipeline_pretrained_otherwise_is_not_taken(finished, data, capsys):
+    output, _ = finished
+    said = messages(capsys, "--data", data, "--output", output.parent / "other", "--image-size", SIDE)
+    assert "was pretrained with steps [4, 4], and [600, 1500] is asked for" in said
+
+
+# Resuming
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one(data, folder, tmp_path, monkeypatch):
+    whole = run(*flags(data, folder, tmp_path / "whole", "--method", "norm", "--steps", 4))
+    save = text_to_image.save_training
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text_to_image, "save_training", save_and_stop)
+    stopped = flags(data, folder, tmp_path / "parts", "--method", "norm", "--steps", 4, "--cache", tmp_path / "latents")
+    assert text_to_image.main([str(flag) for flag in stopped]) == 130
+    monkeypatch.setattr(text_to_image, "save_training", save)
+    parts = run(*stopped, "--resume")
+
+    assert parts["losses"] == whole["losses"]
+    one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_resuming_with_other_settings_is_refused(data, folder, tmp_path, capsys):
+    run(*flags(data, folder, tmp_path, "--method", "norm", "--steps", 1))
+
+    said = messages(capsys, *flags(data, folder, tmp_path, "--method", "norm", "--steps", 1, "--ema", 0.5, "--resume"))
+
+    assert "--ema was 0.99 and is 0.5" in said
+
+
+# Options of training
+
+
+def test_half_precision_and_checkpointing_train(data, folder, tmp_path):
+    options = ["--precision", "bf16", "--gradient-checkpointing", "--method", "svdiff", "--svd-cache", tmp_path / "svd"]
+    record = run(*flags(data, folder, tmp_path / "run", "--steps", 2, *options))
+    assert np.isfinite(record["losses"]).all()
+    assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_without_classes_every_image_trains_and_no_list_of_texts_is_saved(data, folder, tmp_path):
+    table = tmp_path / "reports.csv"
+    rows = [f"{data / str(i)}.png,report {i}" for i in range(6)]
+    table.write_text("\n".join(["file,text", *rows]))
+    record = run(*flags(table, folder, tmp_path / "run", "--method", "norm", "--steps", 1))
+    assert sum(record["images"].values()) == 6
+    assert medpeft.inspect(tmp_path / "run" / "adapter.safetensors").classes is None
+
+
+# Generating
+
+
+def test_adapters_are_compared_from_the_same_noise(finished, tmp_path):
+    output, _ = finished
+    adapter = output / "adapter.safetensors"
+    given = ["--pipeline", next(output.parent.glob("tiny-pipeline-*")), "--adapter", adapter, adapter, "--images", 2]
+    given += ["--prompt", "a light spot", "--inference-steps", 2, "--output", tmp_path]
+    images = generate_script.run(generate_script.parse([str(flag) for flag in given]))
+    merged = generate_script.run(generate_script.parse([str(flag) for flag in (*given, "--merge")]))
+
+    assert list(images) == ["no adapter", "lora lora 1", "lora lora 2"]
+    assert torch.equal(images["lora lora 1"], images["lora lora 2"])
+    assert not torch.equal(images["no adapter"], images["lora lora 1"])
+    assert torch.equal(merged["no adapter"], images["no adapter"])
+    assert (merged["lora lora 1"].int() - images["lora lora 1"].int()).abs().max() <= 1
+    assert (tmp_path / "comparison.png").exists()
+    with Image.open(tmp_path / "lora-lora-1" / "prompt-01-002.png") as image:
+        assert np.array_equal(np.asarray(image), images["lora lora 1"][1].permute(1, 2, 0))

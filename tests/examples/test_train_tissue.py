@@ -1,0 +1,34 @@
+"""The default data: patches of tissue in which staining shows by texture alone, and no part shares a pixel with another."""
+
+import numpy as np
+import pytest
+from trainer.split import split
+from trainer.tissue import PATCH, patch_corners, tissue_patches
+
+
+def test_half_of_the_tissue_patches_are_stained():
+    images = tissue_patches()
+    assert images.pixels.shape == (576, 1, PATCH, PATCH)
+    assert images.labels.mean() == 0.5
+
+
+def test_tissue_patches_have_equal_brightness():
+    means = tissue_patches().pixels.float().mean((1, 2, 3))
+    assert means.std() < 3
+
+
+def test_tissue_patches_of_different_parts_share_no_pixel():
+    images = tissue_patches()
+    corners = np.array(patch_corners(512))
+    for seed in range(3):
+        painted = np.zeros((512, 512), int)
+        for bit, rows in enumerate(split(images, seed).values()):
+            for y, x in corners[rows]:
+                painted[y : y + PATCH, x : x + PATCH] |= 1 << bit
+        assert set(np.unique(painted)) == {1, 2, 4}
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_every_part_of_the_tissue_has_both_classes(part):
+    images = tissue_patches()
+    assert 0.3 < images.labels[split(images, seed=0)[part]].mean() < 0.7

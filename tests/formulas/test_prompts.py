@@ -1,0 +1,250 @@
+"""Prompts, computed by hand in float64: right in every kind of model."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from models import FAMILIES, example, make, output, randomise, randomise_adapters
+from prompted import SIZES, embedded, prompts_of, put_in, taken_off, vit
+from test_methods import assert_computes, drawn
+from torch import nn
+
+import medpeft
+from medpeft.adapters.registry import find
+
+VARIANTS = {
+    "class token": ({}, 1),
+    "average": ({"global_pool": "avg"}, 1),
+    "average without a class token": ({"global_pool": "avg", "class_token": False}, 0),
+    "registers": ({"reg_tokens": 4}, 5),
+    "attention pooling": ({"global_pool": "map", "class_token": False}, 0),
+    "normalised queries and keys": ({"qk_norm": True}, 1),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_deep_prompts_are_replaced_at_every_block_and_pooling_sees_none(variant):
+    options, prefix = VARIANTS[variant]
+    model, images = vit(**options), drawn(2, 3, 32, 32)
+    plain = copy.deepcopy(model)
+    randomise_adapters(medpeft.apply(model, "vpt_deep", tokens=3))
+    prompts = prompts_of(model)
+
+    with torch.no_grad():
+        x = put_in(embedded(plain, images), prompts[0], prefix)
+        for i, block in enumerate(plain.blocks):
+            if i:
+                x = put_in(taken_off(x, prompts[i - 1], prefix), prompts[i], prefix)
+            x = block(x)
+        expected = plain.forward_head(plain.norm(taken_off(x, prompts[-1], prefix)))
+
+    assert len(prompts) == len(model.blocks)
+    assert_computes(model, images, expected.numpy())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shallow_prompts_pass_through_all_blocks_and_pooling_sees_none(variant):
+    options, prefix = VARIANTS[variant]
+    model, images = vit(**options), drawn(2, 3, 32, 32)
+    plain = copy.deepcopy(model)
+    randomise_adapters(medpeft.apply(model, "vpt_shallow", tokens=3))
+    (prompts,) = prompts_of(model)
+
+    with torch.no_grad():
+        x = plain.blocks(put_in(embedded(plain, images), prompts, prefix))
+        expected = plain.forward_head(plain.norm(taken_off(x, prompts, prefix)))
+
+    assert_computes(model, images, expected.numpy())
+
+
+def test_both_heads_of_a_distilled_model_meet_their_own_tokens():
+    model, images = make("deit_distilled"), drawn(2, 3, 32, 32)
+    plain = copy.deepcopy(model)
+    randomise_adapters(medpeft.apply(model, "vpt_shallow", tokens=3))
+    (prompts,) = prompts_of(model)
+
+    with torch.no_grad():
+        x = taken_off(plain.blocks(put_in(embedded(plain, images), prompts, 2)), prompts, 2)
+        expected = plain.forward_head(plain.norm(x))
+
+    assert_computes(model, images, expected.numpy())
+
+
+@pytest.mark.parametrize("family", ["hf_vit", "torchvision_vit", "monai_vit", "clip_vision"])
+def test_prompts_of_other_libraries_models_come_after_the_class_token(family):
+    model = medpeft.apply(make(family), "vpt_deep", head=FAMILIES[family].head)
+    layouts = {m.prompts.layout.prefix for m in model.modules() if hasattr(m, "prompts")}
+
+    assert layouts == {1}
+
+
+def test_prompts_are_xavier_uniform_over_the_patch_embedding_and_the_width():
+    model = medpeft.apply(vit(), "vpt_deep", tokens=100)
+    bound = (6 / (3 * 8 * 8 + 16)) ** 0.5
+
+    for prompts in prompts_of(model):
+        assert prompts.abs().max() <= bound
+        assert prompts.max() > 0.98 * bound
+        assert prompts.min() < -0.98 * bound
+
+
+@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep", "prefix"])
+def test_what_is_added_to_the_softmax_cannot_start_as_nothing_and_says_so(method):
+    model, x = make("vit"), example("vit")
+    base = output(model, x)
+
+    medpeft.apply(model, method)
+
+    assert find(method).adapter.identity is False
+    assert not torch.equal(output(model, x), base)
+    with medpeft.disabled(model):
+        assert torch.equal(output(model, x), base)
+
+
+ROTATED = {
+    "eva02": ("eva02_tiny_patch14_224", {}),
+    "registers": ("vit_small_patch16_dinov3", {}),
+    "mixed": ("vit_small_patch16_rope_mixed_224", {}),
+}
+
+
+@pytest.mark.parametrize("variant", ROTATED)
+def test_prompts_stand_still_where_patches_are_rotated(variant):
+    name, options = ROTATED[variant]
+    model, images = randomise(timm.create_model(name, **SIZES, **options).double()).eval(), drawn(2, 3, 32, 32)
+    plain = copy.deepcopy(model)
+    randomise_adapters(medpeft.apply(model, "vpt_deep", tokens=3))
+    prompts, prefix = prompts_of(model), model.num_prefix_tokens
+
+    for block, own in zip(plain.blocks, prompts, strict=True):  # As if the prompts were class tokens.
+        block.attn.num_prefix_tokens += 3
+        block.register_forward_pre_hook(lambda block, args, own=own: (put_in(args[0], own, prefix),))
+        block.register_forward_hook(lambda block, args, y, own=own: taken_off(y, own, prefix))
+    with torch.no_grad():
+        expected = plain(images).numpy()
+
+    assert prefix == {"eva02": 1, "registers": 5, "mixed": 1}[variant]
+    assert_computes(model, images, expected)
+
+
+@pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow", "prefix"])
+def test_prompts_and_prefixes_stand_still_in_hugging_faces_dinov3(method):
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = DINOv3ViTConfig(image_size=32, patch_size=8, num_register_tokens=2, **sizes)
+    model, images = randomise(DINOv3ViTModel(config).double()).eval(), drawn(2, 3, 32, 32)
+    base = model(images).last_hidden_state
+    randomise_adapters(medpeft.apply(model, method, head=None, tokens=3))
+    seen = []
+    for name, module in model.named_modules():
+        if name.endswith(".attention"):
+            module.register_forward_pre_hook(
+                lambda module, args, kwargs: seen.append((args or (kwargs["hidden_states"],))[0].shape[1]), with_kwargs=True
+            )
+
+    got = model(images).last_hidden_state
+
+    assert {m.prompts.layout.prefix if hasattr(m, "prompts") else m.layout.prefix for m in model.modules() if _adds(m)} == {3}
+    assert got.shape == base.shape
+    assert not torch.equal(got, base)
+    assert set(seen) == {3 + 3 + 16}
+
+
+def _adds(module):
+    return getattr(module, "added", 0) > 0
+
+
+class Masked(nn.Module):
+    """A transformer block that hands its mask to torch's attention as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, x, attn_mask=None):
+        y = self.norm1(x)
+        x = x + self.attn(y, y, y, attn_mask=attn_mask)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("of", ["numbers", "truth values"])
+def test_deep_prompts_are_seen_through_a_mask_and_keep_it_causal(of):
+    model, x = nn.ModuleDict({"block": randomise(Masked().double())}).eval(), drawn(2, 5, 16)
+    block = model["block"]
+    plain = copy.deepcopy(block)
+    randomise_adapters(medpeft.apply(model, "vpt_deep", head=None, tokens=3))
+    prompts = block.adapters["vpt_deep"].prompts.tokens.detach()
+    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    wide = torch.zeros(8, 8, dtype=torch.bool)
+    wide[3:, 3:] = hidden
+    as_given = (lambda m: m) if of == "truth values" else (lambda m: torch.zeros(m.shape).double().masked_fill(m, -torch.inf))
+
+    with torch.no_grad():
+        got = block(x, attn_mask=as_given(hidden))
+        expected = taken_off(plain(put_in(x, prompts, 0), attn_mask=as_given(wide)), prompts, 0)
+        later = block(torch.cat([x[:, :4], drawn(2, 1, 16, seed=8)], 1), attn_mask=as_given(hidden))
+
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(later[:, :4], got[:, :4], rtol=1e-12, atol=1e-12)
+    assert not torch.equal(later[:, 4], got[:, 4])
+
+
+def test_the_batch_may_come_second():
+    from open_clip.transformer import Transformer
+
+    first, second = (randomise(Transformer(16, 2, 2, batch_first=b).double()).eval() for b in (True, False))
+    for model in (first, second):
+        methods = {"vpt_deep": {}, "vpt_shallow": {"tokens": 6}, "convpass": {"target": "*.mlp"}, "prefix": {}}
+        randomise_adapters(medpeft.apply(model, methods, head=None))
+
+    x = drawn(2, 9, 16)
+    torch.testing.assert_close(first(x), second(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("family", "attention"), [("vit", "attn"), ("hf_vit", "attention")])
+def test_a_convolution_over_the_tokens_takes_added_ones_for_images_of_one_pixel(family, attention):
+    methods = {"vpt_deep": {"tokens": 3}, "vpt_shallow": {"tokens": 6}, "prefix": {"tokens": 2}, "convpass": {}}
+    model = medpeft.apply(make(family), methods)  # 16 + 3 + 6 tokens would also make a square.
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith("adapters.convpass"):
+            module._on_grid = lambda image, name=name: seen.setdefault(name, tuple(image.shape[1:3])) and image
+
+    output(model, example(family))
+
+    assert set(seen.values()) == {(4, 4)}
+    assert {name.rsplit(".", 3)[1] for name in seen} == {attention, "mlp"}
+
+
+def test_adapters_in_a_prompted_block_see_the_prompts():
+    model, images = make("vit"), drawn(2, 3, 32, 32)
+    medpeft.apply(model, {"adaptformer": {"bottleneck": 3}, "vpt_deep": {"tokens": 3}, "vpt_shallow": {"tokens": 2}})
+    randomise_adapters(model)
+    plain = copy.deepcopy(model)
+    deep = [block.adapters["vpt_deep"].prompts.tokens for block in plain.blocks]
+    shallow = plain.blocks[0].adapters["vpt_shallow"].prompts.tokens
+    for block in plain.blocks:  # AdaptFormer alone is left.
+        del block.adapters["vpt_deep"]
+        for key in [key for key, hook in block._forward_hooks.items() if hasattr(hook, "__self__")]:
+            block._forward_hooks.pop(key)
+    del plain.blocks[0].adapters["vpt_shallow"]
+
+    with torch.no_grad():
+        x = put_in(embedded(plain, images), shallow, 1)
+        for block, prompts in zip(plain.blocks, deep, strict=True):
+            x = taken_off(block(put_in(x, prompts, 1)), prompts, 1)
+        expected = plain.forward_head(plain.norm(taken_off(x, shallow, 1)))
+
+    assert_computes(model, images, expected.numpy())
+
+
+def test_every_token_before_the_patches_is_counted():
+    prefixes = {"pit_xs_distilled_224": 2, "cait_xxs24_224": 1, "vit_small_patch14_reg4_dinov2": 5, "vitamin_small_224": 0}
+    for name, prefix in prefixes.items():
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        assert {site.layout.prefix for _, site in medpeft.plan(model, "vpt_deep").sites} == {prefix}, name
