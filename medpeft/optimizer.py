@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from .adapters.adapter import parameters_of
 from .adapters.record import adapted_layers, require_applied
+from .adapters.registry import find
 from .errors import require
 from .sharding import reshard
 
@@ -37,9 +39,9 @@ def parameter_groups(
     reshard(model)
     fast, still = set(), set()
     for _, _, adapters in adapted_layers(model):
-        for adapter in adapters.every():
-            fast |= {id(p) for name, p in adapter.named_parameters() if name in adapter.fast}
-            still |= set() if adapter.decays else {id(p) for p in adapter.parameters()}
+        for adapter in [a for _, a in adapters.adapters()]:
+            fast |= {id(p) for name, p in adapter.named_parameters() if name in find(adapter.method).fast}
+            still |= set() if find(adapter.method).decays else {id(p) for _, p in parameters_of(adapter)}
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -1,8 +1,15 @@
-"""The hooks that bring adapters into the forward: on a layer's input, its output, or in place of its tensors."""
+"""How adapters get into a forward pass: an adapted layer's own `forward` does it all.
+
+`layer.forward` is an attribute of the instance, a `functools.partial` of `adapted_forward`; the layer keeps its class, its
+parameters and every key of its `state_dict`. A changed weight is never put into the layer: the layer's forward runs on a
+stand-in, an object of the same class that shares everything with the layer but the changed tensors, and that lives for this
+one call. So nothing is left behind after an interrupt, and threads, processes, and calls within calls do not meet.
+
+What is put on a layer must survive deepcopy and pickle, so it is made of module-level functions and plain data.
+"""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -11,130 +18,162 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture.layers import own_tensor
-from .adapter import Adapter, Adapters, autocasts, covering
+from . import running
+from .adapter import Adapter, Adapters, FlexibleAdapter, autocasts
+from .bias_gradients import run_apart
+from .sharing import share_within_replica
+from .stand_in import run_with
+from .wiring import Wiring, acting
 
 
-def adapt_input(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Forward pre-hook of an adapted layer: apply the adapters that act on its input."""
-    adapters: Adapters = layer.adapters  # type: ignore[assignment]  # as in adapt_output
-    if not adapters.enabled:
-        return None
-    for adapter in adapters.entering():
-        first = "" if args else next(iter(kwargs))
-        x = args[0] if args else kwargs[first]
-        kwargs = {name: adapter.enter(x) if name == first else adapter.alongside(x, name, v) for name, v in kwargs.items()}
-        args = (adapter.enter(x), *(adapter.alongside(x, "", value) for value in args[1:])) if args else ()
-    return args, kwargs
+def adapted_forward(layer: nn.Module, wiring: Wiring, /, *args: Any, **kwargs: Any) -> Any:
+    """Compute what an adapted layer does: its input changed, itself with its weight changed, its output changed."""
+    if not wiring.root or torch.compiler.is_compiling():
+        return _adapted(layer, wiring, args, kwargs)
+    if "_is_replica" in layer.__dict__:
+        share_within_replica(layer)
+    token = running.Token()
+    try:
+        running.begin(layer, token)
+        return _adapted(layer, wiring, args, kwargs)
+    finally:
+        running.end(layer, token)
 
 
-def adapt_output(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of an adapted layer: apply the adapters that act on its output.
-
-    Everything comes from `layer`, so that deepcopy, pickle and replicas adapt with their own adapters.
-    """
-    adapters: Adapters = layer.adapters  # type: ignore[assignment]  # nn.Module types its children as Tensor | Module
-    if not adapters.enabled:
-        return output
-    x = args[0] if args else next(iter(kwargs.values()), None)
-    y = output[0] if isinstance(output, tuple) else output
-    for adapter, form in adapters.forms(layer, x):
-        if form == "factors":
-            y = adapter.finish(y, own_tensor(layer, adapter.bias_name))
-        elif form == "output":
-            y = adapter(adapter.tapped.pop(_thread(), x) if adapter.taps else x, y)
-    return (y, *output[1:]) if isinstance(output, tuple) else y
-
-
-def _thread() -> int:
-    """Key of the running thread, so that two forwards of one model do not meet."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+def _adapted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    adapters = acting(layer)
+    if adapters is None:
+        if wiring.apart:
+            return run_apart(layer, args, kwargs)
+        return _run(layer, wiring, {}, args, kwargs)
+    handovers: list[Any] = [adapters._modules[name] for name in adapters.handovers]
+    for adapter in handovers:
+        adapter.handover.open()
+    try:
+        if adapters.entering:
+            args, kwargs = _enter(adapters, wiring, args, kwargs)
+        return _leave(layer, adapters, wiring, args, kwargs)
+    finally:
+        for adapter in handovers:
+            adapter.handover.close()
 
 
-class Cover:
-    """Puts the adapted tensors of the layer at `path` in place of its own for one forward of the module it is hooked to."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.running: dict[int, set[str]] = {}
-        self.before: dict[str, Any] = {}
-
-    def put(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook: hide the layer's tensors behind the adapted ones."""
-        layer = module.get_submodule(self.path) if self.path else module
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        values = self.hides(layer, None if self.path else x)
-        # A norm without weights takes on the dtype of its input.
-        given = x.dtype if isinstance(x, Tensor) and x.is_floating_point() else None
-        dtype = next((p.dtype for p in layer.parameters(recurse=False)), given)
-        with _switching():
-            if not self.running:
-                # `bias_k` of an attention without one is an attribute, and None.
-                self.before = {name: layer.__dict__[name] for name in values if name in layer.__dict__}
-            self.running[_thread()] = set(values)
-            layer.__dict__.update({name: value if value is None else value.to(dtype) for name, value in values.items()})
-
-    def hides(self, layer: nn.Module, x: Any) -> Mapping[str, Tensor | None]:
-        """What hides the layer's tensors while it computes, on `x` if that is known."""
-        adapters: Adapters = layer.adapters  # type: ignore[assignment]  # as in adapt_output
-        if not adapters.enabled:
-            return {}
-        forms = adapters.forms(layer, x)
-        with _full_precision(layer):
-            for adapter, form in forms:
-                if form == "factors":
-                    return {adapter.weight_name: adapter.factor(), adapter.bias_name: None}
-            return covering(layer, [adapter for adapter, form in forms if form == "weight"])
-
-    def take(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook, called after an error too: bring the layer's own tensors back."""
-        layer = module.get_submodule(self.path) if self.path else module
-        with _switching():
-            names = self.running.pop(_thread(), set())
-            # A forward in another thread may still read them; the last one out removes them.
-            for name in () if self.running else names:
-                layer.__dict__.pop(name, None)
-                layer.__dict__.update({name: self.before[name]} if name in self.before else {})
+def _enter(
+    adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let the adapters change the layer's inputs."""
+    others = dict(kwargs)
+    if args:
+        x, first, names = args[0], "", _names_of(args, wiring)
+        others.update(zip(names, args[1:], strict=True))
+    else:
+        first, names = _first_name(kwargs, wiring), []
+        x = others.pop(first)
+    for name in adapters.entering:
+        adapter: Adapter = adapters._modules[name]  # type: ignore[assignment]  # these names are of adapters
+        x = adapter.enter(x, others)
+    if args:
+        args = (x, *[others.pop(name) for name in names])
+        return args, others
+    return (), {first: x, **others}
 
 
-_SWITCH = threading.Lock()
+def _names_of(args: tuple[Any, ...], wiring: Wiring) -> list[str]:
+    """Names of all positional inputs but the first; numbers where the forward has no names for them."""
+    names = list(wiring.inputs[1 : len(args)])
+    names += [str(number) for number in range(len(names) + 1, len(args))]
+    return names
 
 
-def _switching() -> Any:
-    """One thread at a time puts tensors in place or takes them out; a compiled forward runs in one thread."""
-    return nullcontext() if torch.compiler.is_compiling() else _SWITCH
+def _first_name(kwargs: dict[str, Any], wiring: Wiring) -> str:
+    """Name of the layer's first input, where all are given by keyword, in whatever order."""
+    for name in wiring.inputs:
+        if name in kwargs:
+            return name
+    return next(iter(kwargs))
+
+
+def _leave(layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the layer with its weight changed, and let the adapters change its output."""
+    x: Any = None
+    if args:
+        x = args[0]
+    elif kwargs:
+        x = kwargs[_first_name(kwargs, wiring)]
+    on_weight: list[Adapter] = []
+    output_of: list[Adapter] = []
+    computes: FlexibleAdapter | None = None
+    for name in adapters.on_weight:
+        adapter = adapters._modules[name]
+        if not isinstance(adapter, FlexibleAdapter) or not isinstance(x, Tensor):
+            on_weight.append(adapter)  # type: ignore[arg-type]  # these names are of adapters
+            continue
+        form = adapter.form(x, own_tensor(layer, adapter._weight))
+        if form == "output":
+            output_of.append(adapter)
+        elif form == "compute" and len(adapters.on_weight) == 1:
+            computes = adapter
+        else:
+            # The layer cannot be left out where another adapter changes its weight.
+            on_weight.append(adapter)
+    if computes is not None:
+        y = output = computes.compute(x, own_tensor(layer, computes._bias))
+    else:
+        tensors: dict[str, Tensor] = {}
+        if on_weight:
+            tensors = tensors_for(layer, adapters, on_weight, x)
+        output = _run(layer, wiring, tensors, args, kwargs)
+        y = output[0] if isinstance(output, tuple) else output
+    for adapter in output_of:
+        y = adapter(x, y)
+    for name in adapters.leaving:
+        y = adapters._modules[name](x, y)
+    if isinstance(output, tuple):
+        return (y, *output[1:])
+    return y
+
+
+def tensors_for(layer: nn.Module, adapters: Adapters, on_weight: list[Adapter], x: Any = None) -> dict[str, Tensor]:
+    """Compute the adapted tensors of a layer, in its own precision and dtype."""
+    with _full_precision(layer):
+        tensors = adapters.adapted_tensors(layer, on_weight)
+    dtype = _dtype(layer, x)
+    if dtype is not None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(dtype)
+    return tensors
+
+
+def _dtype(layer: nn.Module, x: Any) -> torch.dtype | None:
+    """The dtype of the layer's parameters; a norm without parameters computes in its input's dtype."""
+    for parameter in layer._parameters.values():
+        if parameter is not None:
+            return parameter.dtype
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.dtype
+    return None
 
 
 def _full_precision(layer: nn.Module) -> Any:
     """Autocast off: a weight is adapted in its own precision, as merging does."""
-    kind = next((p.device.type for p in layer.parameters()), "cpu")
-    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
+    for parameter in layer.parameters():
+        device = parameter.device.type
+        return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+    return torch.autocast("cpu", enabled=False) if autocasts("cpu") else nullcontext()
 
 
-class Tap:
-    """Keeps, for one forward of a block, the input of the first tapped submodule to run."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-
-    def clear(self, block: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the block: forget what an interrupted forward may have left."""
-        self.adapter.tapped.pop(_thread(), None)
-
-    def store(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of a tapped submodule: keep its input if it is the first."""
-        self.adapter.tapped.setdefault(_thread(), args[0] if args else next(iter(kwargs.values())))
-
-
-class Elsewhere:
-    """Applies an adapter to the output of a module other than its own layer."""
-
-    def __init__(self, adapters: Adapters, adapter: Adapter, name: str) -> None:
-        self.adapters, self.adapter, self.name = adapters, adapter, name
-
-    def act(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of the other module."""
-        if not self.adapters.enabled:
-            return None
-        first, *rest = output if isinstance(output, tuple) else (output,)
-        y = self.adapter.elsewhere(self.name, first)
-        return (y, *rest) if isinstance(output, tuple) else y
+def _run(layer: nn.Module, wiring: Wiring, tensors: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the layer's plain forward, on changed tensors of its own and of the layers whose weights it reads."""
+    changes: dict[str, Mapping[str, Any]] = {}
+    if wiring.slow:
+        # torch takes its fused path only where nothing has hooks. This one is never called.
+        tensors = {**tensors, "_forward_hooks": {0: None}}
+    if tensors:
+        changes[""] = tensors
+    for path in wiring.reads:
+        read = layer.get_submodule(path)
+        adapters = acting(read)
+        if adapters is not None and adapters.on_weight:
+            on_weight: list[Any] = [adapters._modules[name] for name in adapters.on_weight]
+            changes[path] = tensors_for(read, adapters, on_weight)
+    return run_with(layer, changes, wiring.replaced, args, kwargs)

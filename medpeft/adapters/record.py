@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MedpeftError
-from .adapter import Adapters
+from .adapter import Adapters, state_of
 
 _NAME = "_medpeft"
 
@@ -95,13 +95,17 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapters]
 
 
 def own_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers of all adapters, each once, by their (first) names in the model."""
-    seen: set[int] = set()
-    for name, _, adapters in adapted_layers(model):
-        for key, tensor in adapters.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield f"{name}.adapters.{key}".lstrip("."), tensor
+    """Yield the parameters and persistent buffers of all adapters, each once, by their names in a file.
+
+    What several adapters share is named as if the first of them held it.
+    """
+    yielded: set[int] = set()
+    for layer_name, _, adapters in adapted_layers(model):
+        for adapter_name, adapter in adapters.adapters():
+            for key, tensor in state_of(adapter).items():
+                if id(tensor) not in yielded:
+                    yielded.add(id(tensor))
+                    yield f"{layer_name}.adapters.{adapter_name}.{key}".lstrip("."), tensor
 
 
 @dataclass(frozen=True)

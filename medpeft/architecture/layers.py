@@ -125,6 +125,26 @@ def in_body(name: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def own_tensor(layer: nn.Module, name: str) -> Tensor | None:
-    """The parameter or buffer of that name, also while a cover hides it."""
-    tensor = layer._parameters.get(name)
-    return tensor if tensor is not None else layer._buffers.get(name)
+    """The layer's parameter or buffer of that name, None where it has none.
+
+    A replica of `nn.DataParallel` keeps its tensors as plain attributes.
+    """
+    tensor: Tensor | None = layer._parameters.get(name)
+    if tensor is None:
+        tensor = layer._buffers.get(name)
+    if tensor is None and "_is_replica" in layer.__dict__:
+        attribute = layer.__dict__.get(name)
+        if isinstance(attribute, Tensor):
+            return attribute
+    return tensor
+
+
+def kind_of(layer: nn.Module) -> str:
+    """Kind of a layer: "linear", "conv", "transposed", "norm", "embedding", or "" for none of these."""
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    if is_conv(layer):
+        return "transposed" if is_transposed(layer) else "conv"
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    return "norm" if is_norm(layer) else ""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
 from torch import nn
 
 from .attention import Projection, is_attention_shell, projections
-from .layers import erases_scale, is_conv, is_mlp, is_norm, is_transposed, norm_channels, own_tensor
-from .site import Site
+from .layers import erases_scale, is_mlp, kind_of, norm_channels, own_tensor
+from .site import Draft, Reader, Site
 from .weight_reads import overwrites, reads
 
 ROLES = ("attention", "mlp", "linear", "conv", "norm", "embedding")
@@ -79,23 +79,29 @@ class Network:
         return {(f"{core}.{p.path}".strip("."), p.weight): p for core, parts in self.attentions.items() for p in parts}
 
     @cached_property
-    def _readers(self) -> dict[tuple[str, str], str]:
-        """Outermost module that reads a tensor without calling its layer, by layer and name of the tensor."""
-        found: dict[tuple[str, str], str] = {}
+    def _readers(self) -> dict[tuple[int, str], list[Reader]]:
+        """Modules that read a tensor without calling its layer, by identity of the layer and name of the tensor.
+
+        By identity, since a layer that several modules share stands in the model under several names.
+        """
+        readers: dict[tuple[int, str], list[Reader]] = {}
         for name, module in self.modules.items():
             for path in reads(type(module)):  # type: ignore[arg-type]  # mypy does not see that a class is hashable
-                for layer, tensor in _resolve(name, module, path):
-                    found.setdefault((layer, tensor), name)
-        return found
+                for layer, layer_path, tensor in _resolve(module, path):
+                    readers.setdefault((id(layer), tensor), []).append(Reader(name, layer_path))
+        return readers
 
     @cached_property
-    def _works_in_place(self) -> bool:
+    def works_in_place(self) -> bool:
+        """Whether a module of the model may change its input in place."""
         return any(_works_in_place(module) for module in self.modules.values())
 
-    def reader(self, layer: str, *tensors: str) -> str | None:
-        """Outermost module that reads one of the layer's tensors without calling the layer."""
-        found = [self._readers[layer, t] for t in tensors if (layer, t) in self._readers]
-        return min(found, key=len, default=None)
+    def readers(self, layer: nn.Module, *tensors: str) -> tuple[Reader, ...]:
+        """Modules that read one of the layer's tensors without calling the layer, the outermost first."""
+        readers: set[Reader] = set()
+        for tensor in tensors:
+            readers.update(self._readers.get((id(layer), tensor), ()))
+        return tuple(sorted(readers, key=lambda reader: (len(reader.name), reader.name)))
 
     def sites(self, *kinds: str) -> Iterator[Site]:
         """Every place outside the head with a weight of one of these kinds, in the order of the model."""
@@ -107,22 +113,19 @@ class Network:
                     yield site
 
     def _sites_of(self, name: str, module: nn.Module) -> Iterator[Site]:
-        kind = _kind(module)
-        if kind:
-            yield self._site(name, module, kind, "weight", "bias")
+        if kind_of(module):
+            yield self._site(name, module, "weight", "bias")
         for projection in self.attentions.get(name, ()):
             if projection.path == "" and projection.weight != "weight":
-                yield self._site(name, module, "linear", projection.weight, projection.bias)
+                yield self._site(name, module, projection.weight, projection.bias)
 
-    def _site(self, name: str, module: nn.Module, kind: str, weight: str, bias: str) -> Site:
-        found = self._projections.get((name, weight))
-        reader, overwritten = self.reader(name, weight, bias), self._works_in_place
-        site = Site(name, module, kind, weight, bias, reader=reader, overwritten=overwritten)
-        if site.reader is not None and site.tensor(bias) is None and (name, bias) not in self._readers:
-            site = replace(site, bias="")  # The reader brings a bias of its own, as BEiT's q_bias and v_bias.
-        if weight != "weight" and site.reader is None:
-            site = replace(site, reader=name)
-        return site if found is None else replace(site, rows=found.rows, parts=found.parts)
+    def _site(self, name: str, module: nn.Module, weight: str, bias: str) -> Site:
+        readers = self.readers(module, weight, bias)
+        if readers and own_tensor(module, bias) is None and (id(module), bias) not in self._readers:
+            bias = ""  # The reader brings a bias of its own, as BEiT's q_bias and v_bias.
+        projection = self._projections.get((name, weight))
+        draft = Draft(overwritten=self.works_in_place)
+        return Site(name, module, weight, bias, projection, readers, draft=draft)
 
     def blocks(self) -> Iterator[tuple[str, nn.Module, str, str]]:
         """Transformer blocks with an attention and an MLP: name, block, names of the MLP and of the norm before it."""
@@ -138,7 +141,7 @@ class Network:
 
     def _is_whole_mlp(self, name: str) -> bool:
         module = self.modules.get(name)
-        return module is not None and not _kind(module) and is_mlp(name, module)
+        return module is not None and not kind_of(module) and is_mlp(name, module)
 
     def erased(self, site: Site) -> bool:
         """Whether a batch or instance norm right after the site's layer undoes a scale and shift of its output."""
@@ -150,7 +153,7 @@ class Network:
     @cached_property
     def _after(self) -> dict[str, nn.Module]:
         """The layer with a weight that follows each, inside the same parent, by the order in which they were registered."""
-        names = [name for name, module in self.modules.items() if _kind(module)]
+        names = [name for name, module in self.modules.items() if kind_of(module)]
         around = Counter(a for name in names for a in _ancestors(name))
         found = {}
         for name, after in pairwise(names):
@@ -159,7 +162,7 @@ class Network:
             parent, _, own = unit.rpartition(".")
             # Where all convolutions are registered before all norms, as in MONAI's UnetResBlock, numbers pair them.
             numbered = f"{parent}.{re.sub('^conv', 'norm', own)}".lstrip(".")
-            follows = after.startswith(f"{parent}.".lstrip(".")) and _kind(self.modules[after]) == "norm"
+            follows = after.startswith(f"{parent}.".lstrip(".")) and kind_of(self.modules[after]) == "norm"
             if re.fullmatch(r"conv\d+", own) and numbered in self.modules and not follows:
                 after = numbered
             if not parent or after.startswith(parent + "."):
@@ -188,13 +191,13 @@ class Network:
             steps = name.split(".")
             around = (".".join(steps[: i + 1]) for i in range(len(steps)))
             return any(is_mlp(full, self.modules[full]) for full in around if full in self.modules)
-        kind = _kind(self.modules[name])
+        kind = kind_of(self.modules[name])
         return role == ("conv" if kind == "transposed" else kind)
 
 
 def _works_in_place(module: nn.Module) -> bool:
     """Whether a module may change its input in place, as it says itself or by what its `forward` does."""
-    said = getattr(module, "inplace", not _kind(module) and overwrites(type(module)))  # type: ignore[arg-type]  # as above
+    said = getattr(module, "inplace", not kind_of(module) and overwrites(type(module)))  # type: ignore[arg-type]  # as above
     return said is True
 
 
@@ -204,28 +207,20 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(steps[:i]) for i in range(1, len(steps))]
 
 
-def _kind(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if is_conv(module):
-        return "transposed" if is_transposed(module) else "conv"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    return "norm" if is_norm(module) else ""
-
-
-def _resolve(name: str, module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
-    """The layers and tensors below `module` that a path with `*` for any index names."""
+def _resolve(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, str]]:
+    """Yield each layer below `module` that a path with `*` for any index names, its own path, and the tensor's name."""
     *steps, tensor = path.split(".")
-    found = [(name, module)]
+    layers = [("", module)]
     for step in steps:
-        found = [
-            (f"{n}.{child}".strip("."), below)
-            for n, m in found
-            for child, below in m._modules.items()
-            if step in ("*", child) and below is not None
-        ]
-    return ((n, tensor) for n, m in found if own_tensor(m, tensor) is not None or tensor in m._parameters)
+        below = []
+        for layer_path, layer in layers:
+            for child_name, child in layer._modules.items():
+                if child is not None and step in ("*", child_name):
+                    below.append((f"{layer_path}.{child_name}".lstrip("."), child))
+        layers = below
+    for layer_path, layer in layers:
+        if own_tensor(layer, tensor) is not None or tensor in layer._parameters:
+            yield layer, layer_path, tensor
 
 
 def _norm_before_mlp(children: list[str], attentions: int) -> str:

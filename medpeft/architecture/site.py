@@ -1,86 +1,20 @@
-"""A place in a model where an adapter goes."""
+"""A place in a model where an adapter goes: a layer, one of its weights, and what surrounds it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MedpeftError
-from .layers import own_tensor
+from .attention import Projection
+from .layers import kind_of, own_tensor
 from .rows import Rows
 
 Shared = TypeVar("Shared", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where an adapter goes.
-
-    Attributes:
-        name: Name of the layer in the model, as in `model.named_modules()`.
-        layer: The layer.
-        kind: What its weight is: "linear", "conv", "transposed", "norm", "embedding", or "block" for a whole block.
-        weight: Name of the layer's weight; `in_proj_weight` in `nn.MultiheadAttention`.
-        bias: Name of its bias, "" where it can have none.
-        rows: Output channels to adapt in a fused projection; empty for all.
-        parts: Letters of what the layer computes in an attention (q, k, v, o), "" elsewhere.
-        reader: Name of the outermost module that reads the weight without calling the layer, None where there is none.
-        overwritten: Whether a module of the model works in place, so that the layer's output may be written over.
-        taps: Submodules of the layer; the input of the first of them to run is the adapter's x in place of the layer's own.
-        layout: Channels and tokens of a transformer block or of a branch of it, None elsewhere.
-        others: Names of other modules of the model on whose outputs the adapter acts too, by `Adapter.elsewhere`.
-        unfit: Why the method is not right here, although the layer is of its kind; "" where it is.
-        generator: Source of the adapter's initial values.
-        dry: Whether only shapes are wanted; `host` is then on the meta device.
-        shared: What the method's adapters on one device have in common, by a key of the method's own; see `share`.
-    """
-
-    name: str
-    layer: nn.Module
-    kind: str
-    weight: str = "weight"
-    bias: str = "bias"
-    rows: tuple[Rows, ...] = ()
-    parts: str = ""
-    reader: str | None = None
-    overwritten: bool = False
-    taps: tuple[str, ...] = ()
-    layout: Layout | None = None
-    others: tuple[str, ...] = ()
-    unfit: str = ""
-    generator: torch.Generator | None = field(default=None, compare=False)
-    dry: bool = False
-    shared: dict[Any, nn.Module] = field(default_factory=dict, compare=False)
-
-    def tensor(self, name: str) -> Tensor | None:
-        """The layer's own weight or bias, whatever covers it; None where it has none."""
-        return own_tensor(self.layer, name)
-
-    @property
-    def host(self) -> Tensor:
-        """The layer's weight, detached; a `MedpeftError` where it has none."""
-        weight = self.tensor(self.weight)
-        if weight is None:
-            raise MedpeftError(f"{self.name} ({type(self.layer).__name__}) has no {self.weight} to adapt.")
-        return weight.detach().to("meta") if self.dry else weight.detach()
-
-    def share(self, key: Any, make: Callable[[], Shared]) -> Shared:
-        """The module that the method's adapters share by this key, made where it is first asked for.
-
-        Each of them registers it as a child: it then moves, is copied, counted and saved once, under the first one's name.
-        """
-        if key not in self.shared:
-            self.shared[key] = make()
-        return self.shared[key]  # type: ignore[return-value]  # a key names modules of one type
-
-    @property
-    def key(self) -> str:
-        """What follows the method's name in the adapter's own name, so that two weights of one layer keep apart."""
-        return "" if self.weight in ("weight", "") else f"_{self.weight}"
 
 
 @dataclass(frozen=True)
@@ -96,6 +30,8 @@ class Layout:
         grid: Patches along each axis of the image, where the model says so; else empty.
         dims: Axes of the image: 2, or 3 for volumes.
         patch: Values in a patch, the fan-in of the patch embedding; `inputs` where that is not known.
+        adds: Tokens that the site's own adapter inserts.
+        added: Tokens that other adapters insert before the patches.
     """
 
     inputs: int
@@ -106,3 +42,149 @@ class Layout:
     grid: tuple[int, ...] = ()
     dims: int = 2
     patch: int = 0
+    adds: int = 0
+    added: int = 0
+
+
+class Reader(NamedTuple):
+    """A module that reads a layer's weight without calling the layer, and the layer's path below it."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Facts that an adapter needs while it is built, and not afterwards.
+
+    Attributes:
+        method: Name of the method.
+        generator: Source of the adapter's initial values.
+        shapes_only: Whether only shapes are wanted; `Site.host` is then on the meta device.
+        overwritten: Whether a module of the model works in place, so that the layer's output may be written over.
+        shared: Modules shared by all adapters of the method on one device, by key; see `Site.share`.
+    """
+
+    method: str = ""
+    generator: torch.Generator | None = None
+    shapes_only: bool = False
+    overwritten: bool = False
+    shared: dict[Any, nn.Module] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an adapter goes.
+
+    Attributes:
+        name: Name of the layer in the model, as in `model.named_modules()`.
+        layer: The layer.
+        weight: Name of the layer's weight; `in_proj_weight` in `nn.MultiheadAttention`, "" for a whole block.
+        bias: Name of its bias, "" where it can have none.
+        projection: The part that the layer plays in an attention, None elsewhere.
+        readers: Modules that read the weight without calling the layer, the outermost first.
+        layout: Channels and tokens of a transformer block or of a branch of it, None elsewhere.
+        partners: Other places where the same adapter acts.
+        draft: Facts that matter only while the adapter is built.
+    """
+
+    name: str
+    layer: nn.Module
+    weight: str = "weight"
+    bias: str = "bias"
+    projection: Projection | None = None
+    readers: tuple[Reader, ...] = ()
+    layout: Layout | None = None
+    partners: tuple[Partner, ...] = ()
+    draft: Draft = field(default_factory=Draft, compare=False)
+
+    @property
+    def kind(self) -> str:
+        """Kind of weight: "linear", "conv", "transposed", "norm", "embedding", or "block" for a whole block."""
+        if self.weight == "weight":
+            return kind_of(self.layer)
+        if self.weight == "":
+            return "block"
+        return "linear"
+
+    @property
+    def rows(self) -> tuple[Rows, ...]:
+        """Output channels to adapt in a fused projection; empty for all."""
+        if self.projection is None:
+            return ()
+        return self.projection.rows
+
+    @property
+    def parts(self) -> str:
+        """Letters of what the layer computes in an attention (q, k, v, o), "" elsewhere."""
+        if self.projection is None:
+            return ""
+        return self.projection.parts
+
+    @property
+    def only_weight(self) -> bool:
+        """Whether nothing but the weight can be adapted: a parent reads it, or it is one of several of the layer."""
+        return bool(self.readers) or self.weight not in ("weight", "")
+
+    def with_parts(self, parts: str) -> Site:
+        """Narrow a fused projection to some of its parts; any other site stays as it is."""
+        if self.projection is None or not self.projection.rows:
+            return self
+        kept = tuple(row for row in self.projection.rows if row.part in parts)
+        return replace(self, projection=replace(self.projection, rows=kept))
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The layer's own weight or bias; None where it has none."""
+        return own_tensor(self.layer, name)
+
+    @property
+    def host(self) -> Tensor:
+        """The layer's weight, detached; a `MedpeftError` where it has none."""
+        weight = self.tensor(self.weight)
+        if weight is None:
+            raise MedpeftError(f"{self.name} ({type(self.layer).__name__}) has no {self.weight} to adapt.")
+        if self.draft.shapes_only:
+            return weight.detach().to("meta")
+        return weight.detach()
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Source of the adapter's initial values."""
+        return self.draft.generator
+
+    def share(self, key: Any, make: Callable[[], Shared]) -> Shared:
+        """Get the module that the method's adapters share by this key; the first to ask makes it.
+
+        Keep it in `Adapter.shared`: it is registered once, on the model, and so moved, copied, counted and saved once.
+        """
+        if key not in self.draft.shared:
+            self.draft.shared[key] = make()
+        return self.draft.shared[key]  # type: ignore[return-value]  # a key names modules of one type
+
+    @property
+    def suffix(self) -> str:
+        """Suffix of the adapter's name; tells two adapted weights of one layer apart."""
+        if self.weight in ("weight", ""):
+            return ""
+        return f"_{self.weight}"
+
+
+@dataclass(frozen=True)
+class Partner:
+    """A second place where an adapter acts: an adapter of its own, without parameters, that works with the first.
+
+    Attributes:
+        site: The second place.
+        make: Makes the adapter from its site and the first adapter.
+    """
+
+    site: Site
+    make: Callable[[Site, Any], nn.Module]
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A layer of the right kind where a method would be wrong, with the reason."""
+
+    name: str
+    reason: str

@@ -104,3 +104,8 @@ def _steps(node: ast.AST) -> list[str]:
             steps.append(str(node.slice.value) if isinstance(node.slice, ast.Constant) else "*")
         node = node.value
     return steps[::-1] if isinstance(node, ast.Name) and node.id == "self" else []
+
+
+def has_fused_path(module: nn.Module) -> bool:
+    """Whether the module may compute everything inside it by one fused kernel of torch's, in eval mode."""
+    return type(module).forward is nn.TransformerEncoderLayer.forward

@@ -13,7 +13,8 @@ from ..adapters.record import Applied, own_state, trained_tensors
 from ..adapters.registry import find
 from ..errors import CheckpointError, MedpeftError
 from ..sharding import is_sharded
-from ..surgery.plan import Plan, build, state_of, statistics_names
+from ..surgery.build import build, state_of_built
+from ..surgery.plan import Plan, statistics_names
 from .file import Entry, short
 from .fingerprint import own_tensors
 from .header import Header
@@ -140,12 +141,12 @@ def expected_tensors(model: nn.Module, record: Applied, planned: Plan | None) ->
     if planned is None:
         return {**dict(own_state(model)), **trained}
     try:
-        built = build(planned, dry=True)
+        built = build(model, planned.sites, record, shapes_only=True)
     except MedpeftError:
         raise
     except Exception as error:  # The options come from the file: a method may meet any type or number in them.
         raise CheckpointError(f"No adapter can be made with the options in the file, {record.methods}: {error}") from error
-    return trained | dict(state_of(built))
+    return trained | dict(state_of_built(built))
 
 
 def misfits(saved: Mapping[str, Entry], wanted: Mapping[str, Tensor], record: Applied, exact: Collection[str]) -> list[str]:

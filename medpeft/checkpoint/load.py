@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import state_of
 from ..adapters.record import Applied, adapted_layers, applied, own_state, trained_tensors
-from ..adapters.registry import Method
-from ..architecture.site import Site
 from ..errors import CheckpointError, MedpeftError, require_choice
 from ..sharding import overwrite, reshard
 from ..surgery.apply import carry_out, forget
-from ..surgery.plan import Plan, build, plan_from
+from ..surgery.build import build
+from ..surgery.install import Built as One
+from ..surgery.plan import Plan, plan_from
 from .compatibility import draw_head, expected_tensors, explain, misfits, record_of, require_values, within
 from .fingerprint import class_of, differences, identify
 from .header import Header, read, read_values
 from .source import Source, name_of, opened
 
-Built = list[tuple[Method, Site, Adapter]]
+Built = list[One]
 
 
 def inspect(path: Source) -> Header:
@@ -71,7 +71,7 @@ def load(
             wanted = _check_fit(model, header, record, planned, head, check_base)
             values = {name: t for name, t in read_values(file, header).items() if name in wanted}
             values |= draw_head(model, record) if head == "reinit" else {}
-            built = _fill(build(planned), values) if planned else []
+            built = _fill(build(model, planned.sites, record), values) if planned else []
         except CheckpointError:
             raise
         except MedpeftError as error:
@@ -143,13 +143,18 @@ def _check_fit(model: nn.Module, header: Header, record: Applied, planned: Plan 
 
 def _fill(built: Built, values: dict[str, Tensor]) -> Built:
     """Put the file's values into adapters that are not yet in the model, in the dtype that they were saved in."""
-    for method, site, adapter in built:
-        prefix = f"{site.name}.adapters.{method.name}{site.key}.".lstrip(".")
-        state = adapter.state_dict(keep_vars=True)
+    for item in built:
+        adapter = item.adapter
+        prefix = f"{item.site.name}.adapters.{item.name}.".lstrip(".")
+        state = state_of(adapter)
         saved = {name: values.pop(prefix + name) for name in state if prefix + name in values}  # Shared tensors come once.
-        adapter.to(dtype=next((t.dtype for t in saved.values() if t.is_floating_point()), None))
+        dtype = next((t.dtype for t in saved.values() if t.is_floating_point()), None)
+        if dtype is not None:
+            adapter.to(dtype=dtype)
+            for module in adapter.shared.values():
+                module.to(dtype=dtype)
         with torch.no_grad():
-            own = adapter.state_dict(keep_vars=True)
+            own = state_of(adapter)
             for name, value in saved.items():
                 own[name].copy_(value)
     return built

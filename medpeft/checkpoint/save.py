@@ -81,7 +81,7 @@ def _check_savable(model: nn.Module, record: Applied) -> None:
     """Raise where the tensors of the model are not those that were trained."""
     if not record.enabled or any(not adapters.enabled for _, _, adapters in adapted_layers(model)):
         raise CheckpointError("Within medpeft.disabled or medpeft.merged a model is not as it was trained: leave it first.")
-    here = {(a.method, name, a.weight_name) for name, _, found in adapted_layers(model) for a in _adapters(found)}
+    here = {(a.method, name, a._weight) for name, _, found in adapted_layers(model) for a in [a for _, a in found.adapters()]}
     lost = [layer for method, layer, weight in record.sites if (method, layer, weight) not in here]
     names = {name for name, _ in trained_tensors(model, record)}
     lost += [name for name in (*record.selected, *record.statistics) if name not in names]

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.adapter import parameters_of
 from ..adapters.batchnorm import with_statistics
-from ..adapters.forward import Cover, Elsewhere, Tap, adapt_input, adapt_output
 from ..adapters.record import Applied, adapted_layers, require_applied
+from ..adapters.wiring import is_wired
 from ..architecture.network import Network
 from ..errors import MedpeftError
 from .connections import Silent, connected
@@ -123,34 +124,15 @@ def _in_scores(network: Network, layer: str) -> bool:
 
 
 def _hooks_lost(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Adapted layers without the hook that brings their adapters into the forward."""
-    methods = [
-        (name, hook.__self__)
-        for name, module in model.named_modules()
-        for hook in (*module._forward_pre_hooks.values(), *_after(module))
-        if isinstance(getattr(hook, "__self__", None), (Cover, Tap, Elsewhere))
-    ]
-    covered = {f"{name}.{cover.path}".strip(".") for name, cover in methods if isinstance(cover, Cover)}
-    tapped = {id(tap.adapter) for _, tap in methods if isinstance(tap, Tap)}
-    placed = {(id(hook.adapter), name) for name, hook in methods if isinstance(hook, Elsewhere)}
+    """Adapted layers whose forward does not bring their adapters in."""
     for name, layer, adapters in adapted_layers(model):
-        on_output = adapters.acting(on_output=True)
-        lost = bool(on_output) and adapt_output not in layer._forward_hooks.values()
-        lost = lost or (bool(adapters.acting(on_output=False)) and name not in covered)
-        lost = lost or (bool(adapters.entering()) and adapt_input not in layer._forward_pre_hooks.values())
-        lost = lost or any((id(a), other) not in placed for a in adapters.every() for other in a.others)
-        if lost or any(a.taps and id(a) not in tapped for a in on_output):
+        if any(True for _ in adapters.adapters()) and not is_wired(layer):
             yield (
                 name,
-                "has lost the hook of its adapters (was the layer converted, or its hooks cleared?); convert first, then apply",
+                "has lost the forward of its adapters (was the layer converted, or its forward deleted?); convert first, then apply",
             )
         if not adapters.enabled:
             yield name, "has its adapters switched off; leave `with medpeft.disabled(…)` or `merged(…)` first"
-
-
-def _after(module: nn.Module) -> Iterator[Any]:
-    """The forward hooks by which adapters act on the output of a module that is not their layer."""
-    return (hook for hook in module._forward_hooks.values() if isinstance(getattr(hook, "__self__", None), Elsewhere))
 
 
 def _wrongly_trained(model: nn.Module, record: Applied) -> Iterator[tuple[str, str]]:
@@ -175,7 +157,7 @@ def _wrongly_trained(model: nn.Module, record: Applied) -> Iterator[tuple[str, s
         adapter = None if layer is None else layer._modules.get("adapters")
         if adapter is None:
             yield site, f"has lost its adapter ({method}): was the layer replaced? Change the model first, then apply"
-        elif not any(p.requires_grad for p in adapter.parameters()):
+        elif not any(p.requires_grad for _, a in adapter.adapters() for _, p in parameters_of(a)):
             yield site, f"has an adapter ({method}) that is frozen: call requires_grad_(True) on it"
 
 

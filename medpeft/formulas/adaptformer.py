@@ -6,23 +6,31 @@ and 3. The input is the residual stream, as in the authors' code; their figure s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, cast
+from ..adapters.adapter import Adapter, Handover, cast
 from ..adapters.registry import register
-from ..architecture.blocks import channels_first
+from ..architecture.blocks import channels_first, matmuls
 from ..architecture.layers import is_conv, own_tensor
 from ..architecture.network import Network
-from ..architecture.site import Site
+from ..architecture.site import Partner, Site
 from ..errors import MedpeftError, require_choice, require_positive
 
 
-@register("adaptformer", hint="it adapts transformer blocks with an attention, a norm and an MLP. Try 'lora' or 'ssf'.")
+@register(
+    "adaptformer",
+    hint="it adapts transformer blocks with an attention, a norm and an MLP. Try 'lora' or 'ssf'.",
+    search={
+        "bottleneck": (16, 32, 64, 128),
+        "scale": (0.1, 1.0, "learnable"),
+        "dropout": (0.0, 0.1),
+    },
+)
 class AdaptFormer(Adapter):
     """A bottleneck parallel to the MLP of every transformer block: y + s·up(drop(relu(down(x)))).
 
@@ -34,12 +42,6 @@ class AdaptFormer(Adapter):
         scale: s, or "learnable" (one scalar, initially 1).
         dropout: Probability between `down` and `up`.
     """
-
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "bottleneck": (16, 32, 64, 128),
-        "scale": (0.1, 1.0, "learnable"),
-        "dropout": (0.0, 0.1),
-    }
 
     def __init__(self, site: Site, *, bottleneck: int = 64, scale: float | str = 0.1, dropout: float = 0.1) -> None:
         super().__init__(site)
@@ -55,6 +57,7 @@ class AdaptFormer(Adapter):
         nn.init.kaiming_uniform_(self.down, a=5**0.5, generator=site.generator)
         self.scale = nn.Parameter(torch.ones(())) if scale == "learnable" else float(scale)
         self.dropout = nn.Dropout(dropout)
+        self.handover = Handover()
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, input: str = "residual") -> Iterator[Site]:
@@ -62,13 +65,15 @@ class AdaptFormer(Adapter):
         require_choice("input", input, ("residual", "norm"))
         for name, block, mlp, norm in network.blocks():
             # In a block that normalises after its MLP, the MLP runs first, and its input is the residual stream.
-            taps = (mlp,) if input == "norm" else (norm, mlp)
-            site = Site(name, block, "block", "", "", taps=taps)
-            if _matmuls(site):
-                yield site
+            entrances = (mlp,) if input == "norm" else (norm, mlp)
+            if not matmuls(block.get_submodule(mlp)):
+                continue
+            partners = [Partner(Site(f"{name}.{path}", block.get_submodule(path), "", ""), Entrance) for path in entrances]
+            yield Site(name, block, "", "", partners=tuple(partners))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + s·up(drop(relu(down(x)))), `x` tapped inside the block, `y` its output."""
+        """Compute y + s·up(drop(relu(down(x)))), `x` being the residual stream inside the block, `y` the block's output."""
+        x = self.handover.take(x)
         x = cast(x, self.down).movedim(self.axis, -1)
         hidden = self.dropout(F.linear(x, self.down, self.down_bias).relu())
         change = self.scale * F.linear(hidden, self.up, self.up_bias)
@@ -83,15 +88,23 @@ def _fitted(change: Tensor, y: Tensor) -> Tensor:
     return change.reshape(y.shape)
 
 
-def _matmuls(site: Site) -> list[nn.Module]:
-    """The MLP's matrix layers, in order."""
-    mlp = site.layer.get_submodule(site.taps[-1])
-    return [m for m in mlp.modules() if isinstance(m, nn.Linear) or is_conv(m)]
+class Entrance(Adapter):
+    """Leaves the input of the norm before the MLP, or of the MLP, for the adapter of the block."""
+
+    def __init__(self, site: Site, first: AdaptFormer) -> None:
+        super().__init__(site)
+        self.shared["first"] = first
+
+    def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
+        """Return `x`, and leave it."""
+        first: Any = self.shared["first"]
+        first.handover.leave(x)
+        return x
 
 
 def _widths(site: Site) -> tuple[int, int, int]:
     """Width of what enters the MLP, of what leaves it, and the axis of its channels."""
-    layers = _matmuls(site)
+    layers = matmuls(site.partners[-1].site.layer)
     if not layers:
         raise MedpeftError(f"{site.name} has no MLP whose width is known.")
     first, last = layers[0], layers[-1]

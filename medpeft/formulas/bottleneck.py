@@ -7,8 +7,8 @@ Steitz & Roth, "Adapters Strike Back" (CVPR 2024), arXiv 2406.06820, Eq. 7 to 9.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
         return F.linear(hidden, self.up, self.up_bias).movedim(-1, self.axis)
 
 
-@register("houlsby", hint=_HINT)
+@register("houlsby", hint=_HINT, search={"bottleneck": (4, 8, 16, 32, 64)}, unmergeable=_WHY)
 class Houlsby(Adapter):
     """A bottleneck after the attention and another after the MLP of every block: y + up(gelu(down(y))).
 
@@ -65,9 +65,6 @@ class Houlsby(Adapter):
         init: "identity", or "official" for matrices that are both drawn.
     """
 
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bottleneck": (4, 8, 16, 32, 64)}
-    unmergeable = _WHY
-
     def __init__(self, site: Site, *, bottleneck: int = 64, init: str = "identity") -> None:
         super().__init__(site)
         self.bottleneck = Bottleneck(site, bottleneck, F.gelu, init)
@@ -76,7 +73,7 @@ class Houlsby(Adapter):
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
         """Every attention and every MLP of every transformer block."""
         for _, _, found in branches(network):
-            yield from (Site(b.name, b.module, "block", "", "", layout=b.layout) for b in found)
+            yield from (Site(b.name, b.module, "", "", layout=b.layout) for b in found)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + up(gelu(down(y)))."""
@@ -84,7 +81,7 @@ class Houlsby(Adapter):
         return y + change.to(y.dtype)
 
 
-@register("pfeiffer", hint=_HINT)
+@register("pfeiffer", hint=_HINT, search={"bottleneck": (4, 8, 16, 32, 64)}, unmergeable=_WHY)
 class Pfeiffer(Adapter):
     """A bottleneck after every transformer block: y + up(relu(down(y))).
 
@@ -96,9 +93,6 @@ class Pfeiffer(Adapter):
         bottleneck: Width between `down` and `up`.
         init: "identity", or "official" for matrices that are both drawn.
     """
-
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bottleneck": (4, 8, 16, 32, 64)}
-    unmergeable = _WHY
 
     def __init__(self, site: Site, *, bottleneck: int = 64, init: str = "identity") -> None:
         super().__init__(site)
@@ -115,7 +109,7 @@ class Pfeiffer(Adapter):
         return y + change.to(y.dtype)
 
 
-@register("adapter_plus", hint=_HINT)
+@register("adapter_plus", hint=_HINT, search={"bottleneck": (1, 2, 4, 8, 16, 32), "drop_path": (0.0, 0.1)}, unmergeable=_WHY)
 class AdapterPlus(Adapter):
     """A bottleneck with a scale per channel after every transformer block: y + s ⊙ up(gelu(down(y))).
 
@@ -127,9 +121,6 @@ class AdapterPlus(Adapter):
         drop_path: Probability with which training leaves a sample's adapter out, as in the authors' settings.
         init: "identity", or "official" for matrices that are both drawn.
     """
-
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"bottleneck": (1, 2, 4, 8, 16, 32), "drop_path": (0.0, 0.1)}
-    unmergeable = _WHY
 
     def __init__(self, site: Site, *, bottleneck: int = 8, drop_path: float = 0.1, init: str = "identity") -> None:
         super().__init__(site)
@@ -155,4 +146,4 @@ class AdapterPlus(Adapter):
 
 def _whole_blocks(network: Network) -> Iterator[Site]:
     for name, block, found in branches(network):
-        yield Site(name, block, "block", "", "", layout=whole_layout(block, found))
+        yield Site(name, block, "", "", layout=whole_layout(block, found))

@@ -6,9 +6,8 @@ arXiv 2208.07463, Eq. 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,14 @@ from ..architecture.site import Site
 from ..errors import require_choice, require_positive
 
 
-@register("conv_adapter", hint="it adapts convolutions of residual blocks wider than 1×1. Try 'adaptformer' or 'convpass'.")
+@register(
+    "conv_adapter",
+    hint="it adapts convolutions of residual blocks wider than 1×1. Try 'adaptformer' or 'convpass'.",
+    search={"reduction": (1, 2, 4, 8), "form": ("parallel", "sequential")},
+    unmergeable=(
+        "there is a nonlinearity between the two convolutions of its bottleneck, which no weight of the layer can replace"
+    ),
+)
 class ConvAdapter(Adapter):
     """A depthwise-separable bottleneck beside the convolutions of residual blocks: conv(x) + α ⊙ up(relu(down(x))).
 
@@ -34,11 +40,6 @@ class ConvAdapter(Adapter):
         reduction: γ; the next smaller width that divides I is taken where γ does not.
         form: "parallel" beside the convolution, "sequential" after it, on its output.
     """
-
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"reduction": (1, 2, 4, 8), "form": ("parallel", "sequential")}
-    unmergeable = (
-        "there is a nonlinearity between the two convolutions of its bottleneck, which no weight of the layer can replace"
-    )
 
     def __init__(self, site: Site, *, reduction: int = 4, form: str = "parallel") -> None:
         super().__init__(site)

@@ -6,8 +6,7 @@ Jie & Deng, "Convolutional Bypasses Are Better Vision Transformer Adapters" (202
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +16,18 @@ from ..adapters.adapter import Adapter, cast
 from ..adapters.registry import register
 from ..architecture.blocks import branches
 from ..architecture.network import Network
-from ..architecture.site import Site
+from ..architecture.site import Site, Unfit
 from ..errors import MedpeftError, require_choice, require_positive
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-@register("convpass", hint="it adapts transformer blocks with an attention, a norm and an MLP. Try 'conv_adapter' or 'tsa'.")
+@register(
+    "convpass",
+    hint="it adapts transformer blocks with an attention, a norm and an MLP. Try 'conv_adapter' or 'tsa'.",
+    search={"scale": (0.01, 0.1, 1.0, 10.0, 100.0), "bottleneck": (4, 8, 16)},
+    unmergeable="there are two nonlinearities beside the layer, which none of its weights can replace",
+)
 class Convpass(Adapter):
     """A convolution over the tokens beside every attention and MLP: y + s·up(act(conv(act(down(x))))).
 
@@ -36,9 +40,6 @@ class Convpass(Adapter):
         scale: s.
         dropout: Probability before `up`.
     """
-
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"scale": (0.01, 0.1, 1.0, 10.0, 100.0), "bottleneck": (4, 8, 16)}
-    unmergeable = "there are two nonlinearities beside the layer, which none of its weights can replace"
 
     def __init__(self, site: Site, *, bottleneck: int = 8, scale: float = 1.0, dropout: float = 0.1) -> None:
         super().__init__(site)
@@ -56,14 +57,16 @@ class Convpass(Adapter):
         self.dropout = nn.Dropout(dropout)
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False, beside: str = "both") -> Iterator[Site]:
+    def sites(cls, network: Network, *, targeted: bool = False, beside: str = "both") -> Iterator[Site | Unfit]:
         """Every attention and MLP of the transformer blocks, or the attentions alone (beside="attention", Convpass-attn)."""
         require_choice("beside", beside, ("both", "attention"))
         for _, _, found in branches(network):
             for branch in found:
                 if branch.attention or beside == "both":
-                    half = "is the second half of an MLP, and what enters the first does not reach it" if branch.half else ""
-                    yield Site(branch.name, branch.module, "block", "", "", layout=branch.layout, unfit=half)
+                    if branch.half:
+                        yield Unfit(branch.name, "is the second half of an MLP, and what enters the first does not reach it")
+                    else:
+                        yield Site(branch.name, branch.module, "", "", layout=branch.layout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + s·up(act(conv(act(down(x))))), act being x·sigmoid(1.702·x)."""
@@ -102,12 +105,16 @@ class Convpass(Adapter):
 
     def _layout_of(self, tokens: int) -> tuple[int, tuple[int, ...]]:
         """How many tokens come before the grid, and the grid; empty where all do."""
-        known = self.layout.prefix + self.before
+        known = self.layout.prefix + self.layout.added
         if tokens <= known:
             return tokens, ()
         side = round(max(tokens - known, 0) ** (1 / self.layout.dims))
         # CaiT, whose grid is known, adds its class token in its last blocks only.
-        for prefix, grid in ((known, self.layout.grid), (self.before, self.layout.grid), (known, (side,) * self.layout.dims)):
+        for prefix, grid in (
+            (known, self.layout.grid),
+            (self.layout.added, self.layout.grid),
+            (known, (side,) * self.layout.dims),
+        ):
             if len(grid) == self.layout.dims and math.prod(grid) == tokens - prefix:
                 return prefix, grid
         raise MedpeftError(

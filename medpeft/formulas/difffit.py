@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,17 @@ from ..adapters.adapter import Adapter
 from ..adapters.registry import register
 from ..architecture.blocks import feed_forwards
 from ..architecture.layers import channel_axis, is_norm
-from ..architecture.network import Network
+from ..architecture.network import Layer, Network
 from ..architecture.site import Site
 from .selective import bias as is_bias
 
 
-@register("difffit", hint="it scales the branches of transformer blocks. Try 'bias+norm' or 'ssf'.")
+def trains(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
+    """Every bias, and the parameters of every normalisation layer."""
+    return is_bias(name, parameter, layer) or is_norm(layer.module)
+
+
+@register("difffit", hint="it scales the branches of transformer blocks. Try 'bias+norm' or 'ssf'.", selects=trains)
 class DiffFit(Adapter):
     """A scale of what every attention and every MLP gives, γ ⊙ y, beside every bias and every norm of the model.
 
@@ -44,12 +48,7 @@ class DiffFit(Adapter):
         for site in network.sites("linear", "conv"):
             # A batch norm right after it would undo the scale.
             if ("o" in site.parts or site.name in last) and not network.erased(site):
-                yield replace(site, rows=())
-
-    @staticmethod
-    def selects(name: str, parameter: nn.Parameter, layer: Any) -> bool:
-        """Every bias, and the parameters of every normalisation layer."""
-        return is_bias(name, parameter, layer) or is_norm(layer.module)
+                yield replace(site, projection=None)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """γ ⊙ y."""

@@ -6,14 +6,13 @@ FacT-TT (tensor train) and FacT-TK (Tucker).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, cast
+from ..adapters.adapter import ON_WEIGHT, Adapter, cast
 from ..adapters.registry import register
 from ..architecture.network import Network
 from ..architecture.site import Site
@@ -33,7 +32,11 @@ class Factors(nn.Module):
             nn.init.xavier_uniform_(self.core, generator=generator)
 
 
-@register("fact", hint="it adapts the attentions and MLPs of transformers. Try 'lora' or 'ssf'.")
+@register(
+    "fact",
+    hint="it adapts the attentions and MLPs of transformers. Try 'lora' or 'ssf'.",
+    search={"scale": (0.01, 0.1, 1.0, 10.0, 100.0), "rank": (4, 8, 16, 32)},
+)
 class FacT(Adapter):
     """The change of every weight as a stack of d×d blocks V·Σᵢ·Uᵀ, of which all layers share U and V: W + s·[V·Σᵢ·Uᵀ].
 
@@ -48,8 +51,6 @@ class FacT(Adapter):
             matrices common to all blocks: Σᵢ = Σⱼ Pᵢⱼ·Cⱼ.
     """
 
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"scale": (0.01, 0.1, 1.0, 10.0, 100.0), "rank": (4, 8, 16, 32)}
-
     def __init__(self, site: Site, *, rank: int = 16, scale: float = 1.0, form: str = "tt") -> None:
         super().__init__(site)
         require_positive("rank", rank)
@@ -58,11 +59,12 @@ class FacT(Adapter):
         self.width, self.scale = min(self.outputs, self.inputs), float(scale)
         self.blocks = -(-max(self.outputs, self.inputs) // self.width)
         # First the shared ones: what they start from must not depend on the layer's own.
-        self.factors = site.share(self.width, lambda: Factors(self.width, rank, form, site.generator))
+        self.shared["factors"] = site.share(self.width, lambda: Factors(self.width, rank, form, site.generator))
         self.sigma = nn.Parameter(torch.empty(self.blocks, rank, *([rank] if form == "tt" else [])))
         bound = rank**-0.5 if form == "tt" else (6 / (rank + self.blocks)) ** 0.5
         nn.init.uniform_(self.sigma, -bound, bound, generator=site.generator)
-        self.on_output = self.on_output and site.kind == "linear"
+        if site.kind != "linear":
+            self.acts_on = ON_WEIGHT
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
@@ -74,6 +76,11 @@ class FacT(Adapter):
             in_mlp = network.has_role(site.name, "mlp") and not network.layer(site.name).attention
             if targeted or site.parts or in_mlp:
                 yield site
+
+    @property
+    def factors(self) -> Factors:
+        """U, V and the core, which the layers of one width share."""
+        return self.shared["factors"]  # type: ignore[return-value]  # as it was made
 
     def _middle(self) -> Tensor:
         """Every Σᵢ, (blocks, r, r)."""

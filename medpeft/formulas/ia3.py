@@ -7,12 +7,12 @@ Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import ON_INPUT, ON_OUTPUT, ON_WEIGHT, Adapter
 from ..adapters.kernels import ScaleShift, in_place, writes_fresh_output
 from ..adapters.registry import register
 from ..architecture.blocks import feed_forwards
@@ -39,22 +39,21 @@ class IA3(Adapter):
         self.axis, self.groups = channel_axis(site.layer), getattr(site.layer, "groups", 1)
         channels = host.shape[1] * self.groups if self.scales_input else sum(part_sizes(site.rows, host.shape[0]))
         self.scale = nn.Parameter(torch.ones(channels))
-        self.fresh = writes_fresh_output(site.layer) and not site.overwritten
-        self.on_output = self.on_output and not self.scales_input
-        self.on_input = self.on_input and self.scales_input
+        self.fresh = writes_fresh_output(site.layer) and not site.draft.overwritten
+        if self.acts_on != ON_WEIGHT:
+            self.acts_on = ON_INPUT if self.scales_input else ON_OUTPUT
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
         """What makes keys or values, and the last layer of every MLP; with a target, any linear layer or convolution."""
         last = {name for _, name in feed_forwards(network)}
         for site in network.sites("linear", "conv"):
-            rows = tuple(row for row in site.rows if row.part in "kv")
             # A batch norm right after it would undo the scale.
             makes = set(site.parts) & set("kv") and not network.erased(site)
             if makes or site.name in last or (targeted and not site.parts):
-                yield replace(site, rows=rows)
+                yield site.with_parts("kv")
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
         """l ⊙ x."""
         return (x * self._along(self.scale, x)).to(x.dtype)
 

@@ -7,15 +7,13 @@ PiSSA (2024), arXiv 2404.02948; Büyükakyüz, OLoRA (2024), arXiv 2406.01775; Z
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any, ClassVar
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, cast
+from ..adapters.adapter import ON_WEIGHT, Adapter, cast
 from ..adapters.kernels import AddLowRank, AddPointwise, in_place, writes_fresh_output
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry, slides_plainly
@@ -25,7 +23,12 @@ from ..architecture.site import Site
 from ..errors import MedpeftError, require, require_choice, require_positive
 
 
-@register("lora", hint="without a target it adapts attentions or convolutions. Try target='linear', or 'ssf'.")
+@register(
+    "lora",
+    hint="without a target it adapts attentions or convolutions. Try target='linear', or 'ssf'.",
+    fast=("up",),
+    search={"rank": (2, 4, 8, 16, 32), "dora": (False, True)},
+)
 class LoRA(Adapter):
     """A low-rank change of the weight: W + (α/r)·B·A, by default of every query and value projection.
 
@@ -43,9 +46,6 @@ class LoRA(Adapter):
         dora: Learn the norm of every output row apart from its direction; the norm is a constant in backward.
         freeze_a: Train B alone.
     """
-
-    fast = ("up",)
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rank": (2, 4, 8, 16, 32), "dora": (False, True)}
 
     def __init__(
         self,
@@ -80,12 +80,13 @@ class LoRA(Adapter):
         contiguous = all(row.groups == 1 for row in self.rows) and (site.kind != "conv" or not self.rows)
         ungrouped = self.geometry is None or self.geometry.groups == 1
         self.simple = contiguous and ungrouped and not self.start and writes_fresh_output(site.layer)
-        self.on_output = self.on_output and not dora and (site.kind != "transposed")
-        self.on_output = self.on_output and (site.kind != "conv" or slides_plainly(site.layer))
+        slides_oddly = site.kind == "conv" and not slides_plainly(site.layer)
         # A grouped convolution's weight is small; A on every group of inputs costs ten times the step of a depthwise network.
-        self.on_output = self.on_output and (ungrouped or dropout > 0)
+        cheaper = not ungrouped and dropout == 0
+        if dora or site.kind == "transposed" or slides_oddly or cheaper:
+            self.acts_on = ON_WEIGHT
         require(
-            self.on_output or dropout == 0.0,
+            self.acts_on != ON_WEIGHT or dropout == 0.0,
             f"dropout={dropout!r} cannot act at {site.name}, where LoRA changes the weight itself (dora=True, a transposed or "
             "standardised convolution, or a weight that its parent reads): use dropout=0.",
         )
@@ -101,7 +102,7 @@ class LoRA(Adapter):
                 continue
             by_default = inner or ("o" in site.parts and "o" in parts) or (convolutional and site.kind == "conv")
             if targeted or by_default:
-                yield replace(site, rows=tuple(row for row in site.rows if row.part in parts))
+                yield site.with_parts(parts)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + s·B·A·drop(x); the channels of the chosen parts alone in a fused projection."""

@@ -6,8 +6,8 @@ block-diagonal and made by the Cayley transform.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,12 @@ from ..architecture.site import Site
 from ..errors import require
 
 
-@register("oft", hint="it rotates the weights of attentions or convolutions. Try target='linear', or 'lora'.")
+@register(
+    "oft",
+    hint="it rotates the weights of attentions or convolutions. Try target='linear', or 'lora'.",
+    search={"block_size": (4, 8, 16, 32, 64)},
+    decays=False,
+)
 class OFT(Adapter):
     """A rotation of the weights of every neuron, W·R, with R block-diagonal and orthogonal: angles between neurons stay.
 
@@ -31,9 +36,6 @@ class OFT(Adapter):
         site: A linear layer or an ungrouped convolution, or the `in_proj_weight` of an attention.
         block_size: Rows of a block; the largest divisor of the layer's inputs that is no larger is taken.
     """
-
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"block_size": (4, 8, 16, 32, 64)}
-    decays = False
 
     def __init__(self, site: Site, *, block_size: int = 32) -> None:
         super().__init__(site)
@@ -63,7 +65,7 @@ class OFT(Adapter):
         turn: Tensor = torch.linalg.solve(one - skew, 2 * skew)
         return turn
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
         """R·x, over the channels of `x`."""
         inputs = cast(x, self.skew).movedim(self.axis, -1).unflatten(-1, (-1, self.size))
         change = torch.einsum("...nk,njk->...nj", inputs, self.turn().to(self.skew.dtype)).flatten(-2)

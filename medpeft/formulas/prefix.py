@@ -7,27 +7,34 @@ MLP through which the first draws the prefix in training: the prefixes themselve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, Form
+from ..adapters.adapter import Adapter
 from ..adapters.registry import register
 from ..adapters.tokens import insert, pad_mask, require_sequence, stand_still, take_off
 from ..architecture.attention import Projection, projections
 from ..architecture.blocks import attention_layout
 from ..architecture.network import Network
 from ..architecture.positions import why_not
-from ..architecture.site import Site
+from ..architecture.site import Partner, Site, Unfit
 from ..errors import MedpeftError, require_positive
 
 _HINT = "it adds keys and values to attentions over tokens without positions of their own. Try 'lora' or 'adaptformer'."
 
 
-@register("prefix", hint=_HINT)
+@register(
+    "prefix",
+    hint=_HINT,
+    identity=False,
+    search={"tokens": (1, 5, 10, 20, 50)},
+    unmergeable="its keys and values belong to no token, and no weight of the attention computes them",
+)
 class Prefix(Adapter):
     """Learned keys and values in every attention: softmax(q·[P_k; k]ᵀ / √d)·[P_v; v].
 
@@ -41,18 +48,13 @@ class Prefix(Adapter):
         tokens: Number of keys and values.
     """
 
-    identity = False
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"tokens": (1, 5, 10, 20, 50)}
-    unmergeable = "its keys and values belong to no token, and no weight of the attention computes them"
-
     def __init__(self, site: Site, *, tokens: int = 10) -> None:
         super().__init__(site)
         require_positive("tokens", tokens)
         assert site.layout is not None
         self.name, self.layout = site.name, site.layout
         self.in_slots = site.weight == "bias_k"
-        self.on_output = not self.in_slots
-        self.added = tokens if self.on_output else 0
+        self.acts_on = frozenset({"input", "weight"}) if self.in_slots else frozenset({"input", "output"})
         # By name of a projection: (part, first channel, channels, groups, channels of a group with the other parts).
         self.places: dict[str, list[tuple[str, int, int, int, int]]] = {}
         sizes = dict.fromkeys("kv", site.layout.inputs) if self.in_slots else self._find_places(site)
@@ -73,44 +75,52 @@ class Prefix(Adapter):
         return sizes
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
+    def sites(cls, network: Network, *, targeted: bool = False, tokens: int = 10) -> Iterator[Site | Unfit]:
         """Every attention of tokens with one another."""
         for name, parts in network.attentions.items():
             module, layout = network.modules[name], attention_layout(network, name)
             if layout is None or network.inside(name, network.head):
                 continue
             if isinstance(module, nn.MultiheadAttention):
-                taken = "has a key and a value of its own (add_bias_kv)" if module.bias_k is not None else ""
-                yield Site(name, module, "block", "bias_k", "bias_v", layout=layout, unfit=taken)
+                if module.bias_k is not None:
+                    yield Unfit(name, "has a key and a value of its own (add_bias_kv)")
+                else:
+                    yield Site(name, module, "bias_k", "bias_v", layout=layout)
                 continue
-            inside = tuple(f"{name}.{p.path}".strip(".") for p in parts if set(p.parts) & {"k", "v"})
-            unfit = _why_not(network, name, parts) or why_not(network, name)
-            yield Site(name, module, "block", "", "", layout=layout, others=inside, unfit=unfit)
+            reason = _why_not(network, name, parts) or why_not(network, name)
+            if reason:
+                yield Unfit(name, reason)
+                continue
+            partners = []
+            for projection in parts:
+                if set(projection.parts) & {"k", "v"}:
+                    path = f"{name}.{projection.path}".strip(".")
+                    partners.append(Partner(Site(path, network.modules[path], "", ""), Keys))
+            yield Site(name, module, "", "", layout=replace(layout, adds=tokens), partners=tuple(partners))
 
-    @property
-    def usual_form(self) -> Form:
-        """The slots of an `nn.MultiheadAttention` are covered as a weight is."""
-        return "weight" if self.in_slots else "output"
-
-    def enter(self, x: Tensor) -> Tensor:
-        """(B, N, D) → (B, N + n, D) with zeros for the prefix."""
+    def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
+        """(B, N, D) → (B, N + n, D) with zeros for the prefix, for which rotations and masks make room."""
         if self.in_slots:
+            for name, value in others.items():
+                others[name] = self._beside_slots(name, value)
             return x
+        for name, value in others.items():
+            others[name] = stand_still(value, len(self.k)) if name == "rope" else self._padded(x, name, value)
         require_sequence(x, self.method, self.name)
         return insert(x, x.new_zeros(len(self.k), x.shape[-1]), self.layout.prefix, self.layout.sequence)
 
-    def alongside(self, x: Tensor, name: str, value: Any) -> Any:
-        """A mask with room for the prefix, which every token sees; rotations of the patches with keys that stand still."""
-        if name == "rope":
-            return stand_still(value, self.added)
-        if not self.in_slots:
-            found = pad_mask(value, name, x.shape[self.layout.sequence], len(self.k), self.layout.prefix)
-            if found is value and isinstance(value, Tensor) and value.ndim == 3 and value.shape[::2] == x.shape[::2]:
-                raise MedpeftError(
-                    f"{self.method!r} adds keys for the tokens of {self.name}, which is given others, {tuple(value.shape)}"
-                    f"{f' ({name})' if name else ''}, to attend to: exclude it."
-                )
-            return found
+    def _padded(self, x: Tensor, name: str, value: Any) -> Any:
+        """Make room for the prefix, which every token sees, in a mask."""
+        padded = pad_mask(value, name, x.shape[self.layout.sequence], len(self.k), self.layout.prefix)
+        if padded is value and isinstance(value, Tensor) and value.ndim == 3 and value.shape[::2] == x.shape[::2]:
+            raise MedpeftError(
+                f"{self.method!r} adds keys for the tokens of {self.name}, which is given others, {tuple(value.shape)}"
+                f"{f' ({name})' if name else ''}, to attend to: exclude it."
+            )
+        return padded
+
+    def _beside_slots(self, name: str, value: Any) -> Any:
+        """Make room for the prefix in what else an `nn.MultiheadAttention` is given."""
         if name == "key_padding_mask" and isinstance(value, Tensor):
             return F.pad(value, (0, len(self.k) - 1))  # The attention itself adds one column.
         if name == "attn_mask" and isinstance(value, Tensor) and len(self.k) > 1:
@@ -118,15 +128,16 @@ class Prefix(Adapter):
                 f"{self.method!r} adds {len(self.k)} keys, and torch's attention ({self.name}), given an attn_mask, leaves "
                 "room for one: pass tokens=1, or exclude it."
             )
-        # As a hint it would let torch leave out the mask, and with it the columns of the prefix.
-        return False if name == "is_causal" else value
+        if name == "is_causal":
+            return False  # With it torch could leave out the mask, and with that the columns of the prefix.
+        return value
 
-    def elsewhere(self, name: str, y: Tensor) -> Tensor:
-        """A projection's output with the prefix in the place of what it made of the zeros."""
-        rows = [
-            F.pad((self.k if part == "k" else self.v).unflatten(1, (groups, size)), (start, total - start - size)).flatten(1)
-            for part, start, size, groups, total in self.places[name]
-        ]
+    def put_in(self, projection: str, y: Tensor) -> Tensor:
+        """Put the prefix in the place of what a projection made of the zeros."""
+        rows = []
+        for part, start, size, groups, total in self.places[projection]:
+            prefix = (self.k if part == "k" else self.v).unflatten(1, (groups, size))
+            rows.append(F.pad(prefix, (start, total - start - size)).flatten(1))
         at, axis = self.layout.prefix, self.layout.sequence
         return insert(take_off(y, len(self.k), at, axis), torch.stack(rows).sum(0), at, axis)
 
@@ -139,6 +150,21 @@ class Prefix(Adapter):
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Keys and values for the slots of an `nn.MultiheadAttention`, (n, 1, D)."""
         return self.k[:, None], self.v[:, None]
+
+
+class Keys(Adapter):
+    """Puts the prefix into the output of a projection of keys, of values, or of both."""
+
+    def __init__(self, site: Site, first: Prefix) -> None:
+        super().__init__(site)
+        self.name = site.name
+        self.shared["first"] = first
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return `y` with the prefix."""
+        first: Any = self.shared["first"]
+        with_prefix: Tensor = first.put_in(self.name, y)
+        return with_prefix
 
 
 def _channels(attention: nn.Module, projection: Projection) -> int:
@@ -154,6 +180,6 @@ def _why_not(network: Network, name: str, parts: list[Projection]) -> str:
         return "attends to tokens other than its own"
     for projection in parts:
         full = f"{name}.{projection.path}".strip(".")
-        if set(projection.parts) & {"k", "v"} and network.reader(full, projection.weight, projection.bias) is not None:
+        if set(projection.parts) & {"k", "v"} and network.readers(network.modules[full], projection.weight, projection.bias):
             return f"reads the weight of {full} without calling it"
     return ""

@@ -5,14 +5,14 @@ Luo et al., "Towards Efficient Visual Adaption via Structural Re-parameterizatio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, cast
+from ..adapters.adapter import ON_WEIGHT, Adapter, cast
 from ..adapters.registry import register
 from ..architecture.blocks import feed_forwards
 from ..architecture.layers import channel_axis
@@ -33,7 +33,11 @@ class Maps(nn.Module):
         nn.init.xavier_uniform_(self.down, generator=generator)
 
 
-@register("repadapter", hint="it adapts the attentions and MLPs of transformers. Try 'lora' or 'ssf'.")
+@register(
+    "repadapter",
+    hint="it adapts the attentions and MLPs of transformers. Try 'lora' or 'ssf'.",
+    search={"scale": (0.1, 0.5, 1.0, 5.0, 10.0), "bottleneck": (4, 8, 16)},
+)
 class RepAdapter(Adapter):
     """Two thin linear maps before every attention and every MLP: x + s·up(down(x)), which merges into the layer it precedes.
 
@@ -48,8 +52,6 @@ class RepAdapter(Adapter):
         dropout: Probability between `down` and `up`; 0 where a parent reads the layer's weight without calling it.
     """
 
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"scale": (0.1, 0.5, 1.0, 5.0, 10.0), "bottleneck": (4, 8, 16)}
-
     def __init__(self, site: Site, *, bottleneck: int = 8, groups: int = 2, scale: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__(site)
         require_positive("bottleneck", bottleneck)
@@ -60,15 +62,23 @@ class RepAdapter(Adapter):
             f"groups={groups} must divide bottleneck={bottleneck} and the {width} inputs of {site.name}.",
         )
         require(0.0 <= dropout < 1.0, f"dropout={dropout!r} must be at least 0 and below 1.")
+        reader = site.readers[0].name if site.readers else "its parent"
         require(
-            self.on_input or dropout == 0.0,
-            f"dropout={dropout!r} cannot act at {site.name}, whose weight {site.reader or 'its parent'} reads: use dropout=0.",
+            self.acts_on != ON_WEIGHT or dropout == 0.0,
+            f"dropout={dropout!r} cannot act at {site.name}, whose weight {reader} reads: use dropout=0.",
         )
         biased = bool(site.bias)
         branch = site.name.rpartition(".")[0] if site.weight == "weight" else site.name
-        self.maps = site.share((branch, width, biased), lambda: Maps(width, bottleneck, groups, biased, site.generator))
+        self.shared["maps"] = site.share(
+            (branch, width, biased), lambda: Maps(width, bottleneck, groups, biased, site.generator)
+        )
         self.scale, self.dropout = float(scale), nn.Dropout(dropout)
         self.axis = channel_axis(site.layer)
+
+    @property
+    def maps(self) -> Maps:
+        """The two maps, which the projections of one branch share."""
+        return self.shared["maps"]  # type: ignore[return-value]  # as it was made
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
@@ -79,7 +89,7 @@ class RepAdapter(Adapter):
             if (begins or (targeted and not site.parts)) and _fits(site):
                 yield site
 
-    def enter(self, x: Tensor) -> Tensor:
+    def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
         """x + s·up(down(x)), over the channels of `x`."""
         maps, inputs = self.maps, cast(x, self.maps.down).movedim(self.axis, -1)
         hidden = self.dropout(F.linear(inputs, maps.down, maps.down_bias)).unflatten(-1, (len(maps.up), -1))

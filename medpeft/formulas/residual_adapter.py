@@ -6,8 +6,7 @@ in series; "Efficient parametrization of multi-domain deep neural networks" (CVP
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,11 @@ from ..architecture.site import Site
 from ..errors import MedpeftError, require_choice
 
 
-@register("residual_adapter", hint="it adapts the 3×3 convolutions of residual blocks. Try 'houlsby' or 'lora'.")
+@register(
+    "residual_adapter",
+    hint="it adapts the 3×3 convolutions of residual blocks. Try 'houlsby' or 'lora'.",
+    search={"form": ("parallel", "series")},
+)
 class ResidualAdapter(Adapter):
     """A 1×1 convolution α beside or after the 3×3 convolutions of residual blocks: conv(x) + α∗x, or y + α∗y.
 
@@ -31,8 +34,6 @@ class ResidualAdapter(Adapter):
         site: A convolution of I to O channels in G groups.
         form: "parallel", α being (O, I / G) and grouped like its host, or "series", α being (O, O).
     """
-
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"form": ("parallel", "series")}
 
     def __init__(self, site: Site, *, form: str = "parallel") -> None:
         super().__init__(site)

@@ -6,13 +6,12 @@ Lian, Zhou, Feng & Wang, "Scaling & Shifting Your Features: A New Baseline for E
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import ON_WEIGHT, Adapter
 from ..adapters.kernels import ScaleShift, in_place, writes_fresh_output
 from ..adapters.registry import register
 from ..architecture.layers import channel_axis, is_scaling_norm, norm_channels
@@ -24,7 +23,11 @@ _KINDS = {"all": ("linear", "conv", "transposed", "norm"), "norm": ("norm",), "l
 _KINDS["conv"] = ("conv", "transposed")
 
 
-@register("ssf", hint="it scales the outputs of linear, convolution and norm layers. Try 'bias' or 'full'.")
+@register(
+    "ssf",
+    hint="it scales the outputs of linear, convolution and norm layers. Try 'bias' or 'full'.",
+    search={"init": ("identity", "official"), "sites": ("all", "norm")},
+)
 class SSF(Adapter):
     """Scale and shift of every layer's output, per channel: y·γ + β.
 
@@ -35,8 +38,6 @@ class SSF(Adapter):
         keep_outputs: Keep y for backward. False finds y again from y·γ + β, which takes half the memory, and does not work in
             a model that changes a layer's output in place. None is True where a module of the model has `inplace=True`.
     """
-
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init": ("identity", "official"), "sites": ("all", "norm")}
 
     def __init__(self, site: Site, *, init: str = "identity", keep_outputs: bool | None = None) -> None:
         super().__init__(site)
@@ -49,11 +50,12 @@ class SSF(Adapter):
             if self.shift is not None:
                 nn.init.normal_(self.shift, 0.0, 0.02, generator=site.generator)
         self.axis = channel_axis(site.layer)
-        keeps = site.overwritten if keep_outputs is None else keep_outputs
+        keeps = site.draft.overwritten if keep_outputs is None else keep_outputs
         self.inverts = writes_fresh_output(site.layer) and not keeps
         self.groups = getattr(site.layer, "groups", 1) if site.kind == "transposed" else 0
         # Inside a norm's own affine it costs nothing, and comes before the activation that timm fuses into some norms.
-        self.on_output = self.on_output and site.kind != "norm"
+        if site.kind == "norm":
+            self.acts_on = ON_WEIGHT
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, sites: str = "all") -> Iterator[Site]:

@@ -6,15 +6,15 @@ Han et al., "SVDiff: Compact Parameter Space for Diffusion Fine-Tuning" (ICCV 20
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from ..adapters.adapter import Adapter, Form, cast
+from ..adapters.adapter import ON_WEIGHT, FlexibleAdapter, cast
 from ..adapters.kernels import eager, writes_fresh_output
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry
@@ -22,9 +22,16 @@ from ..architecture.network import Network
 from ..architecture.site import Site
 from .svd import decompose
 
+# Positions for which the form in inference is chosen: 16 × 16, a usual number of tokens.
+_POSITIONS = 256
 
-@register("svdiff", hint="it shifts the singular values of linear and convolution weights. Try 'ssf' or 'bias'.")
-class SVDiff(Adapter):
+
+@register(
+    "svdiff",
+    hint="it shifts the singular values of linear and convolution weights. Try 'ssf' or 'bias'.",
+    search={"scale": (0.1, 1.0, 10.0), "norms": (False, True)},
+)
+class SVDiff(FlexibleAdapter):
     """Shift of every weight's singular values: W + U·diag(relu(σ + s·δ) − σ)·Vᵀ, which is exactly W at δ = 0.
 
     W is taken as (out, −1), the vector of a norm as (1, D); the decomposition is done in float32 or wider.
@@ -35,8 +42,6 @@ class SVDiff(Adapter):
         keep_svd: Keep U, σ and V in the checkpoint; else they are computed anew when it is loaded.
     """
 
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"scale": (0.1, 1.0, 10.0), "norms": (False, True)}
-
     def __init__(self, site: Site, *, scale: float = 1.0, keep_svd: bool = False) -> None:
         super().__init__(site)
         host = site.host
@@ -45,11 +50,11 @@ class SVDiff(Adapter):
         self.scale = scale
         # By these it notices that the weight is no longer the one that it took apart.
         self.marks, self.compared = _marks(host), (0, 0, False)
-        # Both forms cost differently at different numbers of tokens; a weight that a parent reads leaves no choice.
+        self.acts_on = ON_WEIGHT
         self.geometry = Geometry.of(site.layer) if site.kind == "conv" else None  # type: ignore[arg-type]  # a convolution
-        plain = site.reader is None and writes_fresh_output(site.layer)
-        self.switches = plain and (site.kind == "linear" or (self.geometry is not None and self.geometry.groups == 1))
-        self.on_output = False
+        # The forms cost differently at different numbers of tokens; a weight that a parent reads leaves no choice.
+        plain = not site.readers and writes_fresh_output(site.layer)
+        self.chooses = plain and (site.kind == "linear" or (self.geometry is not None and self.geometry.groups == 1))
         for name, tensor in (("left", left), ("values", values), ("right", right)):
             self.register_buffer(name, tensor.contiguous(), persistent=keep_svd)
 
@@ -68,24 +73,27 @@ class SVDiff(Adapter):
     def _shift(self) -> Tensor:
         return (self.values + self.scale * self.delta).relu() - self.values
 
-    def form_for(self, x: Tensor, weight: Tensor | None) -> Form:
-        """The form with the fewest operations for the rows of `x`: U and V as two layers, or a weight built of them.
+    def form(self, x: Tensor, weight: Tensor | None) -> Literal["weight", "output", "compute"]:
+        """Choose the form with the fewest operations: U and V as two layers, or a weight built of them.
 
-        Without gradients U·diag(…)·Vᵀ comes on top of W, so that nothing but the shift is rounded.
+        Without gradients U·diag(…)·Vᵀ comes on top of W, so that nothing but the shift is rounded. The choice then depends on
+        the layer alone, so that an image gives the same in a batch of any size.
         """
-        out, columns, rank = len(self.left), self.right.shape[1], len(self.values)
+        if not self.chooses:
+            return "weight"
+        outputs, columns, rank = len(self.left), self.right.shape[1], len(self.values)
+        if not torch.is_grad_enabled() or torch._C._is_tracing():
+            return "output" if _POSITIONS * (outputs + columns) < outputs * columns else "weight"
         rows = x.shape[:-1].numel()
         if self.geometry is not None:
             rows = x.shape[0] * x.shape[2:].numel() // math.prod(self.geometry.stride)
-        if not torch.is_grad_enabled() or torch._C._is_tracing():
-            return "output" if rows * (out + columns) < out * columns else "weight"
         # In training the weight's own gradient comes on top, and its product with U.
-        built = (3 * rows + 2 * rank) * out * columns
+        built = (3 * rows + 2 * rank) * outputs * columns
         # A built weight's gradient needs x, which a convolution's neighbours keep anyway; the factors keep Vᵀ·x.
         margin = 1.0 if self.geometry is None else 1.25
-        if margin * 2 * rows * rank * (out + columns) < built and self._stands_for(weight, x):
-            return "factors"
-        return "output" if 2 * rows * (out * columns + rank * (out + columns)) < built else "weight"
+        if margin * 2 * rows * rank * (outputs + columns) < built and self._stands_for(weight, x):
+            return "compute"
+        return "output" if 2 * rows * (outputs * columns + rank * (outputs + columns)) < built else "weight"
 
     def _stands_for(self, weight: Tensor | None, x: Tensor) -> bool:
         """Whether U·diag(σ)·Vᵀ is the weight, to within rounding: nobody trains it, casts it, or has loaded another since."""
@@ -99,17 +107,15 @@ class SVDiff(Adapter):
             self.compared = *now, max(abs(found[0] - total), abs(found[1] - norm)) <= 1e-6 * norm
         return self.compared[2]
 
-    def factor(self) -> Tensor:
-        """Vᵀ in the shape of a weight with k output channels."""
-        kernel = () if self.geometry is None else self.geometry.kernel
-        return self.right.view(len(self.values), -1, *kernel)
-
-    def finish(self, half: Tensor, bias: Tensor | None) -> Tensor:
-        """U·diag(relu(σ + s·δ))·(Vᵀ·x) + b, from Vᵀ·x."""
+    def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Compute U·diag(relu(σ + s·δ))·(Vᵀ·x) + b without the layer."""
         spectrum = (self.values + self.scale * self.delta).relu()
         if self.geometry is None:
-            return F.linear(half * spectrum, self.left, bias)
-        return self.geometry.pointwise(half * spectrum.view(-1, *[1] * self.geometry.dims), self.left, strided=False, bias=bias)
+            return F.linear(F.linear(x, self.right) * spectrum, self.left, bias)
+        dims = self.geometry.dims
+        kernel = self.right.view(len(self.values), -1, *self.geometry.kernel)  # (k, I·k₁·…) → (k, I, k₁, …)
+        hidden = self.geometry.convolve(x, kernel) * spectrum.view(-1, *[1] * dims)
+        return self.geometry.pointwise(hidden, self.left, strided=False, bias=bias)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + ((x·V)·diag(relu(σ + s·δ) − σ))·Uᵀ; a convolution with V, then a 1×1 with U."""

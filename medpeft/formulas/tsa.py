@@ -5,13 +5,12 @@ Li, Liu & Bilen, "Cross-domain Few-shot Learning with Task-specific Adapters" (C
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, cast
+from ..adapters.adapter import ON_WEIGHT, Adapter, cast
 from ..adapters.kernels import in_place, writes_fresh_output
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry
@@ -21,7 +20,11 @@ from ..architecture.site import Site
 from ..errors import MedpeftError, require_choice
 
 
-@register("tsa", hint="it adapts convolutions (without a target, those of residual blocks). Try 'lora' or 'ssf'.")
+@register(
+    "tsa",
+    hint="it adapts convolutions (without a target, those of residual blocks). Try 'lora' or 'ssf'.",
+    search={"init": ("zero", "eye"), "sites": ("body", "all")},
+)
 class TSA(Adapter):
     """A task-specific 1×1 convolution beside every convolution of the residual blocks: conv(x) + α∗x.
 
@@ -32,8 +35,6 @@ class TSA(Adapter):
         init: "zero", or "eye" for the official 1e-4·I; a series is the identity at either.
         dense: Let α of a grouped host mix all I channels; merging then makes the host's weight dense, so it is refused.
     """
-
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"init": ("zero", "eye"), "sites": ("body", "all")}
 
     def __init__(self, site: Site, *, form: str = "matrix", init: str = "zero", dense: bool = False) -> None:
         super().__init__(site)
@@ -50,7 +51,8 @@ class TSA(Adapter):
         self.bias = nn.Parameter(torch.zeros(outputs)) if form == "series" else None
         # Beside a 1×1 convolution, one convolution with W + α costs less than two.
         beside = form == "matrix" and set(self.geometry.kernel) == {1} and not self.dense
-        self.on_output = self.on_output and not (beside and self.geometry.centre is not None)
+        if beside and self.geometry.centre is not None:
+            self.acts_on = ON_WEIGHT
         self.fresh = writes_fresh_output(site.layer)
 
     @classmethod

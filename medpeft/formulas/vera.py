@@ -6,15 +6,15 @@ Kopiczko, Blankevoort & Asano, "VeRA: Vector-based Random Matrix Adaptation" (IC
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, cast
+from ..adapters.adapter import ON_WEIGHT, Adapter, cast
 from ..adapters.registry import register
 from ..architecture.network import Network
 from ..architecture.rows import part_sizes, place_channels, replace_rows, take_rows
@@ -23,7 +23,7 @@ from ..errors import require_positive
 from .lora import LoRA
 
 
-class Projection(nn.Module):
+class RandomMatrix(nn.Module):
     """A frozen (rows, columns) matrix that a seed and its shape determine, bit for bit, wherever it is drawn.
 
     Uniform within √(6 / columns), as He et al. (2015), arXiv 1502.01852, draw them. It is built of 24 bits an element from
@@ -43,7 +43,11 @@ class Projection(nn.Module):
     matrix: Tensor
 
 
-@register("vera", hint="without a target it adapts attentions or convolutions. Try 'lora' or 'ssf'.")
+@register(
+    "vera",
+    hint="without a target it adapts attentions or convolutions. Try 'lora' or 'ssf'.",
+    search={"rank": (64, 256, 1024), "d_initial": (0.01, 0.1, 1.0)},
+)
 class VeRA(Adapter):
     """Frozen random matrices common to all layers, scaled by two small vectors a layer: W + diag(b)·B·diag(d)·A.
 
@@ -57,22 +61,27 @@ class VeRA(Adapter):
         projection_seed: Determines A and B, which a checkpoint leaves out; it holds this number among the options.
     """
 
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"rank": (64, 256, 1024), "d_initial": (0.01, 0.1, 1.0)}
-
     def __init__(self, site: Site, *, rank: int = 256, d_initial: float = 0.1, projection_seed: int = 0) -> None:
         super().__init__(site)
         require_positive("rank", rank)
         outputs, inputs = site.host.flatten(1).shape
         self.rank, self.rows, self.sizes = rank, site.rows, part_sizes(site.rows, outputs)
-        self.down = self._shared(site, rank, inputs, projection_seed)
-        self.ups = nn.ModuleList(self._shared(site, size, rank, projection_seed) for size in self.sizes)
+        self.shared["down"] = self._shared_matrix(site, rank, inputs, projection_seed)
+        for i, size in enumerate(self.sizes):
+            self.shared[f"up_{i}"] = self._shared_matrix(site, size, rank, projection_seed)
         self.d = nn.Parameter(torch.full((rank * len(self.sizes),), float(d_initial)))
         self.b = nn.Parameter(torch.zeros(sum(self.sizes)))
-        self.on_output = self.on_output and site.kind == "linear"
+        if site.kind != "linear":
+            self.acts_on = ON_WEIGHT
+
+    @property
+    def down(self) -> RandomMatrix:
+        """A, which all weights with as many columns share."""
+        return self.shared["down"]  # type: ignore[return-value]  # as it was made
 
     @staticmethod
-    def _shared(site: Site, rows: int, columns: int, seed: int) -> Projection:
-        return site.share((rows, columns), lambda: Projection(rows, columns, seed))
+    def _shared_matrix(site: Site, rows: int, columns: int, seed: int) -> RandomMatrix:
+        return site.share((rows, columns), lambda: RandomMatrix(rows, columns, seed))
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, parts: str = "qv") -> Iterator[Site]:
@@ -95,4 +104,6 @@ class VeRA(Adapter):
 
     def _each(self) -> Iterator[tuple[Tensor, Tensor]]:
         """d and B of each part."""
-        return zip(self.d.split(self.rank), (up.matrix for up in self.ups), strict=True)  # type: ignore[misc]  # Projections
+        for i, d in enumerate(self.d.split(self.rank)):
+            up: Any = self.shared[f"up_{i}"]
+            yield d, up.matrix

@@ -5,9 +5,9 @@ Jia et al., "Visual Prompt Tuning" (ECCV 2022), arXiv 2203.12119, Eq. 4 and 5 (s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ..adapters.tokens import insert, pad_mask, require_sequence, stand_still, t
 from ..architecture.blocks import branches
 from ..architecture.network import Network
 from ..architecture.positions import hands_out_blocks, why_not
-from ..architecture.site import Site
+from ..architecture.site import Partner, Site, Unfit
 from ..errors import MedpeftError, require_positive
 
 _HINT = "it adds tokens to transformer blocks in which nothing but attention depends on them. Try 'adaptformer' or 'lora'."
@@ -60,7 +60,9 @@ def refuse_mask(x: Tensor, method: str, name: str, value: Any, sequence: int) ->
     return value
 
 
-@register("vpt_deep", hint=_HINT)
+@register(
+    "vpt_deep", hint=_HINT, identity=False, search={"tokens": (1, 5, 10, 50, 100), "dropout": (0.0, 0.1)}, unmergeable=_WHY
+)
 class VPTDeep(Adapter):
     """Learned tokens at the input of every transformer block, taken off at its output: [x, _, E] = L([x, P, E]).
 
@@ -74,42 +76,39 @@ class VPTDeep(Adapter):
         dropout: Probability for each of their values.
     """
 
-    identity = False
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"tokens": (1, 5, 10, 50, 100), "dropout": (0.0, 0.1)}
-    unmergeable = _WHY
-
     def __init__(self, site: Site, *, tokens: int = 10, dropout: float = 0.0) -> None:
         super().__init__(site)
         self.prompts = Prompts(site, tokens, dropout)
-        self.added = tokens
         # There True hides a token.
         self.masks_are_torchs = any(isinstance(module, nn.MultiheadAttention) for module in site.layer.modules())
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
+    def sites(cls, network: Network, *, targeted: bool = False, tokens: int = 10) -> Iterator[Site | Unfit]:
         """Every transformer block in which tokens can be added."""
-        return _blocks(network, given_rotations=True)
+        return _blocks(network, tokens, given_rotations=True)
 
-    def enter(self, x: Tensor) -> Tensor:
-        """`x` with the prompts."""
-        return self.prompts.put_in(x, self.method)
+    def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
+        """Put the prompts into `x`, and make room for them in rotations, which leave them as they are, and in masks.
 
-    def alongside(self, x: Tensor, name: str, value: Any) -> Any:
-        """Rotations of the patches with prompts that stand still; a mask with prompts that all tokens see.
-
-        That keeps a causal mask causal: what leaves a block for the prompts is taken off.
+        All tokens see the prompts. That keeps a causal mask causal: what leaves a block for the prompts is taken off.
         """
-        if name == "rope":
-            return stand_still(value, self.added)
-        layout = self.prompts.layout
-        return pad_mask(value, name, x.shape[layout.sequence], self.added, layout.prefix, seen=not self.masks_are_torchs)
+        layout, count = self.prompts.layout, len(self.prompts.tokens)
+        for name, value in others.items():
+            if name == "rope":
+                others[name] = stand_still(value, count)
+            else:
+                tokens = x.shape[layout.sequence]
+                others[name] = pad_mask(value, name, tokens, count, layout.prefix, seen=not self.masks_are_torchs)
+        return self.prompts.put_in(x, self.method)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """`y` without the prompts."""
         return self.prompts.take_off(y)
 
 
-@register("vpt_shallow", hint=_HINT)
+@register(
+    "vpt_shallow", hint=_HINT, identity=False, search={"tokens": (1, 5, 10, 50, 100), "dropout": (0.0, 0.1)}, unmergeable=_WHY
+)
 class VPTShallow(Adapter):
     """Learned tokens at the input of the first transformer block, taken off after the last: [x, Z, E] = L([x, P, E]).
 
@@ -123,43 +122,56 @@ class VPTShallow(Adapter):
         dropout: Probability for each of their values.
     """
 
-    identity = False
-    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {"tokens": (1, 5, 10, 50, 100), "dropout": (0.0, 0.1)}
-    unmergeable = _WHY
-
     def __init__(self, site: Site, *, tokens: int = 10, dropout: float = 0.0) -> None:
         super().__init__(site)
         self.prompts = Prompts(site, tokens, dropout)
-        self.added = tokens
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
+    def sites(cls, network: Network, *, targeted: bool = False, tokens: int = 10) -> Iterator[Site | Unfit]:
         """The first block of every row of transformer blocks, with the last as the other module."""
-        rows: dict[str, list[Site]] = {}
+        rows: dict[str, list[Site | Unfit]] = {}
         # Rotations go to every block, and these prompts come in at the first alone.
-        for site in _blocks(network, given_rotations=False):
-            rows.setdefault(site.name.rpartition(".")[0], []).append(site)
+        for offer in _blocks(network, tokens, given_rotations=False):
+            rows.setdefault(offer.name.rpartition(".")[0], []).append(offer)
         for row in rows.values():
-            shown = hands_out_blocks(network, row[0].name)
-            unfit = next(
-                (site.unfit for site in row if site.unfit), f"{shown}, from which vpt_deep takes them off" if shown else ""
-            )
-            yield replace(row[0], others=(row[-1].name,), unfit=unfit)
+            first, last = row[0], row[-1]
+            shown = hands_out_blocks(network, first.name)
+            unfit = next((offer for offer in row if isinstance(offer, Unfit)), None)
+            if unfit is not None:
+                yield Unfit(first.name, unfit.reason)
+            elif shown:
+                yield Unfit(first.name, f"{shown}, from which vpt_deep takes them off")
+            else:
+                assert isinstance(first, Site)
+                assert isinstance(last, Site)
+                yield replace(first, partners=(Partner(Site(last.name, last.layer, "", ""), Exit),))
 
-    def enter(self, x: Tensor) -> Tensor:
-        """`x` with the prompts."""
+    def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
+        """Put the prompts into `x`."""
+        for name, value in others.items():
+            refuse_mask(x, self.method, name, value, self.prompts.layout.sequence)
         return self.prompts.put_in(x, self.method)
 
-    def alongside(self, x: Tensor, name: str, value: Any) -> Any:
-        """`value`, if it is no mask."""
-        return refuse_mask(x, self.method, name, value, self.prompts.layout.sequence)
 
-    def elsewhere(self, name: str, y: Tensor) -> Tensor:
-        """The last block's output without the prompts."""
-        return self.prompts.take_off(y)
+class Exit(Adapter):
+    """Takes the prompts of vpt_shallow off after the last block."""
+
+    def __init__(self, site: Site, first: VPTShallow) -> None:
+        super().__init__(site)
+        self.shared["first"] = first
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return `y` without the prompts."""
+        first: Any = self.shared["first"]
+        taken_off: Tensor = first.prompts.take_off(y)
+        return taken_off
 
 
-def _blocks(network: Network, *, given_rotations: bool) -> Iterator[Site]:
+def _blocks(network: Network, tokens: int, *, given_rotations: bool) -> Iterator[Site | Unfit]:
+    """Yield every transformer block as a site, or with the reason why it cannot take more tokens."""
     for name, block, found in branches(network):
-        why = why_not(network, name, given_rotations=given_rotations)
-        yield Site(name, block, "block", "", "", layout=found[-1].layout, unfit=why)
+        reason = why_not(network, name, given_rotations=given_rotations)
+        if reason:
+            yield Unfit(name, reason)
+        else:
+            yield Site(name, block, "", "", layout=replace(found[-1].layout, adds=tokens))

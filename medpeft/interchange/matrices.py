@@ -21,7 +21,8 @@ from ..checkpoint.save import plain
 from ..errors import CheckpointError, MedpeftError
 from ..formulas.lora import LoRA
 from ..sharding import reshard, whole
-from ..surgery.plan import Plan, build, plan
+from ..surgery.build import build
+from ..surgery.plan import Plan, plan
 
 
 class Factors:
@@ -72,7 +73,7 @@ def inexpressible(network: Network, name: str, adapter: nn.Module) -> str:
         return "DoRA is not written"
     if adapter.kind not in ("linear", "conv"):
         return f"{type(layer).__name__} is no Linear and no convolution"
-    if adapter.weight_name != "weight" or network.reader(name, "weight", "bias") is not None:
+    if adapter._weight != "weight" or network.readers(layer, "weight", "bias"):
         return "other code reads its weight without calling it, so that peft's wrapper would not act"
     if adapter.kind == "linear":
         return ""
@@ -127,10 +128,10 @@ def apply_factors(
         problems = _misfits(planned, factors, rest)
         if problems:
             raise CheckpointError("\n  " + "\n  ".join(problems))
-        built = build(planned)
-        for _, site, adapter in built:
-            assert isinstance(adapter, LoRA)
-            _fill(adapter, site, factors[site.name])
+        built = build(model, planned.sites, planned.record)
+        for item in built:
+            assert isinstance(item.adapter, LoRA)
+            _fill(item.adapter, item.site, factors[item.site.name])
     except MedpeftError as error:
         raise CheckpointError(f"{name} does not fit this {class_of(model).__name__}: {error}") from error
     settle(planned, built, dict(rest))
@@ -167,7 +168,7 @@ def _columns(f: Factors, site: Site) -> list[list[int]]:
 
 def _misfits(planned: Plan, factors: Mapping[str, Factors], rest: Mapping[str, Tensor]) -> list[str]:
     """Everything that does not fit the plan."""
-    sites = {site.name: (site, adapter) for _, site, adapter in build(planned, dry=True)}
+    sites = {i.site.name: (i.site, i.adapter) for i in build(planned.model, planned.sites, planned.record, shapes_only=True)}
     own, network = dict(trained_tensors(planned.model, planned.record)), Network(planned.model)
     lines = []
     for layer in factors:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..adapters.batchnorm import release_statistics
 from ..adapters.record import require_applied
 from ..checks.copies import on_fakes, run, undisturbed
-from ..surgery.install import detach
+from ..surgery.install import uninstall
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def full_costs(model: nn.Module, example_input: Any) -> Costs:
 
 
 def _count_full(twin: nn.Module, example: Any) -> Costs:
-    detach(twin)
+    uninstall(twin)
     release_statistics(twin)
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

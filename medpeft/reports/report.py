@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, parameters_of
 from ..adapters.record import adapted_layers, own_state, require_applied, trained_tensors
 from ..table import Row, Table
 from .costs import Costs, costs, full_costs
@@ -87,7 +87,7 @@ def report(model: nn.Module, example_input: Any = None) -> Report:
     """
     record = require_applied(model)
     trains = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    by_adapter = {id(p): (a.method, layer) for _, layer, a in _adapters(model) for p in a.parameters()}
+    by_adapter = {id(p): (a.method, layer) for _, layer, a in _adapters(model) for _, p in parameters_of(a)}
     modules = dict(model.named_modules())
     counts: dict[tuple[str, str], int] = {}
     for name, parameter in trains:
@@ -128,7 +128,7 @@ def _compared(adapted: Costs | None, full: Costs | None) -> list[str]:
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
     for name, layer, adapters in adapted_layers(model):
-        for adapter in adapters.every():
+        for adapter in [a for _, a in adapters.adapters()]:
             yield name, layer, adapter
 
 
@@ -136,7 +136,7 @@ def _oversized(model: nn.Module) -> list[str]:
     """One sentence for each adapter that is larger than its layer, at most five."""
     found = []
     for name, layer, adapter in _adapters(model):
-        size = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+        size = sum(p.numel() for _, p in parameters_of(adapter) if p.requires_grad)
         own = sum(p.numel() for name, p in layer.named_parameters() if not name.startswith("adapters."))
         if size > own:
             found.append(f"{adapter.method} has {size:,} parameters at {name}, a {type(layer).__name__} of {own:,}")

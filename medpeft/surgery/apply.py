@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter
 from ..adapters.batchnorm import freeze_statistics, release_statistics
-from ..adapters.bias_gradients import sum_to_biases
-from ..adapters.record import Applied, adapted_layers, require_applied, set_applied, trained_tensors
-from ..adapters.registry import Method, Methods
+from ..adapters.record import Adapted, Applied, require_applied, set_applied, trained_tensors
+from ..adapters.registry import Methods
+from ..adapters.running import switching
 from ..architecture.head import Head
-from ..architecture.site import Site
 from ..architecture.targets import Target
 from ..errors import MedpeftError, require
 from ..sharding import overwrite, reshard
-from .install import attach, detach
-from .plan import Plan, build, plan
+from .build import build
+from .install import Built, install, uninstall
+from .plan import Plan, plan
 
 
 def apply(
@@ -37,6 +36,13 @@ def apply(
     **options: Any,
 ) -> nn.Module:
     """Make a model train a few parameters, in place; its classes and the keys of its `state_dict` stay.
+
+    Example:
+        >>> import medpeft, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> model = medpeft.apply(model, "lora", rank=2, target="0", head="2")
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.adapters.lora.down', '0.adapters.lora.up', '2.weight', '2.bias']
 
     Args:
         model: Any `nn.Module`, with its pretrained weights loaded.
@@ -69,16 +75,16 @@ def apply(
     return carry_out(planned)
 
 
-def carry_out(planned: Plan, built: Sequence[tuple[Method, Site, Adapter]] | None = None) -> nn.Module:
+def carry_out(planned: Plan, built: list[Built] | None = None) -> nn.Module:
     """Do what a plan says, with adapters that were built for it if there are any."""
     model, record = planned.model, planned.record
-    built = build(planned) if built is None else built
+    if built is None:
+        built = build(model, planned.sites, record)
     if record.base is not None:
         record.base = {name: _kept(tensor) for name, tensor in trained_tensors(model, record)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.selected)
-    attach(model, [(method.name, site, adapter) for method, site, adapter in built])
-    sum_to_biases(model)
+    install(model, built)
     if record.batchnorm == "frozen":
         freeze_statistics(model)
     set_applied(model, record)
@@ -86,8 +92,10 @@ def carry_out(planned: Plan, built: Sequence[tuple[Method, Site, Adapter]] | Non
 
 
 def _kept(tensor: Tensor) -> Tensor:
-    """A copy in CPU memory; a meta tensor has nothing to copy."""
-    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+    """Copy a tensor to CPU memory; a meta tensor has nothing to copy."""
+    if tensor.is_meta:
+        return tensor.detach()
+    return tensor.detach().to("cpu", copy=True)
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -96,18 +104,29 @@ def remove(model: nn.Module) -> nn.Module:
     Raises:
         MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the model is disabled
             or merged for the moment.
+
+    Example:
+        >>> import medpeft, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> keys = list(model.state_dict())
+        >>> medpeft.remove(medpeft.apply(model, "ssf", head="2")) is model
+        True
+        >>> list(model.state_dict()) == keys
+        True
     """
-    record = require_applied(model)
-    require_acting(model, record, "remove")
-    _put(model, record, _base(record, "remove"))
-    forget(model)
+    adapted = Adapted.of(model)
+    require_acting(adapted, "remove")
+    base = _base(adapted.record, "remove")
+    with switching(model, "remove"):
+        _put(adapted, base)
+        forget(model)
     return model
 
 
 def forget(model: nn.Module) -> None:
-    """Take adapters, hooks and record off; the model's own tensors stay as they are."""
+    """Take adapters, wiring and record off; the model's own tensors stay as they are."""
     record = require_applied(model)
-    detach(model)
+    uninstall(model)
     release_statistics(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.trained_before.get(name, True))
@@ -116,46 +135,61 @@ def forget(model: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """The base, bit for bit, for the duration of a `with` block.
+    """Give the base, bit for bit, for the duration of a `with` block.
+
+    A forward that another thread is running is waited for; those that begin inside the block compute the base.
 
     Raises:
         MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the model is merged for
             the moment.
+
+    Example:
+        >>> import medpeft, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.ones(1, 4)
+        >>> base = model(x)
+        >>> model = medpeft.apply(model, "lora", target="0", head="2", init="pissa", rank=2)
+        >>> with medpeft.disabled(model):
+        ...     torch.equal(model(x), base)
+        True
     """
-    record = require_applied(model)
-    before = record.enabled
-    if before:
-        require_acting(model, record, "disabled")
+    adapted = Adapted.of(model)
+    record = adapted.record
+    was_enabled = record.enabled
+    if was_enabled:
+        require_acting(adapted, "disabled")
     base = _base(record, "disabled")
-    reshard(model)
-    trained = {name: tensor.detach().clone() for name, tensor in trained_tensors(model, record)}
-    _switch(model, record, base, enabled=False)
+    with switching(model, "disabled"):
+        reshard(model)
+        trained = {name: tensor.detach().clone() for name, tensor in trained_tensors(model, record)}
+        _switch(adapted, base, enabled=False)
     try:
         yield model
     finally:
-        _switch(model, record, trained, enabled=before)
+        with switching(model, "disabled"):
+            _switch(adapted, trained, enabled=was_enabled)
 
 
-def _switch(model: nn.Module, record: Applied, values: dict[str, Tensor], *, enabled: bool) -> None:
-    record.enabled = enabled
-    _put(model, record, values)
-    for _, _, adapters in adapted_layers(model):
+def _switch(adapted: Adapted, values: dict[str, Tensor], *, enabled: bool) -> None:
+    adapted.record.enabled = enabled
+    _put(adapted, values)
+    for _, _, adapters in adapted.layers:
         adapters.enabled = enabled
 
 
-def _put(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
+def _put(adapted: Adapted, values: dict[str, Tensor]) -> None:
     """Give the tensors that training changes other values."""
-    reshard(model)
-    overwrite((tensor, values[name]) for name, tensor in trained_tensors(model, record))
+    reshard(adapted.model)
+    overwrite((tensor, values[name]) for name, tensor in trained_tensors(adapted.model, adapted.record))
 
 
-def require_acting(model: nn.Module, record: Applied, action: str) -> None:
+def require_acting(adapted: Adapted, action: str) -> None:
     """Raise `MedpeftError` inside `disabled` or `merged`, where other values than the trained ones are in place."""
-    off = not record.enabled or any(not adapters.enabled for _, _, adapters in adapted_layers(model))
-    require(not off, f"{action} does not work inside disabled(model) or merged(model): leave that first.")
+    require(adapted.acting, f"{action} does not work inside disabled(model) or merged(model): leave that first.")
 
 
 def _base(record: Applied, action: str) -> dict[str, Tensor]:
+    """Return the original values that `apply` kept."""
     if record.base is None:
         raise MedpeftError(
             f"{action} needs the original values, which {record.name!r} gave up: pass keep_base=True to apply (the default of "

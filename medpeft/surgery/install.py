@@ -2,86 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import nn
 
 from ..adapters.adapter import Adapter, Adapters
-from ..adapters.forward import Cover, Elsewhere, Tap, adapt_input, adapt_output
+from ..adapters.bias_gradients import trains_apart
+from ..adapters.forward import adapted_forward
+from ..adapters.registry import Method
+from ..adapters.sharing import register_shared
+from ..adapters.wiring import Wiring, unwire, wire
 from ..architecture.site import Site
+from ..architecture.weight_reads import has_fused_path
 
 
-def attach(model: nn.Module, planned: Iterable[tuple[str, Site, Adapter]]) -> None:
-    """Register each adapter at its site and hook it into the forward: `(method, site, adapter)` each."""
-    by_layer: dict[str, list[tuple[str, Site, Adapter]]] = {}
-    planned = list(planned)
-    _tell_of_tokens([(site, adapter) for _, site, adapter in planned])
-    for item in planned:
-        by_layer.setdefault(item[1].name, []).append(item)
-    for name, items in by_layer.items():
-        layer = items[0][1].layer
-        adapters = Adapters({method + site.key: adapter for method, site, adapter in items})
-        layer.add_module("adapters", adapters)
-        for reader in sorted({_reader(site) for _, site, adapter in items if adapter.usual_form == "weight"}):
-            cover = Cover(name[len(reader) :].lstrip("."))
-            module = model.get_submodule(reader)
-            module.register_forward_pre_hook(cover.put, with_kwargs=True)
-            module.register_forward_hook(cover.take, always_call=True)
-        if any(adapter.on_input for _, _, adapter in items):
-            layer.register_forward_pre_hook(adapt_input, with_kwargs=True)
-        if any(adapter.on_output or adapter.switches for _, _, adapter in items):
-            layer.register_forward_hook(adapt_output, prepend=True, with_kwargs=True)
-        for _, _, adapter in items:
-            _tap(layer, adapter)
-            for other in adapter.others:
-                # After the other module's own adapters.
-                model.get_submodule(other).register_forward_hook(Elsewhere(adapters, adapter, other).act)
+@dataclass(frozen=True)
+class Built:
+    """An adapter that is built and not yet in the model.
+
+    Attributes:
+        method: Its method.
+        site: Where it goes.
+        adapter: The adapter.
+        first: The adapter that this one is the second place of; None for an adapter of its own.
+    """
+
+    method: Method
+    site: Site
+    adapter: Adapter
+    first: Adapter | None = None
+
+    @property
+    def name(self) -> str:
+        """Name among the adapters of its layer."""
+        if self.first is None:
+            return self.method.name + self.site.suffix
+        return f"{self.method.name}_partner"
 
 
-def _tell_of_tokens(placed: list[tuple[Site, Adapter]]) -> None:
-    """Let each adapter know how many tokens others add to what it sees: within a block, or from one of a row to another."""
-    for site, adapter in placed:
-        if adapter.added:
-            where = site.name.rpartition(".")[0] if type(adapter).forward is Adapter.forward else site.name
-            for other_site, other in placed:
-                inside = f"{other_site.name}.".startswith(f"{where}.")
-                other.before += adapter.added if inside and other is not adapter else 0
+def install(model: nn.Module, built: list[Built]) -> None:
+    """Register each adapter at its site, and wire its layer, the readers of its weight, and the model itself."""
+    by_layer: dict[nn.Module, list[Built]] = {}
+    for item in built:
+        by_layer.setdefault(item.site.layer, []).append(item)
+    for layer, items in by_layer.items():
+        layer.add_module("adapters", Adapters({item.name: item.adapter for item in items}))
+    register_shared(model, [(item.site.layer, item.adapter) for item in built])
+    for module, wiring in _wirings(model, built):
+        wire(module, adapted_forward, wiring)
 
 
-def _reader(site: Site) -> str:
-    return site.name if site.reader is None else site.reader
+def _wirings(model: nn.Module, built: list[Built]) -> Iterator[tuple[nn.Module, Wiring]]:
+    """Yield every module to be wired with what its forward has to know."""
+    modules = dict(model.named_modules())
+    reads: dict[nn.Module, list[str]] = {model: []}
+    for item in built:
+        reads.setdefault(item.site.layer, [])
+        for reader in item.site.readers:
+            paths_of_reader = reads.setdefault(modules[reader.name], [])
+            if reader.path not in paths_of_reader:
+                paths_of_reader.append(reader.path)
+    apart = {module for module in modules.values() if trains_apart(module)}
+    slow = {module for name, module in modules.items() if has_fused_path(module) and _passes_by(module, name, built)}
+    for module in [*reads, *(apart | slow).difference(reads)]:
+        paths = tuple(reads.get(module, ()))
+        yield module, Wiring(module is model, paths, slow=module in slow, apart=module in apart)
 
 
-def _tap(layer: nn.Module, adapter: Adapter) -> None:
-    if not adapter.taps:
-        return
-    tap = Tap(adapter)
-    layer.register_forward_pre_hook(tap.clear)
-    for path in adapter.taps:
-        layer.get_submodule(path).register_forward_pre_hook(tap.store, with_kwargs=True)
+def _passes_by(module: nn.Module, name: str, built: list[Built]) -> bool:
+    """Whether a module, computed by one fused kernel, would miss an adapter: one that is not on a weight that it reads."""
+    for item in built:
+        inside = f"{item.site.name}.".startswith(f"{name}.".lstrip(".")) and item.site.layer is not module
+        reads = any(reader.name == name for reader in item.site.readers)
+        if inside and not reads:
+            return True
+    return False
 
 
-def detach(model: nn.Module) -> None:
-    """Take every adapter and every hook of medpeft's out of the model."""
-    for module in model.modules():
+def uninstall(model: nn.Module) -> None:
+    """Take every adapter and every wiring of medpeft's out of the model."""
+    for module in list(model.modules()):
+        unwire(module)
         if isinstance(module._modules.get("adapters"), Adapters):
             del module._modules["adapters"]
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
-                _unhook(module, key)
-
-
-def _is_ours(hook: Callable[..., Any]) -> bool:
-    return hook in (adapt_input, adapt_output) or isinstance(getattr(hook, "__self__", None), (Cover, Tap, Elsewhere))
-
-
-def _unhook(module: nn.Module, key: int) -> None:
-    for hooks in (
-        module._forward_hooks,
-        module._forward_hooks_with_kwargs,
-        module._forward_hooks_always_called,
-        module._forward_pre_hooks,
-        module._forward_pre_hooks_with_kwargs,
-    ):
-        hooks.pop(key, None)

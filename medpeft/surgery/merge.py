@@ -6,13 +6,16 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import covering
-from ..adapters.record import adapted_layers, require_applied
+from ..adapters.adapter import Adapters
+from ..adapters.record import Adapted
+from ..adapters.registry import find
+from ..adapters.running import switching
 from ..architecture.convolution import standardises
 from ..architecture.layers import own_tensor
 from ..errors import MedpeftError, require
@@ -20,8 +23,31 @@ from ..sharding import gathered, is_sharded, like, overwrite, reshard, whole
 from .apply import forget, require_acting
 
 _log = logging.getLogger("medpeft")
+_SHOWN = 10
 
-Values = dict[tuple[str, str], Tensor]
+
+@dataclass(frozen=True)
+class Merged:
+    """A layer's tensor with everything folded in.
+
+    Attributes:
+        layer_name: Name of the layer.
+        layer: The layer.
+        name: Name of the tensor in the layer.
+        own: The layer's own tensor, None where merging creates one.
+        value: The merged tensor, sharded as the own one is.
+    """
+
+    layer_name: str
+    layer: nn.Module
+    name: str
+    own: Tensor | None
+    value: Tensor
+
+    @property
+    def full_name(self) -> str:
+        """Name of the tensor in the model."""
+        return f"{self.layer_name}.{self.name}".lstrip(".")
 
 
 def merge(model: nn.Module, *, example_input: Any = None, tolerance: float = 1e-4, min_kept: float = 0.9) -> nn.Module:
@@ -30,7 +56,7 @@ def merge(model: nn.Module, *, example_input: Any = None, tolerance: float = 1e-
     Everything is computed in float32 or wider and checked before the model is touched.
 
     Args:
-        model: A model after `apply`, on which nothing but the adapters' hooks acts.
+        model: A model after `apply`.
         example_input: An input (or a tuple of them): the outputs before and after are then compared, in eval mode.
         tolerance: Largest difference accepted there, relative to the largest output.
         min_kept: In float16 and bfloat16 a small update is partly rounded away; merging is refused where less than this share
@@ -42,25 +68,23 @@ def merge(model: nn.Module, *, example_input: Any = None, tolerance: float = 1e-
     Raises:
         MedpeftError: an adapter cannot be merged (each is named, with the reason), too little of an update would be kept, or
             the outputs differ by more than `tolerance`. The model is untouched.
+
+    Example:
+        >>> import medpeft, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> model = medpeft.apply(model, "ssf", head="2")
+        >>> list(medpeft.merge(model, example_input=torch.ones(1, 4)).state_dict())
+        ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    require_applied(model)
-    values = _merged_values(model, min_kept)
+    merged_tensors = _merged_tensors(Adapted.of(model), min_kept)
     if example_input is not None:
-        before = _outputs(model, example_input)
-        with _swapped(model, values):
-            after = _outputs(model, example_input)
-        difference = _difference(before, after)
-        _log.info("merged outputs differ by %.2e of the largest", difference)
-        require(
-            difference <= tolerance,
-            f"The merged outputs would differ by {difference:.2e} of the largest one, more than tolerance={tolerance:.2e}: is "
-            "the weight in low precision? Nothing was merged.",
-        )
-    reshard(model)
-    created = [f"{name}.{tensor}" for name, tensor in values if own_tensor(model.get_submodule(name), tensor) is None]
-    for (name, tensor), value in values.items():
-        _put(model.get_submodule(name), tensor, value)
-    forget(model)
+        _require_same_outputs(model, merged_tensors, example_input, tolerance)
+    with switching(model, "merge"):
+        reshard(model)
+        for item in merged_tensors:
+            _put(item)
+        forget(model)
+    created = [item.full_name for item in merged_tensors if item.own is None]
     if created:
         warnings.warn(
             f"merge created {', '.join(created)}: the unadapted model has no such keys, so load this state into one that has "
@@ -70,9 +94,20 @@ def merge(model: nn.Module, *, example_input: Any = None, tolerance: float = 1e-
     return model
 
 
+def _put(item: Merged) -> None:
+    """Write into the layer's own tensor, or give it the parameter it lacked."""
+    if item.own is None:
+        item.layer.register_parameter(item.name, nn.Parameter(item.value))
+        return
+    with torch.no_grad():
+        item.own.copy_(item.value)
+
+
 @contextmanager
 def merged(model: nn.Module, *, min_kept: float = 0.9) -> Iterator[nn.Module]:
-    """The model with every adapter folded into its layer for the duration of a `with` block, then as before, bit for bit.
+    """Fold every adapter into its layer for the duration of a `with` block; then the model is as before, bit for bit.
+
+    A forward that another thread is running is waited for.
 
     Args:
         model: A model after `apply`.
@@ -80,118 +115,180 @@ def merged(model: nn.Module, *, min_kept: float = 0.9) -> Iterator[nn.Module]:
 
     Raises:
         MedpeftError: as `merge`.
+
+    Example:
+        >>> import medpeft, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> model = medpeft.apply(model, "ssf", head="2", init="official")
+        >>> x = torch.ones(1, 4)
+        >>> adapted = model(x)
+        >>> with medpeft.merged(model):
+        ...     torch.allclose(model(x), adapted, atol=1e-5)
+        True
     """
-    require_applied(model)
-    with _swapped(model, _merged_values(model, min_kept)):
+    adapted = Adapted.of(model)
+    with _swapped(adapted, _merged_tensors(adapted, min_kept)):
         yield model
 
 
 @torch.no_grad()
-def _merged_values(model: nn.Module, min_kept: float) -> Values:
-    """New tensors by layer and name; nothing in the model changes."""
-    require_acting(model, require_applied(model), "merging")
-    reshard(model)
-    values: Values = {}
-    problems = []
-    holders = _holders(model)
-    for name, layer, adapters in adapted_layers(model):
-        if standardises(layer) and (adapters.acting(on_output=True) or adapters.entering()):
-            problems.append(f"{name}: {type(layer).__name__} standardises its weight, which undoes what is merged into it")
-            continue
-        never = next((adapter.unmergeable for adapter in adapters.every() if adapter.unmergeable), "")
+def _merged_tensors(adapted: Adapted, min_kept: float) -> list[Merged]:
+    """Compute the merged tensors of every layer; nothing in the model changes.
+
+    Raises:
+        MedpeftError: something cannot be merged; every layer is named with the reason.
+    """
+    require_acting(adapted, "merging")
+    reshard(adapted.model)
+    merged_tensors: list[Merged] = []
+    problems: list[str] = []
+    names_of = _names_by_parameter(adapted.model)
+    for layer_name, layer, adapters in adapted.layers:
         try:
-            require(not never, never)
-            with gathered([layer, *adapters.modules()]):
-                new = covering(layer, adapters.every())
+            tensors = _merged_into(layer, adapters)
         except MedpeftError as reason:
-            problems.append(f"{name}: {reason}")
+            problems.append(f"{layer_name}: {reason}")
             continue
-        for tensor, value in new.items():
-            own = own_tensor(layer, tensor)
-            tied = [n for n in holders.get(id(own), []) if n != f"{name}.{tensor}".lstrip(".")]
-            kept = 1.0 if own is None else _kept(own, value)
-            if own is None and any(is_sharded(p) for p in layer.parameters(recurse=False)):
-                problems.append(f"{name}: it has no {tensor}, and a sharded layer can get none: merge the unsharded model")
-            if tied:
-                problems.append(f"{name}: its {tensor} is tied to {tied[0]}, which has no such adapter")
-            elif kept < min_kept:
-                problems.append(f"{name}: {value.dtype if own is None else own.dtype} would keep {kept:.0%} of the update")
-            values[name, tensor] = value.to(_dtype(layer)) if own is None else like(value, own)
+        for name, value in tensors.items():
+            own = own_tensor(layer, name)
+            item = Merged(layer_name, layer, name, own, _fitted(value, layer, own))
+            problem = _problem(item, value, names_of, min_kept)
+            if problem:
+                problems.append(f"{layer_name}: {problem}")
+            merged_tensors.append(item)
     if problems:
-        shown = "\n  ".join(problems[:10]) + (f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise MedpeftError(
-            f"{require_applied(model).name!r} cannot be merged into this {type(model).__name__}:\n  {shown}\nNothing was "
-            "changed. Run the adapted model as it is, call model.float() first if precision is the reason, or pass min_kept=0."
-        )
-    return values
+        raise MedpeftError(_cannot_merge(adapted, problems))
+    return merged_tensors
 
 
-def _holders(model: nn.Module) -> dict[int, list[str]]:
-    """Names under which each parameter stands in distinct modules."""
-    found: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for tensor, parameter in module._parameters.items():
+def _merged_into(layer: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
+    """Compute the changed tensors of one layer.
+
+    Raises:
+        MedpeftError: no weight of the layer computes what an adapter does.
+    """
+    in_order = adapters.in_merging_order()
+    if standardises(layer) and (adapters.leaving or adapters.entering):
+        raise MedpeftError(f"{type(layer).__name__} standardises its weight, which undoes what is merged into it")
+    for adapter in in_order:
+        never = find(adapter.method).unmergeable
+        require(not never, never)
+    shared = [module for adapter in in_order for module in adapter.shared.values()]
+    inside = [module for owner in (adapters, *shared) for module in owner.modules()]
+    with gathered([layer, *inside]):
+        return adapters.adapted_tensors(layer, in_order)
+
+
+def _fitted(value: Tensor, layer: nn.Module, own: Tensor | None) -> Tensor:
+    """Cast and shard a merged tensor as the layer's own one, or cast it as the layer's others where it has none."""
+    if own is not None:
+        return like(value, own)
+    for parameter in layer.parameters(recurse=False):
+        return value.to(parameter.dtype)
+    return value
+
+
+def _problem(item: Merged, value: Tensor, names_of: dict[int, list[str]], min_kept: float) -> str:
+    """Reason why a merged tensor cannot take the place of the layer's own, "" if it can."""
+    own = item.own
+    if own is None:
+        if any(is_sharded(parameter) for parameter in item.layer.parameters(recurse=False)):
+            return f"it has no {item.name}, and a sharded layer can get none: merge the unsharded model"
+        return ""
+    for name in names_of.get(id(own), []):
+        if name != item.full_name:
+            return f"its {item.name} is tied to {name}, which has no such adapter"
+    kept = _share_kept(own, value)
+    if kept < min_kept:
+        return f"{own.dtype} would keep {kept:.0%} of the update"
+    return ""
+
+
+def _cannot_merge(adapted: Adapted, problems: list[str]) -> str:
+    lines = problems[:_SHOWN]
+    if len(problems) > _SHOWN:
+        lines.append(f"… and {len(problems) - _SHOWN} more")
+    shown = "\n  ".join(lines)
+    return (
+        f"{adapted.record.name!r} cannot be merged into this {type(adapted.model).__name__}:\n  {shown}\nNothing was "
+        "changed. Run the adapted model as it is, call model.float() first if precision is the reason, or pass min_kept=0."
+    )
+
+
+def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
+    """Map each parameter, by identity, to its names in distinct modules: several if it is tied."""
+    names: dict[int, list[str]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
             if parameter is not None:
-                found.setdefault(id(parameter), []).append(f"{name}.{tensor}".lstrip("."))
-    return found
+                names.setdefault(id(parameter), []).append(f"{module_name}.{name}".lstrip("."))
+    return names
 
 
-def _kept(own: Tensor, value: Tensor) -> float:
+def _share_kept(own: Tensor, value: Tensor) -> float:
     """Share of an update that rounding to the weight's dtype keeps: 1 − ‖lost‖ / ‖update‖."""
     if own.is_meta or own.dtype not in (torch.float16, torch.bfloat16):
         return 1.0
     wide = value.float()
-    size = torch.linalg.vector_norm(wide - whole(own).float())
+    update = torch.linalg.vector_norm(wide - whole(own).float())
     lost = torch.linalg.vector_norm(wide - value.to(own.dtype).float())
-    return 1.0 if size == 0 else max(0.0, 1.0 - float(lost / size))
-
-
-def _dtype(layer: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in layer.parameters(recurse=False)), None)
-
-
-def _put(layer: nn.Module, tensor: str, value: Tensor) -> None:
-    """Write into the layer's own tensor, or give it the parameter it lacked."""
-    own = own_tensor(layer, tensor)
-    if own is None:
-        layer.register_parameter(tensor, nn.Parameter(value))
-    else:
-        with torch.no_grad():
-            own.copy_(value)
+    if update == 0:
+        return 1.0
+    return max(0.0, 1.0 - float(lost / update))
 
 
 @contextmanager
-def _swapped(model: nn.Module, values: Values) -> Iterator[None]:
-    """Other tensors in the place of the layers' own, and the adapters off, for a while."""
-    reshard(model)
+def _swapped(adapted: Adapted, merged_tensors: list[Merged]) -> Iterator[None]:
+    """Put merged tensors in the place of the layers' own, and switch the adapters off, for a while."""
     before: list[tuple[dict[str, Any], str, Any]] = []
-    shards: list[tuple[Tensor, Tensor]] = []
-    for (name, tensor), value in values.items():
-        layer = model.get_submodule(name)
-        store: dict[str, Any] = layer._buffers if tensor in layer._buffers else layer._parameters
-        own: Any = store.get(tensor)
-        if is_sharded(own):
-            # FSDP2 has a hold of its own on it, and puts it back whenever the layer runs.
-            shards.append((own, value))
-            continue
-        before.append((store, tensor, own))
-        store[tensor] = value if store is layer._buffers else nn.Parameter(value, requires_grad=False)
-    trained = overwrite(shards)
-    for _, _, adapters in adapted_layers(model):
-        adapters.enabled = False
+    sharded: list[tuple[Tensor, Tensor]] = []
+    unmerged: list[tuple[Tensor, Tensor]] = []
     try:
+        with switching(adapted.model, "merged"):
+            reshard(adapted.model)
+            for item in merged_tensors:
+                if item.own is not None and is_sharded(item.own):
+                    # FSDP2 has a hold of its own on it, and puts it back whenever the layer runs.
+                    sharded.append((item.own, item.value))
+                    continue
+                is_buffer = item.name in item.layer._buffers
+                store: dict[str, Any] = item.layer._buffers if is_buffer else item.layer._parameters
+                before.append((store, item.name, item.own))
+                store[item.name] = item.value if is_buffer else nn.Parameter(item.value, requires_grad=False)
+            unmerged = overwrite(sharded)
+            _enable(adapted, False)
         yield
     finally:
-        reshard(model)
-        overwrite(trained)
-        for store, tensor, own in before:
-            store[tensor] = own
-        for _, _, adapters in adapted_layers(model):
-            adapters.enabled = True
+        with switching(adapted.model, "merged"):
+            reshard(adapted.model)
+            overwrite(unmerged)
+            for store, name, own in before:
+                store[name] = own
+            _enable(adapted, True)
+
+
+def _enable(adapted: Adapted, enabled: bool) -> None:
+    for _, _, adapters in adapted.layers:
+        adapters.enabled = enabled
+
+
+def _require_same_outputs(model: nn.Module, merged_tensors: list[Merged], example_input: Any, tolerance: float) -> None:
+    """Raise `MedpeftError` if the merged model would compute something else on the input."""
+    before = _outputs(model, example_input)
+    with _swapped(Adapted.of(model), merged_tensors):
+        after = _outputs(model, example_input)
+    difference = _largest_difference(before, after)
+    _log.info("merged outputs differ by %.2e of the largest", difference)
+    require(
+        difference <= tolerance,
+        f"The merged outputs would differ by {difference:.2e} of the largest one, more than tolerance={tolerance:.2e}: is "
+        "the weight in low precision? Nothing was merged.",
+    )
 
 
 @torch.no_grad()
 def _outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
+    """Run the model in eval mode and list the tensors of its output."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -199,14 +296,17 @@ def _outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
     finally:
         for module, mode in modes:
             module.training = mode
-    return [t for t in torch.utils._pytree.tree_leaves(_plain(output)) if isinstance(t, Tensor)]
+    if hasattr(output, "__dataclass_fields__"):
+        output = dict(vars(output))  # torch knows how to flatten a dict.
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _plain(output: Any) -> Any:
-    """A dataclass output as a dict, which torch knows how to flatten."""
-    return dict(vars(output)) if hasattr(output, "__dataclass_fields__") else output
-
-
-def _difference(before: list[Tensor], after: list[Tensor]) -> float:
-    pairs = [(b.double(), a.double()) for b, a in zip(before, after, strict=True) if b.numel()]
-    return max((float((b - a).abs().max() / b.abs().max().clamp(min=1e-30)) for b, a in pairs), default=0.0)
+def _largest_difference(before: list[Tensor], after: list[Tensor]) -> float:
+    """Largest difference of two lists of outputs, relative to the largest element of each."""
+    largest = 0.0
+    for expected, computed in zip(before, after, strict=True):
+        if expected.numel():
+            wide = expected.double()
+            difference = (wide - computed.double()).abs().max() / wide.abs().max().clamp(min=1e-30)
+            largest = max(largest, float(difference))
+    return largest

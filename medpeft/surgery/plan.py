@@ -1,27 +1,25 @@
-"""What `apply` would do: the sites and parameters that a request picks, found before anything changes."""
+"""Plan what `apply` would do: the sites and parameters that a request picks, found before anything changes."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from ..adapters.adapter import Adapter
 from ..adapters.batchnorm import with_statistics
-from ..adapters.record import Applied, applied, require_applied
-from ..adapters.registry import Method, Methods, find, resolve
+from ..adapters.record import Applied
+from ..adapters.registry import Method, Methods, Request, find, resolve
 from ..architecture.head import Head, find_head
 from ..architecture.network import Network
-from ..architecture.site import Site
+from ..architecture.site import Site, Unfit
 from ..architecture.targets import Target, choose, patterns
-from ..errors import MedpeftError, require, require_choice
+from ..errors import MedpeftError, listed, require, require_choice
 from ..table import Row, Table
+from .build import Planned, build, count_new
+from .refusals import refuse
 
 
 @dataclass
@@ -29,29 +27,41 @@ class Plan:
     """What `apply` would do: every site and every parameter that would train. Print it.
 
     Attributes:
+        model: The model, untouched.
+        methods: Every method with its options.
         sites: Method and site of every adapter.
         selected: Existing parameters that would train, by name, with their method; "head" for the head's.
         record: What `apply` would leave on the model.
+
+    Example:
+        >>> import medpeft, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> print(medpeft.plan(model, "bias", head="2"))
+        bias on Sequential
+        --------------------------------
+        method  layer     type    parameters
+        ...
     """
 
     model: nn.Module
     methods: list[tuple[Method, dict[str, Any]]]
-    sites: list[tuple[Method, Site]]
+    sites: list[Planned]
     selected: dict[str, str]
     record: Applied
 
     def table(self) -> Table:
-        """One row per adapter and per layer with selected parameters: method, layer, type, parameters."""
-        seen: set[nn.Parameter] = set()
-        rows = [
-            Row(method.name, site.name, type(site.layer).__name__, _count(adapter, seen))
-            for method, site, adapter in build(self, dry=True)
-        ]
+        """List one row per adapter and per layer with selected parameters: method, layer, type, parameters."""
+        rows = []
+        counted: set[nn.Parameter] = set()
+        for item in build(self.model, self.sites, self.record, shapes_only=True):
+            if item.first is None:
+                type_name = type(item.site.layer).__name__
+                rows.append(Row(item.method.name, item.site.name, type_name, count_new(item.adapter, counted)))
         modules = dict(self.model.named_modules())
         for name, parameter in self.model.named_parameters():
             if name in self.selected:
-                owner = name.rpartition(".")[0]
-                rows.append(Row(self.selected[name], name, type(modules[owner]).__name__, parameter.numel()))
+                owner = modules[name.rpartition(".")[0]]
+                rows.append(Row(self.selected[name], name, type(owner).__name__, parameter.numel()))
         return Table(f"{self.record.name} on {type(self.model).__name__}", rows)
 
     @property
@@ -61,9 +71,6 @@ class Plan:
 
     def __str__(self) -> str:
         return str(self.table())
-
-    def _repr_html_(self) -> str:
-        return self.table().to_html()
 
 
 def plan(
@@ -79,211 +86,193 @@ def plan(
     seed: int = 0,
     **options: Any,
 ) -> Plan:
-    """What `apply` with the same arguments would do; the model is untouched and nothing is computed.
+    """Plan what `apply` with the same arguments would do; the model is untouched and nothing is computed.
 
     Raises:
         MedpeftError: as `apply`.
+
+    Example:
+        >>> import medpeft, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> medpeft.plan(model, "lora", rank=2, target="0", head="2").trainable
+        42
     """
-    _refuse(model)
-    resolved = resolve(method, options)
+    refuse(model)
+    requests = resolve(method, options)
     network = Network(model, find_head(model, head))
-    sites: list[tuple[Method, Site]] = []
+    sites: list[Planned] = []
     selected: dict[str, str] = {}
-    for chosen, own, where in resolved:
-        wanted, unwanted = where.get("target", target), where.get("exclude", exclude)
-        here, names = _picked(network, chosen, own, wanted, unwanted)
-        sites += [(chosen, site) for site in here]
-        selected = {**dict.fromkeys(names, chosen.name), **selected}
-    heads = [n for n, _ in model.named_parameters() if network.inside(n, network.head)]
-    selected |= dict.fromkeys(heads, "head")
+    for request in requests:
+        picked = _pick(network, request, target, exclude)
+        sites += [Planned(request.method, site) for site in picked.sites]
+        for name in picked.parameters:
+            selected.setdefault(name, request.method.name)
+    for name, _ in model.named_parameters():
+        if network.inside(name, network.head):
+            selected[name] = "head"
     require(bool(sites or selected), f"{method!r} would train nothing: {type(model).__name__} has no head; pass head='name'.")
-    full = any(chosen.name == "full" for chosen, _, _ in resolved)
-    policy = batchnorm if batchnorm is not None else ("adapt" if full else "frozen")
-    require_choice("batchnorm", policy, ("frozen", "adapt"))
+    is_full = any(request.method.name == "full" for request in requests)
+    if batchnorm is None:
+        batchnorm = "adapt" if is_full else "frozen"
+    require_choice("batchnorm", batchnorm, ("frozen", "adapt"))
+    if keep_base is None:
+        keep_base = not is_full
+    sites = _with_added_tokens(sites)
     record = Applied(
-        methods={chosen.name: own for chosen, own, _ in resolved},
-        sites=[(chosen.name, site.name, site.weight) for chosen, site in sites],
+        methods={request.method.name: request.options for request in requests},
+        sites=[(planned.method.name, planned.site.name, planned.site.weight) for planned in sites],
         selected=selected,
         head=network.head,
-        batchnorm=policy,
-        statistics=statistics_names(model) if policy == "adapt" else [],
+        batchnorm=batchnorm,
+        statistics=statistics_names(model) if batchnorm == "adapt" else [],
         trained_before={name: p.requires_grad for name, p in model.named_parameters()},
-        base=None if keep_base is False or (keep_base is None and full) else {},
+        base={} if keep_base else None,
         seed=seed,
         dtype=dtype,
     )
-    return Plan(model, [(chosen, own) for chosen, own, _ in resolved], sites, selected, record)
+    return Plan(model, [(request.method, request.options) for request in requests], sites, selected, record)
 
 
 def plan_from(model: nn.Module, record: Applied) -> Plan:
-    """The plan that a record describes, its sites found by layer and weight, whatever target picked them once.
+    """Plan what a record describes, its sites found by layer and weight, whatever target picked them once.
 
     Raises:
         MedpeftError: a method, an option, or a site is unknown here; or as `apply`.
     """
-    _refuse(model)
+    refuse(model)
     network = Network(model, record.head)
     methods = {name: (find(name), options) for name, options in record.methods.items()}
-    for name, (chosen, own) in methods.items():
-        unknown = [option for option in own if option not in chosen.options]
-        require(not unknown, f"{name!r} has no option {', '.join(map(repr, unknown))}: {', '.join(chosen.options) or 'none'}.")
-    by_method = {name: _all_sites(network, *methods[name]) for name in dict.fromkeys(site[0] for site in record.sites)}
-    found = {(name, layer, weight): by_method[name].get((layer, weight)) for name, layer, weight in record.sites}
-    missing = [f"{layer}.{weight}".strip(".") for (_, layer, weight), site in found.items() if site is None]
-    shown = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-    require(not missing, f"{record.name!r} fits no {shown} in this {type(model).__name__}.")
-    sites = [(methods[name][0], site) for (name, _, _), site in found.items() if site is not None]
-    return Plan(model, list(methods.values()), sites, record.selected, record)
+    for name, (method, options) in methods.items():
+        unknown = [option for option in options if option not in method.options]
+        require(not unknown, f"{name!r} has no option {', '.join(map(repr, unknown))}: {', '.join(method.options) or 'none'}.")
+    fitting = {name: _all_sites(network, *methods[name]) for name in dict.fromkeys(site[0] for site in record.sites)}
+    sites = []
+    missing = []
+    for name, layer, weight in record.sites:
+        site = fitting[name].get((layer, weight))
+        if site is None:
+            missing.append(f"{layer}.{weight}".strip("."))
+        else:
+            sites.append(Planned(methods[name][0], site))
+    require(not missing, f"{record.name!r} fits no {listed(missing)} in this {type(model).__name__}.")
+    return Plan(model, list(methods.values()), _with_added_tokens(sites), record.selected, record)
 
 
 def _all_sites(network: Network, method: Method, options: dict[str, Any]) -> dict[tuple[str, str], Site]:
-    """Every site that the method fits, with a target or without, by layer and weight."""
+    """Map every site that the method fits, with a target or without, by layer and weight."""
     require(method.adapter is not None, f"{method.name!r} adds no adapters.")
     assert method.adapter is not None
-    found = (method.adapter.sites(network, targeted=t, **method.sites_with(options)) for t in (False, True))
-    return {(site.name, site.weight): site for sites in found for site in sites if not site.unfit}
+    sites: dict[tuple[str, str], Site] = {}
+    for targeted in (False, True):
+        # With a target a method may fit more layers, and without one others.
+        for site in method.adapter.sites(network, targeted=targeted, **method.options_of_sites(options)):
+            if isinstance(site, Site):
+                sites[site.name, site.weight] = site
+    return sites
 
 
-_SYNCHRONISED = ("DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel")
-"""Classes of torch that look for a model's parameters once, when they get it."""
+class _Picked(NamedTuple):
+    """Sites of a method's adapters, and names of the existing parameters that it trains."""
+
+    sites: list[Site]
+    parameters: list[str]
 
 
-def _refuse(model: nn.Module) -> None:
-    """Raise where hooks would not be seen or would be seen twice, or where ranks would train adapters each for itself."""
-    if not isinstance(model, nn.Module):
-        raise MedpeftError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself.")
-    here = applied(model)
-    below = "" if here else next((n for n, m in model.named_modules() if applied(m) is not None), "")
-    if here or below:
-        name = here.name if here else require_applied(model.get_submodule(below)).name
-        raise MedpeftError(
-            f"This {type(model).__name__}{f' ({below})' if below else ''} is adapted already, by {name!r}: remove or merge "
-            "that first, or apply both at once, as in 'lora+bias'."
-        )
-    for name, module in model.named_modules():
-        compiled = getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
-        if compiled or isinstance(module, torch.jit.ScriptModule):
-            raise MedpeftError(
-                f"{name or type(model).__name__} is compiled, and a compiled model does not see adapters added to it: apply "
-                "first, then compile."
-            )
-        wrapper = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _SYNCHRONISED), "")
-        if wrapper:
-            raise MedpeftError(
-                f"{name or type(model).__name__} is in {wrapper} already, which would not keep adapters added now the same on "
-                "all ranks: apply first, then shard or wrap."
-            )
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            raise MedpeftError(f"{name} has no shape yet: run the model once, then apply.")
-        if hasattr(module, "adapters") and any(True for _ in module.parameters(recurse=False)):
-            raise MedpeftError(f"{name} has an attribute 'adapters' already, which medpeft needs for its own.")
+def _pick(network: Network, request: Request, target: Target, exclude: Target) -> _Picked:
+    """Find what a method adapts and trains, and keep what the target picks and the exclusion does not.
 
-
-def _picked(
-    network: Network, method: Method, options: dict[str, Any], target: Target, exclude: Target
-) -> tuple[list[Site], list[str]]:
-    """The sites of a method's adapters, and the names of the existing parameters that it trains."""
-    sites = []
+    Raises:
+        MedpeftError: nothing is left.
+    """
+    method = request.method
+    target = request.places.get("target", target)
+    exclude = request.places.get("exclude", exclude)
+    offers: list[Site | Unfit] = []
     if method.adapter is not None:
-        sites = list(method.adapter.sites(network, targeted=bool(patterns(target)), **method.sites_with(options)))
-    owners = {name: name.rpartition(".")[0] for name in _selected(network, method, options)}
-    places = list(dict.fromkeys([*(site.name for site in sites), *owners.values()]))
+        site_options = method.options_of_sites(request.options)
+        offers = list(method.adapter.sites(network, targeted=bool(patterns(target)), **site_options))
+    owner_of = {name: name.rpartition(".")[0] for name in _selected(network, request)}
+    places = list(dict.fromkeys([*(offer.name for offer in offers), *owner_of.values()]))
     if places or patterns(target):
         chosen = choose(network, places, target, exclude, method.name)
-        sites = [site for site in sites if site.name in chosen]
-        owners = {name: owner for name, owner in owners.items() if owner in chosen}
-    fitting = [site for site in sites if not site.unfit]
-    unfit = next((f"{site.name} {site.unfit}; " for site in sites if site.unfit), "")
-    found = fitting if method.adapter is not None else owners
-    require(bool(found) or method.name == "linear_probe", _fits_nothing(network, method, target, unfit))
-    return fitting, list(owners)
+        offers = [offer for offer in offers if offer.name in chosen]
+        owner_of = {name: owner for name, owner in owner_of.items() if owner in chosen}
+    sites = [offer for offer in offers if isinstance(offer, Site)]
+    unfit = next((offer for offer in offers if isinstance(offer, Unfit)), None)
+    something = sites if method.adapter is not None else owner_of
+    if not something and method.name != "linear_probe":
+        raise MedpeftError(_fits_nothing(network, method, target, unfit))
+    return _Picked(sites, list(owner_of))
 
 
-def _selected(network: Network, method: Method, options: dict[str, Any]) -> Iterator[str]:
+def _selected(network: Network, request: Request) -> Iterator[str]:
+    """Yield the names of the existing parameters that a method trains."""
+    method = request.method
     predicate: Any = method.define
+    options = method.own(request.options)
     if method.adapter is not None:
-        if method.adapter.selects is Adapter.selects:
+        if method.selects is None:
             return
-        predicate, options = method.adapter.selects, {}
+        predicate, options = method.selects, {}
     for name, parameter in network.model.named_parameters():
         owner = name.rpartition(".")[0]
         if not (parameter.is_floating_point() or parameter.is_complex()):
             continue  # Integers have no gradient.
-        if not network.inside(owner, network.head) and predicate(name, parameter, network.layer(owner), **method.own(options)):
+        if network.inside(owner, network.head):
+            continue
+        if predicate(name, parameter, network.layer(owner), **options):
             yield name
 
 
-def _fits_nothing(network: Network, method: Method, target: Target, unfit: str) -> str:
-    types: dict[str, int] = {}
+def _fits_nothing(network: Network, method: Method, target: Target, unfit: Unfit | None) -> str:
+    """The message for a method that fits no layer of a model."""
+    counts: dict[str, int] = {}
     for module in network.modules.values():
         if any(True for _ in module.parameters(recurse=False)):
-            types[type(module).__name__] = types.get(type(module).__name__, 0) + 1
-    listed = ", ".join(sorted(types, key=lambda name: -types[name])[:6]) or "no parameters"
+            type_name = type(module).__name__
+            counts[type_name] = counts.get(type_name, 0) + 1
+    most = sorted(counts, key=lambda name: -counts[name])[:6]
+    reason = f"{unfit.name} {unfit.reason}; " if unfit is not None else ""
     hint = method.hint or "see its docstring for the layers that it adapts."
     return (
-        f"{method.name!r} found nothing to train in {type(network.model).__name__} (target={target!r}): {unfit}{hint} "
-        f"This model has {listed}."
+        f"{method.name!r} found nothing to train in {type(network.model).__name__} (target={target!r}): {reason}{hint} "
+        f"This model has {', '.join(most) or 'no parameters'}."
     )
 
 
 def statistics_names(model: nn.Module) -> list[str]:
-    """Names of the buffers of every BatchNorm with running statistics."""
-    return [f"{name}.{b}".lstrip(".") for name, layer in with_statistics(model) for b, _ in layer.named_buffers(recurse=False)]
+    """List the names of the buffers of every BatchNorm with running statistics."""
+    names = []
+    for layer_name, layer in with_statistics(model):
+        for buffer_name, _ in layer.named_buffers(recurse=False):
+            names.append(f"{layer_name}.{buffer_name}".lstrip("."))
+    return names
 
 
-def _count(adapter: Adapter, seen: set[nn.Parameter]) -> int:
-    """Trainable parameters that no adapter before has counted."""
-    new = {p for p in adapter.parameters() if p.requires_grad} - seen
-    seen |= new
-    return sum(p.numel() for p in new)
+def _with_added_tokens(sites: list[Planned]) -> list[Planned]:
+    """Note at every site how many tokens the adapters of others insert there before the patches."""
+    added = [0] * len(sites)
+    for planned in sites:
+        layout = planned.site.layout
+        if layout is None or not layout.adds:
+            continue
+        region = _region(planned.site)
+        for i, other in enumerate(sites):
+            inside = f"{other.site.name}.".startswith(f"{region}.".lstrip("."))
+            if inside and other is not planned:
+                added[i] += layout.adds
+    noted = []
+    for planned, count in zip(sites, added, strict=True):
+        site = planned.site
+        if count and site.layout is not None:
+            site = replace(site, layout=replace(site.layout, added=count))
+        noted.append(Planned(planned.method, site))
+    return noted
 
 
-def build(planned: Plan, *, dry: bool = False) -> list[tuple[Method, Site, Adapter]]:
-    """The adapters of a plan, on their layers' devices; shapes alone if `dry`."""
-    options = {method.name: own for method, own in planned.methods}
-    record = planned.record
-    built = []
-    shared: dict[tuple[str, torch.device], dict[Any, nn.Module]] = {}
-    for method, site in tqdm(planned.sites, desc=record.name, delay=1.0, leave=False, disable=dry):
-        seeded = torch.Generator().manual_seed(zlib.crc32(f"{record.seed}:{method.name}:{site.name}:{site.weight}".encode()))
-        device, dtype = _place(site, planned.model)
-        shapes_alone = dry or device.type == "meta"
-        at = replace(site, generator=seeded, dry=dry, shared=shared.setdefault((method.name, device), {}))
-        with torch.device("meta" if shapes_alone else "cpu"):
-            adapter = method.define(at, **method.own(options[method.name]))
-        assert isinstance(adapter, Adapter)
-        _check_forms(method, site, adapter)
-        adapter.to(device="meta" if shapes_alone else device, dtype=record.dtype or dtype)
-        adapter.train(site.layer.training)
-        adapter.method = method.name
-        built.append((method, site, adapter))
-    return built
-
-
-def _check_forms(method: Method, site: Site, adapter: Adapter) -> None:
-    can_merge = type(adapter).merged is not Adapter.merged
-    if not adapter.on_output and not adapter.on_input and not can_merge:
-        raise MedpeftError(
-            f"{method.name!r} acts on the output of {site.name}, but {site.reader or 'its parent'} reads the layer's weight "
-            "without calling it, so the output never is: exclude it, or use a method that acts on weights, such as 'lora'."
-        )
-
-
-def _place(site: Site, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of an adapter: its layer's device; float32, or the layer's dtype if that is wider."""
-    own = site.tensor(site.weight) if site.weight else None
-    # A norm without weights is where the rest of the model is.
-    for tensor in chain((own,), site.layer.parameters(), model.parameters()):
-        if tensor is not None and tensor.is_floating_point():
-            return tensor.device, torch.promote_types(tensor.dtype, torch.float32)
-    return torch.device("cpu"), torch.float32
-
-
-def state_of(built: Iterable[tuple[Method, Site, Adapter]]) -> Iterator[tuple[str, Tensor]]:
-    """What `own_state` will find of adapters that are not in the model yet, shared tensors once."""
-    seen: set[int] = set()
-    for method, site, adapter in built:
-        for key, tensor in adapter.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield f"{site.name}.adapters.{method.name}{site.key}.{key}".lstrip("."), tensor
+def _region(site: Site) -> str:
+    """Name of the module within which the tokens of a site's adapter travel: up to a partner outside, where they leave."""
+    for partner in site.partners:
+        if not f"{partner.site.name}.".startswith(f"{site.name}."):
+            return site.name.rpartition(".")[0]
+    return site.name

@@ -107,7 +107,7 @@ def test_adapters_change_nothing_at_first_and_something_in_train_and_in_eval_lat
     start = evaluated(model, x)
     if family == "levit" and recipe in ("pissa", "olora"):  # Two products, of which torch computes one in another order.
         close(start, base)
-    elif all(method.adapter is None or method.adapter.identity for method, _, _ in resolve(RECIPES[recipe][0], {})):
+    elif all(method.adapter is None or method.identity for method, _, _ in resolve(RECIPES[recipe][0], {})):
         assert torch.equal(start, base)
     else:
         assert start.shape == base.shape
@@ -194,11 +194,11 @@ UNMERGEABLE = {
         for recipe in ("tsa series", "residual_adapter series")
     },
     **{
-        (family, recipe): method.adapter.unmergeable
+        (family, recipe): method.unmergeable
         for family in FAMILIES
         for recipe, (called, _) in RECIPES.items()
         for method, _, _ in resolve(called, {})
-        if method.adapter and method.adapter.unmergeable
+        if method.adapter and method.unmergeable
     },
 }
 

@@ -1,0 +1,96 @@
+"""Run a layer's own forward with other tensors in the place of its own, without touching the layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .wiring import acting, wiring_of
+
+Changes = Mapping[str, Mapping[str, Any]]
+"""Tensors by the path of their layer ("" for the module itself) and by their own name."""
+
+
+def run_with(
+    layer: nn.Module, changes: Changes, replaced: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run a layer's plain forward on changed tensors.
+
+    Args:
+        layer: The layer.
+        changes: The tensors; empty for the layer as it is.
+        replaced: A forward that someone else has put on the layer, None for that of its class.
+        args: Inputs by position.
+        kwargs: Inputs by keyword.
+    """
+    if not changes:
+        if replaced is not None:
+            return replaced(*args, **kwargs)
+        return type(layer).forward(layer, *args, **kwargs)
+    copy = stand_in(layer, changes)
+    if replaced is None:
+        output = type(layer).forward(copy, *args, **kwargs)
+    else:
+        bound = rebound(replaced, layer, copy)
+        assert bound is not None  # Building an adapter refuses the others.
+        output = bound(*args, **kwargs)
+    if not type(layer).__module__.startswith("torch.") and not torch.compiler.is_compiling():
+        _keep_notes(layer, copy, changes)
+    return output
+
+
+def stand_in(module: nn.Module, changes: Changes) -> nn.Module:
+    """Make an object of the module's class that shares everything with it but some tensors.
+
+    The tensors are its own, or those of layers below it, for which stand-ins are made too.
+    """
+    copy: nn.Module = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    below: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for path, tensors in changes.items():
+        if path == "":
+            copy.__dict__.update(tensors)
+            continue
+        child, _, rest = path.partition(".")
+        below.setdefault(child, {})[rest] = tensors
+    if below:
+        modules = dict(module._modules)
+        for name, changes_below in below.items():
+            child_module = module._modules[name]
+            assert child_module is not None
+            modules[name] = _stand_in_below(child_module, changes_below)
+        copy.__dict__["_modules"] = modules
+    return copy
+
+
+def _stand_in_below(module: nn.Module, changes: Changes) -> nn.Module:
+    """Make a stand-in of a layer whose weight is read; called, it need not adapt a weight that is adapted already."""
+    copy = stand_in(module, changes)
+    wiring = wiring_of(module)
+    adapters = acting(module)
+    covered = wiring is not None and wiring.replaced is None and set(wiring.reads) <= set(changes)
+    if covered and (adapters is None or ("" in changes and not adapters.leaving and not adapters.entering)):
+        copy.__dict__.pop("forward", None)
+    return copy
+
+
+def rebound(replaced: Callable[..., Any], layer: nn.Module, copy: nn.Module) -> Callable[..., Any] | None:
+    """Bind a forward that was put on a layer to a stand-in; None if that is not possible, as with a closure."""
+    if isinstance(replaced, MethodType) and replaced.__self__ is layer:
+        return MethodType(replaced.__func__, copy)
+    if isinstance(replaced, functools.partial) and replaced.args and replaced.args[0] is layer:
+        return functools.partial(replaced.func, copy, *replaced.args[1:], **replaced.keywords)
+    return None
+
+
+def _keep_notes(layer: nn.Module, copy: nn.Module, changes: Changes) -> None:
+    """Bring attributes that a forward has set on the stand-in to the layer, such as an attention map for a figure."""
+    changed = changes.get("", {})
+    for name, value in copy.__dict__.items():
+        if name not in changed and name != "_modules" and layer.__dict__.get(name, changed) is not value:
+            layer.__dict__[name] = value

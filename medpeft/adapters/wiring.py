@@ -1,0 +1,137 @@
+"""What is put on a layer so that its forward adapts: one attribute of the instance, which survives deepcopy and pickle."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from .adapter import Adapters
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What an adapting forward knows of its layer.
+
+    Attributes:
+        root: Whether the layer is the model that was adapted.
+        reads: Paths of layers below it whose weights it reads without calling them.
+        inputs: Names of the inputs of its forward, in order, as far as they have names.
+        replaced: The `forward` that someone else had put on the instance before; None for the class's own.
+        slow: Whether it must not take a fused path of torch's, which would pass by adapters inside it.
+        apart: Whether its bias trains apart from its weight; see `bias_gradients.py`.
+    """
+
+    root: bool = False
+    reads: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    replaced: Callable[..., Any] | None = None
+    slow: bool = False
+    apart: bool = False
+
+
+def acting(layer: nn.Module) -> Adapters | None:
+    """Return the layer's adapters, None where it has none or they are switched off."""
+    adapters = layer._modules.get("adapters")
+    if isinstance(adapters, Adapters) and adapters.enabled:
+        return adapters
+    return None
+
+
+def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
+    """Put a forward in the place of the layer's, inside of what accelerate may have put there.
+
+    Args:
+        layer: The layer.
+        forward: A function of a module, `(layer, wiring, *args, **kwargs)`.
+        wiring: What it knows of the layer; the names of its inputs and the forward that was there before are filled in.
+    """
+    slot = _slot(layer)
+    replaced = layer.__dict__.get("forward") if slot == "forward" else None
+    inputs = _input_names(type(layer))  # type: ignore[arg-type]  # mypy does not see that a class is hashable
+    layer.__dict__[slot] = _bound(forward, layer, replace(wiring, inputs=inputs, replaced=replaced))
+    layer.__dict__["_replicate_for_data_parallel"] = functools.partial(replicated, layer)
+
+
+def unwire(layer: nn.Module) -> None:
+    """Give the layer its own forward back; one that someone wrapped around ours later stays, and ours passes on."""
+    layer.__dict__.pop("_replicate_for_data_parallel", None)
+    wiring = wiring_of(layer)
+    if wiring is None:
+        return
+    slot = _slot(layer)
+    if slot == "_old_forward":
+        layer.__dict__[slot] = MethodType(type(layer).forward, layer)
+    elif wiring.replaced is None:
+        del layer.__dict__[slot]
+    else:
+        layer.__dict__[slot] = wiring.replaced
+
+
+def wiring_of(layer: nn.Module) -> Wiring | None:
+    """Return what was put on a layer, None where that is nothing or lies within someone else's function."""
+    forward = layer.__dict__.get(_slot(layer))
+    if not isinstance(forward, functools.partial) or len(forward.args) != 2 or forward.args[0] is not layer:
+        return None
+    wiring = forward.args[1]
+    return wiring if isinstance(wiring, Wiring) else None
+
+
+def is_wired(layer: nn.Module) -> bool:
+    """Whether the layer's adapters reach its forward, as far as can be seen: someone's closure may hold ours."""
+    return wiring_of(layer) is not None or callable(layer.__dict__.get("forward"))
+
+
+def replicated(layer: nn.Module) -> nn.Module:
+    """Replicate an adapted layer for `nn.DataParallel`.
+
+    A replica has all attributes of its original, so its forward must be bound anew.
+    """
+    replica: nn.Module = type(layer)._replicate_for_data_parallel(layer)
+    wiring, slot = wiring_of(layer), _slot(layer)
+    if wiring is not None:
+        replica.__dict__[slot] = _bound(layer.__dict__[slot].func, replica, wiring)
+    replica.__dict__["_replicate_for_data_parallel"] = functools.partial(replicated, replica)
+    return replica
+
+
+def _slot(layer: nn.Module) -> str:
+    """Name of the attribute that holds the innermost forward; accelerate keeps it aside and later puts it back."""
+    if "_old_forward" in layer.__dict__ and "_hf_hook" in layer.__dict__:
+        return "_old_forward"
+    return "forward"
+
+
+def _bound(forward: Callable[..., Any], layer: nn.Module, wiring: Wiring) -> Any:
+    bound = functools.partial(forward, layer, wiring)
+    if wiring.root:
+        # Trainers and exporters ask the model's forward for the names of its inputs.
+        bound.__signature__ = _signature(layer, wiring)  # type: ignore[attr-defined]  # what `inspect` looks for
+    return bound
+
+
+def _signature(layer: nn.Module, wiring: Wiring) -> inspect.Signature | None:
+    """The signature of the plain forward without annotations, of which some cannot be pickled."""
+    plain = wiring.replaced or MethodType(type(layer).forward, layer)
+    try:
+        signature = inspect.signature(plain)
+    except (TypeError, ValueError):
+        return None
+    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return inspect.Signature(parameters)
+
+
+@functools.cache
+def _input_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the inputs that `cls.forward` takes by position, `self` left out."""
+    try:
+        parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return ()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    return tuple(parameter.name for parameter in parameters if parameter.kind in named)

@@ -1,0 +1,128 @@
+"""Build the adapters of a plan, or their shapes alone; nothing in the model changes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..adapters.adapter import ON_WEIGHT, Adapter, parameters_of, state_of
+from ..adapters.record import Applied
+from ..adapters.registry import Method
+from ..adapters.stand_in import rebound
+from ..architecture.site import Draft, Site
+from ..errors import MedpeftError
+from .install import Built
+
+
+class Planned(NamedTuple):
+    """A method, and a site of one of its adapters."""
+
+    method: Method
+    site: Site
+
+
+def build(model: nn.Module, sites: list[Planned], record: Applied, *, shapes_only: bool = False) -> list[Built]:
+    """Build an adapter for every site, on its layer's device; with `shapes_only`, without values.
+
+    Raises:
+        MedpeftError: an option is wrong, or an adapter could not act at its site.
+    """
+    shared: dict[tuple[str, torch.device], dict[Any, nn.Module]] = {}
+    built = []
+    for method, site in tqdm(sites, desc=record.name, delay=1.0, leave=False, disable=shapes_only):
+        built += _build_at(model, Planned(method, site), record, shared, shapes_only=shapes_only)
+    return built
+
+
+def _build_at(
+    model: nn.Module,
+    planned: Planned,
+    record: Applied,
+    shared: dict[tuple[str, torch.device], dict[Any, nn.Module]],
+    *,
+    shapes_only: bool,
+) -> list[Built]:
+    """Build the adapter of one site, and those of its partners."""
+    method, site = planned
+    device, dtype = _place(site, model)
+    if shapes_only or device.type == "meta":
+        device, built_on = torch.device("meta"), "meta"
+    else:
+        built_on = "cpu"
+    seed = zlib.crc32(f"{record.seed}:{method.name}:{site.name}:{site.weight}".encode())
+    draft = Draft(
+        method=method.name,
+        generator=torch.Generator().manual_seed(seed),
+        shapes_only=built_on == "meta",
+        overwritten=site.draft.overwritten,
+        shared=shared.setdefault((method.name, device), {}),
+    )
+    with torch.device(built_on):
+        adapter = method.define(replace(site, draft=draft), **method.own(record.methods[method.name]))
+    assert isinstance(adapter, Adapter)
+    _require_acting(method, site, adapter)
+    built = [Built(method, site, adapter)]
+    for partner in site.partners:
+        second = partner.make(replace(partner.site, draft=draft), adapter)
+        assert isinstance(second, Adapter)
+        built.append(Built(method, partner.site, second, first=adapter))
+    for item in built:
+        item.adapter.to(device=device, dtype=record.dtype or dtype)
+        item.adapter.train(item.site.layer.training)
+        for module in item.adapter.shared.values():
+            module.to(device=device, dtype=record.dtype or dtype)
+    return built
+
+
+def _require_acting(method: Method, site: Site, adapter: Adapter) -> None:
+    """Raise where an adapter has no face that could act at its site."""
+    can_merge = type(adapter).merged is not Adapter.merged
+    if adapter.acts_on == ON_WEIGHT and not can_merge:
+        reader = site.readers[0].name if site.readers else ""
+        raise MedpeftError(
+            f"{method.name!r} acts on the output of {site.name}, but {reader or 'its parent'} reads the layer's weight "
+            "without calling it, so the output never is: exclude it, or use a method that acts on weights, such as 'lora'."
+        )
+    replaced = site.layer.__dict__.get("forward")
+    if "weight" in adapter.acts_on and callable(replaced) and rebound(replaced, site.layer, site.layer) is None:
+        raise MedpeftError(
+            f"The forward of {site.name} was replaced by a function of its own, and {method.name!r} changes the layer's "
+            "weight, which that function may hold: exclude the layer, or apply first and replace its forward then."
+        )
+
+
+def _place(site: Site, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Choose an adapter's device, which is its layer's, and dtype: float32, or the layer's if that is wider."""
+    own = site.tensor(site.weight) if site.weight else None
+    # A norm without weights is where the rest of the model is.
+    for tensor in chain((own,), site.layer.parameters(), model.parameters()):
+        if tensor is not None and tensor.is_floating_point():
+            return tensor.device, torch.promote_types(tensor.dtype, torch.float32)
+    return torch.device("cpu"), torch.float32
+
+
+def count_new(adapter: Adapter, counted: set[nn.Parameter]) -> int:
+    """Count an adapter's trainable parameters that no adapter before has counted."""
+    total = 0
+    for _, parameter in parameters_of(adapter):
+        if parameter.requires_grad and parameter not in counted:
+            counted.add(parameter)
+            total += parameter.numel()
+    return total
+
+
+def state_of_built(built: Iterable[Built]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what `own_state` will yield of adapters that are not in the model yet, shared tensors once."""
+    yielded: set[int] = set()
+    for item in built:
+        for key, tensor in state_of(item.adapter).items():
+            if id(tensor) not in yielded:
+                yielded.add(id(tensor))
+                yield f"{item.site.name}.adapters.{item.name}.{key}".lstrip("."), tensor
