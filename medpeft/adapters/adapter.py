@@ -169,6 +169,7 @@ class Adapters(nn.ModuleDict):
         entering: Names of those that change the input, in order. One that also changes the output goes in first and comes out
             last, like brackets.
         on_weight: Names of those that change the weight, in order.
+        flexible: Name of the one among them that chooses how to act, "" for none.
         leaving: Names of those that change the output, in order.
         handovers: Names of those with another place, which leaves something for them.
     """
@@ -185,6 +186,7 @@ class Adapters(nn.ModuleDict):
         super().__init__({name: adapters[name] for name in names})
         self.enabled = True
         self.on_weight = [name for name in names if "weight" in adapters[name].acts_on]
+        self.flexible = next((name for name in self.on_weight if isinstance(adapters[name], FlexibleAdapter)), "")
         self.leaving = [name for name in names if "output" in adapters[name].acts_on]
         inputs = [name for name in names if "input" in adapters[name].acts_on]
         brackets = [name for name in inputs if name in self.leaving]

@@ -11,7 +11,6 @@ What is put on a layer must survive deepcopy and pickle, so it is made of module
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ..architecture.layers import own_tensor
 from . import running
-from .adapter import Adapter, Adapters, FlexibleAdapter, autocasts
+from .adapter import Adapter, Adapters, autocasts
 from .bias_gradients import run_apart
 from .sharing import share_within_replica
 from .stand_in import run_with
@@ -46,16 +45,42 @@ def _adapted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
         if wiring.apart:
             return run_apart(layer, args, kwargs)
         return _run(layer, wiring, {}, args, kwargs)
-    handovers: list[Any] = [adapters._modules[name] for name in adapters.handovers]
-    for adapter in handovers:
+    if not adapters.handovers:
+        return _through(layer, adapters, wiring, args, kwargs)
+    receivers: list[Any] = [adapters._modules[name] for name in adapters.handovers]
+    for adapter in receivers:
         adapter.handover.open()
     try:
-        if adapters.entering:
-            args, kwargs = _enter(adapters, wiring, args, kwargs)
-        return _leave(layer, adapters, wiring, args, kwargs)
+        return _through(layer, adapters, wiring, args, kwargs)
     finally:
-        for adapter in handovers:
+        for adapter in receivers:
             adapter.handover.close()
+
+
+def _through(layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pass an input through the adapters that change it, the layer, and the adapters that change its output."""
+    if adapters.entering:
+        args, kwargs = _enter(adapters, wiring, args, kwargs)
+    x: Any = None
+    if args:
+        x = args[0]
+    elif kwargs:
+        x = kwargs[_first_name(kwargs, wiring)]
+    if not adapters.on_weight:
+        output = _run(layer, wiring, {}, args, kwargs)
+    elif not adapters.flexible or not isinstance(x, Tensor):
+        tensors = adapted_tensors(layer, adapters, x)
+        output = _run(layer, wiring, tensors, args, kwargs)
+    else:
+        output = _run_flexibly(layer, adapters, wiring, args, kwargs, x)
+    if not adapters.leaving:
+        return output
+    y = output[0] if isinstance(output, tuple) else output
+    for name in adapters.leaving:
+        y = adapters._modules[name](x, y)
+    if isinstance(output, tuple):
+        return (y, *output[1:])
+    return y
 
 
 def _enter(
@@ -93,73 +118,56 @@ def _first_name(kwargs: dict[str, Any], wiring: Wiring) -> str:
     return next(iter(kwargs))
 
 
-def _leave(layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the layer with its weight changed, and let the adapters change its output."""
-    x: Any = None
-    if args:
-        x = args[0]
-    elif kwargs:
-        x = kwargs[_first_name(kwargs, wiring)]
-    on_weight: list[Adapter] = []
-    output_of: list[Adapter] = []
-    computes: FlexibleAdapter | None = None
-    for name in adapters.on_weight:
-        adapter = adapters._modules[name]
-        if not isinstance(adapter, FlexibleAdapter) or not isinstance(x, Tensor):
-            on_weight.append(adapter)  # type: ignore[arg-type]  # these names are of adapters
-            continue
-        form = adapter.form(x, own_tensor(layer, adapter._weight))
-        if form == "output":
-            output_of.append(adapter)
-        elif form == "compute" and len(adapters.on_weight) == 1:
-            computes = adapter
-        else:
-            # The layer cannot be left out where another adapter changes its weight.
-            on_weight.append(adapter)
-    if computes is not None:
-        y = output = computes.compute(x, own_tensor(layer, computes._bias))
-    else:
-        tensors: dict[str, Tensor] = {}
-        if on_weight:
-            tensors = tensors_for(layer, adapters, on_weight, x)
+def _run_flexibly(
+    layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+) -> Any:
+    """Run a layer among whose adapters there is one that chooses how to act on this input."""
+    flexible: Any = adapters._modules[adapters.flexible]
+    form = flexible.form(x, own_tensor(layer, flexible._weight))
+    if form == "output":
+        tensors = adapted_tensors(layer, adapters, x, but=flexible)
         output = _run(layer, wiring, tensors, args, kwargs)
-        y = output[0] if isinstance(output, tuple) else output
-    for adapter in output_of:
-        y = adapter(x, y)
-    for name in adapters.leaving:
-        y = adapters._modules[name](x, y)
-    if isinstance(output, tuple):
-        return (y, *output[1:])
-    return y
+        return flexible(x, output)
+    # The layer cannot be left out where another adapter changes its weight.
+    if form == "compute" and len(adapters.on_weight) == 1:
+        return flexible.compute(x, own_tensor(layer, flexible._bias))
+    return _run(layer, wiring, adapted_tensors(layer, adapters, x), args, kwargs)
 
 
-def tensors_for(layer: nn.Module, adapters: Adapters, on_weight: list[Adapter], x: Any = None) -> dict[str, Tensor]:
-    """Compute the adapted tensors of a layer, in its own precision and dtype."""
-    with _full_precision(layer):
+def adapted_tensors(layer: nn.Module, adapters: Adapters, x: Any = None, *, but: Adapter | None = None) -> dict[str, Tensor]:
+    """Compute a layer's tensors as the adapters on its weight change them, in the layer's own precision and dtype.
+
+    Args:
+        layer: The layer.
+        adapters: Its adapters.
+        x: Its input, if that is known.
+        but: An adapter that acts in another way this time.
+    """
+    on_weight: list[Any] = [adapters._modules[name] for name in adapters.on_weight]
+    if but is not None:
+        on_weight.remove(but)
+    dtype, device = _dtype_and_device(layer, x)
+    if autocasts(device):
+        # A weight is adapted in its own precision, as merging does.
+        with torch.autocast(device, enabled=False):
+            tensors = adapters.adapted_tensors(layer, on_weight)
+    else:
         tensors = adapters.adapted_tensors(layer, on_weight)
-    dtype = _dtype(layer, x)
     if dtype is not None:
         for name, tensor in tensors.items():
-            tensors[name] = tensor.to(dtype)
+            if tensor.dtype != dtype:
+                tensors[name] = tensor.to(dtype)
     return tensors
 
 
-def _dtype(layer: nn.Module, x: Any) -> torch.dtype | None:
-    """The dtype of the layer's parameters; a norm without parameters computes in its input's dtype."""
+def _dtype_and_device(layer: nn.Module, x: Any) -> tuple[torch.dtype | None, str]:
+    """Find in which dtype and on which kind of device a layer computes; a norm without parameters does as its input."""
     for parameter in layer._parameters.values():
         if parameter is not None:
-            return parameter.dtype
-    if isinstance(x, Tensor) and x.is_floating_point():
-        return x.dtype
-    return None
-
-
-def _full_precision(layer: nn.Module) -> Any:
-    """Autocast off: a weight is adapted in its own precision, as merging does."""
-    for parameter in layer.parameters():
-        device = parameter.device.type
-        return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
-    return torch.autocast("cpu", enabled=False) if autocasts("cpu") else nullcontext()
+            return parameter.dtype, parameter.device.type
+    if isinstance(x, Tensor):
+        return (x.dtype if x.is_floating_point() else None), x.device.type
+    return None, "cpu"
 
 
 def _run(layer: nn.Module, wiring: Wiring, tensors: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,6 +182,5 @@ def _run(layer: nn.Module, wiring: Wiring, tensors: Mapping[str, Any], args: tup
         read = layer.get_submodule(path)
         adapters = acting(read)
         if adapters is not None and adapters.on_weight:
-            on_weight: list[Any] = [adapters._modules[name] for name in adapters.on_weight]
-            changes[path] = tensors_for(read, adapters, on_weight)
+            changes[path] = adapted_tensors(read, adapters)
     return run_with(layer, changes, wiring.replaced, args, kwargs)
