@@ -60,10 +60,10 @@ class AdaptFormer(Adapter):
     def sites(cls, network: Network, *, targeted: bool = False, input: str = "residual") -> Iterator[Site]:
         """Transformer blocks; x is what enters the norm before the MLP, or the MLP itself (input="norm")."""
         require_choice("input", input, ("residual", "norm"))
-        for name, block, mlp, norm in network.blocks():
+        for block in network.blocks():
             # In a block that normalises after its MLP, the MLP runs first, and its input is the residual stream.
-            taps = (mlp,) if input == "norm" else (norm, mlp)
-            site = Site(name, block, "block", "", "", taps=taps)
+            taps = (block.mlp,) if input == "norm" else (block.norm, block.mlp)
+            site = Site(block.name, block.module, "block", "", "", taps=taps)
             if _matmuls(site):
                 yield site
 

@@ -160,6 +160,6 @@ class VPTShallow(Adapter):
 
 
 def _blocks(network: Network, *, given_rotations: bool) -> Iterator[Site]:
-    for name, block, found in branches(network):
-        why = why_not(network, name, given_rotations=given_rotations)
-        yield Site(name, block, "block", "", "", layout=found[-1].layout, unfit=why)
+    for block in branches(network):
+        why = why_not(network, block.name, given_rotations=given_rotations)
+        yield Site(block.name, block.module, "block", "", "", layout=block.stream, unfit=why)

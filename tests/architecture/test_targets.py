@@ -187,7 +187,7 @@ def test_the_attention_block_of_diffusers_is_its_element_of_attentions():
 
 
 def test_adaptformer_taps_the_norm_before_the_mlp_or_the_mlp_itself():
-    names = {name: (mlp, norm) for name, _, mlp, norm in Network(make("vit")).blocks()}
+    names = {block.name: (block.mlp, block.norm) for block in Network(make("vit")).blocks()}
 
     assert names == {"blocks.0": ("mlp", "norm2"), "blocks.1": ("mlp", "norm2")}
 
