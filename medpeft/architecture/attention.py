@@ -1,54 +1,54 @@
-"""What an attention is made of: the projections of queries, keys, values and outputs, fused or not."""
+"""The projections of an attention: the layers that make queries, keys, values and outputs (q, k, v, o)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
+from .fused import equal_parts, fused_rows
+from .layers import child_at, is_conv
 from .rows import Rows
 
-_ATTENTION = re.compile(r"(Attention|Attn|SABlock)$")
+_SHELL = re.compile(r"(Attention|Attn|SABlock)$")
 
-
-_QUERY = ("q", "q_proj", "query", "to_q", "wq", "add_q_proj")
-
-
-_KEY = ("k", "k_proj", "key", "to_k", "wk", "add_k_proj")
-
-
-_VALUE = ("v", "v_proj", "value", "to_v", "wv", "add_v_proj")
-
-
-_OUT = ("proj", "o_proj", "out_proj", "to_out.0", "output", "projection", "to_add_out", "to_out", "attn_out_proj")
-
-
+# Names of projections in the libraries' attentions, with the parts that each makes.
 _FUSED = {
-    "qkv": ("q", "k", "v"),
-    "to_qkv": ("q", "k", "v"),
-    "qkvs": ("q", "k", "v"),
-    "qkv_proj": ("q", "k", "v"),
-    "pwise": ("q", "k", "v"),  # LowFormer
-    "in_proj": ("q", "k", "v"),
-    "kv": ("k", "v"),
-    "to_kv": ("k", "v"),
-    "qk": ("q", "k"),
+    "qkv": "qkv",
+    "to_qkv": "qkv",
+    "qkvs": "qkv",
+    "qkv_proj": "qkv",
+    "pwise": "qkv",  # LowFormer
+    "in_proj": "qkv",
+    "kv": "kv",
+    "to_kv": "kv",
+    "qk": "qk",
 }
-
-
-_SEPARATE = {name: part for part, names in zip("qkv", (_QUERY, _KEY, _VALUE), strict=True) for name in names}
-
-
+_SEPARATE = {
+    **dict.fromkeys(("q", "q_proj", "query", "to_q", "wq", "add_q_proj"), "q"),
+    **dict.fromkeys(("k", "k_proj", "key", "to_k", "wk", "add_k_proj"), "k"),
+    **dict.fromkeys(("v", "v_proj", "value", "to_v", "wv", "add_v_proj"), "v"),
+}
+_OUTPUT = (
+    *("proj", "o_proj", "out_proj", "to_out.0", "output", "projection"),
+    *("to_add_out", "to_out", "attn_out_proj"),
+)
 _PROJECTIONS = {*_FUSED, *_SEPARATE, "in_proj_weight", "q_proj_weight"}
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One weight of an attention layer: `path` below it, the weight's and bias's names, the parts it makes."""
+    """One weight of an attention.
+
+    Attributes:
+        path: Name of the layer that owns the weight, below the attention; "" for the attention itself.
+        weight: Name of the weight.
+        bias: Name of its bias.
+        rows: Output channels of every part of a fused projection; empty for a separate one.
+        part: Letter of what a separate projection makes (q, k, v or o).
+    """
 
     path: str
     weight: str = "weight"
@@ -58,111 +58,21 @@ class Projection:
 
     @property
     def parts(self) -> str:
-        """Letters of what the weight computes, of q, k, v and o."""
+        """Letters of all that the weight makes."""
         return self.part or "".join(row.part for row in self.rows)
 
 
-def projections(layer: nn.Module) -> list[Projection]:
-    """The query, key, value and output projections of an attention layer; empty where it is none."""
-    if not _PROJECTIONS & (layer._modules.keys() | layer._parameters.keys()):
+def projections(attention: nn.Module) -> list[Projection]:
+    """The query, key, value and output projections of an attention; empty for any other module."""
+    if not _PROJECTIONS & (attention._modules.keys() | attention._parameters.keys()):
         return []
-    found = [*_own_projections(layer), *_fused_projections(layer), *_separate_projections(layer)]
-    needed = "kv" if _global_query(layer) else "qkv"
-    if not set(needed) <= set("".join(p.parts for p in found)):
+    makers = [*_own_projections(attention), *_fused_projections(attention), *_separate_projections(attention)]
+    needed = set("kv" if _has_global_query(attention) else "qkv")
+    for projection in makers:
+        needed -= set(projection.parts)
+    if needed:
         return []
-    return found + _output_projection(layer)
-
-
-def _global_query(layer: nn.Module) -> bool:
-    """Whether the queries come from elsewhere, as in every other block of GCViT."""
-    return bool(getattr(layer, "use_global", False))
-
-
-def _own_projections(layer: nn.Module) -> Iterator[Projection]:
-    """Weights that an attention layer owns itself, as `nn.MultiheadAttention` does."""
-    fused = layer._parameters.get("in_proj_weight")
-    if fused is not None:
-        size = fused.shape[0] // 3
-        rows = tuple(Rows(part, i * size, size) for i, part in enumerate("qkv"))
-        yield Projection("", "in_proj_weight", "in_proj_bias", rows)
-    for part in "qkv":
-        if layer._parameters.get(f"{part}_proj_weight") is not None:
-            yield Projection("", f"{part}_proj_weight", "", part=part)
-
-
-def _fused_projections(layer: nn.Module) -> Iterator[Projection]:
-    for name, parts in _FUSED.items():
-        if name == "qkv" and _global_query(layer):
-            parts = ("k", "v")
-        child = layer._modules.get(name)
-        # EfficientViT (MSRA) has a list of them, one a head.
-        heads = [f"{name}.{i}" for i in range(len(child))] if isinstance(child, nn.ModuleList) else [name]
-        for path in (found for head in heads for found in _matmul(layer, head)):
-            rows = _layout(layer, layer.get_submodule(path), parts)
-            if rows:
-                yield Projection(path, rows=rows)
-
-
-def _separate_projections(layer: nn.Module) -> Iterator[Projection]:
-    for name, part in _SEPARATE.items():
-        for path in _matmul(layer, name):
-            yield Projection(path, part=part)
-
-
-def _output_projection(layer: nn.Module) -> list[Projection]:
-    found = (path for name in _OUT for path in _matmul(layer, name))
-    return [Projection(path, part="o") for path in found][:1]
-
-
-def _matmul(layer: nn.Module, path: str) -> list[str]:
-    """Path of the Linear or convolution at `path`, the last one of several below it; empty where there is none."""
-    child: nn.Module | None = layer
-    for step in path.split("."):
-        child = child._modules.get(step) if child is not None else None
-    if child is None or isinstance(child, nn.ModuleList):
-        return []
-    # Of several, those before the last reduce the tokens: MobileNetV4's `down_conv`, EfficientFormerV2's `local`.
-    inside = [p for p, m in child.named_modules() if isinstance(m, (nn.Linear, _ConvNd))]
-    return [f"{path}.{inside[-1]}".rstrip(".")] if inside else []
-
-
-def _layout(attention: nn.Module, projection: nn.Module, parts: tuple[str, ...]) -> tuple[Rows, ...]:
-    """Which output channels of a fused projection make which part; empty where that is not known."""
-    weight = getattr(projection, "weight")  # noqa: B009 - typed as Any
-    sizes, groups = _part_sizes(attention, parts, weight.shape[0])
-    first = weight.shape[0] // max(groups, 1) - sum(sizes)
-    if not sizes or first < 0 or (first and not hasattr(attention, "in_split")):
-        return ()
-    starts = [first + sum(sizes[:i]) for i in range(len(sizes))]
-    return tuple(Rows(*row, groups) for row in zip(parts, starts, sizes, strict=True))
-
-
-def _part_sizes(attention: nn.Module, parts: tuple[str, ...], channels: int) -> tuple[list[int], int]:
-    """Sizes of the parts within each of `groups` blocks of channels (heads, where heads come first)."""
-    own: Any = attention
-    heads = getattr(attention, "num_heads", 1)
-    if hasattr(attention, "in_split"):  # ViT-22B: [MLP, q, k, v]
-        return list(own.in_split[-len(parts) :]), 1
-    if parts == ("q", "k", "v") and hasattr(attention, "dim_out_qk"):  # BoTNet; HaloNet's kv comes head by head
-        return [own.dim_out_qk, own.dim_out_qk, own.dim_out_v], 1
-    if hasattr(attention, "dim_qk") and hasattr(attention, "dim_v"):  # LambdaNet: one key and one value for all heads
-        return [heads * own.dim_qk, own.dim_qk, own.dim_v], 1
-    for key, value in (
-        ("key_dim", "val_dim"),  # LeViT, EfficientFormer, TinyViT: [head][q, k, v]; EfficientViT (MSRA): one head each
-        ("dim_head_qk", "dim_head_v"),  # HaloNet: [head][k, v]
-        ("qk_dim", "pdim"),  # SHViT: one head
-    ):
-        if hasattr(attention, key) and hasattr(attention, value):
-            size = {"q": getattr(attention, key), "k": getattr(attention, key), "v": getattr(attention, value)}
-            sizes = [size[part] for part in parts]
-            return sizes, heads if heads * sum(sizes) == channels else 1
-    if type(attention).__name__ == "LinearSelfAttention":  # MobileViT v2: one query channel
-        return [1, (channels - 1) // 2, (channels - 1) // 2], 1
-    if type(attention).__name__ == "LiteMLA":  # EfficientViT (MIT): [head][q, k, v]
-        return [own.dim] * 3, channels // (3 * own.dim)
-    head_by_head = getattr(attention, "head_first", False) or hasattr(attention, "num_keys")  # CoAtNet, MaxViT; LowFormer
-    groups = heads if head_by_head else 1
-    return [channels // groups // len(parts)] * len(parts), groups
+    return [*makers, *_output_projection(attention)]
 
 
 def is_attention(layer: nn.Module) -> bool:
@@ -172,4 +82,69 @@ def is_attention(layer: nn.Module) -> bool:
 
 def is_attention_shell(layer: nn.Module) -> bool:
     """Whether a module around an attention belongs to it, as Hugging Face's ViTAttention does."""
-    return bool(_ATTENTION.search(type(layer).__name__))
+    return bool(_SHELL.search(type(layer).__name__))
+
+
+def _has_global_query(attention: nn.Module) -> bool:
+    """Whether the queries come from outside the attention, as in every other block of GCViT."""
+    return bool(getattr(attention, "use_global", False))
+
+
+def _own_projections(attention: nn.Module) -> Iterator[Projection]:
+    """Weights that an attention owns itself, as `nn.MultiheadAttention` does."""
+    fused = attention._parameters.get("in_proj_weight")
+    if fused is not None:
+        rows = equal_parts("qkv", len(fused)).rows("qkv")
+        yield Projection("", "in_proj_weight", "in_proj_bias", rows)
+    for part in "qkv":
+        if attention._parameters.get(f"{part}_proj_weight") is not None:
+            yield Projection("", f"{part}_proj_weight", "", part=part)
+
+
+def _fused_projections(attention: nn.Module) -> Iterator[Projection]:
+    for name, parts in _FUSED.items():
+        if name == "qkv" and _has_global_query(attention):
+            parts = "kv"
+        for place in _places(attention, name):
+            path = _matmul(attention, place)
+            if path is None:
+                continue
+            rows = fused_rows(attention, attention.get_submodule(path), parts)
+            if rows:
+                yield Projection(path, rows=rows)
+
+
+def _places(attention: nn.Module, name: str) -> list[str]:
+    """Paths of the fused projections of that name; EfficientViT (MSRA) has one for each head."""
+    child = attention._modules.get(name)
+    if isinstance(child, nn.ModuleList):
+        return [f"{name}.{head}" for head in range(len(child))]
+    return [name]
+
+
+def _separate_projections(attention: nn.Module) -> Iterator[Projection]:
+    for name, part in _SEPARATE.items():
+        path = _matmul(attention, name)
+        if path is not None:
+            yield Projection(path, part=part)
+
+
+def _output_projection(attention: nn.Module) -> list[Projection]:
+    for name in _OUTPUT:
+        path = _matmul(attention, name)
+        if path is not None:
+            return [Projection(path, part="o")]
+    return []
+
+
+def _matmul(attention: nn.Module, path: str) -> str | None:
+    """Path of the linear layer or convolution at `path`, or of the last of several inside what is there."""
+    child = child_at(attention, path)
+    if child is None or isinstance(child, nn.ModuleList):
+        return None
+    last = None
+    # Those before the last reduce the tokens: MobileNetV4's `down_conv`, EfficientFormerV2's `local`.
+    for name, module in child.named_modules(prefix=path):
+        if isinstance(module, nn.Linear) or is_conv(module):
+            last = name
+    return last

@@ -1,25 +1,37 @@
-"""How a convolution slides: what an adapter of it must repeat, and where a 1×1 kernel falls inside the layer's own."""
+"""How a convolution slides: what its adapter must repeat, and where a 1×1 kernel falls in the layer's own."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import MedpeftError
+from .layers import CONVS, class_names
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_STANDARDISED = re.compile(r"StdConv|WeightStandardi|WSConv")
 
 
 @dataclass(frozen=True)
 class Geometry:
     """Kernel, stride, padding, dilation and groups of a convolution, one number per spatial axis.
 
-    `before` and `after` are the padding on each side; both are empty where the layer pads by its input's size, as
-    TensorFlow does.
+    >>> Geometry.of(nn.Conv2d(3, 8, 3, padding=1)).kernel
+    (3, 3)
+
+    Attributes:
+        kernel: Size of the kernel.
+        stride: Step of the kernel.
+        dilation: Distance between taps of the kernel.
+        before: Padding before the first element; empty for a layer that pads by its input's size.
+        after: Padding after the last element, empty likewise.
+        groups: Groups of channels.
+        mode: torch's padding mode.
     """
 
     kernel: tuple[int, ...]
@@ -32,17 +44,22 @@ class Geometry:
 
     @classmethod
     def of(cls, layer: _ConvNd) -> Geometry:
-        """The geometry of a convolution layer."""
-        dims = len(layer.kernel_size)
-        # torch keeps padding as (before, after) pairs, last axis first.
-        pairs = layer._reversed_padding_repeated_twice
-        before, after = tuple(pairs[0::2][::-1]), tuple(pairs[1::2][::-1])
-        if pads_by_input(layer):
-            before = after = ()
+        """Read the geometry of a convolution layer."""
+        before: tuple[int, ...] = ()
+        after: tuple[int, ...] = ()
+        if not pads_by_input(layer):
+            # torch keeps padding as (before, after) pairs, last axis first.
+            pairs = layer._reversed_padding_repeated_twice
+            before, after = tuple(pairs[0::2][::-1]), tuple(pairs[1::2][::-1])
         return cls(
-            tuple(layer.kernel_size), tuple(layer.stride), tuple(layer.dilation), before, after,
-            layer.groups, "zeros" if dims == 0 else layer.padding_mode,
-        )  # fmt: skip
+            kernel=tuple(layer.kernel_size),
+            stride=tuple(layer.stride),
+            dilation=tuple(layer.dilation),
+            before=before,
+            after=after,
+            groups=layer.groups,
+            mode=layer.padding_mode,
+        )
 
     @property
     def dims(self) -> int:
@@ -51,76 +68,108 @@ class Geometry:
 
     @property
     def same_size_as_1x1(self) -> bool:
-        """Whether a 1×1 kernel of the same stride gives an output of the layer's size, for some input."""
+        """Whether a 1×1 kernel of the same stride gives an output of the layer's size for some input."""
         if not self.before:
             return True
-        spans = zip(self.kernel, self.dilation, self.before, self.after, self.stride, strict=True)
-        return all(0 <= d * (k - 1) - b - a < s for k, d, b, a, s in spans)
+        for axis in range(self.dims):
+            span = self.dilation[axis] * (self.kernel[axis] - 1)
+            missing = span - self.before[axis] - self.after[axis]
+            if not 0 <= missing < self.stride[axis]:
+                return False
+        return True
 
     @property
     def centre(self) -> tuple[int, ...] | None:
-        """Tap of the kernel that sees what a 1×1 kernel of the same stride sees; None where no tap does."""
+        """Tap of the kernel that sees what a 1×1 kernel of the same stride sees; None if no tap does."""
         if not self.before:
             return (0,) * self.dims if set(self.kernel) == {1} else None
-        if any(b % d for b, d in zip(self.before, self.dilation, strict=True)):
-            return None
-        taps = tuple(b // d for b, d in zip(self.before, self.dilation, strict=True))
-        return taps if all(t < k for t, k in zip(taps, self.kernel, strict=True)) else None
+        taps = []
+        for axis in range(self.dims):
+            tap, between = divmod(self.before[axis], self.dilation[axis])
+            if between or tap >= self.kernel[axis]:
+                return None
+            taps.append(tap)
+        return tuple(taps)
 
     def convolve(self, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
-        """`x` convolved with `weight` at the layer's stride, padding, padding mode and dilation."""
-        before, after = (self.before, self.after) if self.before else self._by_size(x)
-        padding: tuple[int, ...] | int = before
-        if self.mode != "zeros" or before != after:
-            pairs = [p for both in zip(before[::-1], after[::-1], strict=True) for p in both]
-            x, padding = F.pad(x, pairs, "constant" if self.mode == "zeros" else self.mode), 0
-        return _CONVOLVE[self.dims](x, weight, None, self.stride, padding, self.dilation, groups)
+        """Convolve `x` with `weight` at the layer's stride, padding, padding mode and dilation."""
+        before, after = (self.before, self.after) if self.before else self._padding_by_size(x)
+        if self.mode == "zeros" and before == after:
+            return _CONVOLVE[self.dims](x, weight, None, self.stride, before, self.dilation, groups)
+        mode = "constant" if self.mode == "zeros" else self.mode
+        padded = F.pad(x, _pairs_for_pad(before, after), mode)
+        return _CONVOLVE[self.dims](padded, weight, None, self.stride, 0, self.dilation, groups)
 
-    def _by_size(self, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Padding before and after as TensorFlow's "SAME": the output is the input's size over the stride, rounded up."""
-        sizes = zip(x.shape[-self.dims :], self.kernel, self.stride, self.dilation, strict=True)
-        total = [max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0) for n, k, s, d in sizes]
-        return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+    def _padding_by_size(self, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Padding as TensorFlow's "SAME": the output has the input's size over the stride, rounded up."""
+        before, after = [], []
+        for axis, size in enumerate(x.shape[-self.dims :]):
+            stride, span = self.stride[axis], self.dilation[axis] * (self.kernel[axis] - 1)
+            steps = -(-size // stride) - 1
+            total = max(steps * stride + span + 1 - size, 0)
+            before.append(total // 2)
+            after.append(total - total // 2)
+        return tuple(before), tuple(after)
 
     def spread(self, matrix: Tensor) -> Tensor:
-        """The kernel, (O, I, …), that computes what a 1×1 kernel of the same stride does: zero but at one tap.
+        """Make a kernel, zero but at one tap, that computes what a 1×1 kernel of the same stride does.
 
         Raises:
             MedpeftError: no tap sees what the 1×1 kernel sees.
         """
         tap = self.centre
         if tap is None:
-            raise MedpeftError(
-                f"no tap of a kernel of {self.kernel} with padding {self.before or 'by input size'} sees what the 1×1 kernel "
-                "sees"
-            )
-        around = [n for t, k in zip(tap[::-1], self.kernel[::-1], strict=True) for n in (t, k - 1 - t)]
-        return F.pad(matrix.view(*matrix.shape, *[1] * self.dims), around)
+            padding = self.before or "by input size"
+            kernel = f"a kernel of {self.kernel} with padding {padding}"
+            raise MedpeftError(f"no tap of {kernel} sees what the 1×1 kernel sees")
+        after = tuple(size - 1 - at for at, size in zip(tap, self.kernel, strict=True))
+        # (O, I, 1, …, 1) → (O, I, *kernel)
+        return F.pad(self._as_kernel(matrix), _pairs_for_pad(tap, after))
 
     def subsample(self, x: Tensor) -> Tensor:
-        """Every `stride`-th position of `x`, those that a 1×1 kernel sees."""
-        for axis, step in enumerate(self.stride, start=x.ndim - self.dims):
-            x = x[(slice(None),) * axis + (slice(None, None, step),)] if step > 1 else x
-        return x
+        """Take every `stride`-th position of `x`: those that a 1×1 kernel sees."""
+        steps: list[Any] = [slice(None, None, step) for step in self.stride]
+        return x[(..., *steps)]
 
-    def pointwise(self, x: Tensor, weight: Tensor, groups: int = 1, strided: bool = True, bias: Tensor | None = None) -> Tensor:
-        """`x` mixed over channels by `weight`, (O, I / groups), at the layer's stride."""
-        kernel = weight.view(*weight.shape, *[1] * self.dims)
-        return _CONVOLVE[self.dims](x, kernel, bias, self.stride if strided else 1, 0, 1, groups)
+    def pointwise(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        groups: int = 1,
+        strided: bool = True,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Mix the channels of `x` by `weight`, (O, I / groups), at the layer's stride."""
+        stride = self.stride if strided else 1
+        return _CONVOLVE[self.dims](x, self._as_kernel(weight), bias, stride, 0, 1, groups)
+
+    def _as_kernel(self, matrix: Tensor) -> Tensor:
+        # (O, I) → (O, I, 1, …, 1)
+        return matrix.view(*matrix.shape, *[1] * self.dims)
+
+
+def _pairs_for_pad(before: tuple[int, ...], after: tuple[int, ...]) -> list[int]:
+    """Arrange padding as `F.pad` takes it: (before, after) pairs, last axis first."""
+    pairs: list[int] = []
+    for axis in reversed(range(len(before))):
+        pairs += [before[axis], after[axis]]
+    return pairs
 
 
 def pads_by_input(layer: nn.Module) -> bool:
-    """Whether the padding depends on the input's size (timm's `Conv2dSame` and its kin)."""
-    return any(cls.__name__.endswith("Same") for cls in type(layer).__mro__)
+    """Whether the padding depends on the input's size, as in timm's `Conv2dSame`."""
+    return any(name.endswith("Same") for name in class_names(layer))
 
 
 def slides_plainly(layer: nn.Module) -> bool:
-    """Whether the layer is torch's own convolution: no weight standardisation, no padding by the input's size."""
-    own = next((cls for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, cls)), None)
-    same = own is not None and type(layer).forward is own.forward
-    return own is not None and same and type(layer)._conv_forward is own._conv_forward  # type: ignore[attr-defined]
+    """Whether the layer computes as torch's own convolution, without changing its weight or its input."""
+    for conv in CONVS:
+        if isinstance(layer, conv):
+            computes: type[nn.Conv1d | nn.Conv2d | nn.Conv3d] = type(layer)
+            return computes.forward is conv.forward and computes._conv_forward is conv._conv_forward
+    return False
 
 
 def standardises(layer: nn.Module) -> bool:
-    """Whether the layer standardises its weight in every forward (timm's `StdConv2d`, Hugging Face's, and their kin)."""
-    return any(re.search(r"StdConv|WeightStandardi|WSConv", cls.__name__) for cls in type(layer).__mro__)
+    """Whether the layer standardises its weight in every forward, as timm's `StdConv2d` does."""
+    return any(_STANDARDISED.search(name) for name in class_names(layer))

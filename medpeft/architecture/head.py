@@ -1,28 +1,32 @@
-"""The head of a model, by the convention of the library it comes from."""
+"""The head of a model, by the convention of the library that it comes from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
 from ..errors import MedpeftError
+from .layers import child_at
 
 Head = str | Sequence[str] | None
 
-# Attributes that hold the last layer in torchvision, Hugging Face and MONAI, in the order in which they are looked up.
-_NAMES = {
-    "torchvision": ("heads", "head", "fc", "classifier"),
-    "transformers": ("classifier", "cls_classifier", "distillation_classifier", "decode_head"),
-    "monai": ("classification_head", "class_layers.out", "class_layers", "_fc", "last_linear", "fc", "out"),
-    "monai segmentation": ("conv_final", "final_conv", "output_block", "out_tr", "seg_head", "final"),
-}
-# timm's models have `get_classifier`; what has none there is an encoder.
-_HEADLESS = ("diffusers", "open_clip", "timm")
+# Attributes that hold the last layer, in the order in which they are looked up.
+_TORCHVISION = ("heads", "head", "fc", "classifier")
+_TORCHVISION_AUXILIARY = ("AuxLogits", "aux1", "aux2", "aux_classifier")
+_TRANSFORMERS = ("classifier", "cls_classifier", "distillation_classifier", "decode_head")
+_MONAI = (
+    *("classification_head", "class_layers.out", "class_layers", "_fc", "last_linear", "fc", "out"),
+    *("conv_final", "final_conv", "output_block", "out_tr", "seg_head", "final"),  # segmentation
+)
+_LIBRARIES = ("torchvision", "transformers", "monai", "diffusers", "open_clip", "timm")
 
 
 def find_head(model: nn.Module, head: Head = "auto") -> tuple[str, ...]:
-    """Names of the modules that make up the head; empty for a model without one or `head=None`.
+    """Find the modules that make up the head, by name; none for a model without one or `head=None`.
+
+    >>> find_head(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), "1")
+    ('1',)
 
     Args:
         model: Any module.
@@ -34,70 +38,91 @@ def find_head(model: nn.Module, head: Head = "auto") -> tuple[str, ...]:
     if head is None:
         return ()
     if head != "auto":
-        return _given(model, (head,) if isinstance(head, str) else tuple(head))
+        return _by_name(model, (head,) if isinstance(head, str) else tuple(head))
     if callable(getattr(model, "get_classifier", None)):
         return _by_timm(model)
-    library = _library(model)
-    if library in _HEADLESS:
-        return ()
-    if library == "transformers":
-        return tuple(name for name in _NAMES["transformers"] if _has_parameters(model, name))
-    if library == "monai":
-        return _by_monai(model)
+    match _library(model):
+        case "diffusers" | "open_clip" | "timm":
+            # timm's classifiers have `get_classifier`: what has none is an encoder.
+            return ()
+        case "transformers":
+            return _with_parameters(model, _TRANSFORMERS)
+        case "monai":
+            return _by_monai(model)
     return _by_convention(model)
 
 
-def _given(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    known = dict(model.named_modules())
+def _by_name(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    modules = dict(model.named_modules())
     for name in names:
-        if name not in known or name == "":
-            children = ", ".join(child for child, _ in model.named_children())
-            raise MedpeftError(f"head={name!r} is no module of {type(model).__name__}. At its top level are: {children}.")
+        if name == "" or name not in modules:
+            cls = type(model).__name__
+            children = _children(model)
+            raise MedpeftError(f"head={name!r} is no module of {cls}. At its top level are: {children}.")
     return names
 
 
 def _by_timm(model: nn.Module) -> tuple[str, ...]:
-    found = model.get_classifier()  # type: ignore[operator]  # shown to be callable by find_head
-    wanted = found if isinstance(found, (tuple, list, nn.ModuleList)) else (found,)
-    heads = [m for m in wanted if isinstance(m, nn.Module) and any(True for _ in m.parameters())]
-    # VOLO adds the scores of an `aux_head` that it does not list: a Linear beside the classifier, of its shape.
-    heads += [m for m in model.children() if any(_alike(m, head) for head in heads)]
-    objects = {id(m) for m in heads}
-    return tuple(name for name, module in model.named_modules() if id(module) in objects)
+    """The classifiers that timm's `get_classifier` gives, and what belongs to them."""
+    classifiers = model.get_classifier()  # type: ignore[operator]  # find_head has seen that it can be called
+    if not isinstance(classifiers, (tuple, list, nn.ModuleList)):
+        classifiers = (classifiers,)
+    heads: set[nn.Module] = set()
+    for classifier in classifiers:
+        if isinstance(classifier, nn.Module) and any(True for _ in classifier.parameters()):
+            heads.add(classifier)
+    heads |= _unlisted_classifiers(model, heads)
+    return tuple(name for name, module in model.named_modules() if module in heads)
 
 
-def _alike(layer: nn.Module, head: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) and isinstance(head, nn.Linear) and layer.weight.shape == head.weight.shape
+def _unlisted_classifiers(model: nn.Module, heads: set[nn.Module]) -> set[nn.Module]:
+    """Linear layers at the top level, of the shape of a classifier: VOLO adds the scores of an `aux_head`."""
+    shapes = {head.weight.shape for head in heads if isinstance(head, nn.Linear)}
+    alike: set[nn.Module] = set()
+    for child in model.children():
+        if isinstance(child, nn.Linear) and child.weight.shape in shapes:
+            alike.add(child)
+    return alike
 
 
 def _by_monai(model: nn.Module) -> tuple[str, ...]:
-    if type(model).__name__ == "UNet" and isinstance(getattr(model, "model", None), nn.Sequential):
-        return (f"model.{len(model.model) - 1}",)  # type: ignore[arg-type]  # shown to be a Sequential
-    names = (*_NAMES["monai"], *_NAMES["monai segmentation"])
-    return tuple(name for name in names if _has_parameters(model, name))[:1]
+    """The first of MONAI's usual names; its `UNet` ends in the last of its `model`."""
+    layers = model._modules.get("model")
+    if type(model).__name__ == "UNet" and isinstance(layers, nn.Sequential):
+        return (f"model.{len(layers) - 1}",)
+    return _with_parameters(model, _MONAI)[:1]
 
 
 def _by_convention(model: nn.Module) -> tuple[str, ...]:
-    """The one attribute with a usual name that holds the model's last parameters; torchvision's auxiliary heads too."""
-    last = next(reversed([name for name, _ in model.named_parameters()]), "")
-    for name in _NAMES["torchvision"]:
-        if _has_parameters(model, name) and (last.startswith(name + ".") or _library(model) == "torchvision"):
-            return (name, *(aux for aux in ("AuxLogits", "aux1", "aux2", "aux_classifier") if _has_parameters(model, aux)))
-    children = ", ".join(child for child, _ in model.named_children()) or "none"
+    """The attribute with a usual name that holds the last parameters, and torchvision's auxiliary heads."""
+    parameters = [name for name, _ in model.named_parameters()]
+    for name in _with_parameters(model, _TORCHVISION):
+        if parameters[-1].startswith(f"{name}.") or _library(model) == "torchvision":
+            return (name, *_with_parameters(model, _TORCHVISION_AUXILIARY))
     raise MedpeftError(
-        f"The head of {type(model).__name__} cannot be told from its class: pass head='name' (children: {children}), or "
-        "head=None if it has none."
+        f"The head of {type(model).__name__} cannot be told from its class: pass head='name' (children: "
+        f"{_children(model) or 'none'}), or head=None if it has none."
     )
 
 
+def _children(model: nn.Module) -> str:
+    return ", ".join(name for name, _ in model.named_children())
+
+
+def _with_parameters(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the names that are modules of the model with parameters."""
+    return tuple(name for name in names if _has_parameters(model, name))
+
+
 def _has_parameters(model: nn.Module, name: str) -> bool:
-    module: nn.Module | None = model
-    for step in name.split("."):
-        module = module._modules.get(step) if module is not None else None
+    module = child_at(model, name)
     return module is not None and any(True for _ in module.parameters())
 
 
 def _library(model: nn.Module) -> str:
-    """Top-level package of the first class of the model's that is not the user's own."""
-    packages = [cls.__module__.partition(".")[0] for cls in type(model).__mro__]
-    return next((p for p in packages if p in (*_NAMES, *_HEADLESS)), "")
+    """The known library that the model's class, or the nearest of its bases, comes from; "" for none."""
+    for cls in type(model).__mro__:
+        package = cls.__module__.partition(".")[0]
+        if package in _LIBRARIES:
+            return package
+    return ""

@@ -1,4 +1,4 @@
-"""Which layers of a model a method is offered, and which of them a target or an exclusion picks."""
+"""A model with what the methods ask about it: attentions, transformer blocks, and places for adapters."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from itertools import pairwise
 from torch import nn
 
 from .attention import Projection, is_attention_shell, projections
-from .layers import erases_scale, is_mlp, kind_of, norm_channels, own_tensor
+from .layers import erases_scale, is_conv, is_mlp, kind_of, norm_channels, own_tensor, parents, within
 from .site import Draft, Reader, Site
 from .weight_reads import overwrites, reads
 
 ROLES = ("attention", "mlp", "linear", "conv", "norm", "embedding")
 
+# Names of the norm before a block's MLP, in the libraries' blocks.
+_NORM_BEFORE_MLP = (
+    *("norm2", "ln_2", "layernorm_after", "layer_norm2"),
+    *("final_layer_norm", "ffn_norm", "norm_mlp"),
+)
+
 
 @dataclass(frozen=True)
 class Layer:
-    """A module that owns parameters, as a selective method sees it: its name, itself, and what it belongs to.
+    """A module that owns parameters, as a selective method sees it.
 
     Attributes:
         name: As in `model.named_modules()`.
@@ -36,8 +42,33 @@ class Layer:
     attention_block: str = ""
 
 
+@dataclass(frozen=True)
+class TransformerBlock:
+    """A block with an attention and an MLP.
+
+    Attributes:
+        name: Name of the block in the model.
+        module: The block.
+        attentions: Names of its attentions, below the block.
+        mlp: Name of its MLP, below the block.
+        norm: Name of the norm before the MLP, below the block.
+    """
+
+    name: str
+    module: nn.Module
+    attentions: tuple[str, ...]
+    mlp: str
+    norm: str
+
+
 class Network:
-    """A model with what the methods ask about it, each found once."""
+    """A model with what the methods ask about it, each found once.
+
+    Attributes:
+        model: The model.
+        head: Names of the modules that make up its head.
+        modules: All modules of the model by name.
+    """
 
     def __init__(self, model: nn.Module, head: Sequence[str] = ()) -> None:
         self.model = model
@@ -46,37 +77,50 @@ class Network:
 
     def inside(self, name: str, ancestors: Sequence[str]) -> bool:
         """Whether a module is one of `ancestors` or lies in one."""
-        return any(name == a or name.startswith(a + ".") for a in ancestors)
+        return within(name, ancestors)
 
     @cached_property
     def attentions(self) -> dict[str, list[Projection]]:
-        """Every module that owns the projections of an attention, with them."""
-        found = ((name, projections(module)) for name, module in self.modules.items())
-        return {name: parts for name, parts in found if parts}
+        """Projections of every module that owns those of an attention, by its name."""
+        attentions = {}
+        for name, module in self.modules.items():
+            parts = projections(module)
+            if parts:
+                attentions[name] = parts
+        return attentions
 
     @cached_property
     def attention_layers(self) -> dict[str, str]:
-        """Whole attention layers: name of the layer for each module of `attentions`, shells included."""
-        return {core: self._shell(core) for core in self.attentions}
+        """Name of the whole attention layer, with the shells around it, for each of `attentions`."""
+        return {core: self._outermost_shell(core) for core in self.attentions}
 
-    def _shell(self, name: str) -> str:
-        parent = name.rpartition(".")[0]
-        while name and parent and is_attention_shell(self.modules[parent]):
-            name, parent = parent, parent.rpartition(".")[0]
-        return name
+    def _outermost_shell(self, core: str) -> str:
+        layer = core
+        for parent in parents(core):
+            if not is_attention_shell(self.modules[parent]):
+                break
+            layer = parent
+        return layer
 
     @cached_property
     def attention_blocks(self) -> dict[str, str]:
-        """The block around each attention layer: diffusers' element of `attentions`, else the attention's parent."""
-        return {core: self._block(layer) for core, layer in self.attention_layers.items()}
-
-    def _block(self, layer: str) -> str:
-        element = re.search(r"^(.*\battentions\.\d+)(\.|$)", layer)
-        return element.group(1) if element else layer.rpartition(".")[0]
+        """Name of the block around each of `attentions`."""
+        blocks = {}
+        for core, layer in self.attention_layers.items():
+            # In diffusers, an element of a list called `attentions`; else the parent.
+            element = re.search(r"^(.*\battentions\.\d+)(\.|$)", layer)
+            blocks[core] = element.group(1) if element else layer.rpartition(".")[0]
+        return blocks
 
     @cached_property
     def _projections(self) -> dict[tuple[str, str], Projection]:
-        return {(f"{core}.{p.path}".strip("."), p.weight): p for core, parts in self.attentions.items() for p in parts}
+        """Projections by the name of their layer and of their weight."""
+        by_weight = {}
+        for core, parts in self.attentions.items():
+            for projection in parts:
+                layer = f"{core}.{projection.path}".strip(".")
+                by_weight[layer, projection.weight] = projection
+        return by_weight
 
     @cached_property
     def _readers(self) -> dict[tuple[int, str], list[Reader]]:
@@ -127,104 +171,127 @@ class Network:
         draft = Draft(overwritten=self.works_in_place)
         return Site(name, module, weight, bias, projection, readers, draft=draft)
 
-    def blocks(self) -> Iterator[tuple[str, nn.Module, str, str]]:
-        """Transformer blocks with an attention and an MLP: name, block, names of the MLP and of the norm before it."""
-        layers = set(self.attention_layers.values())
+    def blocks(self) -> Iterator[TransformerBlock]:
+        """Yield the blocks outside the head that have an attention, one MLP and a norm before it."""
+        attention_layers = set(self.attention_layers.values())
         for name, module in self.modules.items():
-            children = {child: f"{name}.{child}".strip(".") for child in module._modules}
-            attends = [child for child, full in children.items() if full in layers]
-            mlps = [c for c, full in children.items() if self._is_whole_mlp(full)]
-            mlp = mlps[0] if len(mlps) == 1 else ""  # Of several, as in TNT, each has a residual stream of its own.
-            norm = _norm_before_mlp(list(children), len(attends))
-            if attends and mlp and norm and not self.inside(name, self.head) and name:
-                yield name, module, mlp, norm
+            if not name or self.inside(name, self.head):
+                continue
+            children = list(module._modules)
+            attentions = tuple(child for child in children if f"{name}.{child}" in attention_layers)
+            mlps = [child for child in children if self._is_whole_mlp(f"{name}.{child}")]
+            norm = _norm_before_mlp(children, len(attentions))
+            # Of several MLPs, as in TNT, each has a residual stream of its own.
+            if attentions and len(mlps) == 1 and norm:
+                yield TransformerBlock(name, module, attentions, mlps[0], norm)
 
     def _is_whole_mlp(self, name: str) -> bool:
         module = self.modules.get(name)
         return module is not None and not kind_of(module) and is_mlp(name, module)
 
     def erased(self, site: Site) -> bool:
-        """Whether a batch or instance norm right after the site's layer undoes a scale and shift of its output."""
+        """Whether a norm right after the site's layer undoes a scale and shift of its output."""
         norm = self._after.get(site.name)
-        host = site.host
-        channels = host.shape[1] * getattr(site.layer, "groups", 1) if site.kind == "transposed" else host.shape[0]
+        channels = site.host.shape[0]
+        if site.kind == "transposed":
+            channels = site.host.shape[1] * getattr(site.layer, "groups", 1)
         return norm is not None and erases_scale(norm) and norm_channels(norm) == channels
 
     @cached_property
     def _after(self) -> dict[str, nn.Module]:
-        """The layer with a weight that follows each, inside the same parent, by the order in which they were registered."""
-        names = [name for name, module in self.modules.items() if kind_of(module)]
-        around = Counter(a for name in names for a in _ancestors(name))
-        found = {}
-        for name, after in pairwise(names):
+        """Layer with a weight that follows each, inside the same parent, in order of registration."""
+        layers = [name for name, module in self.modules.items() if kind_of(module)]
+        layers_inside: Counter[str] = Counter()
+        for name in layers:
+            layers_inside.update(parents(name))
+        following = {}
+        for name, after in pairwise(layers):
             # A module around this layer alone, as MONAI's Convolution, stands for it.
-            unit = next((a for a in _ancestors(name) if around[a] == 1), name)
-            parent, _, own = unit.rpartition(".")
-            # Where all convolutions are registered before all norms, as in MONAI's UnetResBlock, numbers pair them.
-            numbered = f"{parent}.{re.sub('^conv', 'norm', own)}".lstrip(".")
-            follows = after.startswith(f"{parent}.".lstrip(".")) and kind_of(self.modules[after]) == "norm"
-            if re.fullmatch(r"conv\d+", own) and numbered in self.modules and not follows:
-                after = numbered
-            if not parent or after.startswith(parent + "."):
-                found[name] = self.modules[after]
-        return found
+            unit = name
+            for parent in parents(name):
+                if layers_inside[parent] == 1:
+                    unit = parent
+            parent = unit.rpartition(".")[0]
+            after = self._numbered_norm(unit, after) or after
+            if not parent or after.startswith(f"{parent}."):
+                following[name] = self.modules[after]
+        return following
+
+    def _numbered_norm(self, unit: str, after: str) -> str:
+        """Name of `norm1` for `conv1`, unless a norm follows in the same parent; "" if there is none.
+
+        Numbers pair them where all convolutions are registered before all norms, as in MONAI's UnetResBlock.
+        """
+        parent, _, last = unit.rpartition(".")
+        number = re.fullmatch(r"conv(\d+)", last)
+        if number is None:
+            return ""
+        prefix = f"{parent}.".lstrip(".")
+        if after.startswith(prefix) and kind_of(self.modules[after]) == "norm":
+            return ""
+        norm = f"{prefix}norm{number[1]}"
+        if norm not in self.modules:
+            return ""
+        return norm
 
     def layer(self, name: str) -> Layer:
-        """The module as a selective method sees it."""
+        """Look at a module as a selective method sees it."""
         return Layer(name, self.modules[name], *self._attention_of.get(name, ("", "")))
 
     @cached_property
     def _attention_of(self) -> dict[str, tuple[str, str]]:
+        """Nearest attention layer, and nearest block around one, of every module; "" for none."""
         layers, blocks = set(self.attention_layers.values()), set(self.attention_blocks.values())
-        return {name: (self._around(name, layers), self._around(name, blocks)) for name in self.modules}
-
-    def _around(self, name: str, places: set[str]) -> str:
-        while name and name not in places:
-            name = name.rpartition(".")[0]
-        return name
+        return {name: (_nearest(name, layers), _nearest(name, blocks)) for name in self.modules}
 
     def has_role(self, name: str, role: str) -> bool:
         """Whether the layer has one of `ROLES`, itself or by what it belongs to."""
         if role == "attention":
             return bool(self.layer(name).attention)
         if role == "mlp":
-            steps = name.split(".")
-            around = (".".join(steps[: i + 1]) for i in range(len(steps)))
-            return any(is_mlp(full, self.modules[full]) for full in around if full in self.modules)
-        kind = kind_of(self.modules[name])
-        return role == ("conv" if kind == "transposed" else kind)
+            return any(is_mlp(place, self.modules[place]) for place in (name, *parents(name)))
+        if role == "conv":
+            return is_conv(self.modules[name])
+        return role == kind_of(self.modules[name])
+
+
+def _nearest(name: str, places: set[str]) -> str:
+    """The module of that name, or the nearest one around it, that is one of `places`; "" for none."""
+    for place in (name, *parents(name)):
+        if place in places:
+            return place
+    return ""
 
 
 def _works_in_place(module: nn.Module) -> bool:
-    """Whether a module may change its input in place, as it says itself or by what its `forward` does."""
-    said = getattr(module, "inplace", not kind_of(module) and overwrites(type(module)))  # type: ignore[arg-type]  # as above
-    return said is True
-
-
-def _ancestors(name: str) -> list[str]:
-    """Names of the modules around a layer, the outermost first, the model itself left out."""
-    steps = name.split(".")
-    return [".".join(steps[:i]) for i in range(1, len(steps))]
+    """Whether a module may change its input in place, by its own attribute or by what its `forward` does."""
+    inplace = getattr(module, "inplace", None)
+    if inplace is not None:
+        return inplace is True
+    return not kind_of(module) and overwrites(type(module))  # type: ignore[arg-type]  # a class is hashable
 
 
 def _resolve(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, str]]:
-    """Yield each layer below `module` that a path with `*` for any index names, its own path, and the tensor's name."""
+    """Yield each layer that a path below `module` names, `*` being any index; its own path; and the tensor's name."""
     *steps, tensor = path.split(".")
-    layers = [("", module)]
+    places = [("", module)]
     for step in steps:
-        below = []
-        for layer_path, layer in layers:
-            for child_name, child in layer._modules.items():
-                if child is not None and step in ("*", child_name):
-                    below.append((f"{layer_path}.{child_name}".lstrip("."), child))
-        layers = below
-    for layer_path, layer in layers:
+        places = list(_children(places, step))
+    for layer_path, layer in places:
         if own_tensor(layer, tensor) is not None or tensor in layer._parameters:
             yield layer, layer_path, tensor
 
 
+def _children(places: list[tuple[str, nn.Module]], step: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children of that name with their paths, or all children for `*`."""
+    for path, module in places:
+        for child_name, child in module._modules.items():
+            if child is not None and step in ("*", child_name):
+                yield f"{path}.{child_name}".lstrip("."), child
+
+
 def _norm_before_mlp(children: list[str], attentions: int) -> str:
-    """By name, the norm whose input is the residual stream after the (last) attention."""
-    third = ("norm3",) if attentions > 1 else ()
-    names = (*third, "norm2", "ln_2", "layernorm_after", "layer_norm2", "final_layer_norm", "ffn_norm", "norm_mlp")
-    return next((name for name in names if name in children), "")
+    """Name of the norm whose input is the residual stream after the last attention; "" for none."""
+    if attentions > 1 and "norm3" in children:
+        return "norm3"
+    return next((name for name in _NORM_BEFORE_MLP if name in children), "")

@@ -1,4 +1,12 @@
-"""Which blocks and attentions may be given more tokens: those that tokens pass without regard to their positions."""
+"""Can a block take extra tokens? Only if its computation does not depend on the tokens' positions.
+
+The reasons against it, each under a name, in the order in which they are looked for:
+
+- inside the block: convolutions, attention without a softmax over tokens, windows, embeddings of positions
+  and biases by position
+- around it: a bias for each pair of positions, or rotations (RoPE), that the block is given
+- in the source of its forward: tokens that come as a grid
+"""
 
 from __future__ import annotations
 
@@ -7,115 +15,177 @@ import re
 import sys
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 from torch import nn
 
 from .attention import is_attention
-from .layers import is_conv
+from .layers import is_conv, parents
 from .network import Network
 
-_BIAS = re.compile(r"rel_?pos|relative_position|relative_coords|attention_bias|pos_bias|position_bias|cpb_mlp|rpb|pos_proj")
-
+# Names of what holds a bias for each pair of positions, and of what makes rotations.
+_BIAS = re.compile(
+    r"rel_?pos|relative_position|relative_coords|pos_bias|position_bias|attention_bias"
+    r"|cpb_mlp|rpb|pos_proj"
+)
 _ROTARY = re.compile(r"rope|rotary")
 
+# Classes of attentions that compare channels, or tokens without a softmax.
+_NO_SOFTMAX = re.compile(r"XCA|Channel|Covariance|Linear(Self)?Att|Lite|Efficient(Attn|Attention)")
+
+# Arguments of a forward that give the sizes of a grid.
 _SIZES = {"size", "feat_size", "hw_shape", "H", "W", "input_dimensions"}
-
-_CHANNELS = re.compile(r"XCA|Channel|Covariance|Linear(Self)?Att|Lite|Efficient(Attn|Attention)")
-
-
-def hands_out_blocks(network: Network, name: str) -> str:
-    """Why others would see tokens that stay in from the block of that name to a later one; "" where none are known to."""
-    row = name.rpartition(".")[0]
-    owner = row.rpartition(".")[0]
-    try:
-        source = inspect.getsource(type(network.modules[owner]).forward)
-    except (OSError, TypeError):
-        return ""
-    if ".append(" not in source:
-        return ""
-    return f"is one of the blocks whose outputs {owner or 'the model'} hands out, with the added tokens in them"
 
 
 def why_not(network: Network, name: str, *, given_rotations: bool = True) -> str:
-    """Why the block or attention of that name computes something else once tokens are added; "" where it does not.
+    """Reason why extra tokens would change what a block computes for the others; "" if they would not.
 
-    Between tokens there may be nothing but attention: no convolution, no window, no bias by their positions. A rotation (RoPE)
-    may leave the tokens before the patches as they are; where it is given to every block, `given_rotations` says whether the
-    method makes room in it.
+    Args:
+        network: The model.
+        name: Name of a transformer block or of an attention.
+        given_rotations: Whether the method makes room for its tokens in rotations that a block is given.
     """
-    module = network.modules[name]
-    for path, inside in module.named_modules(prefix=name):
-        if is_conv(inside):
-            return f"convolves the grid of its tokens ({path}), in which added tokens have no place"
-        if _CHANNELS.search(type(inside).__name__):
-            return f"does not compare tokens with one another by a softmax ({path}: {type(inside).__name__})"
-        # BEiT's attention has a window too, its whole image.
-        shifts = hasattr(inside, "shift_size") or inside is module
-        if _is_set(inside, "window_size") and shifts:
-            return f"attends within windows ({path}), of which each would need tokens of its own"
-        if "pos_embed" in _held(inside):
-            return f"adds an embedding of their positions to its tokens ({path}), and an added token has no position"
-        if any(_BIAS.search(held) for held in _held(inside)):
-            return f"adds a bias for each pair of positions ({path}), and an added token has no position"
-        if _is_set(inside, "window_size"):
-            return f"attends within windows ({path}), of which each would need tokens of its own"
-    for path, outside in _around(network, name):
-        if any(_BIAS.search(held) for held in _held(outside)):
-            return f"is given a bias for each pair of positions (by {path or 'the model'}), and an added token has no position"
-        kinds = {_rotation(type(m)) for m in module.modules() if is_attention(m)}  # type: ignore[arg-type]  # as below
-        still = kinds <= ({"patches", "given"} if given_rotations else {"patches"})
-        if any(_ROTARY.search(held) for held in _held(outside)) and not still:
-            return f"is rotated by positions (RoPE, by {path or 'the model'}), and an added token has no position"
-    for path, inside in module.named_modules(prefix=name):
-        if (inside is module or is_attention(inside)) and _takes_a_grid(type(inside)):  # type: ignore[arg-type]  # hashable
+    block = network.modules[name]
+    for path, module in block.named_modules(prefix=name):
+        reason = _from_inside(path, module, block)
+        if reason:
+            return reason
+    return _from_around(network, name, given_rotations) or _from_source(name, block)
+
+
+def hands_out_blocks(network: Network, name: str) -> str:
+    """Reason why extra tokens would leak into the outputs of intermediate blocks; "" if none is known."""
+    row = name.rpartition(".")[0]
+    owner = row.rpartition(".")[0]
+    if ".append(" not in _source(type(network.modules[owner]).forward):
+        return ""
+    by = owner or "the model"
+    return f"is one of the blocks whose outputs {by} hands out, with the added tokens in them"
+
+
+def _convolves(module: nn.Module, block: nn.Module) -> bool:
+    return is_conv(module)
+
+
+def _lacks_a_softmax(module: nn.Module, block: nn.Module) -> bool:
+    return _NO_SOFTMAX.search(type(module).__name__) is not None
+
+
+def _shifts_windows(module: nn.Module, block: nn.Module) -> bool:
+    # BEiT's attention has a window size without a shift: its window is the whole image.
+    return _has_windows(module, block) and (module is block or hasattr(module, "shift_size"))
+
+
+def _has_windows(module: nn.Module, block: nn.Module) -> bool:
+    size = getattr(module, "window_size", None)
+    if isinstance(size, (tuple, list)):
+        return any(size)
+    return isinstance(size, int) and size > 0
+
+
+def _embeds_positions(module: nn.Module, block: nn.Module) -> bool:
+    return "pos_embed" in _holds(module)
+
+
+def _biases_positions(module: nn.Module, block: nn.Module) -> bool:
+    return any(map(_BIAS.search, _holds(module)))
+
+
+# What may not be inside a block, the first that holds being the reason.
+_REASONS_INSIDE = (
+    (_convolves, "convolves the grid of its tokens ({path}), in which added tokens have no place"),
+    (_lacks_a_softmax, "does not compare tokens with one another by a softmax ({path}: {cls})"),
+    (_shifts_windows, "attends within windows ({path}), of which each would need tokens of its own"),
+    (
+        _embeds_positions,
+        "adds an embedding of their positions to its tokens ({path}), and an added token has no position",
+    ),
+    (_biases_positions, "adds a bias for each pair of positions ({path}), and an added token has no position"),
+    (_has_windows, "attends within windows ({path}), of which each would need tokens of its own"),
+)
+
+
+def _from_inside(path: str, module: nn.Module, block: nn.Module) -> str:
+    for applies, reason in _REASONS_INSIDE:
+        if applies(module, block):
+            return reason.format(path=path, cls=type(module).__name__)
+    return ""
+
+
+def _from_around(network: Network, name: str, given_rotations: bool) -> str:
+    """Reason in what a block is given, or holds itself, of biases and rotations."""
+    can_rotate = _leaves_added_tokens_unrotated(network.modules[name], given_rotations)
+    for path in (name, *parents(name), ""):
+        by = path or "the model"
+        holds = list(_holds(network.modules[path]))
+        if any(map(_BIAS.search, holds)):
+            return f"is given a bias for each pair of positions (by {by}), and an added token has no position"
+        if any(map(_ROTARY.search, holds)) and not can_rotate:
+            return f"is rotated by positions (RoPE, by {by}), and an added token has no position"
+    return ""
+
+
+def _leaves_added_tokens_unrotated(module: nn.Module, given_rotations: bool) -> bool:
+    """Whether all attentions inside leave tokens before the patches as they are when they rotate."""
+    for attention in filter(is_attention, module.modules()):
+        rotates = _rotation(type(attention))  # type: ignore[arg-type]  # a class is hashable
+        if rotates != "patches" and not (rotates == "given" and given_rotations):
+            return False
+    return True
+
+
+@cache
+def _rotation(cls: type[nn.Module]) -> str:
+    """How an attention keeps rotations off the tokens before the patches, by its source; "" if unknown.
+
+    "given": it rotates the tokens after `num_prefix_tokens` by rotations that it is given, as in timm.
+    "patches": it rotates as many of the last tokens as there are rotations, as Hugging Face's DINOv3.
+    """
+    source = _source(cls.forward)
+    if "apply_rot_embed_cat" in source and "num_prefix_tokens" in source:
+        return "given"
+    rotate = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
+    if "apply_rotary_pos_emb" in source and "num_prefix_tokens" in _source(rotate):
+        return "patches"
+    return ""
+
+
+def _from_source(name: str, block: nn.Module) -> str:
+    for path, module in block.named_modules(prefix=name):
+        cls: Any = type(module)
+        if (module is block or is_attention(module)) and _unpacks_a_grid(cls):
             return f"takes its tokens as a grid ({path}), in which added tokens have no place"
     return ""
 
 
 @cache
-def _rotation(cls: type[nn.Module]) -> str:
-    """How an attention rotates the patches alone: by rotations "given" to it (timm), or the last tokens, "patches" (DINOv3).
+def _unpacks_a_grid(cls: type[nn.Module]) -> bool:
+    """Whether `cls.forward` asks for a grid's sizes or unpacks its input's shape into four or more."""
+    source = _source(cls.forward)
+    if not source:
+        return False
+    parameters = list(inspect.signature(cls.forward).parameters)
+    if _SIZES & set(parameters):
+        return True
+    if len(parameters) < 2:
+        return False
+    x = parameters[1]
+    # Such as `B, H, W, C = x.shape`, `… = x.size()` or `… = shape` at the start of a line.
+    unpacking = rf"^\s*(\w+, *){{3,}}\w+ *= *({x}\.shape|{x}\.size\(\)|shape)(\[|\s*$)"
+    return re.search(unpacking, source, flags=re.MULTILINE) is not None
 
-    Empty where its source does not say so.
-    """
-    turn = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
+
+def _source(function: object) -> str:
+    """Source code of a function; "" if it is not available."""
     try:
-        source, turning = inspect.getsource(cls.forward), inspect.getsource(turn) if turn is not None else ""
+        return inspect.getsource(function)  # type: ignore[arg-type]  # what has no source raises TypeError
     except (OSError, TypeError):
         return ""
-    if "apply_rot_embed_cat" in source and "num_prefix_tokens" in source:
-        return "given"
-    return "patches" if "apply_rotary_pos_emb" in source and "num_prefix_tokens" in turning else ""
 
 
-@cache
-def _takes_a_grid(cls: type[nn.Module]) -> bool:
-    """Whether `cls.forward`, by its source, asks for a grid's sizes or unpacks its input's shape into four or more."""
-    try:
-        source, names = inspect.getsource(cls.forward), list(inspect.signature(cls.forward).parameters)
-    except (OSError, TypeError, ValueError):
-        return False
-    if _SIZES & set(names):
-        return True
-    given = names[1] if len(names) > 1 else ""
-    said = rf"^\s*(\w+, *){{3,}}\w+ *= *({given}\.shape|{given}\.size\(\)|shape)(\[|\s*$)"
-    return bool(given) and re.search(said, source, flags=re.MULTILINE) is not None
-
-
-def _around(network: Network, name: str) -> Iterator[tuple[str, nn.Module]]:
-    while name:
-        yield name, network.modules[name]
-        name = name.rpartition(".")[0]
-    yield "", network.model
-
-
-def _held(module: nn.Module) -> Iterator[str]:
+def _holds(module: nn.Module) -> Iterator[str]:
     """Names of the tensors and modules that a module itself holds."""
     for store in (module._parameters, module._buffers, module._modules):
-        yield from (name for name, value in store.items() if value is not None)
-
-
-def _is_set(module: nn.Module, name: str) -> bool:
-    """Whether an attribute of a module is a size other than zero, or several."""
-    value = getattr(module, name, None)
-    return any(value) if isinstance(value, (tuple, list)) else isinstance(value, int) and value > 0
+        for name, value in store.items():
+            if value is not None:
+                yield name

@@ -1,9 +1,10 @@
-"""Selecting layers: where a method can go, and what `target` and `exclude` keep."""
+"""Selecting layers: what `target` and `exclude` keep of the layers that a method fits."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -13,9 +14,7 @@ from .network import ROLES, Network
 
 Predicate = Callable[[str, nn.Module], bool]
 
-
 Pattern = str | re.Pattern[str] | type[nn.Module] | Predicate
-
 
 Target = Pattern | Sequence[Pattern] | None
 
@@ -23,8 +22,8 @@ Target = Pattern | Sequence[Pattern] | None
 def picks(network: Network, pattern: Pattern, name: str) -> bool:
     """Whether one pattern of a target picks a module.
 
-    A pattern is a role, a glob of the module's name or of the name of a module around it, a compiled regular expression, a
-    layer type, or a predicate `(name, layer) -> bool`.
+    A pattern is a role, a glob of the module's name or of the name of a module around it, a compiled regular
+    expression, a layer type, or a predicate `(name, layer) -> bool`.
     """
     module = network.modules[name]
     if isinstance(pattern, str) and pattern in ROLES:
@@ -39,41 +38,100 @@ def picks(network: Network, pattern: Pattern, name: str) -> bool:
 
 
 def patterns(target: Target) -> list[Pattern]:
-    """A target as a list of patterns."""
+    """List the patterns of a target.
+
+    >>> patterns("blocks.*"), patterns(None)
+    (['blocks.*'], [])
+
+    Raises:
+        MedpeftError: something in it is no pattern.
+    """
     if target is None:
         return []
-    if isinstance(target, (str, re.Pattern, type)) or callable(target):
-        return [target]
-    found = list(target)
-    for pattern in found:
-        if not (isinstance(pattern, (str, re.Pattern, type)) or callable(pattern)):
+    if _is_pattern(target):
+        return [target]  # type: ignore[list-item]  # shown to be one pattern, not several
+    for pattern in target:  # type: ignore[union-attr]  # shown to be several patterns, not one
+        if not _is_pattern(pattern):
             raise MedpeftError(
-                f"target {pattern!r} is no pattern: give a glob such as 'blocks.*', a role ({', '.join(ROLES)}), a "
-                "compiled regular expression, a layer type, or a predicate (name, layer) -> bool."
+                f"target {pattern!r} is no pattern: give a glob such as 'blocks.*', "
+                f"a role ({', '.join(ROLES)}), a compiled regular expression, a layer type, "
+                "or a predicate (name, layer) -> bool."
             )
-    return found
+    return list(target)  # type: ignore[arg-type]  # as above
+
+
+def _is_pattern(value: object) -> bool:
+    return isinstance(value, (str, re.Pattern, type)) or callable(value)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A target and an exclusion, as a value that can be printed and used again.
+
+    It selects what any pattern of `target` picks, or everything without one, and no pattern of `exclude`.
+
+    >>> print(Selection.of(["attention", nn.Linear], "blocks.0.*"))
+    'attention' or Linear, without 'blocks.0.*'
+    """
+
+    target: tuple[Pattern, ...] = ()
+    exclude: tuple[Pattern, ...] = ()
+
+    @classmethod
+    def of(cls, target: Target, exclude: Target = None) -> Selection:
+        """Make a selection from what `medpeft.apply` takes."""
+        return cls(tuple(patterns(target)), tuple(patterns(exclude)))
+
+    def picks(self, network: Network, name: str) -> bool:
+        """Whether a module is selected."""
+        if self.target and not _any_picks(network, self.target, name):
+            return False
+        return not _any_picks(network, self.exclude, name)
+
+    def __str__(self) -> str:
+        text = _in_words(self.target) or "every layer"
+        if self.exclude:
+            text += f", without {_in_words(self.exclude)}"
+        return text
+
+
+def _any_picks(network: Network, patterns: Iterable[Pattern], name: str) -> bool:
+    return any(picks(network, pattern, name) for pattern in patterns)
+
+
+def _in_words(patterns: Iterable[Pattern]) -> str:
+    words = []
+    for pattern in patterns:
+        if isinstance(pattern, re.Pattern):
+            words.append(f"/{pattern.pattern}/")
+        else:
+            words.append(getattr(pattern, "__name__", repr(pattern)))
+    return " or ".join(words)
 
 
 def choose(network: Network, names: Sequence[str], target: Target, exclude: Target, method: str) -> set[str]:
-    """Those of `names` that the target picks and the exclusion does not.
+    """Choose those of `names` that the target picks and the exclusion does not.
 
     Raises:
         MedpeftError: a pattern picks none of them; the message shows which names there are.
     """
-    wanted = patterns(target)
-    for pattern in (*wanted, *patterns(exclude)):
+    selection = Selection.of(target, exclude)
+    for pattern in (*selection.target, *selection.exclude):
         if not any(picks(network, pattern, name) for name in names):
             raise MedpeftError(_no_hit(network, names, pattern, method))
-    chosen = (n for n in names if not wanted or any(picks(network, p, n) for p in wanted))
-    return {n for n in chosen if not any(picks(network, p, n) for p in patterns(exclude))}
+    return {name for name in names if selection.picks(network, name)}
 
 
 def _no_hit(network: Network, names: Sequence[str], pattern: Pattern, method: str) -> str:
-    head = [n for n in network.modules if network.inside(n, network.head) and picks(network, pattern, n)]
-    if head:
-        why = f"it names the head {head[0]!r}, which is trained whole: pass head=None to adapt it instead."
-    else:
-        shown = ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
-        number = "1 layer" if len(names) == 1 else f"{len(names)} layers"
-        why = f"{method!r} fits {number} here: {shown}." if names else f"{method!r} fits no layer here."
-    return f"The pattern {pattern!r} picks no layer that {method!r} fits in {type(network.model).__name__}: {why}"
+    """Say that a pattern picks none of `names`, and why."""
+    model = type(network.model).__name__
+    fault = f"The pattern {pattern!r} picks no layer that {method!r} fits in {model}"
+    for name in network.modules:
+        if network.inside(name, network.head) and picks(network, pattern, name):
+            instead = "which is trained whole: pass head=None to adapt it instead"
+            return f"{fault}: it names the head {name!r}, {instead}."
+    if not names:
+        return f"{fault}: {method!r} fits no layer here."
+    number = "1 layer" if len(names) == 1 else f"{len(names)} layers"
+    shown = [*names[:6], "…"] if len(names) > 6 else names
+    return f"{fault}: {method!r} fits {number} here: {', '.join(shown)}."

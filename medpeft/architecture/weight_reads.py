@@ -1,7 +1,7 @@
-"""Which weights a module reads without calling the layer that owns them, found in the source of its `forward`.
+"""Weights that a module reads without calling the layer that owns them, found in the source of its `forward`.
 
-timm's BEiT computes `F.linear(x, self.qkv.weight, …)`, `nn.MultiheadAttention` reads `out_proj.weight`: an adapter on the
-output of such a layer never runs. The source says so for any class, third-party ones included.
+timm's BEiT computes `F.linear(x, self.qkv.weight, …)`, and `nn.MultiheadAttention` reads `out_proj.weight`:
+an adapter on the output of such a layer never runs. The source tells it for any class, of any library.
 """
 
 from __future__ import annotations
@@ -23,87 +23,116 @@ _METADATA = {
     *("dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_cuda", "layout", "is_meta"),
     *("requires_grad", "data_ptr", "element_size", "is_contiguous", "stride", "is_quantized"),
 }
-_TENSORS = {"weight", "bias", "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+_TENSORS = {
+    *("weight", "bias", "in_proj_weight", "in_proj_bias"),
+    *("q_proj_weight", "k_proj_weight", "v_proj_weight"),
+}
+_IN_PLACE_METHOD = re.compile(r"[a-z]\w*[a-z]_")
 
 
 @cache
 def reads(cls: type[nn.Module]) -> frozenset[str]:
-    """Dotted paths below `self`, such as `"self_attn.out_proj.weight"`, that `cls.forward` reads.
+    """Find dotted paths below `self`, such as `"self_attn.out_proj.weight"`, that `cls.forward` reads.
 
-    `*` stands for an index that is not a constant. Empty where the source is not at hand.
+    `*` stands for an index that is not a constant. Empty if the source code is not available.
     """
-    found: set[str] = set()
+    paths: set[str] = set()
     for function in _reachable(cls):
         if _TENSORS & _names(function.__code__):
-            found.update(path for path in _paths(function) if "." in path)
-    return frozenset(found)
+            paths.update(_paths_to_tensors(function))
+    return frozenset(paths)
 
 
 @cache
 def overwrites(cls: type[nn.Module]) -> bool:
     """Whether `cls.forward` changes a tensor in place, by `x += y` or by a method such as `x.add_(y)`.
 
-    Read off the bytecode, where `x += y` of numbers looks the same: True may be too cautious, unless y is a constant.
+    In the bytecode, `x += y` of numbers looks the same: True may be too cautious, unless y is a constant.
     """
     return any(_overwrites(function.__code__) for function in _reachable(cls))
 
 
 def _overwrites(code: CodeType) -> bool:
-    if any(re.fullmatch(r"[a-z]\w*[a-z]_", name) and name != "requires_grad_" for name in code.co_names):
-        return True
-    steps = list(dis.get_instructions(code))
-    return any(
-        after.opname == "BINARY_OP" and after.argrepr.endswith("=") and "CONST" not in step.opname
-        for step, after in pairwise(steps)
-    )
+    for name in code.co_names:
+        if _IN_PLACE_METHOD.fullmatch(name) and name != "requires_grad_":
+            return True
+    for step, after in pairwise(dis.get_instructions(code)):
+        is_augmented = after.opname == "BINARY_OP" and after.argrepr.endswith("=")
+        if is_augmented and "CONST" not in step.opname:
+            return True
+    return False
 
 
 def _reachable(cls: type[nn.Module]) -> Iterator[FunctionType]:
-    """`forward` and the methods of the class that it calls, directly or not."""
+    """Yield `forward` and the methods of the class that it calls, directly or not."""
     waiting, seen = ["forward"], set()
     while waiting:
-        name = waiting.pop()
-        for base in cls.__mro__:
-            function = inspect.unwrap(vars(base).get(name, None)) if name in vars(base) else None
-            if base in (nn.Module, object) or not isinstance(function, FunctionType) or function in seen:
-                continue
-            seen.add(function)
+        for function in _definitions(cls, waiting.pop()):
+            if function not in seen:
+                seen.add(function)
+                yield function
+                waiting.extend(_names(function.__code__))
+
+
+def _definitions(cls: type[nn.Module], name: str) -> Iterator[FunctionType]:
+    """Yield the methods of that name in the class and in its bases, torch's `nn.Module` left out."""
+    for base in cls.__mro__:
+        if base in (nn.Module, object) or name not in vars(base):
+            continue
+        function = inspect.unwrap(vars(base)[name])
+        if isinstance(function, FunctionType):
             yield function
-            waiting.extend(_names(function.__code__))
 
 
 def _names(code: CodeType) -> set[str]:
     """Every attribute and global named in a function, those in its inner functions included."""
-    inner = (const for const in code.co_consts if isinstance(const, CodeType))
-    return set(code.co_names).union(*map(_names, inner))
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names
 
 
-def _paths(function: FunctionType) -> Iterator[str]:
+def _paths_to_tensors(function: FunctionType) -> Iterator[str]:
+    """Yield paths such as `fc.weight` whose values a function uses; the module's own tensors are left out."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
         return
-    inner: set[ast.AST] = set()
+    # The walk meets `self.fc.weight.shape` before `self.fc.weight`, which is a part of it.
+    parts: set[ast.AST] = set()
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Attribute) or node in inner:
+        if not isinstance(node, ast.Attribute) or node in parts:
             continue
-        inner.update(n for n in ast.walk(node.value) if isinstance(n, ast.Attribute))
-        steps = _steps(node)
-        last = next((i for i, step in enumerate(steps) if step in _TENSORS), None)
-        if last is not None and not (len(steps) > last + 1 and steps[last + 1] in _METADATA):
-            yield ".".join(steps[: last + 1])
+        parts.update(ast.walk(node.value))
+        path = _up_to_tensor(_steps(node))
+        if len(path) > 1:
+            yield ".".join(path)
+
+
+def _up_to_tensor(steps: list[str]) -> list[str]:
+    """Steps up to the first tensor; empty if there is none, or if only its metadata is asked for."""
+    for i, step in enumerate(steps):
+        if step in _TENSORS:
+            asks_metadata = i + 1 < len(steps) and steps[i + 1] in _METADATA
+            return [] if asks_metadata else steps[: i + 1]
+    return []
 
 
 def _steps(node: ast.AST) -> list[str]:
-    """`self.layers[0].fc.weight` as its steps below self; empty for anything else."""
+    """Split `self.layers[0].fc.weight` into its steps below self; empty for anything else."""
     steps: list[str] = []
     while isinstance(node, (ast.Attribute, ast.Subscript)):
         if isinstance(node, ast.Attribute):
             steps.append(node.attr)
+        elif isinstance(node.slice, ast.Constant):
+            steps.append(str(node.slice.value))
         else:
-            steps.append(str(node.slice.value) if isinstance(node.slice, ast.Constant) else "*")
+            steps.append("*")
         node = node.value
-    return steps[::-1] if isinstance(node, ast.Name) and node.id == "self" else []
+    if isinstance(node, ast.Name) and node.id == "self":
+        return steps[::-1]
+    return []
 
 
 def has_fused_path(module: nn.Module) -> bool:

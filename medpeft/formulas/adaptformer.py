@@ -63,13 +63,16 @@ class AdaptFormer(Adapter):
     def sites(cls, network: Network, *, targeted: bool = False, input: str = "residual") -> Iterator[Site]:
         """Transformer blocks; x is what enters the norm before the MLP, or the MLP itself (input="norm")."""
         require_choice("input", input, ("residual", "norm"))
-        for name, block, mlp, norm in network.blocks():
+        for block in network.blocks():
             # In a block that normalises after its MLP, the MLP runs first, and its input is the residual stream.
-            entrances = (mlp,) if input == "norm" else (norm, mlp)
-            if not matmuls(block.get_submodule(mlp)):
+            entrances = (block.mlp,) if input == "norm" else (block.norm, block.mlp)
+            if not matmuls(block.module.get_submodule(block.mlp)):
                 continue
-            partners = [Partner(Site(f"{name}.{path}", block.get_submodule(path), "", ""), Entrance) for path in entrances]
-            yield Site(name, block, "", "", partners=tuple(partners))
+            partners = []
+            for path in entrances:
+                place = Site(f"{block.name}.{path}", block.module.get_submodule(path), "", "")
+                partners.append(Partner(place, Entrance))
+            yield Site(block.name, block.module, "", "", partners=tuple(partners))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute y + s·up(drop(relu(down(x)))), `x` being the residual stream inside the block, `y` the block's output."""

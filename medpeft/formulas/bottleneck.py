@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, cast
 from ..adapters.registry import register
-from ..architecture.blocks import branches, whole_layout
+from ..architecture.blocks import branches
 from ..architecture.network import Network
 from ..architecture.site import Site
 from ..errors import require, require_choice, require_positive
@@ -72,8 +72,9 @@ class Houlsby(Adapter):
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
         """Every attention and every MLP of every transformer block."""
-        for _, _, found in branches(network):
-            yield from (Site(b.name, b.module, "", "", layout=b.layout) for b in found)
+        for block in branches(network):
+            for branch in block.branches:
+                yield Site(branch.name, branch.module, "", "", layout=branch.layout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + up(gelu(down(y)))."""
@@ -145,5 +146,5 @@ class AdapterPlus(Adapter):
 
 
 def _whole_blocks(network: Network) -> Iterator[Site]:
-    for name, block, found in branches(network):
-        yield Site(name, block, "", "", layout=whole_layout(block, found))
+    for block in branches(network):
+        yield Site(block.name, block.module, "", "", layout=block.layout)

@@ -60,8 +60,8 @@ class Convpass(Adapter):
     def sites(cls, network: Network, *, targeted: bool = False, beside: str = "both") -> Iterator[Site | Unfit]:
         """Every attention and MLP of the transformer blocks, or the attentions alone (beside="attention", Convpass-attn)."""
         require_choice("beside", beside, ("both", "attention"))
-        for _, _, found in branches(network):
-            for branch in found:
+        for block in branches(network):
+            for branch in block.branches:
                 if branch.attention or beside == "both":
                     if branch.half:
                         yield Unfit(branch.name, "is the second half of an MLP, and what enters the first does not reach it")

@@ -44,7 +44,7 @@ class DiffFit(Adapter):
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
         """The output projection of every attention and the last layer of every MLP."""
-        last = {name for _, name in feed_forwards(network)}
+        last = {mlp.last for mlp in feed_forwards(network)}
         for site in network.sites("linear", "conv"):
             # A batch norm right after it would undo the scale.
             if ("o" in site.parts or site.name in last) and not network.erased(site):

@@ -46,7 +46,7 @@ class IA3(Adapter):
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
         """What makes keys or values, and the last layer of every MLP; with a target, any linear layer or convolution."""
-        last = {name for _, name in feed_forwards(network)}
+        last = {mlp.last for mlp in feed_forwards(network)}
         for site in network.sites("linear", "conv"):
             # A batch norm right after it would undo the scale.
             makes = set(site.parts) & set("kv") and not network.erased(site)

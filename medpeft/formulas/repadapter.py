@@ -83,7 +83,7 @@ class RepAdapter(Adapter):
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
         """What makes queries, keys and values, and the first layers of every MLP; with a target, all that fit."""
-        first = {name for names, _ in feed_forwards(network) for name in names}
+        first = {name for mlp in feed_forwards(network) for name in mlp.first}
         for site in network.sites("linear", "conv"):
             begins = set(site.parts) & set("qkv") or site.name in first
             if (begins or (targeted and not site.parts)) and _fits(site):

@@ -169,9 +169,9 @@ class Exit(Adapter):
 
 def _blocks(network: Network, tokens: int, *, given_rotations: bool) -> Iterator[Site | Unfit]:
     """Yield every transformer block as a site, or with the reason why it cannot take more tokens."""
-    for name, block, found in branches(network):
-        reason = why_not(network, name, given_rotations=given_rotations)
+    for block in branches(network):
+        reason = why_not(network, block.name, given_rotations=given_rotations)
         if reason:
-            yield Unfit(name, reason)
+            yield Unfit(block.name, reason)
         else:
-            yield Site(name, block, "", "", layout=replace(found[-1].layout, adds=tokens))
+            yield Site(block.name, block.module, "", "", layout=replace(block.stream, adds=tokens))

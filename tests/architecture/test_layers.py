@@ -132,3 +132,26 @@ def test_an_attention_that_timm_writes_as_convolutions_is_found():
         model = timm.create_model("mobilenetv4_hybrid_medium", num_classes=3)
 
     assert Network(model).attentions
+
+
+def test_the_modules_around_one_are_named_from_the_nearest_to_the_outermost():
+    assert roles.parents("layer1.0.conv1") == ["layer1.0", "layer1"]
+    assert roles.parents("fc") == roles.parents("") == []
+    assert roles.within("head.fc.weight", ["stem", "head"])
+    assert roles.within("head", ["head"])
+    assert not roles.within("head_norm", ["head"])
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind"),
+    [
+        (nn.Linear(4, 4), "linear"),
+        (nn.Conv1d(4, 4, 1), "conv"),
+        (nn.ConvTranspose2d(4, 4, 1), "transposed"),
+        (nn.Embedding(4, 4), "embedding"),
+        (nn.GroupNorm(2, 4), "norm"),
+        (nn.ReLU(), ""),
+    ],
+)
+def test_the_kind_of_a_layer_is_that_of_its_weight(layer, kind):
+    assert roles.kind_of(layer) == kind

@@ -1,5 +1,7 @@
 """What the layers of timm's models are: the parts of fused projections, class blocks, heads, and what is overwritten."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -31,7 +33,7 @@ from timm.models import (
 from torch import nn
 
 import medpeft
-from medpeft.architecture import attention
+from medpeft.architecture import attention, fused
 from medpeft.architecture import layers as roles
 from medpeft.architecture.head import find_head
 from medpeft.architecture.weight_reads import overwrites
@@ -127,6 +129,17 @@ def test_the_rows_of_a_fused_projection_are_each_in_one_part():
         for projection in attention.projections(layer):
             taken = [i for row in projection.rows for i in row.indices(layer.get_submodule(projection.path).weight.shape[0])]
             assert len(taken) == len(set(taken)), kind
+
+
+def test_every_row_of_the_table_of_fused_layouts_is_that_of_some_attention_and_links_to_its_source():
+    layers = [build() for build, *_ in LAYOUTS.values()]
+    layers.append(mobilevit.MobileVitV2Block(8, transformer_dim=6, transformer_depth=1).transformer[0].attn)
+    used = [next(row for row in fused.FUSED_LAYOUTS if row.fits(layer)) for layer in layers]
+
+    for row in fused.FUSED_LAYOUTS:
+        assert row in used, row.families
+        file = row.link.partition("/timm/")[2]
+        assert (Path(timm.__file__).parent / file).is_file(), row.link
 
 
 def test_mobilevit_v2_has_one_query_channel():

@@ -9,7 +9,7 @@ from torch import nn
 
 import medpeft
 from medpeft.architecture.network import Network
-from medpeft.architecture.targets import picks
+from medpeft.architecture.targets import Selection, picks
 
 
 def sites(model, method="lora", **options):
@@ -187,7 +187,7 @@ def test_the_attention_block_of_diffusers_is_its_element_of_attentions():
 
 
 def test_adaptformer_taps_the_norm_before_the_mlp_or_the_mlp_itself():
-    names = {name: (mlp, norm) for name, _, mlp, norm in Network(make("vit")).blocks()}
+    names = {block.name: (block.mlp, block.norm) for block in Network(make("vit")).blocks()}
 
     assert names == {"blocks.0": ("mlp", "norm2"), "blocks.1": ("mlp", "norm2")}
 
@@ -206,3 +206,18 @@ def test_ssf_leaves_a_convolution_before_a_batch_or_instance_norm_to_that_norm()
         ]
         assert not set(erasing) & set(adapted), family
         assert adapted, family
+
+
+def test_a_target_and_an_exclusion_are_a_value_that_can_be_printed_and_compared():
+    def last(name, layer):
+        return name.endswith("fc2")
+
+    chosen = Selection.of(["attention", last, re.compile("fc1$")], nn.Conv2d)
+
+    assert str(chosen) == "'attention' or last or /fc1$/, without Conv2d"
+    assert str(Selection.of(None)) == "every layer"
+    assert chosen == Selection.of(["attention", last, re.compile("fc1$")], [nn.Conv2d])
+    network = Network(make("vit"))
+    assert chosen.picks(network, "blocks.0.mlp.fc2")
+    assert not chosen.picks(network, "patch_embed.proj")
+    assert not Selection.of(None, "blocks.0").picks(network, "blocks.0.mlp.fc2")
