@@ -62,9 +62,6 @@ class Plan:
     def __str__(self) -> str:
         return str(self.table())
 
-    def _repr_html_(self) -> str:
-        return self.table().to_html()
-
 
 def plan(
     model: nn.Module,
