@@ -204,7 +204,7 @@ def _attempt(model: nn.Module, example: Any, applied: str) -> dict[str, str] | s
     try:
         medpeft.apply(model, applied, batchnorm="frozen", keep_base=False)
         try:
-            return {silent.name: str(silent) for silent in connected(model, example).silent}
+            return {tensor.name: str(tensor) for tensor in connected(model, example).without_effect}
         finally:
             forget(model)
     except medpeft.MedpeftError as error:

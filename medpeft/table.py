@@ -1,8 +1,8 @@
-"""Rows as text, Markdown and HTML."""
+"""Rows as aligned text and as Markdown."""
 
 from __future__ import annotations
 
-import html
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -18,7 +18,7 @@ class Row:
 
 @dataclass
 class Table:
-    """Rows with a title, as aligned text, Markdown or HTML."""
+    """Rows with a title; the columns are attributes of `Row`, numbers last."""
 
     title: str
     rows: list[Row]
@@ -27,35 +27,46 @@ class Table:
 
     def cells(self) -> list[list[str]]:
         """The rows as text, a total last."""
-        body = [[_text(getattr(row, column)) for column in self.columns] for row in self.rows]
-        total = ["total", *[""] * (len(self.columns) - 2), _text(sum(row.parameters for row in self.rows))]
-        return [*body, total]
+        lines = []
+        total = 0
+        for row in self.rows:
+            lines.append([_text(getattr(row, column)) for column in self.columns])
+            total += row.parameters
+        empty = [""] * (len(self.columns) - 2)
+        return [*lines, ["total", *empty, _text(total)]]
 
     def __str__(self) -> str:
         lines = [list(self.columns), *self.cells()]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        text = ["  ".join(_pad(cell, widths[i], i, len(widths)) for i, cell in enumerate(line)).rstrip() for line in lines]
-        rule = "-" * max(map(len, text))
-        return "\n".join([self.title, rule, text[0], rule, *text[1:-1], rule, text[-1], *self.notes])
+        widths = [0] * len(self.columns)
+        for line in lines:
+            widths = list(map(max, widths, map(len, line)))
+        head, *body, total = [_aligned(line, widths) for line in lines]
+        rule = "-" * len(head)
+        return "\n".join([self.title, rule, head, rule, *body, rule, total, *self.notes])
 
     def to_markdown(self) -> str:
         """The table as GitHub Markdown."""
-        head = f"| {' | '.join(self.columns)} |\n|{' --- |' * (len(self.columns) - 1)} ---: |"
-        notes = "".join(f"\n\n{note}" for note in self.notes)
-        return "\n".join([head, *(f"| {' | '.join(line)} |" for line in self.cells())]) + notes
-
-    def to_html(self) -> str:
-        """The table as HTML, every text escaped."""
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>" for line in self.cells())
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        title = f"<caption>{html.escape(self.title)}</caption>"
-        return f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
+        lines = [_markdown_line(self.columns), "|" + " --- |" * (len(self.columns) - 1) + " ---: |"]
+        lines += map(_markdown_line, self.cells())
+        for note in self.notes:
+            lines += ["", _escaped(note)]
+        return "\n".join(lines)
 
 
 def _text(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _pad(cell: str, width: int, column: int, columns: int) -> str:
-    return cell.rjust(width) if column == columns - 1 else cell.ljust(width)
+def _aligned(cells: list[str], widths: list[int]) -> str:
+    """Join cells, the last one at the right of its column."""
+    *texts, number = map(str.ljust, cells, widths)
+    return "  ".join([*texts, number.strip().rjust(widths[-1])])
+
+
+def _markdown_line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(map(_escaped, cells))} |"
+
+
+def _escaped(text: str) -> str:
+    """Text that ends no cell and no line and opens no HTML tag, such as the class name `<lambda>`."""
+    return " ".join(text.splitlines()).replace("|", "\\|").replace("<", "&lt;")

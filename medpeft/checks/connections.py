@@ -1,34 +1,42 @@
-"""Which trainable tensors can reach a model's output, found on fake tensors: nothing is computed, no weight is needed.
+"""Which trainable tensors can reach a model's output? Asked on fake tensors, so nothing is computed.
 
-In training a tensor must get a gradient. In inference there is no gradient to ask, so every operation's inputs are followed
-into its outputs: a path that only exists in training, such as one around a fused kernel, does not pass for one that serves.
+- In training a tensor must get a gradient.
+- In inference there are no gradients, so values are followed through every operation, from its inputs to its
+  outputs. A path that exists only in training, because inference takes a fused kernel, does not count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .copies import on_fakes, run, undisturbed
+from .copies import on_fakes, run, tensors_in, trainable, undisturbed
+
+BYPASSED = "without gradients (torch.no_grad) the model takes a path that does not use it"
+_CUT_OFF = "its gradient is cut off on the way (detach, no_grad, or a step in integers)"
+_REENTRANT = (
+    "reentrant checkpointing gives no gradient to what it runs on frozen inputs; use "
+    "checkpoint(…, use_reentrant=False), or let its input require a gradient"
+)
+# What torch warns of.
+_REENTRANT_WARNING = "None of the inputs have requires_grad=True"
+
+Modes = tuple[str, ...]
+Missing = dict[str, Modes]
 
 
 @dataclass(frozen=True)
-class Silent:
-    """A trainable tensor that does not reach the output.
-
-    Attributes:
-        name: Its name in the model.
-        modes: "train", "eval", or both.
-        reason: What is in its way.
-    """
+class WithoutEffect:
+    """A trainable tensor without effect on the output in train mode, in eval mode, or in both, and why."""
 
     name: str
-    modes: tuple[str, ...]
+    modes: Modes
     reason: str
 
     def __str__(self) -> str:
@@ -37,187 +45,190 @@ class Silent:
 
 @dataclass
 class Connections:
-    """What `connected` found. Print it.
+    """The result of `connected`. Print it.
 
     Attributes:
         trainable: Names of all trainable tensors.
-        silent: Those that do not reach the output in train or in eval mode.
+        without_effect: Those that do not reach the output in train or in eval mode.
     """
 
     trainable: list[str]
-    silent: list[Silent] = field(default_factory=list)
+    without_effect: list[WithoutEffect] = field(default_factory=list)
 
     def __str__(self) -> str:
-        found = f"{len(self.trainable) - len(self.silent)} of {len(self.trainable)} trainable tensors are connected"
-        return "\n  ".join([found, *map(str, self.silent)])
+        reaching = len(self.trainable) - len(self.without_effect)
+        first = f"{reaching} of {len(self.trainable)} trainable tensors are connected"
+        return "\n  ".join([first, *map(str, self.without_effect)])
 
 
 def connected(model: nn.Module, example_input: Any) -> Connections:
-    """Which trainable tensors are connected to the output in train and in eval mode, without computing anything.
+    """Find the trainable tensors that are not connected to the output in train or in eval mode.
 
-    Works on the meta device too. A connected tensor may still not act, because a weight behind it is zero, for instance:
-    `medpeft.check` finds that on real values.
+    Works on the meta device too. A connected tensor may still have no effect, for instance because a weight
+    behind it is zero: `medpeft.check` finds that on real values.
 
     Args:
         model: An adapted model (or any other); it is not touched.
-        example_input: An input, a tuple of inputs, or a mapping of keyword inputs; only shapes and dtypes matter.
+        example_input: An input, a tuple of inputs, or a mapping of keyword inputs; values do not count.
 
     Raises:
-        MedpeftError: the model cannot run on fake tensors, because its control flow asks for values, for instance.
+        MedpeftError: the model cannot run on fake tensors, because it asks for values, for instance.
     """
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    with undisturbed() as heard:
-        by_gradient = on_fakes(_with_gradient, model, example_input)
-        by_dataflow = on_fakes(_reaching, model, example_input)
-    found = Connections(trainable)
-    modes = {n: _missing(n, train=by_gradient, eval=by_dataflow) for n in trainable}
-    missing = {name: absent for name, absent in modes.items() if absent}
-    if missing:
-        with undisturbed():
-            reasons = on_fakes(lambda m, x: _reasons(m, x, missing, heard), model, example_input)
-        found.silent = [Silent(name, absent, reasons[name]) for name, absent in missing.items()]
-    return found
-
-
-def _missing(name: str, **found: set[str]) -> tuple[str, ...]:
-    return tuple(mode for mode, names in found.items() if name not in names)
+    with undisturbed() as warned:
+        with_gradient = on_fakes(_with_gradient, model, example_input)
+        in_inference = on_fakes(_in_inference, model, example_input)
+    names = list(trainable(model))
+    missing: Missing = {}
+    for name in names:
+        if name not in with_gradient:
+            missing[name] = ("train",)
+        if name not in in_inference:
+            missing[name] = (*missing.get(name, ()), "eval")
+    if not missing:
+        return Connections(names)
+    reentrant = any(_REENTRANT_WARNING in text for text in warned)
+    with undisturbed():
+        explain = partial(_explained, missing=missing, reentrant=reentrant)
+        return Connections(names, on_fakes(explain, model, example_input))
 
 
 def _with_gradient(model: nn.Module, example: Any) -> set[str]:
     """Names of the trainable tensors that get a gradient in train mode."""
     model.train()
-    outputs = [out for out in run(model, example) if out.requires_grad]
-    if outputs:
+    sums = [out.abs().sum().double() for out in run(model, example) if out.requires_grad]
+    if sums:
         # Not autograd.grad: reentrant checkpointing refuses that.
-        torch.stack([out.abs().sum().double() for out in outputs]).sum().backward()
-    return {name for name, p in model.named_parameters() if p.grad is not None}
+        torch.stack(sums).sum().backward()
+    return {name for name, parameter in trainable(model).items() if parameter.grad is not None}
 
 
-def _reaching(model: nn.Module, example: Any) -> set[str]:
-    """Names of the trainable tensors from which values flow into the output in eval mode, without gradients."""
+def _in_inference(model: nn.Module, example: Any) -> set[str]:
+    """Names of the trainable tensors whose values flow into the output in eval mode, without gradients."""
     model.eval()
     with torch.no_grad():
-        return _flow(model, example)
+        return _flowing(model, example)
 
 
-def _flow(model: nn.Module, example: Any) -> set[str]:
-    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with Dataflow(names.values()) as flow:
-        bits = flow.of(run(model, example))
-    return {name for i, name in enumerate(names) if bits >> i & 1}
+def _flowing(model: nn.Module, example: Any) -> set[str]:
+    """Names of the trainable tensors whose values flow into the output."""
+    flow = Dataflow(trainable(model))
+    with flow:
+        return flow.sources_of(run(model, example))
 
 
 class Dataflow(TorchDispatchMode):
-    """Follows which of the given tensors flow into which other ones: bit i of `of(tensor)` stands for the i-th."""
+    """Follows values through the operations that run inside it, from sources to all that they flow into."""
 
-    def __init__(self, sources: Iterable[Tensor]) -> None:
+    def __init__(self, sources: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        # By storage, so that views and what is written in place are followed; kept, so that no address is used twice.
+        self._names = list(sources)
+        # By storage, because views share it. Each is kept, so that no address is used twice.
         self._storages: dict[int, Any] = {}
+        # Bit i says that the i-th source flows into a storage.
         self._bits: dict[int, int] = {}
-        for i, source in enumerate(sources):
+        for i, source in enumerate(sources.values()):
             self._add(source, 1 << i)
 
+    def sources_of(self, values: Any) -> set[str]:
+        """Names of the sources that flow into any tensor of a nested value."""
+        bits = self._bits_of(values)
+        return {name for i, name in enumerate(self._names) if bits >> i & 1}
+
     def _add(self, tensor: Tensor, bits: int) -> None:
-        storage = tensor.untyped_storage()
+        storage = _storage(tensor)
         self._storages[storage._cdata] = storage
         self._bits[storage._cdata] = self._bits.get(storage._cdata, 0) | bits
 
-    def of(self, values: Any) -> int:
-        """Bits of the sources that flow into any tensor of a nested value."""
+    def _bits_of(self, values: Any) -> int:
         bits = 0
-        for tensor in _leaves(values):
-            bits |= self._bits.get(tensor.untyped_storage()._cdata, 0)
+        for tensor in tensors_in(values):
+            bits |= self._bits.get(_storage(tensor)._cdata, 0)
         return bits
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        bits = self.of([args, kwargs])
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        bits = self._bits_of([args, kwargs])
         if bits:
-            for tensor in _leaves([output, _written(func, args, kwargs or {})]):
+            for tensor in tensors_in([output, _written(func, args, kwargs)]):
                 self._add(tensor, bits)
         return output
 
 
-def _leaves(values: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+def _storage(tensor: Tensor) -> Any:
+    """What holds the values of a tensor: its storage, or itself if it is sparse and has none."""
+    return tensor.untyped_storage() if tensor.layout == torch.strided else tensor
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
-    """Arguments that an operation writes into."""
-    schema = enumerate(func._schema.arguments)
-    written = [(i, a.name) for i, a in schema if a.alias_info is not None and a.alias_info.is_write]
-    return [args[i] if i < len(args) else kwargs.get(name) for i, name in written]
+    """List the arguments that an operation writes into."""
+    written = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written.append(args[i] if i < len(args) else kwargs.get(argument.name))
+    return written
 
 
-@dataclass
-class _Use:
-    """What happened to a layer in a forward."""
+class _Watch:
+    """Notes which of the tensors' layers run in a forward."""
 
-    called: bool = False
-    forwarded: bool = False
-    read: bool = False
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        self.called: set[str] = set()
+        for layer in set(map(layer_of, names)):
+            self._add(layer, model.get_submodule(layer))
+
+    def _add(self, name: str, layer: nn.Module) -> None:
+        forward = layer.forward
+
+        def note_forward(*args: Any, **kwargs: Any) -> Any:
+            self.called.add(name)
+            return forward(*args, **kwargs)
+
+        layer.__dict__["forward"] = note_forward
+        for parameter in layer.parameters(recurse=False):
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)  # Then it is followed, too.
 
 
-def _reasons(model: nn.Module, example: Any, missing: dict[str, tuple[str, ...]], heard: list[str]) -> dict[str, str]:
-    """What keeps each missing tensor from the output."""
-    owners = {name: name.partition(".adapters.")[0] if ".adapters." in name else name.rpartition(".")[0] for name in missing}
-    found: dict[str, str] = {}
-    for training in (False, True):
-        mode = "train" if training else "eval"
-        names = [name for name in missing if mode in missing[name]]
+def _explained(model: nn.Module, example: Any, missing: Missing, reentrant: bool) -> list[WithoutEffect]:
+    """Say what keeps each missing tensor from the output, in the first mode in which it is missing."""
+    results = []
+    for mode in ("train", "eval"):
+        names = [name for name, modes in missing.items() if modes[0] == mode]
         if not names:
             continue
-        model.train(training)
-        uses = _watched(model, {owners[name] for name in names})
-        flows = _flow(model, example)
+        model.train(mode == "train")
+        watch = _Watch(model, names)
+        flowing = _flowing(model, example)
         for name in names:
-            uses[owners[name]].read = _own_reached(owners[name], flows)
-            reentrant = any("None of the inputs have requires_grad=True" in text for text in heard)
-            found[name] = _reason(name, owners[name], uses[owners[name]], name in flows, reentrant)
-    return found
+            if name not in flowing:
+                reason = _reason_unused(name, watch, flowing)
+            elif mode == "eval":
+                reason = BYPASSED
+            else:
+                reason = _REENTRANT if reentrant else f"its values reach the output, but {_CUT_OFF}"
+            results.append(WithoutEffect(name, missing[name], reason))
+    return results
 
 
-def _watched(model: nn.Module, layers: set[str]) -> dict[str, _Use]:
-    """Note calls of these layers, and let their frozen tensors be followed as if they trained."""
-    uses = {name: _Use() for name in layers}
-    for name, use in uses.items():
-        layer = model.get_submodule(name)
-
-        def note_call(module: nn.Module, args: Any, use: _Use = use) -> None:
-            use.called = True
-
-        def forward(*args: Any, _forward: Any = layer.forward, _use: _Use = use, **kwargs: Any) -> Any:
-            _use.forwarded = True
-            return _forward(*args, **kwargs)
-
-        layer.register_forward_pre_hook(note_call)
-        layer.__dict__["forward"] = forward
-        for parameter in layer.parameters(recurse=False):
-            parameter.requires_grad_(True)
-    return uses
+def layer_of(tensor: str) -> str:
+    """Name of the layer that a tensor belongs to or, if it is an adapter's, acts on."""
+    layer, is_adapter, _ = f".{tensor}".partition(".adapters.")
+    if not is_adapter:
+        layer = layer.rpartition(".")[0]
+    return layer[1:]
 
 
-def _own_reached(owner: str, flows: set[str]) -> bool:
-    """Whether an own tensor of a layer (not one of its adapters') reaches the output."""
-    return any(name.rpartition(".")[0] == owner for name in flows)
-
-
-def _reason(name: str, owner: str, use: _Use, flows: bool, reentrant: bool) -> str:
+def _reason_unused(name: str, watch: _Watch, flowing: set[str]) -> str:
+    """Say why a tensor is not used; `flowing`: names of the tensors that are."""
+    owner = layer_of(name)
     layer = owner or "the model"
-    if flows and reentrant:
-        return (
-            "reentrant checkpointing gives no gradient to what it runs on frozen inputs; use "
-            "checkpoint(…, use_reentrant=False), or let its input require a gradient"
-        )
-    if flows:
-        return "its values reach the output, but its gradient is cut off on the way (detach, no_grad, or a step in integers)"
-    if use.forwarded and not use.called:
-        return f"{layer}.forward is called directly, which passes its hooks by; call the layer itself, {layer}(x)"
-    if use.read and not use.called:
-        return f"the weight of {layer} is read, but the layer is never called; exclude it, or call the layer itself"
-    if not use.called:
-        return f"{layer} never runs: its branch is not used for this input; exclude it"
-    if use.read:
+    is_read = any(other.rpartition(".")[0] == owner for other in flowing)
+    if owner in watch.called and is_read:
         return f"{layer} runs, but makes no use of it for this input; exclude it"
-    return f"{layer} runs, but its output is not used for the output of the model"
+    if owner in watch.called:
+        return f"{layer} runs, but its output is not used for the output of the model"
+    if is_read:
+        hint = "exclude it, or call the layer itself"
+        return f"the weight of {layer} is read, but the layer is never called; {hint}"
+    return f"{layer} never runs: its branch is not used for this input; exclude it"

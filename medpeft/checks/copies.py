@@ -1,6 +1,7 @@
-"""A twin of a model has trainable tensors and buffers of its own: what is tried on it leaves the model alone, bit for bit.
+"""Copies of a model to experiment on: the model itself stays as it is, bit for bit.
 
-Its frozen parameters are the model's own, or all of it is fake tensors, which have shapes and no values.
+A copy has trainable tensors and buffers of its own. Its frozen parameters are copies too, or those of the
+model. Or all its tensors are fake: they have shapes and no values.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FunctionType
 from typing import Any, TypeVar
@@ -21,191 +22,202 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..adapters.record import applied
+from ..adapters.record import Applied, applied
 from ..errors import MedpeftError
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
-def real_twin(model: nn.Module) -> nn.Module:
-    """A copy that shares the frozen parameters' memory and owns all else.
+def copied(model: nn.Module, *, share_frozen: bool = False, dtype: torch.dtype | None = None) -> nn.Module:
+    """Copy a model, in another floating-point type if asked, or with its frozen parameters shared."""
 
-    Raises:
-        MedpeftError: the model cannot be copied; the message says why.
-    """
-    return _copy(model, lambda tensor: tensor if _is_frozen(tensor) else _own(tensor))
+    def change(tensor: Tensor) -> Tensor:
+        if share_frozen and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            return tensor
+        return _like(tensor, cast_floats(tensor.detach().clone(), dtype))
 
-
-def own_twin(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy that owns everything, in another floating-point type if asked.
-
-    Raises:
-        MedpeftError: the model cannot be copied; the message says why.
-    """
-    return _copy(model, lambda tensor: _own(tensor, dtype))
+    return _copy(model, change)
 
 
-def on_fakes(step: Callable[[nn.Module, Any], Found], model: nn.Module, example: Any) -> Found:
-    """What `step(twin, input)` finds on a copy and an input without values; a model on the meta device becomes one on the CPU.
+def on_fakes(step: Callable[[nn.Module, Any], Result], model: nn.Module, example: Any) -> Result:
+    """Run `step(copy, input)` without values, inside `undisturbed`. The meta device becomes the CPU.
 
     Raises:
         MedpeftError: the model cannot be copied, or asks for values; the message says which.
     """
-    # Tensors that the model holds out of sight are taken along.
+    # Some tensors a model holds out of sight, as in a closure: they take part as they are.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twin = _copy(model, lambda tensor: _fake(tensor, mode))
+    fake_model = _copy(model, lambda tensor: _fake(tensor, mode))
     inputs = mapped(example, lambda tensor: _fake(tensor, mode))
+    # torch would log what is raised here, and where fake tensors fail, real ones are tried.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
     try:
-        with mode, torch.enable_grad(), _unlogged("torch._subclasses.fake_tensor"):
-            return step(twin, inputs)
+        with mode:
+            return step(fake_model, inputs)
     except MedpeftError:
         raise
     except Exception as error:
-        raise MedpeftError(
-            f"{type(model).__name__} does not run on fake tensors: {type(error).__name__}: {str(error).strip() or 'no message'}"
-        ) from error
+        reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+        raise MedpeftError(f"{type(model).__name__} does not run on fake tensors: {reason}") from error
     finally:
-        _forget_cached(model)
+        logger.disabled = was_disabled
+        _empty_caches(model)
 
 
-@contextmanager
-def _unlogged(name: str) -> Iterator[None]:
-    """Without that logger's messages: a failure is raised, and where fake tensors fail, real ones are tried."""
-    logger = logging.getLogger(name)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
-def _copy(model: nn.Module, twin_of: Callable[[Tensor], Tensor]) -> nn.Module:
-    originals = {id(tensor): tensor for tensor in _held_tensors(model)}
-    memo: dict[int, Any] = {key: twin_of(tensor) for key, tensor in originals.items()}
+def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Copy a model with every tensor changed."""
+    # By deepcopy's memo, because it refuses tensors that a forward computed, which a model may keep.
+    tensors = {id(tensor): tensor for tensor in _tensors_of(model)}
+    memo: dict[int, Any] = {}
+    for key, tensor in tensors.items():
+        memo[key] = change(tensor)
     for module in model.modules():
         record = applied(module)
-        if record is not None:  # It holds the base's values, which a twin only reads.
+        if record is not None:  # It holds the base's values, which a copy only reads.
             memo[id(record)] = record
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
         raise MedpeftError(
-            f"This {type(model).__name__} cannot be copied, and it is tried out on a copy: {type(error).__name__}: {error}. "
+            f"This {type(model).__name__} cannot be copied, and it is tried out on a copy: {reason}. "
             "Pass the plain model, before it is compiled, sharded or wrapped for training on several devices."
         ) from error
 
 
-def _held_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and the tensors that modules hold as plain attributes or in lists and dicts."""
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Yield parameters, buffers, and tensors that modules hold as plain attributes or in lists and dicts."""
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():
         for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
+            if name not in ("_parameters", "_buffers", "_modules") and not isinstance(value, Applied):
                 yield from tensors_in(value)
 
 
-def _is_frozen(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    device = "cpu" if tensor.is_meta else tensor.device
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return _like(tensor, fake)
 
 
-def _own(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    own = cast_floats(tensor.detach().clone(), dtype)
-    return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    """Return the value, as a parameter if the tensor is one."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(value, tensor.requires_grad)
+    return value
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters of a model, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def cast_floats(value: Any, dtype: torch.dtype | None) -> Any:
-    """Nested tensors with the floating-point ones in another type; unchanged for None."""
+    """Cast the floating-point tensors of a nested value; None leaves all as they are."""
     return mapped(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    device = torch.device("cpu") if tensor.is_meta else tensor.device
-    with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-
-
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of nested lists, tuples and mappings with every tensor changed."""
+    """Copy nested lists, tuples and mappings with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
         return {key: mapped(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [mapped(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+    if not isinstance(value, (list, tuple)):
+        return value
+    items = [mapped(item, change) for item in value]
+    if hasattr(value, "_fields"):  # a named tuple
+        return type(value)(*items)
+    return type(value)(items)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor of an output: a tensor, or any nesting of tuples, lists, mappings and dataclasses."""
+    """Yield every tensor of an output, a nesting of tuples, lists, mappings and dataclasses."""
+    items: Iterable[Any] = ()
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        yield from (tensor for item in value.values() for tensor in tensors_in(item))
+        items = value.values()
     elif isinstance(value, (list, tuple)):
-        yield from (tensor for item in value for tensor in tensors_in(item))
+        items = value
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from (tensor for field in dataclasses.fields(value) for tensor in tensors_in(getattr(value, field.name, None)))
+        items = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    for item in items:
+        yield from tensors_in(item)
 
 
 def run(model: nn.Module, example: Any) -> list[Tensor]:
-    """The floating-point outputs of the model for an input, a tuple of inputs, or a mapping of keyword inputs.
-
-    Raises:
-        MedpeftError: there is none.
-    """
+    """Run a model on an input, a tuple or a mapping of inputs; return its floating-point outputs."""
     if isinstance(example, tuple):
         output = model(*example)
+    elif isinstance(example, Mapping):
+        output = model(**example)
     else:
-        output = model(**example) if isinstance(example, Mapping) else model(example)
-    found = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() or tensor.is_complex()]
-    if not found:
-        raise MedpeftError(f"{type(model).__name__} returned {type(output).__name__} without a floating-point tensor in it.")
-    return found
+        output = model(example)
+    floating = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() or tensor.is_complex()]
+    if not floating:
+        kind = type(output).__name__
+        raise MedpeftError(f"{type(model).__name__} returned {kind} without a floating-point tensor in it.")
+    return floating
 
 
-def seed(number: int) -> None:
-    """Seed torch's generators that are in use; one that is not yet stays as it is, unlike with `torch.manual_seed`."""
+@contextmanager
+def undisturbed() -> Iterator[list[str]]:
+    """Allow gradients, whatever the caller's mode, and restore torch's, NumPy's and Python's random state.
+
+    Yields:
+        Texts of the warnings given inside, complete at the end.
+    """
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - a model's code may draw from it
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    texts: list[str] = []
+    try:
+        with (
+            torch.random.fork_rng(list(devices)),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            warnings.catch_warnings(record=True) as caught,
+        ):
+            warnings.simplefilter("always")
+            try:
+                yield texts
+            finally:
+                texts.extend(str(warning.message) for warning in caught)
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def seed_everything(number: int) -> None:
+    """Seed torch's generators that are in use; `torch.manual_seed` would seed those of unused devices too."""
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)
 
 
-@contextmanager
-def undisturbed() -> Iterator[list[str]]:
-    """Leaves torch's, NumPy's and Python's random state as it was; yields the texts of the warnings given inside."""
-    numbers, array = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state a model's code may draw from
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    heard: list[str] = []
-    try:
-        with torch.random.fork_rng(list(devices)), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                yield heard
-            finally:
-                heard.extend(str(warning.message) for warning in caught)
-    finally:
-        random.setstate(numbers)
-        np.random.set_state(array)  # noqa: NPY002
+def _empty_caches(model: nn.Module) -> None:
+    """Empty the function caches in the files that define the model's classes: a fake tensor may lie there."""
+    files = set()
+    for module in model.modules():
+        files |= {cls.__module__ for cls in type(module).__mro__}
+    for file in files & set(sys.modules):
+        for function in list(vars(sys.modules[file]).values()):
+            for candidate in (function, *_closure(function)):
+                if type(candidate).__name__ == "_lru_cache_wrapper":
+                    candidate.cache_clear()
 
 
-def _forget_cached(model: nn.Module) -> None:
-    """Empty the function caches that the model's classes and their source files use: a fake tensor may lie there."""
-    classes = {cls for module in model.modules() for cls in type(module).__mro__ if cls not in (nn.Module, object)}
-    files = {cls.__module__ for cls in classes} & set(sys.modules)
-    for namespace in (*classes, *(sys.modules[name] for name in files)):
-        for function in list(vars(namespace).values()):
-            # A decorator around functools' own, such as transformers', hides the cache in its closure.
-            for found in (function, *_closure(function)):
-                if type(found).__name__ == "_lru_cache_wrapper":
-                    found.cache_clear()
-
-
-def _closure(function: Any) -> Iterator[Any]:
-    """What a function holds from the function that made it."""
+def _closure(function: Any) -> list[Any]:
+    """List what a function holds from the one that made it: transformers' decorator hides a cache there."""
     # Not isinstance: it asks a lazy import, of which MONAI has many, for its class, and that raises.
-    for cell in (function.__closure__ or ()) if type(function) is FunctionType else ():
+    if type(function) is not FunctionType:
+        return []
+    contents = []
+    for cell in function.__closure__ or ():
         with suppress(ValueError):  # A cell may still be empty.
-            yield cell.cell_contents
+            contents.append(cell.cell_contents)
+    return contents

@@ -1,4 +1,4 @@
-"""What a step costs, counted on fake tensors: operations, and the memory that waits for the backward; nothing is computed."""
+"""Costs of a training step, counted on fake tensors: operations, and memory that waits for backward."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ class Costs:
     """Costs of one step in train mode.
 
     Attributes:
-        forward_flops: Operations of the forward: two for each multiply-add of a matrix product, convolution or attention.
+        forward_flops: Operations of the forward: two for each multiply-add of a matrix product, convolution
+            or attention.
         training_flops: Operations of forward and backward.
-        saved_bytes: Bytes kept from forward to backward, parameters and buffers, which are there anyway, not counted.
+        saved_bytes: Bytes kept from forward to backward. Parameters and buffers do not count: they are there
+            anyway.
     """
 
     forward_flops: int
@@ -31,11 +33,11 @@ class Costs:
 
 
 def costs(model: nn.Module, example_input: Any) -> Costs:
-    """Costs of one training step of a model as it is.
+    """Count the costs of one training step of a model as it is.
 
     Args:
         model: Any model, on any device; it is not touched.
-        example_input: An input, a tuple of inputs, or a mapping of keyword inputs; only shapes and dtypes matter.
+        example_input: An input, a tuple of inputs, or a mapping of keyword inputs; values do not count.
 
     Raises:
         MedpeftError: the model does not run on fake tensors.
@@ -45,7 +47,7 @@ def costs(model: nn.Module, example_input: Any) -> Costs:
 
 
 def full_costs(model: nn.Module, example_input: Any) -> Costs:
-    """Costs of one training step of the same model without its adapters, every parameter trainable.
+    """Count the costs of one training step of the model without its adapters, every parameter trainable.
 
     Raises:
         MedpeftError: nothing was applied, or the model does not run on fake tensors.
@@ -55,35 +57,36 @@ def full_costs(model: nn.Module, example_input: Any) -> Costs:
         return on_fakes(_count_full, model, example_input)
 
 
-def _count_full(twin: nn.Module, example: Any) -> Costs:
-    uninstall(twin)
-    release_statistics(twin)
-    for parameter in twin.parameters():
+def _count_full(model: nn.Module, example: Any) -> Costs:
+    uninstall(model)
+    release_statistics(model)
+    for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    return _count(twin, example)
+    return _count(model, example)
 
 
-def _count(twin: nn.Module, example: Any) -> Costs:
-    twin.train()
-    held = {_storage(tensor) for tensor in (*twin.parameters(), *twin.buffers())}
+def _count(model: nn.Module, example: Any) -> Costs:
+    model.train()
+    not_counted = set(map(_storage_id, (*model.parameters(), *model.buffers())))
     saved: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         # Views of one tensor share its storage, which is kept once, and whole.
-        if _storage(tensor) not in held:
-            saved[_storage(tensor)] = tensor.untyped_storage()
+        if _storage_id(tensor) not in not_counted:
+            saved[_storage_id(tensor)] = tensor.untyped_storage()
         return tensor
 
     with Flops() as flops:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = [out for out in run(twin, example) if out.requires_grad]
-        forward, size = flops.total, sum(storage.nbytes() for storage in saved.values())
+            outputs = [output for output in run(model, example) if output.requires_grad]
+        forward_flops = flops.total
+        saved_bytes = sum(storage.nbytes() for storage in saved.values())
         if outputs:
-            torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
-    return Costs(forward, flops.total, size)
+            torch.autograd.backward(outputs, list(map(torch.ones_like, outputs)))
+    return Costs(forward_flops, flops.total, saved_bytes)
 
 
-def _storage(tensor: Tensor) -> int:
+def _storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -100,8 +103,9 @@ class Flops(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
         formula = self.formulas.get(func._overloadpacket)
         if formula is not None:
-            self.total += int(formula(*args, **(kwargs or {}), out_val=output))
+            self.total += int(formula(*args, **kwargs, out_val=output))
         return output

@@ -44,10 +44,13 @@ def test_a_sound_model_passes_and_the_result_counts_what_acts():
     assert str(found).startswith("6 trainable tensors (213 parameters) act in train and in eval mode")
 
 
+def test_a_layer_whose_forward_is_called_directly_is_adapted_too():
+    assert medpeft.check(adapted(directly), X).tensors == 6
+
+
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (directly, "second.forward is called directly, which passes its hooks by; call the layer itself, second(x)"),
         (by_alias, "the weight of second is read, but the layer is never called"),
         (unused, "second never runs: its branch is not used for this input"),
         (discarded, "second runs, but its output is not used for the output of the model"),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from checked import Net, X, adapted, failure
+from checked import Net, X, adapted, failure, unused
 from models import example, make, randomise
 from torch import Tensor, nn
 
@@ -14,6 +14,15 @@ import medpeft
 def test_an_input_without_variation_is_replaced_by_noise():
     model = medpeft.apply(make("resnet", torch.float32), "full")
     assert medpeft.check(model, torch.zeros(2, 3, 32, 32)).tensors > 20
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("run", [None, lambda net, x: net.second(x) if bool(x.sum() < 1e9) else x])
+def test_a_caller_without_gradients_gets_the_same_verdicts(mode, run):
+    model = adapted(run)
+    with mode():
+        assert medpeft.check(model, X.clone()).tensors == 6
+        assert "second.adapters.lora.up cannot act in train and eval mode: second never runs" in failure(adapted(unused))
 
 
 class Masked(nn.Module):

@@ -17,10 +17,10 @@ def test_a_model_without_values_has_its_connections_checked():
     assert "the model has no values (meta device): connections alone were checked" in found.notes
 
 
-def test_connected_lists_what_is_silent_and_prints_it():
+def test_connected_lists_what_has_no_effect_and_prints_it():
     found = connected(adapted(unused), X)
-    assert [silent.name for silent in found.silent] == ["second.adapters.lora.down", "second.adapters.lora.up"]
-    assert found.silent[0].modes == ("train", "eval")
+    assert [tensor.name for tensor in found.without_effect] == ["second.adapters.lora.down", "second.adapters.lora.up"]
+    assert found.without_effect[0].modes == ("train", "eval")
     assert str(found).startswith("4 of 6 trainable tensors are connected\n  second.adapters.lora.down in train and eval mode")
 
 

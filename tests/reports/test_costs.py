@@ -152,6 +152,14 @@ def test_report_takes_tuples_and_mappings():
     assert medpeft.report(model, example_input={"pixel_values": x}).costs == medpeft.report(model, example_input=(x,)).costs
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_caller_without_gradients_gets_the_same_costs(mode):
+    model = medpeft.apply(make("vit", torch.float32), "lora")
+    found = medpeft.report(model, example_input=example("vit", torch.float32))
+    with mode():
+        assert medpeft.report(model, example_input=example("vit", torch.float32)) == found
+
+
 def test_a_model_that_asks_for_values_is_refused_with_the_reason():
     class Asks(nn.Sequential):
         def forward(self, x):
