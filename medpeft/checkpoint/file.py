@@ -220,7 +220,7 @@ def read_tensors(file: io.BufferedIOBase, layout: Layout, name: str) -> dict[str
     present = {key: Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     if present != layout.tensors:
         raise CheckpointError(f"{name} was altered while it was read.")
-    return tensors
+    return {key: tensors[key] for key in layout.tensors}  # The library's order changes from process to process.
 
 
 def parse(data: bytes | str, what: str) -> Any:

@@ -158,8 +158,11 @@ def settle(planned: Plan, built: Built, values: dict[str, Tensor]) -> None:
 def _copy(model: nn.Module, values: dict[str, Tensor]) -> None:
     """Copy the values into what a file holds of the model; after an error all are as before."""
     reshard(model)
-    saved = Adapted.of(model).saved
-    overwrite((saved[name], value) for name, value in values.items())
+    pairs = []
+    for name, tensor in Adapted.of(model).saved.items():  # One order for all ranks of a sharded model.
+        if name in values:
+            pairs.append((tensor, values[name]))
+    overwrite(pairs)
 
 
 def _skipped(record: Applied, head: str) -> tuple[str, ...]:
