@@ -1,23 +1,58 @@
-"""Does a checkpoint fit a model? What it would apply, what it needs, and everything that stands against it."""
+"""Does a checkpoint fit a model? Both are described by name in one form, and each difference is a line."""
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.record import Applied, own_state, trained_tensors
+from ..adapters.record import Adapted, Applied, own_state, own_tensors
 from ..adapters.registry import find
-from ..errors import CheckpointError, MedpeftError
-from ..sharding import is_sharded
-from ..surgery.build import build, state_of_built
-from ..surgery.plan import Plan, statistics_names
-from .file import Entry, short
-from .fingerprint import own_tensors
+from ..errors import CheckpointError, MedpeftError, listed
+from .file import short
+from .fingerprint import class_of, identify, label
 from .header import Header
+from .messages import as_lines, clip
+
+Described = TypeVar("Described")
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a line says that only one side has a name, or that both describe it in another way."""
+
+    only_saved: str
+    only_here: str
+    changed: str = ""
+
+
+_OPTIONS = Wording("{} is only in the file", "{} is only here", "{}={!r} in the file, {!r} here")
+_PLACES = Wording("{}: only in the file", "{}: only here")
+_BASES = Wording(
+    only_saved="{!r} is not in this model",
+    only_here="{!r} is not in the file's base",
+    changed="{!r} is {} in the file's base, {} here",
+)
+_TENSORS = Wording(
+    only_saved="{!r}: in the file, the model has no such tensor",
+    only_here="{!r}: in the model, missing in the file",
+    changed="{!r}: {} in the file, {} in the model",
+)
+
+
+def differences(saved: Mapping[str, object], here: Mapping[str, object], wording: Wording) -> list[str]:
+    """Compare the descriptions of the file and of the model: a line for each name on which they differ."""
+    lines = [wording.only_here.format(name) for name in here if name not in saved]
+    for name, description in saved.items():
+        if name not in here:
+            lines.append(wording.only_saved.format(name))
+        elif description != here[name]:
+            lines.append(wording.changed.format(name, description, here[name]))
+    return lines
 
 
 def within(name: str, modules: Sequence[str]) -> bool:
@@ -25,172 +60,183 @@ def within(name: str, modules: Sequence[str]) -> bool:
     return any(name == module or name.startswith(module + ".") for module in modules)
 
 
-def record_of(header: Header, model: nn.Module, head: str, keep_base: bool | None) -> Applied:
-    """The record that loading the file leaves on a model that is not adapted.
-
-    Raises:
-        CheckpointError: a method or an option of the file's is unknown, or the model cannot be adapted.
-    """
-    for name, tensor in own_tensors(model):
-        if is_sharded(tensor):
-            raise CheckpointError(f"{name!r} is sharded already: load the checkpoint before fully_shard.")
-    said = header.document
-    selected = dict(said["selected"])
-    if head != "strict":
-        own = {n: "head" for n, _ in model.named_parameters() if within(n, said["head"])}
-        selected = {n: m for n, m in selected.items() if not within(n, said["head"])} | own
-    present = dict(model.named_modules())
-    return Applied(
-        methods=_methods(header),
-        sites=[(method, layer, weight) for method, layer, weight in dict.fromkeys(map(tuple, said["sites"]))],
-        selected=selected,
-        head=tuple(name for name in said["head"] if name in present),
-        batchnorm=said["batchnorm"],
-        statistics=statistics_names(model) if said["batchnorm"] == "adapt" else [],
-        trained_before={name: p.requires_grad for name, p in model.named_parameters()},
-        base=None if keep_base is False or (keep_base is None and "full" in said["methods"]) else {},
-        seed=said["seed"],
-        dtype=None if said["dtype"] is None else getattr(torch, said["dtype"]),
-    )
+def outside(described: Mapping[str, Described], modules: Sequence[str]) -> dict[str, Described]:
+    """Leave out the names that lie in one of the modules."""
+    return {name: description for name, description in described.items() if not within(name, modules)}
 
 
 def require_nothing_else_trains(model: nn.Module, record: Applied) -> None:
-    """Raise `CheckpointError` if a parameter trains that no file holds; the file would then fit no base."""
-    saved = {id(tensor) for _, tensor in (*own_state(model), *trained_tensors(model, record))}
+    """Raise `CheckpointError` if a parameter would train that no file holds."""
+    saved = {id(tensor) for tensor in Adapted.of(model).saved.values()}
     loose = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
     if loose:
         raise CheckpointError(
-            f"{loose[0]!r}{f' and {len(loose) - 1} more' if len(loose) > 1 else ''} would train, though apply froze it or did "
-            "not see it. It is no part of the file, which would then fit no base. Choose a method that trains it beside "
-            f"{record.name!r}; or call requires_grad_(False) on it, if it has not been trained."
+            f"{listed(loose, most=1)} would train, though apply froze it or did not see it. It is no part of "
+            f"the file, which would then fit no base. Choose a method that trains it beside {record.name!r}; "
+            "or call requires_grad_(False) on it, if it has not been trained."
         )
 
 
 def require_values(model: nn.Module) -> None:
-    """Raise where the model is on the meta device."""
-    meta = next((name for name, tensor in (*own_tensors(model), *own_state(model)) if tensor.is_meta), None)
-    if meta is not None:
-        raise CheckpointError(f"{meta!r} is on the meta device, which holds no values: load the base's weights first.")
+    """Raise `CheckpointError` if the model is on the meta device."""
+    for name, tensor in (*own_tensors(model), *own_state(model)):
+        if tensor.is_meta:
+            raise CheckpointError(f"{name!r} is on the meta device, which holds no values: load the base's weights first.")
 
 
-def _methods(header: Header) -> dict[str, dict[str, Any]]:
-    """The file's methods with their options; those added since then have their defaults."""
-    found = {}
+def saved_record(header: Header) -> Applied:
+    """Read the record in the file; options that its methods got since then have their defaults.
+
+    Raises:
+        CheckpointError: a method is unknown.
+    """
+    record = Applied.from_json(header.document)
     for name, options in header.methods.items():
         try:
-            known = find(name).options
+            record.methods[name] = {**find(name).options, **options}
         except MedpeftError as error:
             raise CheckpointError(
-                f"{header.name}: {error} If it is a method of your own, import the file that registers it before loading."
+                f"{header.name}: {clip(error, 2000)} If it is a method of your own, import the file that "
+                "registers it before loading."
             ) from None
-        found[name] = {**known, **options}
-    for method, layer, _ in header.document["sites"]:
-        if method not in found:
-            raise CheckpointError(f"{header.name}: {layer!r} is adapted by {method!r}, which is none of its methods.")
-    return found
+    for method, layer, _ in record.sites:
+        if method not in record.methods:
+            adapted = f"{clip(repr(layer))} is adapted by {clip(repr(method))}"
+            raise CheckpointError(f"{header.name}: {adapted}, which is none of its methods.")
+    return record
 
 
-def explain(header: Header, here: Applied, model: nn.Module, *, with_head: bool) -> None:
-    """Raise, with what differs, unless the model was adapted as the file says."""
-    said = header.document
-    wanted, found = _methods(header), {name: _as_json(own) for name, own in here.methods.items()}
-    lines = [f"method: {'+'.join(wanted)} in the file, {'+'.join(found)} here"] if set(wanted) != set(found) else []
-    if not lines:
-        lines += [
-            f"{name}: {option}={_as_json(value)!r} in the file, {found[name].get(option)!r} here"
-            for name, options in wanted.items()
-            for option, value in options.items()
-            if found[name].get(option) != _as_json(value)
-        ]
-        lines += _apart("adapters at", {tuple(s) for s in said["sites"]}, set(here.sites))
-        own = {n for n in here.selected if with_head or not within(n, here.head)}
-        saved = {n for n in said["selected"] if with_head or not within(n, said["head"])}
-        lines += _apart("selected parameters", saved, own)
-    if said["batchnorm"] != here.batchnorm:
-        lines.append(f"batchnorm: {said['batchnorm']!r} in the file, {here.batchnorm!r} here")
+def require_same_methods(header: Header, model: nn.Module, here: Applied, skipped: Sequence[str]) -> None:
+    """Raise `CheckpointError`, with what differs, unless the model was adapted as the file says."""
+    saved = saved_record(header)
+    if saved.methods.keys() != here.methods.keys():
+        lines = [f"method: {saved.name} in the file, {here.name} here"]
+    else:
+        lines = differences(_options(saved), _options(here), _OPTIONS)
+        lines += differences(_places(saved, skipped), _places(here, skipped), _PLACES)
+    if saved.batchnorm != here.batchnorm:
+        lines.append(f"batchnorm: {saved.batchnorm!r} in the file, {here.batchnorm!r} here")
     if lines:
-        listed = "\n  ".join(lines)
         raise CheckpointError(
-            f"{header.name} does not fit this {type(model).__name__}, which is adapted in another way:\n  {listed}\nCall "
-            "medpeft.remove(model) first, or load into a fresh model."
+            f"{header.name} does not fit this {type(model).__name__}, which is adapted in another way:\n  "
+            f"{as_lines(lines)}\nCall medpeft.remove(model) first, or load into a fresh model."
         )
 
 
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _options(record: Applied) -> dict[str, object]:
+    """Every option of every method, as JSON."""
+    options = {}
+    for method, values in record.methods.items():
+        for option, value in values.items():
+            options[f"{method}: {option}"] = json.loads(json.dumps(value, default=repr))  # A tuple becomes a list.
+    return options
 
 
-def _apart(what: str, saved: set[Any], here: set[Any]) -> list[str]:
-    lines = []
-    for where, extra in (("only in the file", saved - here), ("only here", here - saved)):
-        if extra:
-            names = sorted(".".join(e[1:]) if isinstance(e, tuple) else e for e in extra)
-            lines.append(f"{what} {', '.join(map(repr, names[:3]))}{', …' if len(names) > 3 else ''}: {where} ({len(names)})")
-    return lines
+def _places(record: Applied, skipped: Sequence[str]) -> dict[str, None]:
+    """Every adapter and every selected parameter, in words."""
+    places = [f"adapters at {f'{layer}.{weight}'!r} by {method!r}" for method, layer, weight in record.sites]
+    places += [f"selected parameter {name!r}" for name in outside(record.selected, skipped)]
+    return dict.fromkeys(places)
 
 
-def expected_tensors(model: nn.Module, record: Applied, planned: Plan | None) -> dict[str, Tensor]:
-    """What a file for the model must hold, by name: of adapters that are only planned, shapes alone.
+def require_base(header: Header, model: nn.Module, record: Applied, skipped: Sequence[str]) -> None:
+    """Raise `CheckpointError`, with what differs, unless the frozen weights are those of its base."""
+    trained = {*record.selected, *record.statistics}
+    here = identify(model, lambda name: name not in trained and not within(name, skipped))
+    saved = {**header.document["base"], "tensors": outside(header.document["base"]["tensors"], skipped)}
+    difference = _base_difference(saved, here)
+    if difference:
+        raise CheckpointError(
+            f"{header.name} was trained on another base than this {class_of(model).__name__}:\n  "
+            f"{clip(difference, 1000)}\nCreate the model as in training, with the same pretrained weights "
+            "and precision, or pass check_base=False to load it nevertheless."
+        )
+
+
+def _base_difference(saved: dict[str, Any], here: dict[str, Any]) -> str:
+    """Describe the first of class, shapes and values in which two bases differ; "" if in none."""
+    if saved["class"] != here["class"]:
+        return f"architecture: {label(saved)} in the file, {label(here)} here"
+    apart = differences(_shapes(saved), _shapes(here), _BASES)
+    if apart:
+        return f"shapes: {_first(apart)}"
+    changed = [repr(name) for name, text in here["tensors"].items() if saved["tensors"][name] != text]
+    if not changed:
+        return ""
+    labels = ""
+    if label(saved) != label(here):
+        labels = f" ({label(saved)} in the file, {label(here)} here)"
+    count = f"{len(changed)} of {len(here['tensors'])}"
+    return f"values: {count} frozen tensors are not those of its base{labels}: {_first(changed)}"
+
+
+def _shapes(base: dict[str, Any]) -> dict[str, str]:
+    """Shape and dtype of each tensor, from "shape dtype digest"."""
+    return {name: description.rpartition(" ")[0] for name, description in base["tensors"].items()}
+
+
+def _first(items: Sequence[str], most: int = 3) -> str:
+    shown = ", ".join(items[:most])
+    if len(items) > most:
+        shown += f", and {len(items) - most} more"
+    return shown
+
+
+def require_fit(
+    header: Header,
+    model: nn.Module,
+    record: Applied,
+    here: Mapping[str, Tensor],
+    exact: Collection[str],
+    skipped: Sequence[str],
+) -> set[str]:
+    """Compare the tensors of the file with those that they are to be copied into.
+
+    Args:
+        header: The file's.
+        model: The model.
+        record: What is, or will be, applied to it.
+        here: The tensors that a file for the model holds; of adapters not built yet, on the meta device.
+        exact: Names of those whose dtype must keep every digit.
+        skipped: Names of the modules whose tensors are left alone.
+
+    Returns:
+        Names of the tensors to copy.
 
     Raises:
-        CheckpointError: no adapter can be made with the options of the file.
+        CheckpointError: some do not fit; the differences are named.
     """
-    trained = dict(trained_tensors(model, record))
-    if planned is None:
-        return {**dict(own_state(model)), **trained}
-    try:
-        built = build(model, planned.sites, record, shapes_only=True)
-    except MedpeftError:
-        raise
-    except Exception as error:  # The options come from the file: a method may meet any type or number in them.
-        raise CheckpointError(f"No adapter can be made with the options in the file, {record.methods}: {error}") from error
-    return trained | dict(state_of_built(built))
+    here, saved = outside(here, skipped), outside(header.tensors, skipped)
+    in_file = {name: entry.shape for name, entry in saved.items()}
+    in_model = {name: tuple(tensor.shape) for name, tensor in here.items()}
+    lines = differences(in_file, in_model, _TENSORS)
+    for name, tensor in here.items():
+        if name in saved and not _keeps(saved[name].dtype, tensor.dtype, every_digit=name in exact):
+            dtypes = short(saved[name].dtype), short(tensor.dtype)
+            lines.append(_TENSORS.changed.format(name, *dtypes))
+    parameters = dict(model.named_parameters())
+    for name in record.selected:
+        if name not in parameters:
+            lines.append(f"{name!r}: selected in the file, no parameter of the model")
+    if lines:
+        shown = as_lines(lines) + _class_hint(in_file, in_model, record.head)
+        raise CheckpointError(f"{header.name} does not fit this {class_of(model).__name__}:\n  {shown}")
+    return set(here)
 
 
-def misfits(saved: Mapping[str, Entry], wanted: Mapping[str, Tensor], record: Applied, exact: Collection[str]) -> list[str]:
-    """Every tensor that is missing, unexpected, misshapen or (those of `exact`) would lose digits, and what to do."""
-    lines = [f"{name!r}: in the model, missing in the file" for name in wanted if name not in saved]
-    lines += [f"{name!r}: in the file, the model has no such tensor" for name in saved if name not in wanted]
-    heads = []
-    for name, tensor in wanted.items():
-        if name not in saved:
-            continue
-        entry = saved[name]
-        if entry.shape != tuple(tensor.shape):
-            lines.append(f"{name!r}: {entry.shape} in the file, {tuple(tensor.shape)} in the model")
-            heads += [entry.shape[0]] if within(name, record.head) and entry.shape else []
-        elif not _fits(entry.dtype, tensor.dtype, exact=name in exact):
-            lines.append(f"{name!r}: {short(entry.dtype)} in the file, {short(tensor.dtype)} in the model")
-    if heads:
-        lines.append(f"Build the model with num_classes={heads[0]}, or pass head='skip' or head='reinit' for another task.")
-    return lines
-
-
-def _fits(saved: torch.dtype, own: torch.dtype, *, exact: bool) -> bool:
-    """Whether values can be copied: of the same kind, and with every digit if `exact`."""
+def _keeps(saved: torch.dtype, own: torch.dtype, *, every_digit: bool) -> bool:
+    """Whether values can be copied from one dtype into the other."""
+    if saved == own:
+        return True
     if saved.is_floating_point != own.is_floating_point:
         return False
-    return saved == own or (own.is_floating_point and (not exact or torch.promote_types(saved, own) == own))
+    return own.is_floating_point and (not every_digit or torch.promote_types(saved, own) == own)
 
 
-def draw_head(model: nn.Module, record: Applied) -> dict[str, Tensor]:
-    """New values for the head, by the layers' own `reset_parameters`; the model and torch's random state stay as they are.
-
-    Raises:
-        CheckpointError: a layer of the head has parameters and does not say how to draw them.
-    """
-    drawn: dict[str, Tensor] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(record.seed % 2**63)
-        for name in record.head:
-            for path, layer in copy.deepcopy(model.get_submodule(name)).cpu().named_modules(prefix=name):
-                own = dict(layer.named_parameters(recurse=False))
-                reset: Any = getattr(layer, "reset_parameters", None)
-                if own and not callable(reset):
-                    raise CheckpointError(f"head='reinit' cannot draw {path!r} anew ({type(layer).__name__}): use head='skip'.")
-                if own:
-                    reset()
-                    drawn |= {f"{path}.{key}": tensor.detach() for key, tensor in own.items()}
-    return {name: tensor for name, tensor in drawn.items() if name in record.selected}
+def _class_hint(saved: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]], head: Sequence[str]) -> str:
+    """Say what to do about a head of another size; "" if it has the same."""
+    for name, shape in saved.items():
+        if within(name, head) and shape and name in here and here[name] != shape:
+            classes = f"Build the model with num_classes={shape[0]}"
+            return f"\n  {classes}, or pass head='skip' or head='reinit' for another task."
+    return ""

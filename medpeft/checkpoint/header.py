@@ -1,20 +1,21 @@
-"""A checkpoint's header: what was done to which base, as one JSON document that is checked against its own digest."""
+"""A checkpoint's header: what was done to which base, as one JSON document with a digest of itself."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .file import Entry, Layout, memory, parse, printable, read_layout, read_tensors, short
+from .file import Entry, Layout, digest, memory, parse, read_layout, read_tensors, short
 from .fingerprint import label
+from .messages import clip, printable
+from .validators import by_name, fields, list_of, one_of, optional, text, whole_number
 
 SCHEMA = 1
 """Version of the document; a later medpeft reads all earlier ones."""
@@ -22,7 +23,22 @@ SCHEMA = 1
 KEY = "medpeft"
 """Name of the document in the file's `__metadata__`."""
 
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
+_BASE_TEXTS = ("class", "module", "architecture", "tag", "shapes", "values")
+_FIELDS = {
+    "medpeft": text,
+    "methods": by_name(fields({})),
+    "sites": list_of(list_of(text, lengths=(3,))),
+    "selected": by_name(text),
+    "head": list_of(text),
+    "batchnorm": one_of("frozen", "adapt"),
+    "statistics": list_of(text),
+    "dtype": optional(one_of("float64", "float32", "float16", "bfloat16")),
+    "seed": whole_number,
+    "input": optional(fields({})),
+    "base": fields({**dict.fromkeys(_BASE_TEXTS, text), "tensors": by_name(text)}),
+    "metadata": fields({"classes": optional(list_of(text))}),
+    "content": text,
+}
 
 
 @dataclass(frozen=True)
@@ -31,8 +47,20 @@ class Header:
 
     Attributes:
         name: Name of the file.
-        document: methods, sites, selected parameters, head, BatchNorm policy, base, metadata and version, as JSON.
-        layout: The file's tensors by name, each with `dtype` and `shape`.
+        document: Methods, sites, selected parameters, head, BatchNorm policy, base, metadata, version.
+        layout: The tensors in the file.
+
+    Example:
+        >>> import tempfile, medpeft, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        >>> model = medpeft.apply(model, "lora", rank=2, target="0", head="1")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     medpeft.save(model, f"{folder}/a.safetensors", metadata={"classes": ["benign", "malignant"]})
+        ...     header = medpeft.inspect(f"{folder}/a.safetensors")
+        >>> header.methods["lora"]["rank"], header.classes
+        (2, ['benign', 'malignant'])
+        >>> header.tensors["1.bias"].shape
+        (2,)
     """
 
     name: str
@@ -47,14 +75,12 @@ class Header:
     @property
     def methods(self) -> dict[str, dict[str, Any]]:
         """Every method with its options."""
-        found: dict[str, dict[str, Any]] = self.document["methods"]
-        return found
+        return dict(self.document["methods"])
 
     @property
     def metadata(self) -> dict[str, Any]:
         """What was given to `save` as `metadata`."""
-        found: dict[str, Any] = self.document["metadata"]
-        return found
+        return dict(self.document["metadata"])
 
     @property
     def classes(self) -> list[str] | None:
@@ -67,85 +93,79 @@ class Header:
         return sum(math.prod(entry.shape) for entry in self.tensors.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON."""
-        tensors = {n: {"dtype": short(e.dtype), "shape": list(e.shape)} for n, e in self.tensors.items()}
+        """Return everything as plain JSON."""
+        tensors = {}
+        for name, entry in self.tensors.items():
+            tensors[name] = {"dtype": short(entry.dtype), "shape": list(entry.shape)}
         return {"file": self.name, **self.document, "tensors": tensors}
 
     def __str__(self) -> str:
-        said = self.document
-        size = sum(entry.end - entry.start for entry in self.tensors.values())
-        layers = list(dict.fromkeys(site[1] for site in said["sites"]))
-        lines = {
-            "methods": "\n".join(_call(name, options) for name, options in self.methods.items()),
+        lines = [f"{self.name}: {'+'.join(self.methods)}"]
+        for name, value in self._summary().items():
+            if value:
+                lines.append(f"  {name:<11}{value}".replace("\n", "\n" + " " * 13))
+        return printable("\n".join(lines))
+
+    def _summary(self) -> dict[str, str]:
+        """The lines of the printed header by name; an empty one is not printed."""
+        document = self.document
+        size = sum(entry.bytes for entry in self.tensors.values())
+        layers = dict.fromkeys(layer for _, layer, _ in document["sites"])
+        methods = []
+        for name, options in self.methods.items():
+            shown = {option: repr(value) for option, value in options.items()}
+            methods.append(f"{name}({_pairs(shown, '=', ', ')})")
+        metadata = self.metadata
+        metadata.pop("classes", None)
+        return {
+            "methods": "\n".join(methods),
             "tensors": f"{len(self.tensors)}, {self.parameters:,} elements, {size:,} bytes",
-            "layers": f"{len(layers)}: {_few(layers)}" if layers else "",
-            "selected": f"{len(said['selected'])}: {_few(said['selected'])}" if said["selected"] else "",
-            "head": ", ".join(said["head"]) or "none",
+            "layers": _counted(layers),
+            "selected": _counted(document["selected"]),
+            "head": ", ".join(document["head"]) or "none",
             "classes": _few(self.classes or []),
-            "BatchNorm": said["batchnorm"],
-            "base": f"{label(said['base'])}, values {said['base']['values']}",
-            "input": ", ".join(f"{k}={v}" for k, v in (said["input"] or {}).items()),
-            "metadata": "\n".join(f"{k}: {v}" for k, v in self.metadata.items() if k != "classes"),
-            "written by": f"medpeft {said['medpeft']}, schema {said['schema']}",
+            "BatchNorm": document["batchnorm"],
+            "base": f"{label(document['base'])}, values {document['base']['values']}",
+            "input": _pairs(document["input"] or {}, "=", ", "),
+            "metadata": _pairs(metadata, ": ", "\n"),
+            "written by": f"medpeft {document['medpeft']}, schema {document['schema']}",
         }
-        shown = [f"  {key:<11}{text}".replace("\n", "\n" + " " * 13) for key, text in lines.items() if text]
-        return printable("\n".join([f"{self.name}: {'+'.join(self.methods)}", *shown]))
 
 
-def _call(name: str, options: Mapping[str, Any]) -> str:
-    return f"{name}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
+def _pairs(values: Mapping[str, Any], between: str, after: str) -> str:
+    return after.join(f"{name}{between}{value}" for name, value in values.items())
 
 
-def _few(items: Any, count: int = 4) -> str:
-    listed = list(items)
-    return ", ".join(map(str, listed[:count])) + (", …" if len(listed) > count else "")
+def _counted(names: Mapping[str, Any]) -> str:
+    if not names:
+        return ""
+    return f"{len(names)}: {_few(names)}"
+
+
+def _few(names: Iterable[str], most: int = 4) -> str:
+    shown = list(names)
+    if len(shown) > most:
+        shown[most:] = ["…"]
+    return ", ".join(shown)
 
 
 def compose(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """The document as the text that goes into the header, with digests of the tensors and of itself."""
+    """Return the document as the header's text, with digests of the tensors and of itself."""
     signed = {**document, "content": _content(tensors)}
-    return json.dumps({**signed, "digest": _hash(_canonical(signed))}, allow_nan=False, separators=(",", ":"))
+    return json.dumps({**signed, "digest": _digest(signed)}, allow_nan=False, separators=(",", ":"))
 
 
 def _content(tensors: Mapping[str, Tensor]) -> str:
     """Digest of names, dtypes, shapes and bytes."""
-    return _hash(_canonical([[n, short(t.dtype), list(t.shape), _hash(memory(t))] for n, t in sorted(tensors.items())]))
+    described = []
+    for name, tensor in sorted(tensors.items()):
+        described.append([name, short(tensor.dtype), list(tensor.shape), digest(memory(tensor))])
+    return _digest(described)
 
 
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _hash(data: bytes | memoryview) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _named(value: Any, kind: type) -> bool:
-    return isinstance(value, dict) and all(isinstance(item, kind) for item in value.values())
-
-
-_FIELDS: dict[str, Any] = {
-    "medpeft": lambda v: isinstance(v, str),
-    "methods": lambda v: _named(v, dict),
-    "sites": lambda v: isinstance(v, list) and all(_texts(site) and len(site) == 3 for site in v),
-    "selected": lambda v: _named(v, str),
-    "head": _texts,
-    "batchnorm": lambda v: v in ("frozen", "adapt"),
-    "statistics": _texts,
-    "dtype": lambda v: v is None or (isinstance(v, str) and v in _FLOATS),
-    "seed": lambda v: type(v) is int,
-    "input": lambda v: v is None or isinstance(v, dict),
-    "base": lambda v: (
-        _named(v.get("tensors") if isinstance(v, dict) else None, str)
-        and all(isinstance(v.get(k), str) for k in ("class", "module", "architecture", "tag", "shapes", "values"))
-    ),
-    "metadata": lambda v: isinstance(v, dict) and (v.get("classes") is None or _texts(v["classes"])),
-    "content": lambda v: isinstance(v, str),
-}
+def _digest(value: Any) -> str:
+    """Digest of JSON, whatever the order of its keys."""
+    return digest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def read(file: io.BufferedIOBase, name: str) -> Header:
@@ -157,14 +177,31 @@ def read(file: io.BufferedIOBase, name: str) -> Header:
     layout = read_layout(file, name)
     if KEY not in layout.metadata:
         raise CheckpointError(
-            f"{name} was not written by medpeft.save: its header has no {KEY!r} entry. For LoRA files of peft or diffusers "
-            "there are medpeft.interchange.from_peft and from_diffusers."
+            f"{name} was not written by medpeft.save: its header has no {KEY!r} entry. For LoRA files of peft "
+            "or diffusers there are medpeft.interchange.from_peft and from_diffusers."
         )
     return Header(name, _document(name, layout.metadata[KEY]), layout)
 
 
+def _document(name: str, content: str) -> dict[str, Any]:
+    """Read the document, checked against its digest and its fields."""
+    document = parse(content, f"what medpeft wrote in {name}")
+    if not isinstance(document, dict) or not whole_number(document.get("schema")) or document["schema"] < 1:
+        raise CheckpointError(f"{name} does not say by which schema it was written: it was altered.")
+    schema = document["schema"]
+    if schema > SCHEMA:
+        raise CheckpointError(f"{name} has schema {clip(schema)}, this medpeft reads up to {SCHEMA}: install a later medpeft.")
+    written = document.pop("digest", None)
+    if written != _digest(document):
+        raise CheckpointError(f"{name} was altered: its header is not what medpeft wrote.")
+    for field, accepts in _FIELDS.items():
+        if field not in document or not accepts(document[field]):
+            raise CheckpointError(f"{name}: its header has no valid {field!r} entry.")
+    return dict(document)
+
+
 def read_values(file: io.BufferedIOBase, header: Header) -> dict[str, Tensor]:
-    """Every tensor of an open file, on the CPU, checked against the digest in the header.
+    """Read every tensor of an open file, on the CPU, and check them against the digest in the header.
 
     Raises:
         CheckpointError: the tensors are not those that were written.
@@ -173,19 +210,3 @@ def read_values(file: io.BufferedIOBase, header: Header) -> dict[str, Tensor]:
     if _content(tensors) != header.document["content"]:
         raise CheckpointError(f"{header.name} was altered: its tensors are not those that medpeft wrote.")
     return tensors
-
-
-def _document(name: str, text: str) -> dict[str, Any]:
-    document = parse(text, f"what medpeft wrote in {name}")
-    schema = document.get("schema") if isinstance(document, dict) else None
-    if type(schema) is not int or schema < 1:
-        raise CheckpointError(f"{name} does not say by which schema it was written: it was altered.")
-    if schema > SCHEMA:
-        raise CheckpointError(f"{name} has schema {schema}, this medpeft reads up to {SCHEMA}: install a later medpeft.")
-    digest = document.pop("digest", None)
-    if digest != _hash(_canonical(document)):
-        raise CheckpointError(f"{name} was altered: its header is not what medpeft wrote.")
-    for field, fits in _FIELDS.items():
-        if field not in document or not fits(document[field]):
-            raise CheckpointError(f"{name}: its header has no valid {field!r} entry.")
-    return dict(document)

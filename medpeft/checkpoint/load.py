@@ -2,166 +2,274 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import state_of
-from ..adapters.record import Applied, adapted_layers, applied, own_state, trained_tensors
+from ..adapters.record import Adapted, Applied, adapted_inside, applied, own_tensors, trained_tensors
 from ..errors import CheckpointError, MedpeftError, require_choice
-from ..sharding import overwrite, reshard
+from ..sharding import is_sharded, overwrite, reshard
 from ..surgery.apply import carry_out, forget
-from ..surgery.build import build
-from ..surgery.install import Built as One
-from ..surgery.plan import Plan, plan_from
-from .compatibility import draw_head, expected_tensors, explain, misfits, record_of, require_values, within
-from .fingerprint import class_of, differences, identify
+from ..surgery.build import build, state_of_built
+from ..surgery.install import Built
+from ..surgery.plan import Plan, plan_from, statistics_names
+from .compatibility import (
+    outside,
+    require_base,
+    require_fit,
+    require_same_methods,
+    require_values,
+    saved_record,
+    within,
+)
+from .fingerprint import class_of
 from .header import Header, read, read_values
+from .messages import clip
 from .source import Source, name_of, opened
 
-Built = list[One]
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Everything that loading a file will do to a model.
+
+    Attributes:
+        planned: The plan by which the model is adapted first, None if it is adapted already.
+        built: The planned adapters.
+        values: What is then copied into the model, by name.
+    """
+
+    planned: Plan | None
+    built: list[Built]
+    values: dict[str, Tensor]
 
 
 def inspect(path: Source) -> Header:
-    """What a checkpoint says of itself, from its header alone. Print it.
+    """Read what a checkpoint says of itself, from its header alone. Print it.
 
     Args:
         path: As for `load`.
 
     Raises:
         CheckpointError: there is no such file, or it is no checkpoint of medpeft's.
+
+    Example:
+        >>> import tempfile, medpeft, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        >>> model = medpeft.apply(model, "lora", rank=2, target="0", head="1")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     medpeft.save(model, f"{folder}/a.safetensors")
+        ...     list(medpeft.inspect(f"{folder}/a.safetensors").tensors)
+        ['0.adapters.lora.down', '0.adapters.lora.up', '1.bias', '1.weight']
     """
     with opened(path) as file:
         return read(file, name_of(path))
 
 
 def load(
-    model: nn.Module, path: Source, *, check_base: bool = True, head: str = "strict", keep_base: bool | None = None
+    model: nn.Module,
+    path: Source,
+    *,
+    check_base: bool = True,
+    head: str = "strict",
+    keep_base: bool | None = None,
 ) -> nn.Module:
     """Load a checkpoint: onto the base it was trained on, or into a model adapted in the same way.
 
-    A base is adapted as the file says and trained from there or used. In a model that is adapted already with the same
-    methods, options and sites the values are swapped in place: no parameter is replaced, so optimizers keep theirs and a
-    compiled model stays compiled.
+    A base is adapted as the file says. In a model with the same methods, options and sites the values are swapped
+    in place: no parameter is replaced, so optimizers keep theirs and a compiled model stays compiled.
 
     Args:
         model: The base with its pretrained weights loaded, or a model after `apply` or `load`.
-        path: A path, the file's bytes, or "hf://owner/repository[@revision]/file" on the Hugging Face Hub (the one case that
-            uses a network; needs huggingface_hub).
-        check_base: Raise where class, shapes or sampled values of the frozen weights are not those of the base of the file, or
-            where a dtype would lose digits. False loads wherever the shapes allow it.
-        head: "strict" loads the head; "skip" leaves the model's own as it is; "reinit" draws it anew from the file's seed, both
-            for another task.
+        path: A path, or the file's bytes.
+        check_base: Raise where class, shapes or sampled values of the frozen weights are not those of the
+            file's base, or where a dtype would lose digits. False loads wherever the shapes allow it.
+        head: "strict" loads the head; for another task, "skip" keeps the model's and "reinit" draws it anew.
         keep_base: As in `apply`, for a model that is not adapted yet.
 
     Returns:
         `model` itself.
 
     Raises:
-        CheckpointError: the file is damaged, or does not fit; the message lists everything that is missing, unexpected or
-            misshapen. The model is untouched.
+        CheckpointError: the file is damaged or does not fit, with what differs. The model is untouched.
+
+    Example:
+        >>> import copy, tempfile, medpeft, torch
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        >>> trained = medpeft.apply(copy.deepcopy(base), "lora", target="0", head="1")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     medpeft.save(trained, f"{folder}/a.safetensors")
+        ...     loaded = medpeft.load(base, f"{folder}/a.safetensors")
+        >>> torch.equal(loaded[0].adapters.lora.down, trained[0].adapters.lora.down)
+        True
     """
     require_choice("head", head, ("strict", "skip", "reinit"))
-    with opened(path) as file:
-        header = read(file, name_of(path))
-        try:
-            fresh, record = _record(model, header, head, keep_base)
-            if check_base:
-                _check_base(model, header, record, head)
-            planned = plan_from(model, record) if fresh else None
-            wanted = _check_fit(model, header, record, planned, head, check_base)
-            values = {name: t for name, t in read_values(file, header).items() if name in wanted}
-            values |= draw_head(model, record) if head == "reinit" else {}
-            built = _fill(build(model, planned.sites, record), values) if planned else []
-        except CheckpointError:
-            raise
-        except MedpeftError as error:
-            raise CheckpointError(f"{header.name} does not fit this {class_of(model).__name__}: {error}") from error
-    if planned is None:
-        copy_values(model, record, values)
+    prepared = _prepare(model, path, check_base=check_base, head=head, keep_base=keep_base)
+    if prepared.planned is None:
+        _copy(model, prepared.values)
     else:
-        settle(planned, built, values)
+        settle(prepared.planned, prepared.built, prepared.values)
     return model
 
 
-def settle(planned: Plan, built: Built, values: dict[str, Tensor]) -> None:
-    """Adapt a model with adapters that hold their values already, and copy the rest; after an error it is not adapted."""
+def _prepare(model: nn.Module, path: Source, *, check_base: bool, head: str, keep_base: bool | None) -> _Prepared:
+    """Read and check everything; the model stays as it is."""
+    with opened(path) as file:
+        header = read(file, name_of(path))
+        try:
+            record = _record(model, header, head=head, keep_base=keep_base)
+            skipped = _skipped(record, head)
+            if check_base:
+                require_base(header, model, record, skipped)
+            planned = None
+            if applied(model) is None:
+                with _options_from_file(record):
+                    planned = plan_from(model, record)
+            here, exact = _expected(model, record, planned)
+            names = require_fit(header, model, record, here, exact if check_base else (), skipped)
+            values = {name: value for name, value in read_values(file, header).items() if name in names}
+            if head == "reinit":
+                values |= _draw_head(model, record)
+            return _Prepared(planned, _build(planned, values), values)
+        except CheckpointError:
+            raise
+        except MedpeftError as error:
+            misfit = f"{header.name} does not fit this {class_of(model).__name__}"
+            raise CheckpointError(f"{misfit}: {clip(error, 2000)}") from error
+
+
+def settle(planned: Plan, built: list[Built], values: dict[str, Tensor]) -> None:
+    """Adapt a model as planned and copy the values into it; after an error it is as it was."""
     carry_out(planned, built)
     try:
-        copy_values(planned.model, planned.record, values)
+        _copy(planned.model, values)
     except BaseException:
         forget(planned.model)
         raise
 
 
-def _record(model: nn.Module, header: Header, head: str, keep_base: bool | None) -> tuple[bool, Applied]:
-    """Whether the model is not adapted yet, and the record of what will be, or is, applied to it."""
+def _copy(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Copy the values into what a file holds of the model; after an error all are as before."""
+    reshard(model)
+    pairs = []
+    for name, tensor in Adapted.of(model).saved.items():  # One order for all ranks of a sharded model.
+        if name in values:
+            pairs.append((tensor, values[name]))
+    overwrite(pairs)
+
+
+def _skipped(record: Applied, head: str) -> tuple[str, ...]:
+    """Return the names of the modules that are not loaded."""
+    if head == "strict":
+        return ()
+    return record.head
+
+
+def _record(model: nn.Module, header: Header, *, head: str, keep_base: bool | None) -> Applied:
+    """Return the record of the adapted model, or the one that loading the file leaves on its base."""
     require_values(model)
-    here = applied(model)
-    if here is not None:
-        if not here.enabled or any(not adapters.enabled for _, _, adapters in adapted_layers(model)):
+    if applied(model) is not None:
+        adapted = Adapted.of(model)
+        if not adapted.acting:
             raise CheckpointError("Leave medpeft.disabled or medpeft.merged before loading.")
-        explain(header, here, model, with_head=head == "strict")
-        return False, here
-    below = next((name for name, module in model.named_modules() if applied(module) is not None), None)
-    if below is not None:
-        raise CheckpointError(f"The {type(model).__name__} only wraps the adapted model: load into its {below!r}.")
-    return True, record_of(header, model, head, keep_base)
+        require_same_methods(header, model, adapted.record, _skipped(adapted.record, head))
+        return adapted.record
+    inside = adapted_inside(model)
+    if inside is not None:
+        raise CheckpointError(f"The {type(model).__name__} only wraps the adapted model: load into its {inside!r}.")
+    for name, tensor in own_tensors(model):
+        if is_sharded(tensor):
+            raise CheckpointError(f"{name!r} is sharded already: load the checkpoint before fully_shard.")
+    return _new_record(model, header, head=head, keep_base=keep_base)
 
 
-def _check_base(model: nn.Module, header: Header, record: Applied, head: str) -> None:
-    trained = {*record.selected, *record.statistics}
-    kept = head == "strict"
-    here = identify(model, lambda name: name not in trained and (kept or not within(name, record.head)))
-    saved = header.document["base"]
-    if not kept:
-        saved = {**saved, "tensors": {n: t for n, t in saved["tensors"].items() if not within(n, record.head)}}
-    found = differences(saved, here)
-    if found:
-        raise CheckpointError(
-            f"{header.name} was trained on another base than this {class_of(model).__name__}:\n  {found[0]}\nCreate the model "
-            "as in training, with the same pretrained weights and precision, or pass check_base=False to load it nevertheless."
-        )
+def _new_record(model: nn.Module, header: Header, *, head: str, keep_base: bool | None) -> Applied:
+    """Complete the record in the file by what it says of this model."""
+    record = saved_record(header)
+    skipped = _skipped(record, head)
+    record.selected = outside(record.selected, skipped)
+    for name, parameter in model.named_parameters():
+        record.trained_before[name] = parameter.requires_grad
+        if within(name, skipped):
+            record.selected[name] = "head"
+    present = dict(model.named_modules())
+    record.head = tuple(name for name in record.head if name in present)
+    record.statistics = []
+    if record.batchnorm == "adapt":
+        record.statistics = statistics_names(model)
+    if keep_base is False or (keep_base is None and "full" in record.methods):
+        record.base = None
+    return record
 
 
-def _check_fit(model: nn.Module, header: Header, record: Applied, planned: Plan | None, head: str, exact: bool) -> set[str]:
-    """Names of the tensors to load; a `CheckpointError` lists everything that does not fit."""
-    wanted = expected_tensors(model, record, planned)
-    saved = dict(header.tensors)
-    if head != "strict":
-        wanted = {name: tensor for name, tensor in wanted.items() if not within(name, record.head)}
-        saved = {name: entry for name, entry in saved.items() if not within(name, record.head)}
-    # Adapters that are still to be built take the dtype of the file.
-    lossless = () if not exact else (*record.selected, *record.statistics) if planned else tuple(wanted)
-    problems = misfits(saved, wanted, record, lossless)
-    own = {name for name, _ in model.named_parameters()}
-    problems += [f"{name!r}: selected in the file, no parameter of the model" for name in record.selected if name not in own]
-    if problems:
-        listed = "\n  ".join(problems)
-        raise CheckpointError(f"{header.name} does not fit this {class_of(model).__name__}:\n  {listed}")
-    return set(wanted)
+def _expected(model: nn.Module, record: Applied, planned: Plan | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what a file for the model holds, and the part of it that has its dtype already."""
+    if planned is None:
+        saved = Adapted.of(model).saved
+        return saved, saved
+    trained = dict(trained_tensors(model, record))
+    # Only shapes until the file was found to have them: its options may ask for any size.
+    with _options_from_file(record):
+        shapes = dict(state_of_built(build(model, planned.sites, record, shapes_only=True)))
+    return {**trained, **shapes}, trained
 
 
-def _fill(built: Built, values: dict[str, Tensor]) -> Built:
-    """Put the file's values into adapters that are not yet in the model, in the dtype that they were saved in."""
+def _build(planned: Plan | None, values: dict[str, Tensor]) -> list[Built]:
+    """Build the planned adapters, each in the dtype in which the file holds it."""
+    if planned is None:
+        return []
+    with _options_from_file(planned.record):
+        built = build(planned.model, planned.sites, planned.record)
     for item in built:
-        adapter = item.adapter
-        prefix = f"{item.site.name}.adapters.{item.name}.".lstrip(".")
-        state = state_of(adapter)
-        saved = {name: values.pop(prefix + name) for name in state if prefix + name in values}  # Shared tensors come once.
-        dtype = next((t.dtype for t in saved.values() if t.is_floating_point()), None)
-        if dtype is not None:
-            adapter.to(dtype=dtype)
-            for module in adapter.shared.values():
-                module.to(dtype=dtype)
-        with torch.no_grad():
-            own = state_of(adapter)
-            for name, value in saved.items():
-                own[name].copy_(value)
+        dtype = _saved_dtype(item, values)
+        for module in (item.adapter, *item.adapter.shared.values()):
+            module.to(dtype=dtype)
     return built
 
 
-def copy_values(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
-    """Copy the values into the model's own tensors; after an error all are as before."""
-    reshard(model)
-    own = {**dict(own_state(model)), **dict(trained_tensors(model, record))}
-    overwrite((own[name], value) for name, value in values.items())
+def _saved_dtype(item: Built, values: dict[str, Tensor]) -> torch.dtype | None:
+    """Return the dtype in which the file holds an adapter, None if it holds nothing of its own."""
+    for name, _ in state_of_built([item]):
+        if name in values and values[name].is_floating_point():  # A shared tensor is there once.
+            return values[name].dtype
+    return None
+
+
+@contextmanager
+def _options_from_file(record: Applied) -> Iterator[None]:
+    """Name the options where a method fails: from a file it may get any type and number."""
+    try:
+        yield
+    except MedpeftError:
+        raise
+    except Exception as error:
+        options = clip(record.methods)
+        reason = f"No adapter can be made with the options in the file, {options}: {clip(error)}"
+        raise CheckpointError(reason) from error
+
+
+def _draw_head(model: nn.Module, record: Applied) -> dict[str, Tensor]:
+    """Draw the head anew by its layers' `reset_parameters`; model and torch's random state stay as they are.
+
+    Raises:
+        CheckpointError: a layer of the head has parameters and does not say how to draw them.
+    """
+    drawn: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(record.seed % 2**63)
+        for name in record.head:
+            head = copy.deepcopy(model.get_submodule(name)).cpu()
+            for path, layer in head.named_modules(prefix=name):
+                parameters = dict(layer.named_parameters(recurse=False))
+                reset: Any = getattr(layer, "reset_parameters", None)
+                if parameters and not callable(reset):
+                    raise CheckpointError(f"head='reinit' cannot draw {path!r} anew ({type(layer).__name__}): use head='skip'.")
+                if parameters:
+                    reset()
+                for key, parameter in parameters.items():
+                    drawn[f"{path}.{key}"] = parameter.detach()
+    return {name: tensor for name, tensor in drawn.items() if name in record.selected}

@@ -1,4 +1,4 @@
-"""Where a checkpoint is read from: a path, bytes, or the Hugging Face Hub."""
+"""Where a checkpoint is read from: a path or bytes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from ..errors import CheckpointError
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 
-_HUB = "hf://"
-
 
 def name_of(source: Source) -> str:
-    """What to call the file in messages."""
+    """Return what messages call the file."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"the file given as {len(source):,} bytes"
     return os.fspath(source)
@@ -23,7 +21,7 @@ def name_of(source: Source) -> str:
 
 @contextmanager
 def opened(source: Source) -> Iterator[io.BufferedIOBase]:
-    """The file, open for reading; a reference to the Hub is downloaded by huggingface_hub, which keeps a copy.
+    """Open a file for reading.
 
     Raises:
         CheckpointError: it cannot be opened or read.
@@ -32,28 +30,15 @@ def opened(source: Source) -> Iterator[io.BufferedIOBase]:
         yield io.BytesIO(source)
         return
     name = name_of(source)
-    path = _downloaded(name) if name.startswith(_HUB) else name
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise CheckpointError(f"{name} is no file.")
+    if name.startswith("hf://"):
+        raise CheckpointError(
+            f"{name} is no path. Download the file first, and pass the path that this returns: "
+            "huggingface_hub.hf_hub_download('owner/repository', 'file.safetensors')."
+        )
+    if not os.path.isfile(name):  # A pipe would wait, a device may never end.
+        raise CheckpointError(f"{name} cannot be read: there is no such file.")
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed by the `with` below, which reports errors of reading apart
-    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        with open(name, "rb") as file:
+            yield file
+    except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error}") from error
-    with file:
-        yield file
-
-
-def _downloaded(reference: str) -> str:
-    """Path of a local copy of "hf://owner/repository[@revision]/file"."""
-    parts = reference.removeprefix(_HUB).split("/", 2)
-    if len(parts) < 3 or not all(parts):
-        raise CheckpointError(f"{reference} names no file on the Hub: write hf://owner/repository/file.safetensors.")
-    owner, (repository, _, revision), file = parts[0], parts[1].partition("@"), parts[2]
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise CheckpointError(f"{reference} needs huggingface_hub: pip install huggingface_hub.") from error
-    try:
-        return str(hf_hub_download(f"{owner}/{repository}", file, revision=revision or None))
-    except Exception as error:  # whatever its HTTP library raises
-        raise CheckpointError(f"{reference} cannot be downloaded: {error}") from error

@@ -220,15 +220,17 @@ def _trains(adapters: Adapters) -> bool:
 
 
 def _lost_forwards(adapted: Adapted) -> Iterator[Finding]:
-    """Find layers whose forward does not bring their adapters in, or whose adapters are switched off."""
+    """Find layers whose adapters are not brought in, by their own forward or by that of a module that reads their weight."""
+    network = Network(adapted.model, adapted.record.head)
+    hint = "was the layer converted, or its forward deleted?"
     for name, layer, adapters in adapted.layers:
-        has_adapters = any(True for _ in adapters.adapters())
-        if has_adapters and not is_wired(layer):
-            hint = "was the layer converted, or its forward deleted?"
+        wired = [layer] if any(True for _ in adapters.adapters()) else []
+        if adapters.on_weight:
+            wired += [network.modules[reader.name] for reader in network.readers(layer, *layer._parameters)]
+        if not all(map(is_wired, wired)):
             yield Finding(name, f"has lost the forward of its adapters ({hint}); convert first, then apply")
         if not adapters.enabled:
-            hint = "leave `with medpeft.disabled(…)` or `merged(…)` first"
-            yield Finding(name, f"has its adapters switched off; {hint}")
+            yield Finding(name, "has its adapters switched off; leave `with medpeft.disabled(…)` or `merged(…)` first")
 
 
 def _changing_statistics(adapted: Adapted) -> Iterator[Finding]:

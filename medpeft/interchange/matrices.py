@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.record import Applied, adapted_layers, trained_tensors
+from ..adapters.record import Applied, adapted_layers, own_tensors, trained_tensors
 from ..architecture.convolution import slides_plainly
 from ..architecture.head import Head
 from ..architecture.network import Network
 from ..architecture.site import Site
 from ..checkpoint.compatibility import require_nothing_else_trains, require_values, within
 from ..checkpoint.file import short
-from ..checkpoint.fingerprint import class_of, own_tensors
+from ..checkpoint.fingerprint import class_of
 from ..checkpoint.load import settle
 from ..checkpoint.save import plain
 from ..errors import CheckpointError, MedpeftError

@@ -1,14 +1,20 @@
 """What is no file, places that cannot be written, and processes killed while they write: an error or a whole file."""
 
+import copy
+import importlib
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from places import IMPORTABLE
 from small_checkpoints import Small, adapted, saved_small
 
 import medpeft
+from medpeft.checkpoint.file import write
+
+load_module = importlib.import_module("medpeft.checkpoint.load")
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +28,52 @@ def test_things_that_are_no_files_are_refused(whole, tmp_path):
             medpeft.load(Small(), path)
         with pytest.raises(medpeft.CheckpointError):
             medpeft.inspect(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs /proc")
+def test_files_that_cannot_be_read_or_would_wait_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/proc/self/mem", "/proc/self/pagemap", "/dev/zero"):
+        with pytest.raises(medpeft.CheckpointError):
+            medpeft.load(Small(), path)
+        with pytest.raises(medpeft.CheckpointError):
+            medpeft.inspect(path)
+
+
+def test_a_file_cut_off_or_written_over_while_it_is_read_loads_as_it_was_or_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    base = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
+    model = medpeft.apply(copy.deepcopy(base), "lora", target="0", rank=64, head="1")
+    with torch.no_grad():
+        model[0].adapters.lora.up.fill_(1.0)
+    medpeft.save(model, path)
+    data = path.read_bytes()
+    read_values = load_module.read_values
+    refusals = 0
+    for changed in (data[:-4], data[:40], b"", data[:-4] + b"abcd", data.replace(b"lora", b"arol"), data + data):
+
+        def meanwhile(file, header, changed=changed):
+            path.write_bytes(changed)
+            return read_values(file, header)
+
+        path.write_bytes(data)
+        monkeypatch.setattr(load_module, "read_values", meanwhile)
+        fresh = copy.deepcopy(base)
+        try:
+            medpeft.load(fresh, path)
+        except medpeft.CheckpointError:
+            refusals += 1
+            assert not hasattr(fresh[0], "adapters")
+        else:
+            assert torch.equal(fresh[0].adapters.lora.up, model[0].adapters.lora.up)
+    assert refusals >= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.uint16, torch.uint32, torch.uint64])
+def test_a_dtype_that_cannot_be_read_again_is_not_written(dtype, tmp_path):
+    with pytest.raises(medpeft.CheckpointError, match=rf"'odd' is {str(dtype).removeprefix('torch.')}"):
+        write(str(tmp_path / "a"), {"odd": torch.zeros(2, dtype=dtype)}, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_places_that_cannot_be_written_are_refused_and_keep_what_they_have(tmp_path):

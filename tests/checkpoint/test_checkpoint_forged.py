@@ -121,3 +121,27 @@ def test_forged_names_never_reach_other_tensors(whole, tmp_path):
                 else:
                     assert torch.equal(model.body.weight, before["body.weight"])
                     assert set(medpeft.remove(model).state_dict()) == set(Small().state_dict())
+
+
+def test_a_file_of_thousands_of_misfits_makes_a_short_message(whole, tmp_path):
+    data, tensors = whole
+    said = medpeft.inspect(data).document
+    said.pop("content")
+    many = tensors | {f"{i}{'x' * 900}": torch.zeros(1) for i in range(3000)}
+    write(str(tmp_path / "tensors"), many, {KEY: compose(said, many)})
+    forged(whole, tmp_path / "selected", selected={f"{i}{'x' * 900}\n": "bn" for i in range(3000)})
+    forged(whole, tmp_path / "sites", sites=[["lora", f"{i}{'x' * 900}", "weight"] for i in range(3000)])
+    forged(whole, tmp_path / "methods", methods={"x" * 100_000: {}})
+    forged(whole, tmp_path / "options", methods={"lora": {f"{i}{'x' * 900}\n": "bn" for i in range(3000)}, "bn": {}})
+    tensors_of_base = {f"{i}{'x' * 900}": "3 float32 ab" for i in range(3000)}
+    forged(whole, tmp_path / "base", base=said["base"] | {"tensors": tensors_of_base})
+    for path in tmp_path.iterdir():
+        for model in (Small(), adapted()):
+            for check_base in (True, False):
+                if path.name == "base" and not check_base:
+                    continue
+                with pytest.raises(medpeft.CheckpointError) as caught:
+                    medpeft.load(model, path, check_base=check_base)
+                message = str(caught.value)
+                assert len(message) < 5000, path.name
+                assert message.count("\n") < 20, path.name

@@ -1,4 +1,4 @@
-"""`check` finds what became of an adapted model since `apply`: optimizers, conversions, lost hooks, replaced layers."""
+"""`check` finds what became of an adapted model since `apply`: optimizers, conversions, lost forwards, replaced layers."""
 
 import torch
 from checked import IMAGES, Net, Norms, X, adapted, failure
@@ -33,25 +33,26 @@ def test_conversion_to_syncbatchnorm_after_apply_is_found():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(medpeft.apply(Norms(), "ssf"))
     text = failure(model, IMAGES)
     assert "bn1 (SyncBatchNorm) would change its frozen statistics in training: convert (to SyncBatchNorm) first" in text
-    assert "bn1 has lost the hook of its adapters" in text
+    assert "bn1 has lost the forward of its adapters" in text
 
 
 def test_batchnorms_that_adapt_may_change():
     assert medpeft.check(medpeft.apply(Norms(), "bn", batchnorm="adapt"), IMAGES).tensors == 4
 
 
-def test_lost_hooks_are_found():
+def test_lost_forwards_are_found():
     model = adapted()
-    model.first._forward_hooks.clear()
-    assert "first has lost the hook of its adapters (was the layer converted, or its hooks cleared?)" in failure(model)
+    del model.first.forward
+    assert "first has lost the forward of its adapters (was the layer converted, or its forward deleted?)" in failure(model)
     model = medpeft.apply(make("beit", torch.float32), "lora")
-    model.blocks[0].attn._forward_pre_hooks.clear()
-    assert "blocks.0.attn.qkv has lost the hook" in failure(model, example("beit", torch.float32))
+    del model.blocks[0].attn.forward
+    assert "blocks.0.attn.qkv has lost the forward" in failure(model, example("beit", torch.float32))
     model = medpeft.apply(make("vit", torch.float32), "adaptformer")
-    model.blocks[0].norm2._forward_pre_hooks.clear()
-    model.blocks[0].mlp._forward_pre_hooks.clear()
-    model.blocks[0]._forward_pre_hooks.clear()
-    assert "blocks.0 has lost the hook" in failure(model, example("vit", torch.float32))
+    del model.blocks[0].norm2.forward
+    assert "blocks.0.norm2 has lost the forward" in failure(model, example("vit", torch.float32))
+    model = medpeft.apply(make("vit", torch.float32), "adaptformer")
+    del model.blocks[0].forward
+    assert "blocks.0 has lost the forward" in failure(model, example("vit", torch.float32))
 
 
 def test_a_replaced_layer_is_found():
