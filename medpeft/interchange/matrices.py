@@ -131,7 +131,7 @@ def columns_by_part(factors: Factors, site: Site) -> list[list[int]]:
     """List the columns of B that each part of a layer uses: its own block, where B is block-diagonal."""
     B = factors.B.flatten(1)  # (out, r, 1 …) → (out, r)
     every = list(range(factors.rank))
-    if len(site.rows) < 2 or len(B) != site.host.shape[0]:
+    if not site.rows or len(B) != site.host.shape[0]:
         return [every]
     used = []
     for row in site.rows:

@@ -117,6 +117,16 @@ def test_parts_that_one_layer_leaves_out_stay_zero_there(tmp_path):
     assert medpeft.report(back).trainable == medpeft.report(model).trainable
 
 
+def test_a_file_that_changes_one_of_several_parts_loads(tmp_path):
+    model = adapted("vit", rank=2, parts="qkv")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.adapters.lora.up[:32] = 0
+    to_peft(model, tmp_path)
+    back = from_peft(make("vit"), tmp_path).eval()
+    assert close(output(back, example("vit")), output(model, example("vit")))
+
+
 def test_ranks_that_are_filled_up_still_train(tmp_path):
     trained_by_peft(make("vit"), tmp_path, r=4, target_modules=["qkv", "proj"], rank_pattern={"blocks.0.attn.qkv": 2})
     model = from_peft(make("vit"), tmp_path)
