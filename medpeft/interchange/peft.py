@@ -180,9 +180,8 @@ def from_peft(
         >>> medpeft.report(loaded).trainable == medpeft.report(model).trainable
         True
     """
-    folder = os.fspath(directory)
-    config = _read_configuration(os.path.join(folder, _CONFIGURATION))
-    file = _read_file(os.path.join(folder, _TENSORS), config)
+    config = _read_configuration(os.path.join(directory, _CONFIGURATION))
+    file = _read_file(os.path.join(directory, _TENSORS), config)
     if dropout is None:
         dropout = config.get("lora_dropout", 0.0)
     return apply_file(model, file, head=head, dropout=dropout)

@@ -35,6 +35,8 @@ def export_factors(adapted: Adapted, *, with_head: bool) -> dict[str, Factors]:
     reshard(model)
     require_values(model)
     require_nothing_else_trains(model, adapted.record)
+    if not adapted.acting:
+        raise CheckpointError("Leave medpeft.disabled or medpeft.merged first: its head is not as trained.")
     problems = _inexpressible_options(adapted.record, with_head)
     factors: dict[str, Factors] = {}
     network = Network(model)

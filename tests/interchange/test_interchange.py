@@ -156,6 +156,14 @@ def test_what_peft_cannot_express_is_named_with_the_reason(family, method, optio
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("switch", [medpeft.disabled, medpeft.merged])
+def test_nothing_is_written_while_the_values_of_the_base_are_in_place(switch, tmp_path):
+    model = adapted("vit")
+    with switch(model), pytest.raises(medpeft.CheckpointError, match=r"Leave medpeft\.disabled or medpeft\.merged"):
+        to_peft(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
