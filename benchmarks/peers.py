@@ -123,7 +123,7 @@ TASKS: dict[str, Task] = {
         {
             "floor": floor(VIT),
             "medpeft": with_medpeft(VIT, "lora", target="linear", parts="qkvo"),
-            "peft": with_peft(VIT, target_modules=r".*\.(qkv|proj|fc1|fc2)|head", **_LORA),
+            "peft": with_peft(VIT, target_modules=r"blocks\..*\.(qkv|proj|fc1|fc2)|head", **_LORA),
             "LyCORIS": with_lycoris(VIT, (nn.Linear,)),
             "loralib": with_loralib(VIT),
             "parametrize": parametrized(VIT),
