@@ -1,10 +1,10 @@
-"""Memory of a training step: bytes kept for backward, and the peak of a process of its own above the model itself.
+"""Memory of a training step: bytes kept for backward, and the peak above the model itself.
 
     python benchmarks/memory.py --model vit_small_patch16_224 --batch 8
     python benchmarks/memory.py --method lora --method svdiff
 
-Each case runs three steps with AdamW in a fresh process. On a CPU the peak is that of the process' resident memory, above
-what it held with the model adapted and nothing run; on a GPU it is the allocator's.
+Each case runs three steps with AdamW in a fresh process. On a CPU the peak is that of the process' resident
+memory, above what it held with the model adapted and nothing run. On a GPU it is the allocator's.
 """
 
 import argparse
@@ -12,67 +12,84 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from networks import NAMES, build, example
 from step import CASES, adapted, frozen, loss_of
+from tables import markdown, write_json
 from timing import add_arguments, bytes_kept, where
+from torch import Tensor, nn
 
 
 def main() -> None:
     """Measure what the command line asks for and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_small_patch16_224", help=f"{', '.join(NAMES)}, or any of timm's")
-    parser.add_argument("--method", action="append", choices=["floor", *CASES], help="repeatable; all that fit by default")
-    parser.add_argument("--case", choices=["floor", *CASES], help=argparse.SUPPRESS)
+    models = f"{', '.join(NAMES)}, or any of timm's"
+    cases = ["floor", *CASES]
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--model", default="vit_small_patch16_224", help=models)
+    parser.add_argument("--method", action="append", choices=cases, help="repeatable; all that fit by default")
+    parser.add_argument("--case", choices=cases, help=argparse.SUPPRESS)
     add_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.case:
         print(json.dumps(measure(args)))
         return
-    rows = [row for case in ["floor", *(args.method or CASES)] if (row := in_own_process(case)) is not None]
-    if args.json:
-        Path(args.json).write_text(json.dumps({"model": args.model, "where": where(args), "rows": rows}, indent=2) + "\n")
-    print(table(rows, args))
+    rows = []
+    for case in ["floor", *(args.method or CASES)]:
+        row = in_own_process(case)
+        if row is not None:
+            rows.append(row)
+    write_json(args.json, {"model": args.model, "where": where(args), "rows": rows})
+    print(f"{args.model}, {where(args)}\n")
+    print(table(rows))
 
 
 def in_own_process(case: str) -> dict[str, Any] | None:
-    """The figures of one case; None where the method does not fit."""
+    """Measure one case in a process of its own; None if the method does not fit."""
     command = [sys.executable, *sys.argv, "--case", case]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    last = done.stdout.strip().splitlines()[-1]
-    found: dict[str, Any] | None = json.loads(last) if last.startswith(("{", "null")) else None
-    return found
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    last = run.stdout.strip().splitlines()[-1]
+    if not last.startswith("{"):
+        return None
+    row: dict[str, Any] = json.loads(last)
+    return row
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Bytes kept and the peak of three steps of one case."""
+    """Measure the bytes that one case keeps, and the peak of three steps."""
+    model: nn.Module | None
     if args.case == "floor":
-        model = frozen(build(args.model, args.device))
+        model = frozen(build(args.model, args.device, args.image_size))
     else:
-        found = adapted(args, args.case)
-        if found is None:
-            return None
-        model = found
+        model = adapted(args, args.case, args.image_size)
+    if model is None:
+        return None
     inputs = example(args.model, args.batch, args.image_size, args.device)
     loss = loss_of(model, inputs, args.case == "floor", args)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    before = memory_in_use(args.device)
+    train(model, loss)
+    peak = peak_memory(args.device) - before
+    return {"case": args.case, "peak_mib": peak / 2**20, "mib": bytes_kept(model, loss) / 2**20}
+
+
+def train(model: nn.Module, loss: Callable[[], Tensor]) -> None:
+    """Take three steps with AdamW; without a trainable parameter, three backward passes."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-    before = held(args.device)
     for _ in range(3):
         loss().backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
-    peak = most(args.device) - before
-    return {"case": args.case, "peak_mib": peak / 2**20, "mib": bytes_kept(model, loss) / 2**20}
 
 
-def held(device: str) -> int:
-    """Bytes in use now."""
+def memory_in_use(device: str) -> int:
+    """Count the bytes in use now."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -80,20 +97,23 @@ def held(device: str) -> int:
     return pages * resource.getpagesize()
 
 
-def most(device: str) -> int:
-    """Most bytes in use at one time."""
-    return torch.cuda.max_memory_allocated() if device != "cpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_memory(device: str) -> int:
+    """Count the most bytes in use at one time."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """The rows as a Markdown table, with what they were measured on."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """Lay out the rows, each beside the floor."""
     floor = rows[0]
-    lines = [f"{args.model}, {where(args)}", "", "| | kept, MiB | kept / floor | peak, MiB | peak / floor |"]
-    lines += ["|---|--:|--:|--:|--:|"]
-    for r in rows:
-        kept, peak = r["mib"] / floor["mib"], r["peak_mib"] / floor["peak_mib"]
-        lines.append(f"| {r['case']} | {r['mib']:.0f} | {kept:.2f} | {r['peak_mib']:.0f} | {peak:.2f} |")
-    return "\n".join(lines)
+    lines = []
+    for row in rows:
+        line = [row["case"]]
+        for key in ("mib", "peak_mib"):
+            line += [f"{row[key]:.0f}", f"{row[key] / floor[key]:.2f}"]
+        lines.append(line)
+    return markdown(["", "kept, MiB", "kept / floor", "peak, MiB", "peak / floor"], lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What comes before and after training: import, apply, save, load, swap, merge, remove, in milliseconds, beside peft's.
+"""What comes before and after training, in milliseconds: import, apply, save, load, swap, merge, remove.
 
 python benchmarks/start.py
 python benchmarks/start.py --model vit_large_patch16_224 --method lora --method ssf
@@ -17,115 +17,143 @@ from typing import Any
 
 import timm
 import torch
+from tables import markdown
 from torch import nn
 
 import medpeft
 
+Times = dict[str, float]
+"""Milliseconds by name of the call."""
+
 
 def main() -> None:
     """Measure what the command line asks for and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--model", default="vit_base_patch16_224", help="a timm architecture")
     parser.add_argument("--method", action="append", help="repeatable (default: lora, ssf, bias, svdiff)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"{args.model}, {args.threads} threads, torch {torch.__version__}, median of {args.repeats}, milliseconds\n")
+    machine = f"{args.threads} threads, torch {torch.__version__}"
+    print(f"{args.model}, {machine}, median of {args.repeats}, milliseconds\n")
     print(f"import medpeft, torch imported already: {import_time(args.repeats):.0f}")
-    print(f"apply lora to vit_huge_patch14_224 on the meta device: {on_meta(args.repeats):.0f}\n")
-    rows = [measure(args, method) for method in args.method or ("lora", "ssf", "bias", "svdiff")]
-    rows += [row for row in [with_peft(args)] if row]
-    columns = list(rows[0])
-    print("| " + " | ".join(columns) + " |\n|---|" + "--:|" * (len(columns) - 1))
-    for row in rows:
-        print("| " + " | ".join(_text(row.get(column)) for column in columns) + " |")
+    print(f"apply lora to vit_huge_patch14_224 on the meta device: {time_on_meta(args.repeats):.0f}\n")
+    rows = {method: measure(args, method) for method in args.method or ("lora", "ssf", "bias", "svdiff")}
+    if "vit" in args.model:
+        rows |= measure_peft(args)
+    print(table(rows))
+
+
+def table(rows: dict[str, Times]) -> str:
+    """Lay out the times by method."""
+    columns = list(next(iter(rows.values())))
+    lines = []
+    for method, times in rows.items():
+        lines.append([method, *(f"{times[column]:,.0f}" for column in columns)])
+    return markdown(["", *columns], lines)
 
 
 def import_time(repeats: int) -> float:
-    """Milliseconds of `import medpeft` in a fresh process that has torch already."""
+    """Measure `import medpeft` in fresh processes that have torch already."""
     code = "import torch, time; t = time.perf_counter(); import medpeft; print(time.perf_counter() - t)"
-    run = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(repeats)]
-    return 1e3 * statistics.median(float(done.stdout) for done in run)
+    seconds = []
+    for _ in range(repeats):
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        seconds.append(float(run.stdout))
+    return 1e3 * statistics.median(seconds)
 
 
-def on_meta(repeats: int) -> float:
-    """Milliseconds of Python that applying LoRA to a ViT-H takes."""
-    found = []
+def time_on_meta(repeats: int) -> float:
+    """Measure the Python that applying LoRA to a ViT-H takes."""
+    times = []
     for _ in range(repeats):
         with torch.device("meta"):
             model = timm.create_model("vit_huge_patch14_224", num_classes=3)
-        found.append(timed(lambda model=model: medpeft.apply(model, "lora")))
-    return statistics.median(found)
+        times.append(timed(lambda model=model: medpeft.apply(model, "lora")))
+    return statistics.median(times)
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Milliseconds of a call."""
+    """Measure the milliseconds of a call."""
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
 
 
-def measure(args: argparse.Namespace, method: str) -> dict[str, Any]:
-    """Median milliseconds of everything around training with one method."""
+def medians(rounds: list[Times]) -> Times:
+    """Take the median of every call over the rounds."""
+    middle = {}
+    for name in rounds[0]:
+        middle[name] = statistics.median(times[name] for times in rounds)
+    return middle
+
+
+def measure(args: argparse.Namespace, method: str) -> Times:
+    """Measure everything around training with one method."""
     torch.manual_seed(0)
     state = timm.create_model(args.model, num_classes=3).state_dict()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "adapter.safetensors"
         rounds = [one_round(args, method, state, file) for _ in range(args.repeats)]
         size = file.stat().st_size
-    row = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
-    return {"": method, **row, "file, KiB": size / 1024}
+    return {**medians(rounds), "file, KiB": size / 1024}
 
 
-def one_round(args: argparse.Namespace, method: str, state: dict[str, Any], file: Path) -> dict[str, float]:
-    """Milliseconds of each call."""
-    models = [timm.create_model(args.model, num_classes=3) for _ in range(2)]
-    for model in models:
-        model.load_state_dict(state)
-    model, fresh = models
-    found = {"apply": timed(lambda: medpeft.apply(model, method)), "save": timed(lambda: medpeft.save(model, file))}
-    found["load into a fresh base"] = timed(lambda: medpeft.load(fresh, file))
-    found["swap in place"] = timed(lambda: medpeft.load(model, file))
+def one_round(args: argparse.Namespace, method: str, state: dict[str, Any], file: Path) -> Times:
+    """Measure each call once."""
+    model = timm.create_model(args.model, num_classes=3)
+    fresh = timm.create_model(args.model, num_classes=3)
+    model.load_state_dict(state)
+    fresh.load_state_dict(state)
+    times = {}
+    times["apply"] = timed(lambda: medpeft.apply(model, method))
+    times["save"] = timed(lambda: medpeft.save(model, file))
+    times["load into a fresh base"] = timed(lambda: medpeft.load(fresh, file))
+    times["swap in place"] = timed(lambda: medpeft.load(model, file))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found["merge"] = timed(lambda: medpeft.merge(fresh))
-    found["remove"] = timed(lambda: medpeft.remove(model))
-    return found
+        times["merge"] = timed(lambda: medpeft.merge(fresh))
+    times["remove"] = timed(lambda: medpeft.remove(model))
+    return times
 
 
-def with_peft(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The same with Hugging Face's peft, where it is installed and the model is a ViT."""
+def measure_peft(args: argparse.Namespace) -> dict[str, Times]:
+    """Measure the same with Hugging Face's peft; nothing if it is not installed."""
     try:
         import peft
     except ImportError:
-        return None
-    if "vit" not in args.model:
-        return None
+        return {}
     config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=r".*\.qkv", modules_to_save=["head"])
     with tempfile.TemporaryDirectory() as folder:
         rounds = [_peft_round(peft, args, config, folder) for _ in range(args.repeats)]
         size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    row = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
-    return {"": "peft's lora on qkv", **row, "file, KiB": size / 1024}
+    return {"peft's lora on qkv": {**medians(rounds), "file, KiB": size / 1024}}
 
 
-def _peft_round(peft: Any, args: argparse.Namespace, config: Any, folder: str) -> dict[str, float]:
-    first, second = (timm.create_model(args.model, num_classes=3) for _ in range(2))
-    held: list[nn.Module] = []
-    found = {"apply": timed(lambda: held.append(peft.get_peft_model(first, config)))}
-    model: Any = held[0]
-    found["save"] = timed(lambda: model.save_pretrained(folder))
-    found["load into a fresh base"] = timed(lambda: held.append(peft.PeftModel.from_pretrained(second, folder)))
-    loaded: Any = held[1]
-    found["swap in place"] = timed(lambda: peft.set_peft_model_state_dict(loaded, peft.load_peft_weights(folder)))
-    found["merge"] = timed(lambda: loaded.merge_and_unload())
-    found["remove"] = timed(lambda: model.unload())
-    return found
+def _peft_round(peft: Any, args: argparse.Namespace, config: Any, folder: str) -> Times:
+    """Measure each call of peft once."""
+    base = timm.create_model(args.model, num_classes=3)
+    fresh = timm.create_model(args.model, num_classes=3)
+    models: list[nn.Module] = []
 
+    def load() -> None:
+        models.append(peft.PeftModel.from_pretrained(fresh, folder))
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else "" if value is None else f"{value:,.0f}"
+    def swap() -> None:
+        peft.set_peft_model_state_dict(models[1], peft.load_peft_weights(folder))
+
+    times = {}
+    times["apply"] = timed(lambda: models.append(peft.get_peft_model(base, config)))
+    model: Any = models[0]
+    times["save"] = timed(lambda: model.save_pretrained(folder))
+    times["load into a fresh base"] = timed(load)
+    loaded: Any = models[1]
+    times["swap in place"] = timed(swap)
+    times["merge"] = timed(lambda: loaded.merge_and_unload())
+    times["remove"] = timed(lambda: model.unload())
+    return times
 
 
 if __name__ == "__main__":

@@ -1,26 +1,35 @@
-"""Time of a training step and bytes kept for backward, as ratios to the floor; or of inference, as ratios to the plain model.
-
-The floor of a parameter-efficient step is the frozen forward plus the gradient of the activations: no weight gradients.
+"""Time a training step against the floor, or with `--inference` a forward against the plain model's.
 
     python benchmarks/step.py --model vit_small_patch16_224 --method lora --method ssf
     python benchmarks/step.py --model resnet50 --repeats 9 --autocast bfloat16
-    python benchmarks/step.py --inference --compile
+    python benchmarks/step.py --inference --batch 1
+
+The floor of a parameter-efficient step is the frozen forward plus the gradient of the activations: no weight
+gradients. A training step's row also has the bytes kept for backward.
+
+Inference measures models in eval mode without gradients, in one interleaved run: the plain one, adapted ones,
+merged ones, and beside LoRA on every linear layer peft's LoRA on the same layers, if peft is installed. By
+default these are small (a ViT-Ti at 64 and at 224 px), where the cost of Python shows most.
 
 On a CPU the times are the process's own seconds on one thread, which other processes disturb least.
 """
 
 import argparse
-import json
+import copy
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from libraries import with_peft
 from networks import NAMES, build, example, forward
+from tables import markdown, spread, write_json
 from timing import add_arguments, bytes_kept, compiled, interleaved, precision, ratios, where
 from torch import Tensor, nn
 
 import medpeft
+
+EVERY_LINEAR = "lora, every linear"
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -29,7 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "norm": ("norm", {}),
     "attention": ("attention", {}),
     "lora": ("lora", {}),
-    "lora, every linear": ("lora", {"target": "linear", "parts": "qkvo"}),
+    EVERY_LINEAR: ("lora", {"target": "linear", "parts": "qkvo"}),
     "lora, every linear, A frozen": ("lora", {"target": "linear", "parts": "qkvo", "freeze_a": True}),
     "ssf": ("ssf", {}),
     "adaptformer": ("adaptformer", {}),
@@ -38,68 +47,161 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tsa, 3x3": ("tsa", {"sites": "3x3"}),
 }
 
+# The linear layers of a timm ViT but for its head, which trains whole.
+PEFT = {"r": 8, "lora_alpha": 8, "target_modules": r"blocks\..*\.(qkv|proj|fc1|fc2)"}
+
+Row = dict[str, Any]
+
 
 def main() -> None:
     """Measure what the command line asks for and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_small_patch16_224", help=f"{', '.join(NAMES)}, or any of timm's")
-    parser.add_argument("--method", action="append", choices=list(CASES), help="repeatable; all that fit by default")
-    parser.add_argument("--inference", action="store_true", help="the forward alone, adapted and merged")
-    add_arguments(parser)
-    args = parser.parse_args()
+    args = _arguments()
     torch.set_num_threads(args.threads)
-    rows = inference(args) if args.inference else training(args)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"model": args.model, "where": where(args), "rows": rows}, indent=2) + "\n")
-    print(table(rows, args))
+    if args.inference:
+        report_inference(args)
+    else:
+        report_training(args)
 
 
-def training(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a case: ratio to the floor, seconds, MiB kept for backward."""
+def _arguments() -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--model", help=f"{', '.join(NAMES)}, or any of timm's")
+    methods = "repeatable; all that fit by default, for inference lora on every linear layer and ssf"
+    parser.add_argument("--method", action="append", choices=list(CASES), help=methods)
+    parser.add_argument("--inference", action="store_true", help="the forward alone, adapted and merged")
+    add_arguments(parser, repeats=None, image_size=None)
+    args = parser.parse_args()
+    if args.inference:
+        args.model = args.model or "vit_tiny_patch16_224"
+        args.method = args.method or [EVERY_LINEAR, "ssf"]
+        args.repeats = args.repeats or 31
+        args.image_sizes = [args.image_size] if args.image_size else [64, 224]
+    else:
+        args.model = args.model or "vit_small_patch16_224"
+        args.method = args.method or list(CASES)
+        args.repeats = args.repeats or 7
+        args.image_size = args.image_size or 224
+    return args
+
+
+def report_training(args: argparse.Namespace) -> None:
+    """Measure training steps, and print a table."""
+    rows = training(args)
+    write_json(args.json, {"model": args.model, "where": where(args), "rows": rows})
+    print(f"{args.model}, {where(args)}, median of {args.repeats}\n")
+    print(training_table(rows, with_memory=not args.compile))
+
+
+def training(args: argparse.Namespace) -> list[Row]:
+    """Measure one row a case: ratio to the floor, seconds, MiB kept for backward."""
     inputs = example(args.model, args.batch, args.image_size, args.device)
-    # Only the floor's input asks for a gradient, so that every activation of the frozen model does.
-    models = {"floor": frozen(build(args.model, args.device))}
-    models |= {case: model for case in args.method or CASES if (model := adapted(args, case)) is not None}
-    losses = {case: loss_of(compiled(model, args), inputs, case == "floor", args) for case, model in models.items()}
-    kept = {case: 0 if args.compile else bytes_kept(models[case], loss) for case, loss in losses.items()}
-    steps = {case: (lambda loss=loss: loss().backward()) for case, loss in losses.items()}
-    found = ratios(interleaved(steps, args.repeats, args.device))
-    return [
-        {"case": case, **found[case], "mib": kept[case] / 2**20, "mib_ratio": kept[case] / max(kept["floor"], 1)}
-        for case in losses
-    ]
+    models = {"floor": frozen(build(args.model, args.device, args.image_size))}
+    for case in args.method:
+        model = adapted(args, case, args.image_size)
+        if model is not None:
+            models[case] = model
+    steps: dict[str, Callable[[], None]] = {}
+    kept = {}
+    for case, model in models.items():
+        # Only the floor's input asks for a gradient, so that every activation of the frozen model does.
+        loss = loss_of(compiled(model, args), inputs, case == "floor", args)
+        kept[case] = 0 if args.compile else bytes_kept(model, loss)
+        steps[case] = partial(step, loss)
+    rows = []
+    for case, figures in ratios(interleaved(steps, args.repeats, args.device)).items():
+        memory = {"mib": kept[case] / 2**20, "mib_ratio": kept[case] / max(kept["floor"], 1)}
+        rows.append({"case": case, **figures, **memory})
+    return rows
+
+
+def training_table(rows: list[Row], *, with_memory: bool) -> str:
+    """Lay out the rows of training steps."""
+    columns = ["", "ratio to floor", "range", "s"]
+    if with_memory:
+        columns += ["kept, MiB", "kept / floor"]
+    lines = []
+    for row in rows:
+        line = [row["case"], f"{row['ratio']:.2f}", spread(row), f"{row['seconds']:.3f}"]
+        if with_memory:
+            line += [f"{row['mib']:.0f}", f"{row['mib_ratio']:.2f}"]
+        lines.append(line)
+    return markdown(columns, lines)
+
+
+def report_inference(args: argparse.Namespace) -> None:
+    """Measure forwards, and print a table for each size of the images."""
+    rows = inference(args)
+    sizes = " and ".join(map(str, args.image_sizes))
+    write_json(args.json, {"model": args.model, "where": where(args, sizes), "rows": rows})
+    for size in args.image_sizes:
+        lines = []
+        for row in rows:
+            if row["image_size"] == size:
+                milliseconds = f"{1e3 * row['seconds']:.2f}"
+                lines.append([row["case"], f"{row['ratio']:.2f}", spread(row), milliseconds])
+        print(f"{args.model}, {where(args, size)}, median of {args.repeats}\n")
+        print(markdown(["", "ratio to plain", "range", "ms"], lines) + "\n")
+
+
+def inference(args: argparse.Namespace) -> list[Row]:
+    """Measure one row a case and size, all interleaved: ratio to the plain model of that size, seconds."""
+    steps: dict[tuple[int, str], Callable[[], None]] = {}
+    for size in args.image_sizes:
+        inputs = example(args.model, args.batch, size, args.device)
+        for case, model in inference_models(args, size).items():
+            call = compiled(model.eval(), args)
+            steps[size, case] = partial(run, call, inputs, args)
+    seconds = interleaved(steps, args.repeats, args.device, warmup=3)
+    rows = []
+    for image_size in args.image_sizes:
+        of_size = {case: times for (size, case), times in seconds.items() if size == image_size}
+        for case, figures in ratios(of_size).items():
+            rows.append({"case": case, "image_size": image_size, **figures})
+    return rows
+
+
+def inference_models(args: argparse.Namespace, size: int) -> dict[str, nn.Module]:
+    """Build the plain model, the adapted and merged ones, and peft's, for images of one size."""
+    models = {"plain": build(args.model, args.device, size)}
+    for case in args.method:
+        model = adapted(args, case, size)
+        if model is None:
+            continue
+        models[f"{case}, adapted"] = model
+        merged = copy.deepcopy(model)
+        if merge(merged):
+            models[f"{case}, merged"] = merged
+    if EVERY_LINEAR in args.method and "vit" in args.model:
+        try:
+            models["peft's lora, every linear"] = with_peft(args.model, **PEFT)(size).to(args.device)
+        except ImportError as error:
+            print(f"peft's lora: left out: {error}")
+    return models
+
+
+@torch.no_grad()
+def run(call: Callable[..., Any], inputs: tuple[Tensor, ...], args: argparse.Namespace) -> None:
+    """Run a forward without gradients."""
+    with precision(args):
+        forward(call, inputs)
+
+
+def step(loss: Callable[[], Tensor]) -> None:
+    """Run a forward and a backward."""
+    loss().backward()
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """The model without a trainable parameter, its BatchNorm at its running statistics, as in every adapted model."""
+    """Freeze a model, its BatchNorm at its running statistics, as in every adapted model."""
     for module in model.requires_grad_(False).modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
     return model
 
 
-def inference(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a case: the forward of the adapted and of the merged model, as a ratio to the plain one's."""
-    inputs = example(args.model, args.batch, args.image_size, args.device)
-    models = {"plain": build(args.model, args.device)}
-    for case in args.method or ("lora", "lora, every linear", "ssf", "tsa", "adaptformer", "svdiff"):
-        for form in ("adapted", "merged"):
-            model = adapted(args, case)
-            if model is None or (form == "merged" and not merge(model)):
-                continue
-            models[f"{case}, {form}"] = model
-    calls = {case: compiled(model.eval(), args) for case, model in models.items()}
-
-    def step(call: Callable[..., Any]) -> None:
-        with torch.inference_mode(), precision(args):
-            forward(call, inputs)
-
-    found = ratios(interleaved({c: (lambda call=call: step(call)) for c, call in calls.items()}, args.repeats, args.device))
-    return [{"case": case, **figures} for case, figures in found.items()]
-
-
 def merge(model: nn.Module) -> bool:
-    """Merge, where the method can."""
+    """Merge a model, and say whether its method can."""
     try:
         medpeft.merge(model)
     except medpeft.MedpeftError:
@@ -107,12 +209,13 @@ def merge(model: nn.Module) -> bool:
     return True
 
 
-def adapted(args: argparse.Namespace, case: str) -> nn.Module | None:
-    """The adapted model, its adapters away from their initial values; None where the method does not fit."""
+def adapted(args: argparse.Namespace, case: str, image_size: int) -> nn.Module | None:
+    """Adapt a model, its adapters away from their initial values; None if the method does not fit."""
     method, options = CASES[case]
     head = None if args.model.endswith("unet") else "auto"
+    model = build(args.model, args.device, image_size)
     try:
-        model = medpeft.apply(build(args.model, args.device), method, head=head, **options)
+        medpeft.apply(model, method, head=head, **options)
     except medpeft.MedpeftError as reason:
         print(f"{case}: left out: {str(reason).partition(':')[0]}")
         return None
@@ -123,27 +226,19 @@ def adapted(args: argparse.Namespace, case: str) -> nn.Module | None:
     return model
 
 
-def loss_of(call: Callable[..., Any], inputs: tuple[Tensor, ...], grad: bool, args: argparse.Namespace) -> Callable[[], Tensor]:
-    """The forward up to a loss."""
+def loss_of(
+    call: Callable[..., Any],
+    inputs: tuple[Tensor, ...],
+    grad: bool,
+    args: argparse.Namespace,
+) -> Callable[[], Tensor]:
+    """Return the forward up to a loss, as a function without arguments."""
 
     def loss() -> Tensor:
         with precision(args):
             return forward(call, inputs, grad).float().square().mean()
 
     return loss
-
-
-def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """The rows as a Markdown table, with what they were measured on."""
-    kept = "mib" in rows[0] and not args.compile
-    lines = [f"{args.model}, {where(args)}, median of {args.repeats}", ""]
-    lines += [f"| | ratio to {rows[0]['case']} | range | s |" + (" kept, MiB | kept / floor |" if kept else "")]
-    lines += ["|---|--:|--:|--:|" + ("--:|--:|" if kept else "")]
-    for r in rows:
-        low, high = r["ratio_range"]
-        line = f"| {r['case']} | {r['ratio']:.2f} | {low:.2f}–{high:.2f} | {r['seconds']:.3f} |"
-        lines.append(line + (f" {r['mib']:.0f} | {r['mib_ratio']:.2f} |" if kept else ""))
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,49 +1,67 @@
-"""Timing several steps in turn, so that what disturbs the machine disturbs them all; every round gives a ratio to the first."""
+"""Timing several steps in turn, so that what disturbs the machine disturbs them all.
+
+Every round gives each step's ratio to the first step of the same round.
+"""
 
 import argparse
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Step = Callable[[], object]
+Case = TypeVar("Case", bound=Hashable)
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, batch: int = 8, repeats: int = 7) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    batch: int = 8,
+    repeats: int | None = 7,
+    image_size: int | None = 224,
+) -> None:
     """Declare the flags that every benchmark has."""
-    parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--repeats", type=int, default=repeats)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--autocast", choices=["bfloat16", "float16"], help="mixed precision (default: float32)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--batch", type=int, default=batch, metavar="N", help="images a step")
+    parser.add_argument("--image-size", type=int, default=image_size, metavar="N", help="pixels along each side")
+    parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help="rounds")
+    parser.add_argument("--threads", type=int, default=1, metavar="N")
+    parser.add_argument("--device", default=device)
+    parser.add_argument("--autocast", choices=["bfloat16", "float16"], help="mixed precision, not float32")
     parser.add_argument("--compile", action="store_true", help="run every model through torch.compile")
     parser.add_argument("--json", metavar="FILE", help="write the rows to a file, too")
 
 
 def precision(args: argparse.Namespace) -> Any:
-    """The autocast that the flags ask for."""
+    """Enter the autocast that the flags ask for."""
     if args.autocast is None:
         return nullcontext()
     return torch.autocast(torch.device(args.device).type, getattr(torch, args.autocast))
 
 
 def compiled(model: nn.Module, args: argparse.Namespace) -> Callable[..., Any]:
-    """The model, compiled if the flags ask for it."""
-    return torch.compile(model) if args.compile else model
+    """Compile the model, if the flags ask for it."""
+    if args.compile:
+        return torch.compile(model)
+    return model
 
 
-def interleaved(steps: Mapping[str, Step], repeats: int, device: str, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every step, round by round; on a CPU those of the process, which other processes disturb least."""
+def interleaved(
+    steps: Mapping[Case, Step],
+    repeats: int,
+    device: str,
+    warmup: int = 1,
+) -> dict[Case, list[float]]:
+    """Measure the seconds of every step, round by round."""
     for step in steps.values():
         for _ in range(warmup):
             step()
-    seconds: dict[str, list[float]] = {case: [] for case in steps}
+    seconds: dict[Case, list[float]] = {case: [] for case in steps}
     for _ in range(repeats):
         for case, step in steps.items():
             seconds[case].append(timed(step, device))
@@ -51,42 +69,43 @@ def interleaved(steps: Mapping[str, Step], repeats: int, device: str, warmup: in
 
 
 def timed(step: Step, device: str) -> float:
-    """Seconds of one call."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = clock()
+    """Measure the seconds of one call; on a CPU those of the process, which other processes disturb least."""
+    if device == "cpu":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     step()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return clock() - start
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def ratios(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Of every case the median and range of its ratio to the first case of the same round, and its median seconds."""
-    base = next(iter(seconds.values()))
-    found = {}
-    for case, own in seconds.items():
-        each = sorted(a / b for a, b in zip(own, base, strict=True))
-        found[case] = {
-            "ratio": statistics.median(each),
-            "ratio_range": [each[0], each[-1]],
-            "seconds": statistics.median(own),
+    """Compare every case with the first: median and range of the ratios within a round, median seconds."""
+    first = next(iter(seconds.values()))
+    figures = {}
+    for case, times in seconds.items():
+        by_round = sorted(time / reference for time, reference in zip(times, first, strict=True))
+        figures[case] = {
+            "ratio": statistics.median(by_round),
+            "ratio_range": [by_round[0], by_round[-1]],
+            "seconds": statistics.median(times),
         }
-    return found
+    return figures
 
 
 def bytes_kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Bytes of distinct storages that autograd keeps for backward, the model's own tensors left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    """Count the bytes of distinct storages that autograd keeps for backward, but for the model's own tensors."""
+    of_model = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
-    held = []
+    kept_alive = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in of_model:
             storages[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor.detach())  # So that no address is given out twice.
+            kept_alive.append(tensor.detach())  # So that no address is given out twice.
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -96,8 +115,12 @@ def bytes_kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     return total
 
 
-def where(args: argparse.Namespace) -> str:
-    """What the figures were measured on, in one line."""
-    extras = [args.autocast or "float32", *(["torch.compile"] if args.compile else [])]
-    machine = torch.cuda.get_device_name() if args.device != "cpu" else f"{platform.machine()} CPU, {args.threads} threads"
-    return f"batch {args.batch}, {args.image_size} px, {', '.join(extras)}, {machine}, torch {torch.__version__}"
+def where(args: argparse.Namespace, image_sizes: object = None) -> str:
+    """Describe in one line what the figures were measured on."""
+    machine = f"{platform.machine()} CPU, {args.threads} threads"
+    if args.device != "cpu":
+        machine = torch.cuda.get_device_name()
+    settings = [f"batch {args.batch}", f"{image_sizes or args.image_size} px", args.autocast or "float32"]
+    if args.compile:
+        settings.append("torch.compile")
+    return ", ".join([*settings, machine, f"torch {torch.__version__}"])

@@ -1,4 +1,9 @@
-"""What medpeft raises: one error for models and methods, one below it for files; and how its messages list names."""
+"""What medpeft raises, and how its messages list names.
+
+ValueError
+└── MedpeftError         a call that cannot be carried out
+    └── CheckpointError  a file that cannot be written, read, or fitted to the model
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,29 @@ from collections.abc import Collection, Iterable
 
 
 class MedpeftError(ValueError):
-    """A call that cannot be carried out; the message names the thing and the next step."""
+    """A call that cannot be carried out; the message names the thing and the next step.
+
+    Examples:
+        >>> import medpeft, torch
+        >>> try:
+        ...     medpeft.remove(torch.nn.Linear(4, 4))
+        ... except medpeft.MedpeftError as error:
+        ...     print(error)
+        This Linear is not adapted: call medpeft.apply(model, method) first.
+    """
 
 
 class CheckpointError(MedpeftError):
-    """A file that cannot be written, read, or fitted to the model."""
+    """A file that cannot be written, read, or fitted to the model.
+
+    Examples:
+        >>> import medpeft
+        >>> try:
+        ...     medpeft.inspect(b"no checkpoint")
+        ... except medpeft.CheckpointError as error:
+        ...     print(error)
+        the file given as 13 bytes is no safetensors file, or was cut off: it has 13 bytes.
+    """
 
 
 def require(condition: bool, message: str) -> None:
@@ -22,31 +45,29 @@ def require(condition: bool, message: str) -> None:
 
 def require_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise `MedpeftError` unless `value` is one of `choices`."""
-    listed = ", ".join(repr(choice) for choice in choices)
-    require(value in choices, f"{option}={value!r} is not known: choose one of {listed}.")
+    names = ", ".join(map(repr, choices))
+    require(value in choices, f"{option}={value!r} is not known: choose one of {names}.")
 
 
 def require_positive(option: str, value: object) -> None:
     """Raise `MedpeftError` unless `value` is a whole number above zero."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    require(
-        whole and value > 0,  # type: ignore[operator]  # `whole` has shown that it is an int
-        f"{option}={value!r} must be a whole number above 0.",
-    )
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or value <= 0:  # type: ignore[operator]  # `is_whole` has shown that it is an int
+        raise MedpeftError(f"{option}={value!r} must be a whole number above 0.")
 
 
 def listed(names: Iterable[object], *, most: int = 5) -> str:
-    """Names as a message shows them: `'a', 'b' and 3 more`."""
+    """Write names as a message shows them: `'a', 'b' and 3 more`."""
     every = list(names)
-    shown = ", ".join(repr(name) for name in every[:most])
+    shown = ", ".join(map(repr, every[:most]))
     if len(every) > most:
         return f"{shown} and {len(every) - most} more"
     return shown
 
 
-def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The sentence ` Did you mean 'lora'?`, with a space before it; empty where no known name is near."""
-    nearest = difflib.get_close_matches(name, known, n=1)
+def did_you_mean(name: str, choices: Collection[str]) -> str:
+    """Write the sentence ` Did you mean 'lora'?`, with a space before it; empty if no choice is near."""
+    nearest = difflib.get_close_matches(name, choices, n=1)
     if not nearest:
         return ""
     return f" Did you mean {nearest[0]!r}?"

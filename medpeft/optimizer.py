@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from .adapters.adapter import parameters_of
-from .adapters.record import adapted_layers, require_applied
+from .adapters.record import Adapted
 from .adapters.registry import find
 from .errors import require
 from .sharding import reshard
 
 
 def parameter_groups(
-    model: nn.Module, *, lr: float, weight_decay: float = 0.0, head_lr: float | None = None, lora_plus: float = 1.0
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    head_lr: float | None = None,
+    lora_plus: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of an adapted model, in groups for any torch optimizer.
+    """Group the trainable parameters of an adapted model for any torch optimizer.
 
-    Biases, norms, scales and everything else with fewer than two axes longer than one get no weight decay: decay pulls a
-    scale to zero, where the layer computes nothing.
+    Matrices get weight decay: parameters with at least two axes longer than one. Biases, norms and scales get
+    none, because decay pulls a scale to zero, where the layer computes nothing.
 
     Args:
         model: A model after `apply`.
@@ -33,25 +39,57 @@ def parameter_groups(
 
     Raises:
         MedpeftError: nothing was applied, or a rate is not positive.
+
+    Examples:
+        >>> import medpeft, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> model = medpeft.apply(model, "lora", target="0", head="1")
+        >>> groups = medpeft.parameter_groups(model, lr=0.001, weight_decay=0.1, lora_plus=16)
+        >>> [(group["name"], group["lr"]) for group in groups]
+        [('body', 0.001), ('fast', 0.016), ('head', 0.001), ('head, not decayed', 0.001)]
+        >>> optimizer = torch.optim.AdamW(groups)
     """
     require(lr > 0 and lora_plus > 0, f"lr={lr!r} and lora_plus={lora_plus!r} must be above 0.")
-    record = require_applied(model)
+    adapted = Adapted.of(model)
     reshard(model)
-    fast, still = set(), set()
-    for _, _, adapters in adapted_layers(model):
-        for adapter in [a for _, a in adapters.adapters()]:
-            fast |= {id(p) for name, p in adapter.named_parameters() if name in find(adapter.method).fast}
-            still |= set() if find(adapter.method).decays else {id(p) for _, p in parameters_of(adapter)}
-    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    if head_lr is None:
+        head_lr = lr
+    rates = {"body": lr, "fast": lr * lora_plus, "head": head_lr}
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for part, is_decayed, parameter in _trainable(adapted):
+        decay = weight_decay if is_decayed else 0.0
+        groups.setdefault((part, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rates[part], "weight_decay": decay, "name": _name(part, decay)}
+        for (part, decay), parameters in groups.items()
+    ]
+
+
+def _name(part: str, decay: float) -> str:
+    if decay:
+        return part
+    return f"{part}, not decayed"
+
+
+def _trainable(adapted: Adapted) -> Iterator[tuple[str, bool, nn.Parameter]]:
+    """List every trainable parameter with its part ("head", "fast" or "body"), and whether it decays."""
+    fast: set[int] = set()
+    undecayed: set[int] = set()
+    for _, _, adapters in adapted.layers:
+        for _, adapter in adapters.adapters():
+            method = find(adapter.method)
+            for name, parameter in parameters_of(adapter):
+                if name in method.fast:
+                    fast.add(id(parameter))
+                if not method.decays:
+                    undecayed.add(id(parameter))
+    for name, parameter in adapted.model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = "head" if record.selected.get(name) == "head" else "fast" if id(parameter) in fast else "body"
-        rate = {"head": lr if head_lr is None else head_lr, "fast": lr * lora_plus, "body": lr}[part]
+        part = "body"
+        if adapted.record.selected.get(name) == "head":
+            part = "head"
+        elif id(parameter) in fast:
+            part = "fast"
         is_matrix = sum(size > 1 for size in parameter.shape) > 1
-        decay = weight_decay if is_matrix and id(parameter) not in still else 0.0
-        groups.setdefault((part, rate, decay), []).append(parameter)
-    return [
-        {"params": params, "lr": rate, "weight_decay": decay, "name": part if decay else f"{part}, not decayed"}
-        for (part, rate, decay), params in groups.items()
-    ]
+        yield part, is_matrix and id(parameter) not in undecayed, parameter

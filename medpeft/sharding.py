@@ -1,4 +1,4 @@
-"""Models that FSDP2 shards: every rank holds a part of each tensor, and whole ones only while a module runs."""
+"""Models sharded by FSDP2: every rank holds a part of each tensor, and whole ones only while a module runs."""
 
 from __future__ import annotations
 
@@ -17,52 +17,68 @@ def is_sharded(tensor: Tensor | None) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the shards in place of the whole tensors that a forward pass left.
+    """Put the shards back in place of the whole tensors that a forward pass left.
 
-    The outermost module keeps those until its backward pass, which without gradients never comes; what is written to them is
-    lost.
+    After a forward without backward, the outermost module still holds whole tensors. Writes to them are lost.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None:  # Not imported by anyone: nothing is sharded.
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
+    if fsdp is None:  # Not imported by anyone: nothing is sharded.
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded, detached; every rank has to take part."""
-    gathered: Tensor = getattr(tensor.detach(), "full_tensor", tensor.detach)()
-    return gathered
+    """Gather the whole of a tensor, detached. If it is sharded, every rank has to call this."""
+    detached = tensor.detach()
+    gather: Any = getattr(detached, "full_tensor", None)
+    if gather is None:
+        return detached
+    full: Tensor = gather()
+    return full
 
 
-def like(value: Tensor, own: Tensor) -> Tensor:
-    """The value in the dtype of the model's own tensor, and sharded as that is; of a sharded one every rank takes part."""
-    value = value.to(own.dtype)
-    if not is_sharded(own) or is_sharded(value):
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """Give a value the dtype and the shards of a tensor. If that is sharded, every rank has to call this."""
+    value = value.to(target.dtype)
+    if not is_sharded(target) or is_sharded(value):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)  # type: ignore[attr-defined]
+    mesh, placements = target.device_mesh, target.placements  # type: ignore[attr-defined]  # a DTensor's
+    return distribute_tensor(value.to(target.device), mesh, placements)
 
 
 def is_first(tensors: Iterable[Tensor]) -> bool:
-    """Whether this process writes: of the ranks that share a sharded model, the first; else always."""
-    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if hasattr(tensor, "device_mesh")]
-    return all(not any(mesh.get_coordinate() or ()) for mesh in meshes)
+    """Whether this process writes: of the ranks that share a model the first, else every one."""
+    for tensor in tensors:
+        mesh: Any = getattr(tensor, "device_mesh", None)
+        if mesh is not None and any(mesh.get_coordinate() or ()):
+            return False
+    return True
 
 
 @contextmanager
 def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Whole tensors in place of the modules' own shards (not of those below them) for the duration of a `with` block."""
-    stores: list[dict[str, Any]] = [store for m in modules for store in (m._parameters, m._buffers)]
-    before = [(store, name, own) for store in stores for name, own in store.items() if is_sharded(own)]
+    """Put whole tensors in place of the modules' own shards for the duration of a `with` block.
+
+    The shards of the modules below them stay.
+    """
+    shards: list[tuple[dict[str, Any], str, Tensor]] = []
+    for module in modules:
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for store in stores:
+            for name, tensor in store.items():
+                if is_sharded(tensor):
+                    shards.append((store, name, tensor))
     try:
-        for store, name, own in before:
-            store[name] = nn.Parameter(whole(own), requires_grad=False)
+        for store, name, shard in shards:
+            store[name] = nn.Parameter(whole(shard), requires_grad=False)
         yield
     finally:
-        for store, name, own in before:
-            store[name] = own
+        for store, name, shard in shards:
+            store[name] = shard
 
 
 @torch.no_grad()
@@ -75,14 +91,14 @@ def overwrite(tensors: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Te
     Returns:
         The tensors with what they held before: `overwrite` them with that to undo it.
     """
-    pairs = [(own, like(value, own)) for own, value in tensors]
+    pairs = [(target, like(value, target)) for target, value in tensors]
     before: list[tuple[Tensor, Tensor]] = []
     try:
-        for own, value in pairs:
-            before.append((own, own.detach().clone()))
-            own.copy_(value)
+        for target, value in pairs:
+            before.append((target, target.detach().clone()))
+            target.copy_(value)
     except BaseException:
-        for own, value in before:
-            own.copy_(value)
+        for target, value in before:
+            target.copy_(value)
         raise
     return before

@@ -1,6 +1,7 @@
 """Each command as a process, once; what they print and how they fail, through `main`."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -56,6 +57,39 @@ def test_methods_lists_every_method_with_its_line():
     assert (ran.returncode, ran.stderr) == (0, "")
     names = [line.split()[0] for line in ran.stdout.splitlines()]
     assert names == list(medpeft.methods())
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"medpeft {medpeft.__version__}\n"
+
+
+def test_the_help_explains_the_exit_codes(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "Exit codes:\n0  what was asked for holds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["methods"], ["methods", "--json"], ["--help"], ["--version"]])
+def test_a_reader_that_leaves_early_ends_a_command_quietly(arguments):
+    run = [sys.executable, "-m", "medpeft", *arguments]
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    with process.stderr:
+        said = process.stderr.read()
+    assert (process.wait(timeout=120), said) == (0, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no device that is always full")
+def test_a_full_disk_is_said_in_one_line():
+    with open("/dev/full", "w") as full:
+        run = [sys.executable, "-m", "medpeft", "methods"]
+        ran = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("medpeft: ")
+    assert len(ran.stderr.splitlines()) == 1
 
 
 def test_plan_prints_what_plan_says_as_json():

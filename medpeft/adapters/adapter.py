@@ -229,6 +229,11 @@ class Adapters(nn.ModuleDict):
         return changed
 
 
+def weight_name(adapter: Adapter) -> str:
+    """Name of the layer's weight that an adapter goes with; "" for a whole block."""
+    return adapter._weight
+
+
 def is_second_place(adapter: Adapter) -> bool:
     """Whether an adapter is the second place of another one, and has no parameters of its own."""
     return any(isinstance(module, Adapter) for module in adapter.shared.values())

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapters.adapter import weight_name
 from ..adapters.record import Adapted
 from ..errors import CheckpointError, listed
 from ..sharding import is_first, reshard, whole
@@ -85,7 +86,7 @@ def _require_savable(adapted: Adapted) -> None:
     present = set()
     for name, _, adapters in adapted.layers:
         for _, adapter in adapters.adapters():
-            present.add((adapter.method, name, adapter._weight))
+            present.add((adapter.method, name, weight_name(adapter)))
     lost = [site[1] for site in record.sites if site not in present]
     lost += [name for name in (*record.selected, *record.statistics) if name not in adapted.trained]
     if lost:

@@ -1,4 +1,4 @@
-"""LoRA files of other libraries: Hugging Face's peft and diffusers, neither of which is needed here."""
+"""LoRA files of Hugging Face's peft and diffusers, read and written without either library."""
 
 from .diffusers import from_diffusers as from_diffusers
 from .diffusers import to_diffusers as to_diffusers

@@ -1,23 +1,35 @@
-"""LoRA to and from the files of diffusers."""
+"""LoRA to and from the files of diffusers.
+
+Format: one safetensors file of `save_lora_adapter` or `save_lora_weights` in diffusers 0.42. Keys of older
+releases are read, too. diffusers itself is not needed.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..adapters.record import require_applied
+from ..adapters.record import Adapted
 from ..checkpoint.file import parse, write
 from ..errors import CheckpointError
 from ..sharding import is_first
-from .matrices import Factors, apply_factors, exported
-from .pairs import _number, _paired, _read, _scale
+from .lora_file import LoRAFile, pair_up, read, scale
+from .transfer import apply_file, export_factors
 
+# Models of a pipeline, by which the keys of a file may begin.
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+
+Value = TypeVar("Value")
 
 
 def to_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component: str = "unet") -> None:
-    """Write a model adapted by `lora` as diffusers' LoRA file; `pipeline.load_lora_weights(path)` then computes the same.
+    """Write a model adapted by `lora` as a LoRA file of diffusers.
+
+    `pipeline.load_lora_weights(path)` then computes the same.
 
     Args:
         model: A denoiser or text encoder after `apply(model, "lora", head=None, …)`.
@@ -26,19 +38,31 @@ def to_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component: s
 
     Raises:
         MedpeftError: nothing was applied.
-        CheckpointError: the format cannot express something; each is named, with the reason, and nothing is written.
+        CheckpointError: the format cannot express something. Every reason is given, and nothing is written.
+
+    Examples:
+        >>> import tempfile, medpeft, torch
+        >>> from medpeft.interchange import to_diffusers
+        >>> from safetensors.torch import load_file
+        >>> unet = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> unet = medpeft.apply(unet, "lora", target="0", head=None, rank=2)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     to_diffusers(unet, f"{directory}/lora.safetensors")
+        ...     print(*sorted(load_file(f"{directory}/lora.safetensors")))
+        unet.0.lora_A.weight unet.0.lora_B.weight
     """
-    factors = exported(model, require_applied(model), with_head=False)
+    factors = export_factors(Adapted.of(model), with_head=False)
     tensors = {}
-    for name, f in factors.items():
-        tensors[f"{component}.{name}.lora_A.weight"] = f.A
-        tensors[f"{component}.{name}.lora_B.weight"] = f.B * f.scale  # Without an alpha, diffusers takes a factor of 1.
-    if is_first(p for p in model.parameters()):
+    for name, layer in factors.items():
+        tensors[f"{component}.{name}.lora_A.weight"] = layer.A
+        # Without an alpha, diffusers takes a factor of 1.
+        tensors[f"{component}.{name}.lora_B.weight"] = layer.B * layer.scale
+    if is_first(model.parameters()):
         write(os.fspath(path), tensors, {"format": "pt"})
 
 
 def from_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component: str = "unet") -> nn.Module:
-    """Apply `lora` to a denoiser or text encoder and load what diffusers saved.
+    """Apply `lora` to a denoiser or text encoder and load a LoRA file of diffusers.
 
     Args:
         model: The base, not adapted.
@@ -49,22 +73,62 @@ def from_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component:
         `model` itself.
 
     Raises:
-        CheckpointError: the file is damaged, has nothing for this component, or holds what LoRA here does not compute. The
-            model is untouched.
+        CheckpointError: the file is damaged, has nothing for this component, or holds what LoRA here does not
+            compute. The model is untouched.
+
+    Examples:
+        >>> import tempfile, medpeft, torch
+        >>> from medpeft.interchange import from_diffusers, to_diffusers
+        >>> unet, base = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        >>> unet = medpeft.apply(torch.nn.Sequential(unet), "lora", target="0", head=None, rank=2)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     to_diffusers(unet, f"{directory}/lora.safetensors")
+        ...     loaded = from_diffusers(torch.nn.Sequential(base), f"{directory}/lora.safetensors")
+        >>> medpeft.report(loaded).trainable
+        16
     """
-    name = os.fspath(path)
-    tensors, metadata = _read(name)
-    config = parse(metadata.get("lora_adapter_metadata", "{}"), f"the metadata of {name}")
-    prefix = f"{component}." if any(key.startswith(f"{component}.") for key in tensors) else ""
-    own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-    config = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)} if isinstance(config, dict) else {}
-    first = next(iter(own), "").partition(".")[0]
-    if not prefix and first in _COMPONENTS and not hasattr(model, first):
-        raise CheckpointError(f"{name} has nothing for component={component!r}: its keys begin with {first!r}.")
-    alphas = {key.removesuffix(".alpha"): _number(own.pop(key), key) for key in list(own) if key.endswith(".alpha")}
-    pairs, rest = _paired(own, name)
-    factors = {}
-    for layer, (A, B) in pairs.items():
-        scale = _scale(config, layer, A.shape[0]) if "lora_alpha" in config else alphas.get(layer, A.shape[0]) / A.shape[0]
-        factors[layer] = Factors(A, B, scale)
-    return apply_factors(model, factors, rest, name, head=None, dropout=0.0)
+    return apply_file(model, _read_file(model, os.fspath(path), component), head=None, dropout=0.0)
+
+
+def _read_file(model: nn.Module, path: str, component: str) -> LoRAFile:
+    """Read what a file has for a component; all of it, if its keys name no component."""
+    tensors, metadata = read(path)
+    prefix = f"{component}."
+    if not any(key.startswith(prefix) for key in tensors):
+        prefix = ""
+        first = next(iter(tensors), "").partition(".")[0]
+        if first in _COMPONENTS and not hasattr(model, first):
+            missing = f"{path} has nothing for component={component!r}"
+            raise CheckpointError(f"{missing}: its keys begin with {first!r}.")
+    config = _below(prefix, _configuration(metadata, path))
+    tensors = _below(prefix, tensors)
+    alphas = _pop_alphas(tensors)
+    if "lora_alpha" in config:
+        return pair_up(path, tensors, partial(scale, config))
+    return pair_up(path, tensors, lambda layer, rank: alphas.get(layer, rank) / rank)
+
+
+def _configuration(metadata: Mapping[str, str], path: str) -> dict[str, Any]:
+    """Read peft's configuration from a file's metadata, {} if there is none."""
+    config = parse(metadata.get("lora_adapter_metadata", "{}"), f"the metadata of {path}")
+    if not isinstance(config, dict):
+        return {}
+    return config
+
+
+def _below(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Take the values whose names begin with a prefix, by their names without it."""
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+
+
+def _pop_alphas(tensors: dict[str, Tensor]) -> dict[str, float]:
+    """Take the α of every layer out of the tensors, where older releases put them."""
+    alphas = {}
+    for key in list(tensors):
+        if not key.endswith(".alpha"):
+            continue
+        alpha = tensors.pop(key)
+        if alpha.numel() != 1:
+            raise CheckpointError(f"{key!r} is no single number but of shape {tuple(alpha.shape)}.")
+        alphas[key.removesuffix(".alpha")] = float(alpha)
+    return alphas

@@ -1,5 +1,6 @@
 """The benchmarks run and fill their tables; what they measure is not judged here, for machines are shared and noisy."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -7,8 +8,19 @@ import sys
 
 import pytest
 from places import ROOT
+from step import EVERY_LINEAR, inference_models
+from torch import nn
 
 TINY = ["--batch", "1", "--image-size", "32", "--repeats", "1", "--device", "cpu"]
+
+INFERENCE = [
+    "plain",
+    "lora, every linear, adapted",
+    "lora, every linear, merged",
+    "ssf, adapted",
+    "ssf, merged",
+    "peft's lora, every linear",
+]
 
 CALLS = {
     "a step": (["step.py", "--model", "resnet10t", "--method", "lora", "--method", "ssf", *TINY], ["floor", "lora", "ssf"]),
@@ -16,6 +28,11 @@ CALLS = {
         ["step.py", "--model", "resnet10t", "--inference", "--method", "ssf", *TINY],
         ["plain", "ssf, adapted", "ssf, merged"],
     ),
+    "inference at two sizes": (
+        ["step.py", "--model", "test_vit2", "--inference", "--batch", "1", "--repeats", "1", "--device", "cpu"],
+        INFERENCE * 2,
+    ),
+    "inference at one size": (["step.py", "--model", "test_vit2", "--inference", *TINY], INFERENCE),
     "memory": (["memory.py", "--model", "resnet10t", "--method", "bias", *TINY], ["floor", "bias"]),
     "peers": (
         ["peers.py", "--task", "TSA", "--batch", "1", "--image-size", "32", "--repeats", "1", "--device", "cpu"],
@@ -39,3 +56,26 @@ def test_a_benchmark_prints_a_row_for_every_case(kind, tmp_path):
     if kind != "start":
         found = json.loads(out.read_text())
         assert "CPU" in found["where"]
+
+
+def test_the_two_sizes_of_inference_are_each_compared_with_a_plain_model_of_that_size(tmp_path):
+    out = tmp_path / "rows.json"
+    flags = ["--model", "test_vit2", "--inference", "--batch", "2", "--repeats", "2", "--device", "cpu", "--json", str(out)]
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "step.py"), *flags], capture_output=True, check=True)
+    found = json.loads(out.read_text())
+    assert "batch 2, 64 and 224 px" in found["where"]
+    assert [row["image_size"] for row in found["rows"]] == [64] * len(INFERENCE) + [224] * len(INFERENCE)
+    for row in found["rows"]:
+        low, high = row["ratio_range"]
+        assert 0 < low <= row["ratio"] <= high
+        assert row["case"] != "plain" or low == high == 1
+
+
+def test_lora_and_peft_adapt_the_same_layers_for_inference():
+    args = argparse.Namespace(model="test_vit2", device="cpu", method=[EVERY_LINEAR])
+    models = inference_models(args, size=64)
+    ours, theirs = models["lora, every linear, adapted"], models["peft's lora, every linear"]
+    linear = {name for name, layer in models["plain"].blocks.named_modules() if isinstance(layer, nn.Linear)}
+    assert {n.partition(".adapters")[0] for n, _ in ours.blocks.named_modules() if n.endswith(".adapters.lora")} == linear
+    wrapped = {n for n, layer in theirs.named_modules() if hasattr(layer, "lora_A")}
+    assert {name.rpartition("blocks.")[2] for name in wrapped} == linear

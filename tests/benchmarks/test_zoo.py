@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 from torch import nn
-from zoo import kind_of, verdicts
+from zoo import kind_of
 from zoo_models import timm_models
+from zoo_verdicts import verdicts
 
 import medpeft
 

@@ -117,6 +117,16 @@ def test_parts_that_one_layer_leaves_out_stay_zero_there(tmp_path):
     assert medpeft.report(back).trainable == medpeft.report(model).trainable
 
 
+def test_a_file_that_changes_one_of_several_parts_loads(tmp_path):
+    model = adapted("vit", rank=2, parts="qkv")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.adapters.lora.up[:32] = 0
+    to_peft(model, tmp_path)
+    back = from_peft(make("vit"), tmp_path).eval()
+    assert close(output(back, example("vit")), output(model, example("vit")))
+
+
 def test_ranks_that_are_filled_up_still_train(tmp_path):
     trained_by_peft(make("vit"), tmp_path, r=4, target_modules=["qkv", "proj"], rank_pattern={"blocks.0.attn.qkv": 2})
     model = from_peft(make("vit"), tmp_path)
@@ -143,6 +153,14 @@ def test_what_peft_cannot_express_is_named_with_the_reason(family, method, optio
     with pytest.raises(medpeft.CheckpointError) as caught:
         to_peft(model, tmp_path)
     assert reason in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("switch", [medpeft.disabled, medpeft.merged])
+def test_nothing_is_written_while_the_values_of_the_base_are_in_place(switch, tmp_path):
+    model = adapted("vit")
+    with switch(model), pytest.raises(medpeft.CheckpointError, match=r"Leave medpeft\.disabled or medpeft\.merged"):
+        to_peft(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
