@@ -1,4 +1,4 @@
-"""The mechanism: children of their layers, output hooks and covers."""
+"""The mechanism: adapters are children of their layers, whose forward brings them in."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from models import example, make, output, randomise, randomise_adapters
 from torch import nn
 
 import medpeft
-from medpeft.adapters.forward import Cover
 from medpeft.adapters.record import adapted_layers, own_state
 
 
@@ -60,17 +59,22 @@ def test_adapters_of_the_weight_act_before_those_of_the_output():
     torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_cover_hides_the_weight_for_one_forward_alone():
+def test_an_adapted_weight_is_there_for_its_reader_and_never_in_the_layer(monkeypatch):
     model, x = make("beit"), example("beit")
     randomise_adapters(medpeft.apply(model, "lora"))
     layer = model.blocks[0].attn.qkv
-    inside, after = [], []
+    inside, after, read = [], [], []
     model.blocks[0].attn.proj.register_forward_pre_hook(lambda *_: inside.append(layer.weight))
     model.blocks[0].attn.register_forward_hook(lambda *_: after.append(layer.weight))
+    linear = nn.functional.linear
+    monkeypatch.setattr(nn.functional, "linear", lambda x, weight, bias=None: (read.append(weight), linear(x, weight, bias))[1])
 
     output(model, x)
 
-    assert not torch.equal(inside[0], layer._parameters["weight"])
+    merged, _ = layer.adapters["lora"].merged(layer.weight, None)
+    assert any(weight.shape == merged.shape and torch.equal(weight, merged) for weight in read)
+    assert not any(weight is layer._parameters["weight"] for weight in read)
+    assert inside[0] is layer._parameters["weight"]
     assert after[0] is layer._parameters["weight"]
     assert "weight" not in vars(layer)
 
@@ -78,7 +82,7 @@ def test_a_cover_hides_the_weight_for_one_forward_alone():
 @pytest.mark.parametrize(
     ("family", "method"), [("beit", "lora+ssf"), ("vit", "svdiff+adaptformer"), ("multihead_attention", "lora")]
 )
-def test_a_forward_that_raises_leaves_no_cover_and_no_tapped_input_behind(family, method):
+def test_a_forward_that_raises_leaves_no_weight_and_no_kept_input_behind(family, method):
     model, x = make(family), example(family)
     randomise_adapters(medpeft.apply(model, method))
     expected = output(model, x)
@@ -89,13 +93,13 @@ def test_a_forward_that_raises_leaves_no_cover_and_no_tapped_input_behind(family
 
     for layer in inner:
         handle = layer.register_forward_pre_hook(fail)
-        covers = [hook.__self__ for _, hook in hooks(model) if isinstance(getattr(hook, "__self__", None), Cover)]
+        handovers = [m.handover for m in model.modules() if hasattr(m, "handover")]
         try:
             output(model, x)
         except RuntimeError as error:
             assert str(error) == "out of memory"  # noqa: PT017 - a layer that is only read does not raise
         handle.remove()
-        assert not any(cover.running for cover in covers)
+        assert not any(handover._frames for handover in handovers)
         assert not any({"weight", "in_proj_weight"} & vars(m).keys() for m in model.modules())
         assert torch.equal(output(model, x), expected)
 

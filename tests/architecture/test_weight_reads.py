@@ -70,12 +70,16 @@ def test_the_readers_of_torch_and_timm_are_found_in_their_source():
     assert reads(type(make("vit").blocks[0].attn)) == frozenset()
 
 
-def test_the_outermost_reader_is_the_one_that_is_hooked():
+def test_every_reader_is_found_the_outermost_first():
     network = Network(make("transformer_encoder"))
+    of_linear = network.readers(network.modules["layers.0.linear1"], "weight")
+    of_projection = network.readers(network.modules["layers.0.self_attn.out_proj"], "weight")
 
-    assert network.reader("layers.0.linear1", "weight") in ("", "layers.0")
-    assert network.reader("layers.0.self_attn.out_proj", "weight") == network.reader("layers.0.linear1", "weight")
-    assert Network(make("vit")).reader("blocks.0.attn.qkv", "weight") is None
+    assert of_linear[0] == ("layers.0", "linear1")
+    assert of_projection[0] == ("layers.0", "self_attn.out_proj")
+    assert of_projection[1] == ("layers.0.self_attn", "out_proj")
+    vit = Network(make("vit"))
+    assert vit.readers(vit.modules["blocks.0.attn.qkv"], "weight") == ()
 
 
 class Reader(nn.Module):
