@@ -10,7 +10,9 @@ What is put on a layer must survive deepcopy and pickle, so it is made of module
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +49,16 @@ def _adapted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
         return _run(layer, wiring, {}, args, kwargs)
     if not adapters.handovers:
         return _through(layer, adapters, wiring, args, kwargs)
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        # transformers checkpoints the forward of the class. What is left in it for an adapter must be recomputed with it.
+        inside = replace(wiring, overrides={**wiring.overrides, "gradient_checkpointing": False})
+        recomputed = functools.partial(_handing_over, layer, adapters, inside, kwargs)
+        return layer._gradient_checkpointing_func(recomputed, *args)  # type: ignore[operator]  # transformers' own
+    return _handing_over(layer, adapters, wiring, kwargs, *args)
+
+
+def _handing_over(layer: nn.Module, adapters: Adapters, wiring: Wiring, kwargs: dict[str, Any], *args: Any) -> Any:
+    """Pass an input through a layer inside which something is left for one of its adapters."""
     receivers: list[Any] = [adapters._modules[name] for name in adapters.handovers]
     for adapter in receivers:
         adapter.handover.open()
@@ -173,11 +185,8 @@ def _dtype_and_device(layer: nn.Module, x: Any) -> tuple[torch.dtype | None, str
 def _run(layer: nn.Module, wiring: Wiring, tensors: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the layer's plain forward, on changed tensors of its own and of the layers whose weights it reads."""
     changes: dict[str, Mapping[str, Any]] = {}
-    if wiring.slow:
-        # torch takes its fused path only where nothing has hooks. This one is never called.
-        tensors = {**tensors, "_forward_hooks": {0: None}}
-    if tensors:
-        changes[""] = tensors
+    if tensors or wiring.overrides:
+        changes[""] = {**tensors, **wiring.overrides}
     for path in wiring.reads:
         read = layer.get_submodule(path)
         adapters = acting(read)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -23,7 +23,7 @@ class Wiring:
         reads: Paths of layers below it whose weights it reads without calling them.
         inputs: Names of the inputs of its forward, in order, as far as they have names.
         replaced: The `forward` that someone else had put on the instance before; None for the class's own.
-        slow: Whether it must not take a fused path of torch's, which would pass by adapters inside it.
+        overrides: Attributes that its plain forward shall see in place of its own.
         apart: Whether its bias trains apart from its weight; see `bias_gradients.py`.
     """
 
@@ -31,7 +31,7 @@ class Wiring:
     reads: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     replaced: Callable[..., Any] | None = None
-    slow: bool = False
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     apart: bool = False
 
 

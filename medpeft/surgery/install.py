@@ -41,6 +41,10 @@ class Built:
         return f"{self.method.name}_partner"
 
 
+# torch takes its fused path only where nothing has hooks. This one is never called.
+_WITH_A_HOOK = {"_forward_hooks": {0: None}}
+
+
 def install(model: nn.Module, built: list[Built]) -> None:
     """Register each adapter at its site, and wire its layer, the readers of its weight, and the model itself."""
     by_layer: dict[nn.Module, list[Built]] = {}
@@ -67,7 +71,8 @@ def _wirings(model: nn.Module, built: list[Built]) -> Iterator[tuple[nn.Module, 
     slow = {module for name, module in modules.items() if has_fused_path(module) and _passes_by(module, name, built)}
     for module in [*reads, *(apart | slow).difference(reads)]:
         paths = tuple(reads.get(module, ()))
-        yield module, Wiring(module is model, paths, slow=module in slow, apart=module in apart)
+        overrides = _WITH_A_HOOK if module in slow else {}
+        yield module, Wiring(module is model, paths, overrides=overrides, apart=module in apart)
 
 
 def _passes_by(module: nn.Module, name: str, built: list[Built]) -> bool:

@@ -49,9 +49,10 @@ _METHOD = {
 }
 
 
-def adapted(case, **more):
+def adapted(case, family=None, **more):
     """An adapted model in float64 and in eval mode, away from its start, and an input for it."""
-    family, options = CASES[case]
+    usual, options = CASES[case]
+    family = family or usual
     model = medpeft.apply(make(family), _METHOD.get(case, case), head=FAMILIES[family].head, **{**options, **more})
     return perturb(model).eval(), example(family)
 
