@@ -274,6 +274,8 @@ def autocasts(device: str) -> bool:
 
 def along(values: Tensor, y: Tensor, axis: int) -> Tensor:
     """View one value a channel, (C,), so that it broadcasts along an axis of `y`."""
+    if axis == -1:
+        return values  # (C,) broadcasts along the last axis as it is.
     shape = [1] * y.ndim
     shape[axis] = -1
     return values.view(shape)  # (C,) → (1, …, C, …, 1)

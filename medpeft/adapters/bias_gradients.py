@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture.layers import own_tensor
-from .kernels import SumToBias, eager
+from .kernels import eager, sum_to_bias
 from .stand_in import run_with
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -33,7 +33,7 @@ def run_apart(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return run_with(layer, {}, None, args, kwargs)
     output = run_with(layer, {"": {"bias": bias.detach()}}, None, args, kwargs)
     channel_axis = -1 - len(layer.kernel_size)  # type: ignore[arg-type]  # a convolution
-    return SumToBias.apply(output, bias, channel_axis)
+    return sum_to_bias(output, bias, channel_axis)
 
 
 def _lone_bias(layer: nn.Module) -> Tensor | None:

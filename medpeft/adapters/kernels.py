@@ -1,9 +1,16 @@
-"""In-place autograd functions: an adapter works on its layer's fresh output, and keeps for backward no more than it must.
+"""Kernels: an adapter writes into its layer's fresh output, and keeps for backward no more than it must.
 
-A frozen layer does not need its own output again, so an adapter may write into it. Where that is not so (under
-`torch.compile`, which fuses by itself, `torch.jit.trace`, which records no such functions, under functorch's transforms, or on
-a layer with a forward of its own), `in_place` is False and the methods compute the plain expression, which gives the same
-numbers.
+A frozen layer does not need its own output again, so an adapter may write into it, unless
+
+- the layer has a forward of its own, whose output somebody else may hold (`writes_fresh_output`),
+- the step that made the output needs it again in backward,
+- `torch.compile` fuses steps by itself, or `torch.jit.trace` records them, which it cannot of such a function,
+- a transform of functorch, or autocast, is at work (`in_place`).
+
+There the methods compute the plain expression, which gives the same numbers.
+
+Each kernel is one function. Where something needs a gradient it calls a `torch.autograd.Function`, whose call costs 5 to
+10 µs; elsewhere, as in inference, it does the same without.
 """
 
 from __future__ import annotations
@@ -11,51 +18,99 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 
 from ..errors import MedpeftError
+from .adapter import along
 
 _STOCK = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
 def writes_fresh_output(layer: nn.Module) -> bool:
-    """Whether the layer's forward is torch's own, whose output nobody else holds and its backward does not need."""
+    """Whether the layer's forward is torch's own: nobody else holds its output, and its backward does not need it."""
     return type(layer).forward in _STOCK
 
 
 def in_place(y: Tensor) -> bool:
-    """Whether a kernel may write into `y`: in eager mode, and where the step that made `y` does not need it again."""
-    return eager(y) and not _keeps_its_output(y.grad_fn)
+    """Whether a kernel may write into `y`: in eager mode, and if the step that made `y` does not need it again."""
+    return eager(y) and (y.grad_fn is None or not _keeps_its_output(y.grad_fn))
 
 
 def eager(x: Tensor) -> bool:
     """Whether what is done to `x` is done as it is written: not compiled, traced, transformed or cast by autocast."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _keeps_its_output(step: Any) -> bool:
-    """Whether an adapter before this one, as SSF in a union, needs its own output in backward."""
+    """Whether a step needs its own output in backward, as SSF does where it comes before another adapter."""
     # torch's own steps, sigmoid for one, name it `result`.
     return hasattr(type(step), "_saved_result") or getattr(step, "invertible", False)
 
 
-class AddLowRank(torch.autograd.Function):
-    """y += s·(x·Aᵀ)·Bᵀ for y (…, out), x (…, in), A (r, in), B (out, r); keeps x and the (r, N) product.
+def _needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd records what is done to these tensors."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor.requires_grad for tensor in tensors)
 
-    The product is kept as (r, N): skinny matrix products over N run several times faster along their long side.
+
+def _sum_but(grad: Tensor, axis: int) -> Tensor:
+    """Sum over every axis but one."""
+    others = list(range(grad.ndim))
+    others.pop(axis)
+    return grad.sum(others)
+
+
+def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, start: int = 0) -> Tensor:
+    """Add s·(x·Aᵀ)·Bᵀ to `y` in place.
+
+    Args:
+        y: A layer's fresh output, (…, O).
+        x: Its input, (…, I).
+        down: A, (r, I).
+        up: B, (o, r).
+        scale: s.
+        start: The first of the o channels of `y` that are added to.
     """
+    if _needs_gradient(y, x, down, up):
+        added: Tensor = AddLowRank.apply(y, x, down, up, scale, start)
+        return added
+    _add_low_rank(y, x.reshape(-1, x.shape[-1]), down, up, scale, start)
+    return y
+
+
+def _add_low_rank(y: Tensor, flat: Tensor, down: Tensor, up: Tensor, scale: float, start: int) -> Tensor:
+    """Add to `y`, and return A·xᵀ for x as a matrix `flat`, (N, I).
+
+    The product is made as (r, N): skinny matrix products over N run several times faster along their long side.
+    """
+    hidden = F.linear(down, flat)  # (r, I), (N, I) → (r, N)
+    channels = y.view(-1, y.shape[-1]).t()  # (…, O) → (O, N)
+    if up.shape[0] != channels.shape[0]:
+        channels = channels.narrow(0, start, up.shape[0])  # (O, N) → (o, N)
+    channels.addmm_(up, hidden, alpha=scale)
+    return hidden
+
+
+class AddLowRank(torch.autograd.Function):
+    """`add_low_rank` with gradients; keeps x and A·xᵀ."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, start: int) -> Tensor:
-        """Add to the `len(up)` channels of `y` from `start` on."""
-        flat, size = x.reshape(-1, x.shape[-1]), up.shape[0]
-        hidden = down @ flat.t()
-        y.view(-1, y.shape[-1]).narrow(1, start, size).addmm_(hidden.t(), up.t(), alpha=scale)
-        ctx.save_for_backward(flat if down.requires_grad else None, down, up, hidden)
+        """Add to `y` in place."""
+        flat = x.reshape(-1, x.shape[-1])  # (…, I) → (N, I)
+        hidden = _add_low_rank(y, flat, down, up, scale, start)
+        kept: Tensor | None = None
+        if down.requires_grad:
+            kept = flat
+        ctx.save_for_backward(kept, down, up, hidden)
         ctx.scale, ctx.start, ctx.shape = scale, start, x.shape
         ctx.mark_dirty(y)
         return y
@@ -65,23 +120,52 @@ class AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of y, x, A and B."""
         flat, down, up, hidden = ctx.saved_tensors
-        part = grad.reshape(-1, grad.shape[-1]).narrow(1, ctx.start, up.shape[0])
-        inner = torch.mm(up.t(), part.t()).mul_(ctx.scale)
-        grad_x = torch.mm(inner.t(), down).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        grad_down = inner @ flat if ctx.needs_input_grad[2] else None
-        grad_up = torch.mm(hidden, part).t().mul(ctx.scale) if ctx.needs_input_grad[3] else None
+        part = grad.reshape(-1, grad.shape[-1]).narrow(1, ctx.start, up.shape[0])  # (…, O) → (N, o)
+        inner = torch.mm(up.t(), part.t()).mul_(ctx.scale)  # (r, N)
+        grad_x = grad_down = grad_up = None
+        if ctx.needs_input_grad[1]:
+            grad_x = torch.mm(inner.t(), down).view(ctx.shape)  # (N, I) → (…, I)
+        if ctx.needs_input_grad[2]:
+            grad_down = inner @ flat
+        if ctx.needs_input_grad[3]:
+            grad_up = torch.mm(hidden, part).t().mul(ctx.scale)
         return grad, grad_x, grad_down, grad_up, None, None
 
 
+def add_pointwise(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Add s·(1×1 convolution of h by B) to `y` in place.
+
+    Args:
+        y: A convolution's fresh output, (N, O, …).
+        hidden: h, (N, r, …).
+        up: B, (O, r).
+        scale: s.
+    """
+    if _needs_gradient(y, hidden, up):
+        added: Tensor = AddPointwise.apply(y, hidden, up, scale)
+        return added
+    _add_pointwise(y, hidden.flatten(2), up, scale)
+    return y
+
+
+def _add_pointwise(y: Tensor, flat: Tensor, up: Tensor, scale: float) -> None:
+    """Add to `y`, for h as matrices `flat`, (N, r, P)."""
+    channels = y.view(y.shape[0], y.shape[1], -1)  # (N, O, …) → (N, O, P)
+    channels.baddbmm_(up.expand(flat.shape[0], *up.shape), flat, alpha=scale)
+
+
 class AddPointwise(torch.autograd.Function):
-    """y += s·(1×1 convolution of h by B) for y (N, O, …), h (N, r, …), B (O, r); keeps h."""
+    """`add_pointwise` with gradients; keeps h."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor:
-        """Add to every channel of `y`."""
-        flat = hidden.flatten(2)
-        y.view(y.shape[0], y.shape[1], -1).baddbmm_(up.expand(len(flat), *up.shape), flat, alpha=scale)
-        ctx.save_for_backward(flat if up.requires_grad else None, up)
+        """Add to `y` in place."""
+        flat = hidden.flatten(2)  # (N, r, …) → (N, r, P)
+        _add_pointwise(y, flat, up, scale)
+        kept: Tensor | None = None
+        if up.requires_grad:
+            kept = flat
+        ctx.save_for_backward(kept, up)
         ctx.scale, ctx.shape = scale, hidden.shape
         ctx.mark_dirty(y)
         return y
@@ -91,66 +175,81 @@ class AddPointwise(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of y, h and B."""
         flat, up = ctx.saved_tensors
-        part = grad.flatten(2)
-        grad_hidden = torch.matmul(up.t() * ctx.scale, part).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        grad_up = torch.bmm(part, flat.transpose(1, 2)).sum(0).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
+        part = grad.flatten(2)  # (N, O, …) → (N, O, P)
+        grad_hidden = grad_up = None
+        if ctx.needs_input_grad[1]:
+            grad_hidden = torch.matmul(up.t() * ctx.scale, part).view(ctx.shape)  # (N, r, P) → (N, r, …)
+        if ctx.needs_input_grad[2]:
+            grad_up = torch.bmm(part, flat.transpose(1, 2)).sum(0).mul_(ctx.scale)
         return grad, grad_hidden, grad_up, None
 
 
+def scale_shift(y: Tensor, scale: Tensor, shift: Tensor, axis: int) -> Tensor:
+    """Make y·γ + β of `y` in place, per channel.
+
+    Args:
+        y: A layer's fresh output.
+        scale: γ, (C,).
+        shift: β, (C,).
+        axis: Axis of the channels of `y`.
+    """
+    if _needs_gradient(y, scale, shift):
+        changed: Tensor = ScaleShift.apply(y, scale, shift, axis)
+        return changed
+    return torch.addcmul(along(shift, y, axis), y, along(scale, y, axis), out=y)
+
+
 class ScaleShift(torch.autograd.Function):
-    """z = y·γ + β written into y; backward finds y again as (z − β)/γ, and keeps z alone, which often is kept anyway."""
+    """`scale_shift` with gradients; keeps z = y·γ + β alone, which the next layer often keeps anyway.
+
+    Backward finds y again as (z − β)/γ.
+    """
 
     smallest = 1e-2
     """Where some |γ| is below this, y is kept instead: dividing by γ would magnify rounding."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor, axis: int) -> Tensor:
-        """Scale and shift channel `axis` of `y`."""
-        shape = [1] * y.ndim
-        shape[axis] = -1
+        """Scale and shift `y` in place."""
         ctx.invertible = not scale.requires_grad or _is_above(scale, ScaleShift.smallest)
-        kept = None if ctx.invertible else y.clone()
-        torch.addcmul(shift.view(shape), y, scale.view(shape), out=y)
+        kept = y
+        if not ctx.invertible:
+            kept = y.clone()
+        torch.addcmul(along(shift, y, axis), y, along(scale, y, axis), out=y)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(y if ctx.invertible else kept, scale, shift)
-        ctx.axis, ctx.shape = axis, shape
+        ctx.save_for_backward(kept, scale, shift)
+        ctx.axis = axis
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of y, γ and β."""
-        kept, scale, shift = _intact(ctx)
-        others = [i for i in range(grad.ndim) if i != ctx.axis % grad.ndim]
-        grad_shift = grad.sum(others)
-        grad_scale = torch.linalg.vecdot(grad.movedim(ctx.axis, 0).flatten(1), kept.movedim(ctx.axis, 0).flatten(1))
+        kept, scale, shift = _saved_by(ctx)
+        rows, kept_rows = _by_channel(grad, ctx.axis), _by_channel(kept, ctx.axis)
+        grad_shift = _sum_but(grad, ctx.axis)
+        grad_scale = torch.linalg.vecdot(rows, kept_rows)
         if ctx.invertible:
             grad_scale = (grad_scale - shift * grad_shift) / scale
-        return grad * scale.view(ctx.shape), grad_scale, grad_shift, None
+        return grad * along(scale, grad, ctx.axis), grad_scale, grad_shift, None
+
+
+def _by_channel(y: Tensor, axis: int) -> Tensor:
+    """View as a matrix with a row for each channel."""
+    return y.movedim(axis, 0).flatten(1)  # (…, C, …) → (C, N)
 
 
 def _is_above(scale: Tensor, smallest: float) -> bool:
-    """Whether every |γ| is at least `smallest`; assumed of one without values (meta, or fake while counting costs)."""
+    """Whether every |γ| is at least `smallest`; assumed of a γ without values, on meta or while costs are counted."""
     return scale.is_meta or is_fake(scale) or bool(scale.detach().abs().min() >= smallest)
 
 
-class SumToBias(torch.autograd.Function):
-    """y as it is; backward gives the bias, (C,), the sum of y's gradient over all but `axis`."""
+def _saved_by(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `ScaleShift` kept.
 
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, bias: Tensor, axis: int) -> Tensor:
-        """`y` itself."""
-        ctx.axis = axis
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of y and the bias."""
-        return grad, grad.sum([i for i in range(grad.ndim) if i != ctx.axis % grad.ndim]), None
-
-
-def _intact(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
+    Raises:
+        MedpeftError: the model has changed the output in place since.
+    """
     try:
         kept, scale, shift = ctx.saved_tensors
     except RuntimeError as error:
@@ -161,3 +260,33 @@ def _intact(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
             f"keep_outputs=True to 'ssf'. torch says: {error}"
         ) from error
     return kept, scale, shift
+
+
+def sum_to_bias(y: Tensor, bias: Tensor, axis: int) -> Tensor:
+    """Return `y` as it is, and hand its gradient on to the bias that it was computed with.
+
+    Args:
+        y: A layer's fresh output, computed with the bias cut off from autograd.
+        bias: The bias, (C,). Its gradient is the sum of that of `y` over every axis but that of the channels.
+        axis: Axis of the channels of `y`.
+    """
+    if _needs_gradient(y, bias):
+        passed: Tensor = SumToBias.apply(y, bias, axis)
+        return passed
+    return y
+
+
+class SumToBias(torch.autograd.Function):
+    """`sum_to_bias` with gradients; keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor, axis: int) -> Tensor:
+        """Return `y` itself."""
+        ctx.axis = axis
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of y and the bias."""
+        return grad, _sum_but(grad, ctx.axis), None

@@ -1,4 +1,4 @@
-"""The channels of some parts of a fused projection: take them out of its weight, put them back, add to them in its output."""
+"""Parts of a fused projection: their rows in its weight, and their channels in its output."""
 
 from __future__ import annotations
 
@@ -10,46 +10,82 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Output channels of one part of a fused projection: `view(groups, total)[:, start:start + size]`."""
+    """Output channels of one part of a fused projection: `view(groups, total)[:, start:start + size]`.
+
+    Attributes:
+        part: Letter of the part: q, k, v or o.
+        start: First channel of the part in each group.
+        size: Channels of the part in each group.
+        groups: Groups of channels, each with all of the parts; heads, where every head has its own q, k and v.
+    """
 
     part: str
     start: int
     size: int
     groups: int = 1
 
+    @property
+    def count(self) -> int:
+        """Channels of the part in all groups."""
+        return self.size * self.groups
+
     def indices(self, channels: int) -> list[int]:
-        """The part's output channels, of `channels` in all."""
+        """List the part's output channels, of `channels` in all."""
         total = channels // self.groups
-        return [g * total + self.start + i for g in range(self.groups) for i in range(self.size)]
+        indices: list[int] = []
+        for group in range(self.groups):
+            first = group * total + self.start
+            indices += range(first, first + self.size)
+        return indices
 
 
 def part_sizes(rows: tuple[Rows, ...], channels: int) -> list[int]:
-    """Channels of each part; of the whole layer, `channels`, where there are no parts."""
-    return [row.size * row.groups for row in rows] or [channels]
+    """Count the channels of each part; `channels`, those of the whole layer, where there are no parts."""
+    if not rows:
+        return [channels]
+    return [part.count for part in rows]
 
 
 def take_rows(weight: Tensor, rows: tuple[Rows, ...]) -> Tensor:
-    """The rows of the parts, one part after the other; all of `weight` where there are no parts."""
-    return weight[_indices(weight, rows)] if rows else weight
+    """Take the rows of the parts, one part after the other; all of `weight` where there are no parts."""
+    if not rows:
+        return weight
+    return weight[_indices(weight, rows)]
 
 
 def replace_rows(weight: Tensor, rows: tuple[Rows, ...], new: Tensor) -> Tensor:
-    """`weight` with `new`, which has the rows of the parts one after the other, in their places."""
+    """Copy `weight` with other rows for the parts; `new` has them one part after the other."""
     if not rows:
         return new
     return weight.to(new.dtype).index_copy(0, _indices(weight, rows), new)
 
 
-def place_channels(change: Tensor, rows: tuple[Rows, ...], y: Tensor, axis: int, fill: float = 0.0) -> Tensor:
-    """The parts' channels of `change` at their places among those of `y`, `fill` elsewhere."""
+def place_channels(values: Tensor, rows: tuple[Rows, ...], y: Tensor, axis: int, fill: float = 0.0) -> Tensor:
+    """Spread the channels of the parts to where they are in `y`.
+
+    Args:
+        values: The channels of the parts on `axis`, one part after the other.
+        rows: The parts; without any, `values` are returned.
+        y: An output of the layer, whose shape is wanted.
+        axis: Axis of the channels.
+        fill: Value of all other channels.
+    """
     if not rows:
-        return change
-    out = torch.full_like(y, fill)
-    for row, part in zip(rows, change.split(part_sizes(rows, 0), axis), strict=True):
-        there = out.unflatten(axis, (row.groups, -1)).narrow(axis if axis < 0 else axis + 1, row.start, row.size)
-        there.copy_(part.unflatten(axis, (row.groups, -1)))
-    return out
+        return values
+    spread = torch.full_like(y, fill)
+    inner = axis
+    if axis >= 0:
+        inner = axis + 1  # Unflattened, the axis is two, of which the second counts the channels of a group.
+    for part, of_part in zip(rows, values.split(part_sizes(rows, 0), axis), strict=True):
+        grouped = spread.unflatten(axis, (part.groups, -1))  # (…, C, …) → (…, groups, C / groups, …)
+        place = grouped.narrow(inner, part.start, part.size)
+        place.copy_(of_part.unflatten(axis, (part.groups, -1)))
+    return spread
 
 
 def _indices(weight: Tensor, rows: tuple[Rows, ...]) -> Tensor:
-    return torch.tensor([i for row in rows for i in row.indices(len(weight))], device=weight.device)
+    """Number the rows of all parts, one part after the other."""
+    indices: list[int] = []
+    for part in rows:
+        indices += part.indices(len(weight))
+    return torch.tensor(indices, device=weight.device)
