@@ -38,9 +38,14 @@ class Plan:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> print(medpeft.plan(model, "bias", head="2"))
         bias on Sequential
-        --------------------------------
+        ------------------------------------
         method  layer     type    parameters
-        ...
+        ------------------------------------
+        bias    0.bias    Linear           8
+        head    2.weight  Linear          16
+        head    2.bias    Linear           2
+        ------------------------------------
+        total                             26
     """
 
     model: nn.Module
