@@ -24,6 +24,36 @@ from .surgery.merge import merged as merged
 from .surgery.plan import Plan as Plan
 from .surgery.plan import plan as plan
 
+__all__ = [
+    "Adapter",
+    "CheckpointError",
+    "Header",
+    "MedpeftError",
+    "Plan",
+    "Report",
+    "Site",
+    "apply",
+    "check",
+    "disabled",
+    "inspect",
+    "load",
+    "merge",
+    "merged",
+    "methods",
+    "parameter_groups",
+    "plan",
+    "register",
+    "remove",
+    "report",
+    "save",
+    "search_space",
+]
+
+# Messages, help and pickles then show a public name by the path that a user writes.
+for _name in __all__:
+    globals()[_name].__module__ = "medpeft"
+del _name
+
 
 def __getattr__(name: str) -> str:
     # Reading the version from the package's metadata would cost every import a few milliseconds.

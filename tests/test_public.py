@@ -1,5 +1,6 @@
 """What the package offers, what importing it costs, and how fast it applies."""
 
+import doctest
 import inspect
 import subprocess
 import sys
@@ -39,6 +40,19 @@ def test_a_public_name_has_a_docstring_that_says_what_may_go_wrong(name):
         return
     assert "Raises:" in text or name == "methods"
     assert all(p.annotation is not p.empty for p in inspect.signature(thing).parameters.values())
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_name_says_where_it_is_public_and_has_an_example_that_runs(name, own_registry):
+    thing = public()[name]
+    assert thing.__module__ == "medpeft"
+
+    example = doctest.DocTestParser().get_doctest(inspect.getdoc(thing), {}, name, None, 0)
+    assert example.examples, f"{name} has no example"
+    out = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    runner.run(example, out=out.append)
+    assert runner.summarize(verbose=False).failed == 0, "".join(out)
 
 
 def test_errors_are_a_tree_below_value_error():

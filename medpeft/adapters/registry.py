@@ -130,14 +130,7 @@ def register(
     def add(define: Registered) -> Registered:
         if name in _METHODS:
             raise MedpeftError(f"A method called {name!r} is registered already: choose another name.")
-        if isinstance(define, type) and issubclass(define, Adapter):
-            _require_a_face(define)
-            site_options, own_options = _keyword_options(define.sites), _keyword_options(define.__init__)
-            site_options.pop("targeted", None)
-        elif isinstance(define, type) or not callable(define):
-            raise MedpeftError(f"{define!r} is no method: register a class derived from medpeft.Adapter or a predicate.")
-        else:
-            site_options, own_options = {}, _keyword_options(define)
+        site_options, own_options = _options_of(define)
         options = {**site_options, **own_options}
         stray = [option for option in search or {} if option not in options]
         if stray:
@@ -149,6 +142,22 @@ def register(
         return define
 
     return add
+
+
+def _options_of(define: type[Adapter] | Selector) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read off a method's signatures the options that choose its sites, and those of its adapter or predicate.
+
+    Raises:
+        MedpeftError: the object is no method, or does nothing.
+    """
+    if isinstance(define, type) and issubclass(define, Adapter):
+        _require_a_face(define)
+        site_options = _keyword_options(define.sites)
+        site_options.pop("targeted", None)
+        return site_options, _keyword_options(define.__init__)
+    if isinstance(define, type) or not callable(define):
+        raise MedpeftError(f"{define!r} is no method: register a class derived from medpeft.Adapter or a predicate.")
+    return {}, _keyword_options(define)
 
 
 def _require_a_face(adapter: type[Adapter]) -> None:

@@ -86,6 +86,12 @@ class Site:
         layout: Channels and tokens of a transformer block or of a branch of it, None elsewhere.
         partners: Other places where the same adapter acts.
         draft: Facts that matter only while the adapter is built.
+
+    Example:
+        >>> import medpeft, torch
+        >>> site = medpeft.Site("fc", torch.nn.Linear(4, 8))
+        >>> site.kind, tuple(site.host.shape)
+        ('linear', (8, 4))
     """
 
     name: str

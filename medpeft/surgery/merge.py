@@ -21,6 +21,7 @@ from ..architecture.layers import own_tensor
 from ..errors import MedpeftError, require
 from ..sharding import gathered, is_sharded, like, overwrite, reshard, whole
 from .apply import forget, require_acting
+from .outputs import largest_difference, outputs_of
 
 _log = logging.getLogger("medpeft")
 _SHOWN = 10
@@ -274,39 +275,13 @@ def _enable(adapted: Adapted, enabled: bool) -> None:
 
 def _require_same_outputs(model: nn.Module, merged_tensors: list[Merged], example_input: Any, tolerance: float) -> None:
     """Raise `MedpeftError` if the merged model would compute something else on the input."""
-    before = _outputs(model, example_input)
+    before = outputs_of(model, example_input)
     with _swapped(Adapted.of(model), merged_tensors):
-        after = _outputs(model, example_input)
-    difference = _largest_difference(before, after)
+        after = outputs_of(model, example_input)
+    difference = largest_difference(before, after)
     _log.info("merged outputs differ by %.2e of the largest", difference)
     require(
         difference <= tolerance,
         f"The merged outputs would differ by {difference:.2e} of the largest one, more than tolerance={tolerance:.2e}: is "
         "the weight in low precision? Nothing was merged.",
     )
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
-    """Run the model in eval mode and list the tensors of its output."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        output = model(*example_input) if isinstance(example_input, tuple) else model(example_input)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if hasattr(output, "__dataclass_fields__"):
-        output = dict(vars(output))  # torch knows how to flatten a dict.
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def _largest_difference(before: list[Tensor], after: list[Tensor]) -> float:
-    """Largest difference of two lists of outputs, relative to the largest element of each."""
-    largest = 0.0
-    for expected, computed in zip(before, after, strict=True):
-        if expected.numel():
-            wide = expected.double()
-            difference = (wide - computed.double()).abs().max() / wide.abs().max().clamp(min=1e-30)
-            largest = max(largest, float(difference))
-    return largest

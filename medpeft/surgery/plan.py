@@ -38,9 +38,14 @@ class Plan:
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> print(medpeft.plan(model, "bias", head="2"))
         bias on Sequential
-        --------------------------------
+        ------------------------------------
         method  layer     type    parameters
-        ...
+        ------------------------------------
+        bias    0.bias    Linear           8
+        head    2.weight  Linear          16
+        head    2.bias    Linear           2
+        ------------------------------------
+        total                             26
     """
 
     model: nn.Module
@@ -111,26 +116,41 @@ def plan(
         if network.inside(name, network.head):
             selected[name] = "head"
     require(bool(sites or selected), f"{method!r} would train nothing: {type(model).__name__} has no head; pass head='name'.")
+    sites = _with_added_tokens(sites)
+    record = _record(model, requests, sites, selected, network.head, batchnorm, keep_base)
+    record.seed, record.dtype = seed, dtype
+    return Plan(model, [(request.method, request.options) for request in requests], sites, selected, record)
+
+
+def _record(
+    model: nn.Module,
+    requests: list[Request],
+    sites: list[Planned],
+    selected: dict[str, str],
+    head: tuple[str, ...],
+    batchnorm: str | None,
+    keep_base: bool | None,
+) -> Applied:
+    """Write down what `apply` would leave on the model, with the defaults of a choice that was not made.
+
+    Full fine-tuning adapts the statistics of BatchNorms and keeps no second copy of everything.
+    """
     is_full = any(request.method.name == "full" for request in requests)
     if batchnorm is None:
         batchnorm = "adapt" if is_full else "frozen"
     require_choice("batchnorm", batchnorm, ("frozen", "adapt"))
     if keep_base is None:
         keep_base = not is_full
-    sites = _with_added_tokens(sites)
-    record = Applied(
+    return Applied(
         methods={request.method.name: request.options for request in requests},
         sites=[(planned.method.name, planned.site.name, planned.site.weight) for planned in sites],
         selected=selected,
-        head=network.head,
+        head=head,
         batchnorm=batchnorm,
         statistics=statistics_names(model) if batchnorm == "adapt" else [],
-        trained_before={name: p.requires_grad for name, p in model.named_parameters()},
+        trained_before={name: parameter.requires_grad for name, parameter in model.named_parameters()},
         base={} if keep_base else None,
-        seed=seed,
-        dtype=dtype,
     )
-    return Plan(model, [(request.method, request.options) for request in requests], sites, selected, record)
 
 
 def plan_from(model: nn.Module, record: Applied) -> Plan:

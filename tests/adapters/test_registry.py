@@ -1,6 +1,5 @@
 """Methods by name, their options, and methods of the user's own."""
 
-from typing import ClassVar
 
 import pytest
 import torch
@@ -194,7 +193,7 @@ def test_an_adapter_that_does_nothing_is_refused(own_registry):
         """Nothing."""
 
     with pytest.raises(
-        medpeft.MedpeftError, match=r"Idle does nothing: define forward\(x, y\), enter\(x\) or merged\(weight, bias\)"
+        medpeft.MedpeftError, match=r"Idle does nothing: define forward\(x, y\), enter\(x, others\) or merged\(weight, bias\)"
     ):
         medpeft.register("idle")(Idle)
     assert "idle" not in medpeft.methods()
@@ -237,13 +236,12 @@ def test_a_method_that_would_search_what_it_does_not_take_is_refused(own_registr
         """A gain."""
 
         layers = (nn.Linear,)
-        search: ClassVar = {"rank": (1, 2)}
 
         def forward(self, x, y):
             return y
 
     with pytest.raises(medpeft.MedpeftError, match=r"Gain would search rank, which is none of its options"):
-        medpeft.register("gain")(Gain)
+        medpeft.register("gain", search={"rank": (1, 2)})(Gain)
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if medpeft.search_space(name)])

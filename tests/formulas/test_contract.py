@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import FAMILIES, example, make, output, randomise_adapters
 from recipes import NEEDS, RECIPES, SLOW, SOLE
+from traces import same, tensors, trace
 
 import medpeft
 from medpeft.adapters.registry import resolve
@@ -64,22 +65,6 @@ def base_of(model, family):
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(asked[name])
     return base
-
-
-def tensors(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(first, second):
-    return list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def trace(model):
-    """Everything about a model but the values of its tensors."""
-    return {
-        name: (type(m), m.training, sorted(vars(m)), *({k: list(v) for k, v in vars(m).items() if "hooks" in k}.items()))
-        for name, m in model.named_modules()
-    } | {f"{name} (parameter)": (id(p), p.requires_grad) for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize(("family", "recipe"), _pairs(False))

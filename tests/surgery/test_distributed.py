@@ -61,9 +61,9 @@ def adapted(case):
 def layouts(case):
     """What is sharded by itself.
 
-    FSDP2 gathers a layer when it is called: one that is read instead cannot be a shard. What layers share is in one shard.
+    FSDP2 gathers a layer when it is called: one that is read instead cannot be a shard.
     """
-    return ("blocks", "root") if case in READERS or case == "fact" else ("blocks", "layers", "root")
+    return ("blocks", "root") if case in READERS else ("blocks", "layers", "root")
 
 
 def bare(case):

@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 from models import example, make, output, randomise, randomise_adapters
-from test_contract import same, tensors, trace
 from timm.layers import ScaledStdConv2d, StdConv2d
 from timm.layers.conv2d_same import Conv2dSame
 from torch import nn
+from traces import same, tensors, trace
 
 import medpeft
 
