@@ -22,10 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
+from ..architecture.rows import Rows
 from ..errors import MedpeftError
 from .adapter import along
 
+# Looked up once: these are asked in every forward of every adapted layer.
+_is_tracing = torch._C._is_tracing
+_transforms = torch._C._functorch.peek_interpreter_stack
+_autocasts_anywhere = torch._C._is_any_autocast_enabled
+
+_FULL_PRECISION = (torch.float32, torch.float64)
 _STOCK = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
 
@@ -36,16 +44,18 @@ def writes_fresh_output(layer: nn.Module) -> bool:
 
 def in_place(y: Tensor) -> bool:
     """Whether a kernel may write into `y`: in eager mode, and if the step that made `y` does not need it again."""
-    return eager(y) and (y.grad_fn is None or not _keeps_its_output(y.grad_fn))
+    if not eager(y):
+        return False
+    step = y.grad_fn
+    return step is None or not _keeps_its_output(step)
 
 
 def eager(x: Tensor) -> bool:
     """Whether what is done to `x` is done as it is written: not compiled, traced, transformed or cast by autocast."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if is_compiling() or _is_tracing() or _transforms() is not None or x.dtype not in _FULL_PRECISION:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+    # To ask about one kind of device costs as much as a small operation.
+    return not _autocasts_anywhere() or not torch.is_autocast_enabled(x.device.type)
 
 
 def _keeps_its_output(step: Any) -> bool:
@@ -54,10 +64,8 @@ def _keeps_its_output(step: Any) -> bool:
     return hasattr(type(step), "_saved_result") or getattr(step, "invertible", False)
 
 
-def _needs_gradient(*tensors: Tensor) -> bool:
-    """Whether autograd records what is done to these tensors."""
-    if not torch.is_grad_enabled():
-        return False
+def _any_needs_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd follows any of the tensors."""
     return any(tensor.requires_grad for tensor in tensors)
 
 
@@ -68,45 +76,57 @@ def _sum_but(grad: Tensor, axis: int) -> Tensor:
     return grad.sum(others)
 
 
-def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, start: int = 0) -> Tensor:
+def add_low_rank(
+    y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, parts: tuple[Rows, ...] = ()
+) -> Tensor:
     """Add s·(x·Aᵀ)·Bᵀ to `y` in place.
 
     Args:
         y: A layer's fresh output, (…, O).
         x: Its input, (…, I).
-        down: A, (r, I).
-        up: B, (o, r).
+        down: A, (r, I); of parts one after the other, (parts·r, I).
+        up: B, (O, r); of parts one after the other, (channels of the parts, r).
         scale: s.
-        start: The first of the o channels of `y` that are added to.
+        parts: Parts of a fused projection, of which each has its own A and B; without any, all of `y` is added to.
     """
-    if _needs_gradient(y, x, down, up):
-        added: Tensor = AddLowRank.apply(y, x, down, up, scale, start)
-        return added
-    _add_low_rank(y, x.reshape(-1, x.shape[-1]), down, up, scale, start)
+    if torch.is_grad_enabled() and _any_needs_gradient(y, x, down, up):
+        return _add_low_rank_with_gradients(y, x, down, up, scale, parts)
+    hidden = F.linear(down, x.reshape(-1, x.shape[-1]))  # (parts·r, I), (N, I) → (parts·r, N)
+    channels = y.view(-1, y.shape[-1]).t()  # (…, O) → (O, N)
+    if not parts:
+        channels.addmm_(up, hidden, alpha=scale)
+        return y
+    sizes = [part.size for part in parts]
+    for part, up_of_part, hidden_of_part in zip(parts, up.split(sizes), hidden.chunk(len(parts)), strict=True):
+        channels.narrow(0, part.start, part.size).addmm_(up_of_part, hidden_of_part, alpha=scale)
     return y
 
 
-def _add_low_rank(y: Tensor, flat: Tensor, down: Tensor, up: Tensor, scale: float, start: int) -> Tensor:
-    """Add to `y`, and return A·xᵀ for x as a matrix `flat`, (N, I).
-
-    The product is made as (r, N): skinny matrix products over N run several times faster along their long side.
-    """
-    hidden = F.linear(down, flat)  # (r, I), (N, I) → (r, N)
-    channels = y.view(-1, y.shape[-1]).t()  # (…, O) → (O, N)
-    if up.shape[0] != channels.shape[0]:
-        channels = channels.narrow(0, start, up.shape[0])  # (O, N) → (o, N)
-    channels.addmm_(up, hidden, alpha=scale)
-    return hidden
+def _add_low_rank_with_gradients(
+    y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, parts: tuple[Rows, ...]
+) -> Tensor:
+    if not parts:
+        added: Tensor = AddLowRank.apply(y, x, down, up, scale, 0)
+        return added
+    sizes = [part.size for part in parts]
+    for part, down_of_part, up_of_part in zip(parts, down.chunk(len(parts)), up.split(sizes), strict=True):
+        y = AddLowRank.apply(y, x, down_of_part, up_of_part, scale, part.start)
+    return y
 
 
 class AddLowRank(torch.autograd.Function):
-    """`add_low_rank` with gradients; keeps x and A·xᵀ."""
+    """`add_low_rank` with gradients, for one part; keeps x and A·xᵀ.
+
+    The product is made as (r, N): skinny matrix products over N run several times faster along their long side.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, start: int) -> Tensor:
-        """Add to `y` in place."""
+        """Add to the channels of `y` from `start` on, in place."""
         flat = x.reshape(-1, x.shape[-1])  # (…, I) → (N, I)
-        hidden = _add_low_rank(y, flat, down, up, scale, start)
+        hidden = F.linear(down, flat)  # (r, I), (N, I) → (r, N)
+        channels = y.view(-1, y.shape[-1]).t().narrow(0, start, up.shape[0])  # (…, O) → (O, N) → (o, N)
+        channels.addmm_(up, hidden, alpha=scale)
         kept: Tensor | None = None
         if down.requires_grad:
             kept = flat
@@ -141,7 +161,7 @@ def add_pointwise(y: Tensor, hidden: Tensor, up: Tensor, scale: float) -> Tensor
         up: B, (O, r).
         scale: s.
     """
-    if _needs_gradient(y, hidden, up):
+    if torch.is_grad_enabled() and _any_needs_gradient(y, hidden, up):
         added: Tensor = AddPointwise.apply(y, hidden, up, scale)
         return added
     _add_pointwise(y, hidden.flatten(2), up, scale)
@@ -193,10 +213,12 @@ def scale_shift(y: Tensor, scale: Tensor, shift: Tensor, axis: int) -> Tensor:
         shift: β, (C,).
         axis: Axis of the channels of `y`.
     """
-    if _needs_gradient(y, scale, shift):
+    if torch.is_grad_enabled() and _any_needs_gradient(y, scale, shift):
         changed: Tensor = ScaleShift.apply(y, scale, shift, axis)
         return changed
-    return torch.addcmul(along(shift, y, axis), y, along(scale, y, axis), out=y)
+    if axis != -1:
+        scale, shift = along(scale, y, axis), along(shift, y, axis)
+    return torch.addcmul(shift, y, scale, out=y)
 
 
 class ScaleShift(torch.autograd.Function):
@@ -270,7 +292,7 @@ def sum_to_bias(y: Tensor, bias: Tensor, axis: int) -> Tensor:
         bias: The bias, (C,). Its gradient is the sum of that of `y` over every axis but that of the channels.
         axis: Axis of the channels of `y`.
     """
-    if _needs_gradient(y, bias):
+    if torch.is_grad_enabled() and _any_needs_gradient(y, bias):
         passed: Tensor = SumToBias.apply(y, bias, axis)
         return passed
     return y

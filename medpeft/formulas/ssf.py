@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import ON_WEIGHT, Adapter
-from ..adapters.kernels import ScaleShift, in_place, writes_fresh_output
+from ..adapters.adapter import ON_WEIGHT, Adapter, along
+from ..adapters.kernels import in_place, scale_shift, writes_fresh_output
 from ..adapters.registry import register
 from ..architecture.layers import channel_axis, is_scaling_norm, norm_channels
 from ..architecture.network import Network
@@ -70,14 +70,10 @@ class SSF(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y·γ + β on the channel axis of `y`."""
-        assert self.shift is not None  # It is None only where a parent reads the weight.
+        scale, shift = self.scale, self.shift
         if self.inverts and in_place(y):
-            inverted: Tensor = ScaleShift.apply(y, self.scale, self.shift, self.axis)
-            return inverted
-        shape = [1] * y.ndim
-        shape[self.axis] = -1
-        out = y * self.scale.view(shape) + self.shift.view(shape)
-        return out.to(y.dtype)
+            return scale_shift(y, scale, shift, self.axis)
+        return (y * along(scale, y, self.axis) + along(shift, y, self.axis)).to(y.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W·γ over the output channels, b·γ + β."""

@@ -80,7 +80,7 @@ def factors_of(layer: nn.Module, adapter: LoRA) -> Factors:
     weight: Any = layer._parameters["weight"]
     channels = weight.shape[0]
     downs, ups = [whole(adapter.down)], [whole(adapter.up)]
-    if adapter.start:
+    if adapter.starts_from_weight:
         downs.append(whole(adapter.down_start))
         ups.append(-whole(adapter.up_start))
     A = torch.cat(downs)  # (r, fan-in)
