@@ -1,12 +1,12 @@
 """Methods by name, their options, and methods of the user's own."""
 
-
 import pytest
 import torch
 from models import example, make, output, randomise_adapters
 from torch import nn
 
 import medpeft
+from medpeft.adapters.registry import find
 
 BUILT_IN = [
     "full", "linear_probe", "bn", "ln", "norm", "attention", "bias", "bitfit", "adaptformer", "lora", "ssf", "svdiff", "tsa"
@@ -251,3 +251,11 @@ def test_every_declared_value_is_one_the_method_takes(name):
         assert len(set(values)) == len(values) > 1, option
         for value in values:
             assert medpeft.plan(make(model), {name: {option.partition(".")[2]: value}}).trainable > 0, (option, value)
+
+
+@pytest.mark.parametrize("method", ["difffit", "fact", "ia3", "oft", "repadapter", "vera"])
+def test_every_value_that_a_search_would_try_can_be_applied(method):
+    for option, values in find(method).search.items():
+        for value in values:
+            planned = medpeft.plan(make("vit"), method, **{option: value})
+            assert planned.trainable > 0

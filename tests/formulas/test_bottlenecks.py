@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 from by_hand import block_and_adapters, gelu, numbers, relu, through
+from layer_oracles import assert_computes, drawn
 from models import make, randomise, randomise_adapters
-from test_methods import assert_computes, drawn
 from torch import nn
 
 import medpeft

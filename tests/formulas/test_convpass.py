@@ -5,8 +5,8 @@ import pytest
 import timm
 import torch
 from by_hand import block_and_adapters, numbers
+from layer_oracles import assert_computes, convolved, drawn
 from models import make, randomise, randomise_adapters
-from test_methods import assert_computes, convolved, drawn
 from torch import nn
 
 import medpeft

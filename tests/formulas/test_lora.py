@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from layer_oracles import applied, assert_computes, base_convolution, convolved, drawn, numbers
 from models import make, randomise_adapters
-from test_methods import applied, assert_computes, base_convolution, convolved, drawn, numbers
 from torch import nn
 
 import medpeft

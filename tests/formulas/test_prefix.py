@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+from layer_oracles import drawn
 from models import make, randomise, randomise_adapters
 from prompted import SIZES, put_in, vit
-from test_methods import drawn
 from torch import nn
 
 import medpeft

@@ -5,9 +5,9 @@ import copy
 import pytest
 import timm
 import torch
+from layer_oracles import assert_computes, drawn
 from models import FAMILIES, example, make, output, randomise, randomise_adapters
 from prompted import SIZES, embedded, prompts_of, put_in, taken_off, vit
-from test_methods import assert_computes, drawn
 from torch import nn
 
 import medpeft

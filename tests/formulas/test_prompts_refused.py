@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
+from layer_oracles import drawn
 from models import example, make
 from prompted import SIZES
-from test_methods import drawn
 from torch import nn
 
 import medpeft

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from layer_oracles import drawn
 from models import example, make, randomise_adapters
 from prompted import vit
-from test_methods import drawn
 
 import medpeft
 
