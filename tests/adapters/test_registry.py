@@ -9,7 +9,7 @@ import medpeft
 from medpeft.adapters.registry import find
 
 BUILT_IN = [
-    "full", "linear_probe", "bn", "ln", "norm", "attention", "bias", "bitfit", "adaptformer", "lora", "ssf", "svdiff", "tsa"
+    "full", "linear_probe", "bn", "ln", "norm", "attention", "bias", "bitfit", "adaptformer", "lora", "tsa", "ssf", "svdiff"
 ]  # fmt: skip
 
 
