@@ -11,6 +11,7 @@ from models import make, randomise, randomise_adapters
 from torch import nn
 
 import medpeft
+from medpeft.adapters.adapter import parameters_of
 from medpeft.adapters.registry import find
 
 WIDTH = 16
@@ -26,8 +27,8 @@ def alone(layer, method, **options):
     model = randomise(nn.Sequential(copy.deepcopy(layer)).double().eval())
     medpeft.apply(model, method, head=None, target="*", **options)
     randomise_adapters(model, size=0.3)
-    (adapter,) = model[0].adapters.children()
-    return model, {name.rpartition(".")[2]: p.detach().numpy() for name, p in adapter.named_parameters()}
+    ((_, adapter),) = model[0].adapters.adapters()
+    return model, {name.rpartition(".")[2]: p.detach().numpy() for name, p in parameters_of(adapter)}
 
 
 def weights(layer):
@@ -274,7 +275,7 @@ def test_fact_adapts_attentions_and_mlps_but_not_the_mlps_that_make_positions():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_value_that_a_search_would_try_can_be_applied(method):
-    for option, values in find(method).adapter.search.items():
+    for option, values in find(method).search.items():
         for value in values:
             planned = medpeft.plan(make("vit"), method, **{option: value})
             assert planned.trainable > 0
