@@ -183,8 +183,10 @@ def _is_cancelled_by_softmax(network: Network, layer: str) -> bool:
 def _misplaced_gradients(adapted: Adapted) -> Iterator[Finding]:
     """Find parameters that train although frozen, or are frozen although they should train, or are gone."""
     selected, trained_before = adapted.record.selected, adapted.record.trained_before
+    # By identity: a file names what adapters share by the first of them, the model by where it is registered.
+    own = {id(tensor) for tensor in adapted.own.values()}
     for name, parameter in adapted.model.named_parameters():
-        if parameter.requires_grad and name not in adapted.own and name not in selected:
+        if parameter.requires_grad and id(parameter) not in own and name not in selected:
             reason = "it was not there at apply"
             if name in trained_before:
                 reason = "apply froze it"

@@ -24,10 +24,14 @@ def adapted(method, family="hf_vit"):
     return randomise_adapters(medpeft.apply(make(family), method, **SHARING[method]), size=0.3)
 
 
+def adapters_of(model, method):
+    return [adapters[method] for _, _, adapters in adapted_layers(model) if method in adapters]
+
+
 def shared_modules(model, method):
-    """Id of every module that stands in more than one of the adapters."""
-    found = [id(m) for _, _, adapters in adapted_layers(model) for m in adapters[method].modules()]
-    return {key for key in found if found.count(key) > 1}
+    """Id of every module that more than one of the adapters holds."""
+    held = [id(module) for adapter in adapters_of(model, method) for module in adapter.shared.values()]
+    return {key for key in held if held.count(key) > 1}
 
 
 @pytest.mark.parametrize("method", SHARING)
@@ -62,12 +66,25 @@ def test_what_is_shared_is_saved_once_and_loads_into_a_base_and_in_place(method,
         assert len(shared_modules(loaded, method)) == len(shared_modules(model, method))
 
 
+@pytest.mark.parametrize("method", SHARING)
+def test_what_is_shared_is_registered_once_on_the_model_or_on_the_first_layer_of_a_container(method):
+    whole = adapted(method)
+    layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    medpeft.apply(layers, method, target="*", head=None, **SHARING[method])
+
+    for model, home in ((whole, whole), (layers, layers[0])):
+        held = {id(module) for adapter in adapters_of(model, method) for module in adapter.shared.values()}
+        names = [name for name, module in model.named_modules(remove_duplicate=False) if id(module) in held]
+        assert len(names) == len(held)
+        assert {id(module) for module in home.adapters["shared"].values()} == held
+
+
 def test_all_layers_of_one_width_share_the_factors_of_fact():
     model = medpeft.apply(make("swin"), "fact", rank=3)
 
     widths = {}
-    for _, _, adapters in adapted_layers(model):
-        factors = adapters["fact"].factors
+    for adapter in adapters_of(model, "fact"):
+        factors = adapter.factors
         widths.setdefault(len(factors.u), set()).add(id(factors))
     assert {width: len(ids) for width, ids in widths.items()} == {8: 1, 16: 1}
 
@@ -75,9 +92,9 @@ def test_all_layers_of_one_width_share_the_factors_of_fact():
 def test_veras_matrices_are_one_for_each_shape_and_another_seed_gives_others():
     model, other = adapted("vera"), medpeft.apply(make("hf_vit"), "vera", rank=6, projection_seed=1)
 
-    down = {id(a["vera"].down.matrix) for _, _, a in adapted_layers(model)}
+    down = {id(adapter.down.matrix) for adapter in adapters_of(model, "vera")}
     assert len(down) == 1
-    first, second = (next(adapted_layers(m))[2]["vera"].down.matrix for m in (model, other))
+    first, second = (adapters_of(m, "vera")[0].down.matrix for m in (model, other))
     assert first.shape == second.shape
     assert not torch.allclose(first, second)
     assert not any("matrix" in name for name in model.state_dict())
@@ -85,7 +102,7 @@ def test_veras_matrices_are_one_for_each_shape_and_another_seed_gives_others():
 
 def test_a_gradient_step_on_shared_factors_moves_them_in_every_layer():
     model, x = adapted("fact"), example("hf_vit")
-    layers = [adapters["fact"] for _, _, adapters in adapted_layers(model)]
+    layers = adapters_of(model, "fact")
     before = layers[0].factors.v.detach().clone()
 
     output(model, x).sum().backward()
@@ -125,18 +142,18 @@ def test_an_adapter_on_the_input_acts_where_the_input_is_a_keyword():
     medpeft.apply(model, "repadapter", target="*", head=None)
     randomise_adapters(model, size=0.3)
 
-    entered = model.first.adapters["repadapter"].enter(x)
+    entered = model.first.adapters["repadapter"].enter(x, {})
     assert not torch.allclose(entered, x)
     with medpeft.disabled(model):
         expected = model(entered)
     assert torch.equal(model(x), expected)
 
 
-def test_check_finds_that_the_hook_on_the_input_was_lost():
+def test_check_finds_that_the_forward_of_an_adapter_on_the_input_was_lost():
     model, x = medpeft.apply(make("vit"), "oft", block_size=4), example("vit")
-    model.blocks[1].attn.proj._forward_pre_hooks.clear()
+    del model.blocks[1].attn.proj.forward
 
-    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.1\.attn\.proj has lost the hook of its adapters"):
+    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.1\.attn\.proj has lost the forward of its adapters"):
         medpeft.check(model, x)
 
 
