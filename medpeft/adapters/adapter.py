@@ -41,7 +41,7 @@ class Adapter(nn.Module):
         shared: Modules that it works with and does not register, by attribute name: those that several adapters share, which
             are registered once, on the model; and of an adapter's second place the first.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> @medpeft.register("gain_of_the_output")
         ... class Gain(medpeft.Adapter):

@@ -115,7 +115,7 @@ def register(
     Raises:
         MedpeftError: the name is taken or cannot be written in `"a+b"`, or the object is neither kind or does nothing.
 
-    Example:
+    Examples:
         >>> import medpeft
         >>> @medpeft.register("first_layer")
         ... def first_layer(name, parameter, layer):
@@ -181,7 +181,7 @@ def _keyword_options(function: Callable[..., Any]) -> dict[str, Any]:
 def methods() -> dict[str, str]:
     """List every method by name, with one line about it.
 
-    Example:
+    Examples:
         >>> import medpeft
         >>> medpeft.methods()["bias"]
         "Every bias, norms' included; relative position tables too with tables=True (bias tuning)."
@@ -201,7 +201,7 @@ def search_space(method: Methods) -> dict[str, tuple[Any, ...]]:
     Raises:
         MedpeftError: an unknown method.
 
-    Example:
+    Examples:
         >>> import medpeft
         >>> medpeft.search_space({"lora": {"dora": False}})
         {'lora.rank': (2, 4, 8, 16, 32)}

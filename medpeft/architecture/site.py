@@ -87,7 +87,7 @@ class Site:
         partners: Other places where the same adapter acts.
         draft: Facts that matter only while the adapter is built.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> site = medpeft.Site("fc", torch.nn.Linear(4, 8))
         >>> site.kind, tuple(site.host.shape)

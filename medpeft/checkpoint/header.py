@@ -50,7 +50,7 @@ class Header:
         document: Methods, sites, selected parameters, head, BatchNorm policy, base, metadata, version.
         layout: The tensors in the file.
 
-    Example:
+    Examples:
         >>> import tempfile, medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "lora", rank=2, target="0", head="1")

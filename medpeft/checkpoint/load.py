@@ -57,7 +57,7 @@ def inspect(path: Source) -> Header:
     Raises:
         CheckpointError: there is no such file, or it is no checkpoint of medpeft's.
 
-    Example:
+    Examples:
         >>> import tempfile, medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "lora", rank=2, target="0", head="1")
@@ -97,7 +97,7 @@ def load(
     Raises:
         CheckpointError: the file is damaged or does not fit, with what differs. The model is untouched.
 
-    Example:
+    Examples:
         >>> import copy, tempfile, medpeft, torch
         >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         >>> trained = medpeft.apply(copy.deepcopy(base), "lora", target="0", head="1")

@@ -41,7 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
             (on the meta device, disabled, merged, a head replaced, other parameters unfrozen). An older file
             stays.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile, medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "lora", rank=2, target="0", head="1")

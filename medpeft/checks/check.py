@@ -35,7 +35,7 @@ class Checked:
         exempt: Names of trainable tensors that do not act, harmlessly, with the reason.
         notes: What could not be shown, and what else is worth knowing.
 
-    Example:
+    Examples:
         >>> import torch, medpeft
         >>> model = medpeft.apply(torch.nn.Sequential(torch.nn.Linear(4, 2)), "full", head=None)
         >>> checked = medpeft.check(model, torch.randn(3, 4))
@@ -89,7 +89,7 @@ def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimi
             optimizer holds other parameters; all are named, with the reason if it is known. Or the model does
             not run on the input.
 
-    Example:
+    Examples:
         >>> import torch, medpeft
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "ssf", head="2")

@@ -37,7 +37,7 @@ def apply(
 ) -> nn.Module:
     """Make a model train a few parameters, in place; its classes and the keys of its `state_dict` stay.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "lora", rank=2, target="0", head="2")
@@ -105,7 +105,7 @@ def remove(model: nn.Module) -> nn.Module:
         MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the model is disabled
             or merged for the moment.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> keys = list(model.state_dict())
@@ -143,7 +143,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the model is merged for
             the moment.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> x = torch.ones(1, 4)

@@ -70,7 +70,7 @@ def merge(model: nn.Module, *, example_input: Any = None, tolerance: float = 1e-
         MedpeftError: an adapter cannot be merged (each is named, with the reason), too little of an update would be kept, or
             the outputs differ by more than `tolerance`. The model is untouched.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "ssf", head="2")
@@ -117,7 +117,7 @@ def merged(model: nn.Module, *, min_kept: float = 0.9) -> Iterator[nn.Module]:
     Raises:
         MedpeftError: as `merge`.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "ssf", head="2", init="official")

@@ -33,7 +33,7 @@ class Plan:
         selected: Existing parameters that would train, by name, with their method; "head" for the head's.
         record: What `apply` would leave on the model.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> print(medpeft.plan(model, "bias", head="2"))
@@ -96,7 +96,7 @@ def plan(
     Raises:
         MedpeftError: as `apply`.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> medpeft.plan(model, "lora", rank=2, target="0", head="2").trainable
