@@ -40,6 +40,9 @@ _FIELDS = {
     "content": text,
 }
 
+_DEFAULTS: dict[str, Any] = {}
+"""What a field means in the files of earlier versions, which do not have it. A new field goes here and into `_FIELDS`."""
+
 
 @dataclass(frozen=True)
 class Header:
@@ -194,6 +197,7 @@ def _document(name: str, content: str) -> dict[str, Any]:
     written = document.pop("digest", None)
     if written != _digest(document):
         raise CheckpointError(f"{name} was altered: its header is not what medpeft wrote.")
+    document = {**_DEFAULTS, **document}
     for field, accepts in _FIELDS.items():
         if field not in document or not accepts(document[field]):
             raise CheckpointError(f"{name}: its header has no valid {field!r} entry.")

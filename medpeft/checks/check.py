@@ -85,7 +85,7 @@ def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimi
         How much acts, and what is exempt because it acts in no model, as a key's bias under a softmax.
 
     Raises:
-        MedpeftError: a tensor cannot act, training would change what is frozen, a hook is lost, or the
+        MedpeftError: a tensor cannot act, training would change what is frozen, a forward is lost, or the
             optimizer holds other parameters; all are named, with the reason if it is known. Or the model does
             not run on the input.
 
