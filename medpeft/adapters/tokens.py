@@ -93,9 +93,8 @@ def require_sequence(x: Any, method: str, name: str) -> None:
     """Raise `MedpeftError` unless `x` is a batch of token sequences, (B, N, D)."""
     if isinstance(x, Tensor) and x.ndim == 3:
         return
-    kind = type(x).__name__
+    refused = type(x).__name__
     if isinstance(x, Tensor):
-        kind = str(tuple(x.shape))
-    raise MedpeftError(
-        f"{method!r} adds tokens to sequences (B, N, D), and {name} was given {kind}: exclude it, or try another method."
-    )
+        refused = str(tuple(x.shape))
+    reason = f"{method!r} adds tokens to sequences (B, N, D), and {name} was given {refused}"
+    raise MedpeftError(f"{reason}: exclude it, or try another method.")

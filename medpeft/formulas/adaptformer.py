@@ -1,7 +1,7 @@
 """AdaptFormer: a bottleneck beside the MLP of every transformer block.
 
 Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition" (NeurIPS 2022),
-arXiv 2205.13535, Eq. 2 and 3. The input is the residual stream x, as in the authors' code; their figure has LN(x).
+arXiv 2205.13535, Eq. 2 and 3. x is the residual stream, as in the authors' code; the figure has LN(x).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class AdaptFormer(Adapter, TwoMatrices):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, input: str = "residual") -> Iterator[Site]:
-        """Yield the transformer blocks; x is the residual stream, or what the norm makes of it (input="norm")."""
+        """Yield the transformer blocks; x is the residual stream, or with input="norm" its norm."""
         require_choice("input", input, ("residual", "norm"))
         with_branches = {block.name: block for block in branches(network)}
         for block in network.blocks():

@@ -24,7 +24,8 @@ from ..errors import require, require_choice, require_positive
 from .two_matrices import TwoMatrices
 
 _HINT = "it adapts transformer blocks with an attention, a norm and an MLP. Try 'lora' or 'conv_adapter'."
-_UNMERGEABLE = "there is a nonlinearity between the two matrices of its bottleneck, which no weight of the layer can replace"
+_NONLINEARITY = "there is a nonlinearity between the two matrices of its bottleneck"
+_UNMERGEABLE = f"{_NONLINEARITY}, which no weight of the layer can replace"
 _STD = 0.01
 
 

@@ -27,7 +27,8 @@ from ..architecture.rows import Rows
 from ..architecture.site import Layout, Partner, Site, Unfit
 from ..errors import MedpeftError, require_positive
 
-_HINT = "it adds keys and values to attentions over tokens without positions of their own. Try 'lora' or 'adaptformer'."
+_INSTEAD = "Try 'lora' or 'adaptformer'."
+_HINT = f"it adds keys and values to attentions over tokens without positions of their own. {_INSTEAD}"
 
 
 @dataclass(frozen=True)

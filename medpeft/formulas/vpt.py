@@ -22,7 +22,8 @@ from ..architecture.positions import hands_out_blocks, why_not
 from ..architecture.site import Partner, Site, Unfit
 from ..errors import MedpeftError, require_positive
 
-_HINT = "it adds tokens to transformer blocks in which nothing but attention depends on them. Try 'adaptformer' or 'lora'."
+_INSTEAD = "Try 'adaptformer' or 'lora'."
+_HINT = f"it adds tokens to transformer blocks in which nothing but attention depends on them. {_INSTEAD}"
 _UNMERGEABLE = "its prompts are tokens, which no weight of the model can add"
 _SEARCH = {"tokens": (1, 5, 10, 50, 100), "dropout": (0.0, 0.1)}
 
