@@ -103,7 +103,9 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_the_tree_in_how_it_works_has_every_file_of_the_package_once_each_with_its_line():
-    tree = re.search(r"^```text\nmedpeft/\n(.*?)^```$", read(ROOT / "docs/how-it-works.md"), re.DOTALL | re.MULTILINE)
+    tree = re.search(
+        r"^```text\nmedpeft/\n(.*?)^```$", read(ROOT / "docs/how-it-works.md"), re.DOTALL | re.MULTILINE
+    )
     assert tree is not None
 
     listed, room = [], ""
@@ -127,7 +129,9 @@ def test_every_method_has_a_row_in_the_overview_and_in_the_readme():
 
 
 def test_every_option_of_a_method_is_in_its_page():
-    pages = dict(re.findall(r"^\| \[`(\w+)`\]\((\w+\.md)", read(ROOT / "docs/methods/index.md"), flags=re.MULTILINE))
+    pages = dict(
+        re.findall(r"^\| \[`(\w+)`\]\((\w+\.md)", read(ROOT / "docs/methods/index.md"), flags=re.MULTILINE)
+    )
     for name, method in built_in().items():
         text = read(ROOT / "docs/methods" / pages[name])
         for option in method.options:

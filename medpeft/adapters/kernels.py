@@ -1,9 +1,9 @@
 """In-place autograd functions: an adapter works on its layer's fresh output, and keeps for backward no more than it must.
 
-A frozen layer does not need its own output again, so an adapter may write into it. Where that is not so (under
-`torch.compile`, which fuses by itself, `torch.jit.trace`, which records no such functions, under functorch's transforms, or on
-a layer with a forward of its own), `in_place` is False and the methods compute the plain expression, which gives the same
-numbers.
+A frozen layer does not need its own output again, so an adapter may write into it. Where that is not so
+(under `torch.compile`, which fuses by itself, `torch.jit.trace`, which records no such functions, under
+functorch's transforms, or on a layer with a forward of its own), `in_place` is False and the methods compute
+the plain expression, which gives the same numbers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ def in_place(y: Tensor) -> bool:
 
 def eager(x: Tensor) -> bool:
     """Whether what is done to `x` is done as it is written: not compiled, traced, transformed or cast by autocast."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
         return False
     return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
 
@@ -46,7 +50,8 @@ def _keeps_its_output(step: Any) -> bool:
 class AddLowRank(torch.autograd.Function):
     """y += s·(x·Aᵀ)·Bᵀ for y (…, out), x (…, in), A (r, in), B (out, r); keeps x and the (r, N) product.
 
-    The product is kept as (r, N): skinny matrix products over N run several times faster along their long side.
+    The product is kept as (r, N): skinny matrix products over N run several times faster along their long
+    side.
     """
 
     @staticmethod
@@ -92,8 +97,12 @@ class AddPointwise(torch.autograd.Function):
         """Gradients of y, h and B."""
         flat, up = ctx.saved_tensors
         part = grad.flatten(2)
-        grad_hidden = torch.matmul(up.t() * ctx.scale, part).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        grad_up = torch.bmm(part, flat.transpose(1, 2)).sum(0).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
+        grad_hidden = (
+            torch.matmul(up.t() * ctx.scale, part).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        )
+        grad_up = (
+            torch.bmm(part, flat.transpose(1, 2)).sum(0).mul_(ctx.scale) if ctx.needs_input_grad[2] else None
+        )
         return grad, grad_hidden, grad_up, None
 
 
@@ -123,7 +132,9 @@ class ScaleShift(torch.autograd.Function):
         kept, scale, shift = _intact(ctx)
         others = [i for i in range(grad.ndim) if i != ctx.axis % grad.ndim]
         grad_shift = grad.sum(others)
-        grad_scale = torch.linalg.vecdot(grad.movedim(ctx.axis, 0).flatten(1), kept.movedim(ctx.axis, 0).flatten(1))
+        grad_scale = torch.linalg.vecdot(
+            grad.movedim(ctx.axis, 0).flatten(1), kept.movedim(ctx.axis, 0).flatten(1)
+        )
         if ctx.invertible:
             grad_scale = (grad_scale - shift * grad_shift) / scale
         return grad * scale.view(ctx.shape), grad_scale, grad_shift, None
@@ -157,7 +168,7 @@ def _intact(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
         if "inplace" not in str(error):
             raise
         raise MedpeftError(
-            "The model changed the output of a layer that 'ssf' adapts in place, and its gradient needs it: pass "
-            f"keep_outputs=True to 'ssf'. torch says: {error}"
+            "The model changed the output of a layer that 'ssf' adapts in place, and its gradient needs it: "
+            f"pass keep_outputs=True to 'ssf'. torch says: {error}"
         ) from error
     return kept, scale, shift

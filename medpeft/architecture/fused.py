@@ -55,7 +55,8 @@ class FusedLayout:
         split: The sizes, from the attention, the parts of its projection and the projection's channels.
         attributes: Attributes that are set in attentions of the family and in no others.
         class_name: Name of their class, where no attribute tells; "" for any.
-        parts: Letters of the parts in their order, where that is another than the projection's name says; else "".
+        parts: Letters of the parts in their order, where that is another than the projection's name says;
+            else "".
     """
 
     families: str

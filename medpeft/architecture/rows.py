@@ -46,7 +46,9 @@ def place_channels(change: Tensor, rows: tuple[Rows, ...], y: Tensor, axis: int,
         return change
     out = torch.full_like(y, fill)
     for row, part in zip(rows, change.split(part_sizes(rows, 0), axis), strict=True):
-        there = out.unflatten(axis, (row.groups, -1)).narrow(axis if axis < 0 else axis + 1, row.start, row.size)
+        there = out.unflatten(axis, (row.groups, -1)).narrow(
+            axis if axis < 0 else axis + 1, row.start, row.size
+        )
         there.copy_(part.unflatten(axis, (row.groups, -1)))
     return out
 

@@ -180,8 +180,8 @@ def read(file: io.BufferedIOBase, name: str) -> Header:
     layout = read_layout(file, name)
     if KEY not in layout.metadata:
         raise CheckpointError(
-            f"{name} was not written by medpeft.save: its header has no {KEY!r} entry. For LoRA files of peft "
-            "or diffusers there are medpeft.interchange.from_peft and from_diffusers."
+            f"{name} was not written by medpeft.save: its header has no {KEY!r} entry. For LoRA files of "
+            f"peft or diffusers there are medpeft.interchange.from_peft and from_diffusers."
         )
     return Header(name, _document(name, layout.metadata[KEY]), layout)
 
@@ -193,7 +193,9 @@ def _document(name: str, content: str) -> dict[str, Any]:
         raise CheckpointError(f"{name} does not say by which schema it was written: it was altered.")
     schema = document["schema"]
     if schema > SCHEMA:
-        raise CheckpointError(f"{name} has schema {clip(schema)}, this medpeft reads up to {SCHEMA}: install a later medpeft.")
+        raise CheckpointError(
+            f"{name} has schema {clip(schema)}, this medpeft reads up to {SCHEMA}: install a later medpeft."
+        )
     written = document.pop("digest", None)
     if written != _digest(document):
         raise CheckpointError(f"{name} was altered: its header is not what medpeft wrote.")

@@ -232,7 +232,9 @@ def _lost_forwards(adapted: Adapted) -> Iterator[Finding]:
         if not all(map(is_wired, wired)):
             yield Finding(name, f"has lost the forward of its adapters ({hint}); convert first, then apply")
         if not adapters.enabled:
-            yield Finding(name, "has its adapters switched off; leave `with medpeft.disabled(…)` or `merged(…)` first")
+            yield Finding(
+                name, "has its adapters switched off; leave `with medpeft.disabled(…)` or `merged(…)` first"
+            )
 
 
 def _changing_statistics(adapted: Adapted) -> Iterator[Finding]:

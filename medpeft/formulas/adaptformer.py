@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, Handover
+from ..adapters.adapter import Adapter, Handover, SecondPlace
 from ..adapters.registry import register
 from ..architecture.blocks import branches
 from ..architecture.network import Network
@@ -98,12 +98,8 @@ class AdaptFormer(Adapter, TwoMatrices):
         return y + _in_shape_of(y, change).to(y.dtype)
 
 
-class Entrance(Adapter):
+class Entrance(SecondPlace):
     """Second place of AdaptFormer: the norm before the MLP, or the MLP, whose input is the adapter's x."""
-
-    def __init__(self, site: Site, first: AdaptFormer) -> None:
-        super().__init__(site)
-        self.shared["first"] = first
 
     @property
     def first(self) -> AdaptFormer:

@@ -1,7 +1,7 @@
 """Conv-Adapter: a depthwise-separable bottleneck beside the convolutions of residual blocks.
 
-Chen et al., "Conv-Adapter: Exploring Parameter Efficient Transfer Learning for ConvNets" (CVPR Workshop 2024),
-arXiv 2208.07463, Eq. 3.
+Chen et al., "Conv-Adapter: Exploring Parameter Efficient Transfer Learning for ConvNets" (CVPR Workshop
+2024), arXiv 2208.07463, Eq. 3.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from ..errors import require_choice, require_positive
 class ConvAdapter(Adapter):
     """A depthwise-separable bottleneck beside the convolutions of residual blocks: conv(x) + α ⊙ up(relu(down(x))).
 
-    x is (B, I, …). `down` is a convolution of I to I / γ channels in I / γ groups, which slides as its host does, so that both
-    see the same field; `up` is a 1×1 convolution; α has one value per channel and starts at 1.
+    x is (B, I, …). `down` is a convolution of I to I / γ channels in I / γ groups, which slides as its host
+    does, so that both see the same field; `up` is a 1×1 convolution; α has one value per channel and starts
+    at 1.
 
     Args:
         site: A convolution.

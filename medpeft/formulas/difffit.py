@@ -1,7 +1,7 @@
 """DiffFit: every bias and norm, and a scale at the end of every branch.
 
-Xie et al., "DiffFit: Unlocking Transferability of Large Diffusion Models via Simple Parameter-Efficient Fine-Tuning" (ICCV
-2023), arXiv 2304.06648, Sec. 3.
+Xie et al., "DiffFit: Unlocking Transferability of Large Diffusion Models via Simple Parameter-Efficient
+Fine-Tuning" (ICCV 2023), arXiv 2304.06648, Sec. 3.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ def trains(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
     return is_bias(name, parameter, layer) or is_norm(layer.module)
 
 
-@register("difffit", hint="it scales the branches of transformer blocks. Try 'bias+norm' or 'ssf'.", selects=trains)
+@register(
+    "difffit", hint="it scales the branches of transformer blocks. Try 'bias+norm' or 'ssf'.", selects=trains
+)
 class DiffFit(Adapter):
     """A scale of what every attention and every MLP gives, γ ⊙ y, beside every bias and every norm of the model.
 

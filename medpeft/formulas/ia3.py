@@ -1,7 +1,7 @@
 """(IA)³: a scale for every key, every value, and every hidden channel of the MLP.
 
-Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning" (NeurIPS 2022), arXiv
-2205.05638, Sec. 3.3.
+Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning" (NeurIPS
+2022), arXiv 2205.05638, Sec. 3.3.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from ..architecture.site import Site
 class IA3(Adapter):
     """A scale of every key and value, and of every hidden channel of the MLP: l ⊙ K, l ⊙ V, and W₂·(l ⊙ γ(W₁·x)).
 
-    Where a parent adds a bias of its own to keys or values, as timm's BEiT does, the scale leaves that out. l starts at one.
+    Where a parent adds a bias of its own to keys or values, as timm's BEiT does, the scale leaves that out. l
+    starts at one.
 
     Args:
-        site: A layer that makes keys or values, whose output is scaled; any other linear layer or convolution: its input is.
+        site: A layer that makes keys or values, whose output is scaled; any other linear layer or
+            convolution: its input is.
     """
 
     def __init__(self, site: Site) -> None:

@@ -1,8 +1,10 @@
 """LoRA: a low-rank change of the weight.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022), arXiv 2106.09685, Eq. 3. Options from:
-Kalajdzievski, rsLoRA (2023), arXiv 2312.03732; Liu et al., DoRA (2024), arXiv 2402.09353, Eq. 5 and 11; Meng, Wang & Zhang,
-PiSSA (2024), arXiv 2404.02948; Büyükakyüz, OLoRA (2024), arXiv 2406.01775; Zhang et al., LoRA-FA (2023), arXiv 2308.03303.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022), arXiv 2106.09685, Eq. 3. Options
+from: Kalajdzievski, rsLoRA (2023), arXiv 2312.03732; Liu et al., DoRA (2024), arXiv 2402.09353, Eq. 5 and 11;
+    Meng, Wang & Zhang,
+PiSSA (2024), arXiv 2404.02948; Büyükakyüz, OLoRA (2024), arXiv 2406.01775; Zhang et al., LoRA-FA (2023),
+arXiv 2308.03303.
 """
 
 from __future__ import annotations
@@ -32,16 +34,18 @@ from ..errors import MedpeftError, require, require_choice, require_positive
 class LoRA(Adapter):
     """A low-rank change of the weight: W + (α/r)·B·A, by default of every query and value projection.
 
-    A is (r, fan-in) and B (out, r), on the weight taken as a matrix; in a fused projection every adapted part has its own.
-    A convolution runs as two: A at the host's stride, padding, dilation and groups, then B as 1×1.
+    A is (r, fan-in) and B (out, r), on the weight taken as a matrix; in a fused projection every adapted part
+    has its own. A convolution runs as two: A at the host's stride, padding, dilation and groups, then B as
+    1×1.
 
     Args:
         site: A linear, convolution or embedding layer, or the `in_proj_weight` of an attention.
         rank: r.
         alpha: α; r if None.
         dropout: Probability of dropping an element of the input of A.
-        init: A from Kaiming-uniform(√5) and B zero ("kaiming"), or both from W's singular vectors ("pissa") or QR
-            decomposition ("olora"), whose product is then taken off, so that the base weight keeps its bits.
+        init: A from Kaiming-uniform(√5) and B zero ("kaiming"), or both from W's singular vectors ("pissa")
+            or QR decomposition ("olora"), whose product is then taken off, so that the base weight keeps its
+            bits.
         rslora: Scale by α/√r.
         dora: Learn the norm of every output row apart from its direction; the norm is a constant in backward.
         freeze_a: Train B alone.
@@ -81,14 +85,15 @@ class LoRA(Adapter):
         ungrouped = self.geometry is None or self.geometry.groups == 1
         self.simple = contiguous and ungrouped and not self.start and writes_fresh_output(site.layer)
         slides_oddly = site.kind == "conv" and not slides_plainly(site.layer)
-        # A grouped convolution's weight is small; A on every group of inputs costs ten times the step of a depthwise network.
+        # A grouped convolution's weight is small; A on every group of inputs costs ten times the step of a
+        # depthwise network.
         cheaper = not ungrouped and dropout == 0
         if dora or site.kind == "transposed" or slides_oddly or cheaper:
             self.acts_on = ON_WEIGHT
         require(
             self.acts_on != ON_WEIGHT or dropout == 0.0,
-            f"dropout={dropout!r} cannot act at {site.name}, where LoRA changes the weight itself (dora=True, a transposed or "
-            "standardised convolution, or a weight that its parent reads): use dropout=0.",
+            f"dropout={dropout!r} cannot act at {site.name}, where LoRA changes the weight itself "
+            f"(dora=True, a transposed or standardised convolution, or a weight that its parent reads): use dropout=0.",
         )
 
     @classmethod
@@ -100,7 +105,9 @@ class LoRA(Adapter):
             inner = set(site.parts) & set("qkv")
             if inner and not inner & set(parts):
                 continue
-            by_default = inner or ("o" in site.parts and "o" in parts) or (convolutional and site.kind == "conv")
+            by_default = (
+                inner or ("o" in site.parts and "o" in parts) or (convolutional and site.kind == "conv")
+            )
             if targeted or by_default:
                 yield site.with_parts(parts)
 
@@ -199,7 +206,9 @@ class LoRA(Adapter):
 def _factors(matrix: Tensor, rank: int, init: str) -> tuple[Tensor, Tensor]:
     """(out, r) and (r, in): the leading singular triplets, or the first columns and rows of Q and R."""
     if rank > min(matrix.shape):
-        raise MedpeftError(f"rank={rank} is more than a weight of {tuple(matrix.shape)} has: use init='kaiming'.")
+        raise MedpeftError(
+            f"rank={rank} is more than a weight of {tuple(matrix.shape)} has: use init='kaiming'."
+        )
     if init == "olora":
         q, r = torch.linalg.qr(matrix)
         return q[:, :rank], r[:rank]

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, SecondPlace
 from ..adapters.registry import register
 from ..adapters.tokens import TokenSpan, in_brackets, require_sequence
 from ..architecture.attention import Projection, projections
@@ -176,13 +176,12 @@ def _is_sequence_like(x: Tensor, value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 3 and value.shape[::2] == x.shape[::2]
 
 
-class Keys(Adapter):
+class Keys(SecondPlace):
     """Second place of a prefix: a projection of keys, of values, or of both, into whose output it goes."""
 
     def __init__(self, site: Site, first: Prefix) -> None:
-        super().__init__(site)
+        super().__init__(site, first)
         self.name = site.name
-        self.shared["first"] = first
 
     @property
     def first(self) -> Prefix:

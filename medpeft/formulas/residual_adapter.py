@@ -1,8 +1,8 @@
 """Residual adapters: a 1×1 convolution beside or after the convolutions of residual blocks.
 
-Rebuffi, Bilen & Vedaldi, "Learning multiple visual domains with residual adapters" (NeurIPS 2017), arXiv 1705.08045,
-Sec. 3.2, in series; "Efficient parametrization of multi-domain deep neural networks" (CVPR 2018), arXiv 1803.10082,
-Sec. 3, in parallel.
+Rebuffi, Bilen & Vedaldi, "Learning multiple visual domains with residual adapters" (NeurIPS 2017), arXiv
+1705.08045, Sec. 3.2, in series; "Efficient parametrization of multi-domain deep neural networks" (CVPR 2018),
+arXiv 1803.10082, Sec. 3, in parallel.
 
 In parallel it is the `tsa` of 3×3 convolutions, in series its series without a shift.
 """

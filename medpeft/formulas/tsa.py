@@ -1,6 +1,7 @@
 """TSA: a 1×1 convolution beside every convolution.
 
-Li, Liu & Bilen, "Cross-domain Few-shot Learning with Task-specific Adapters" (CVPR 2022), arXiv 2107.00358, Eq. 5 and 6.
+Li, Liu & Bilen, "Cross-domain Few-shot Learning with Task-specific Adapters" (CVPR 2022), arXiv 2107.00358,
+Eq. 5 and 6.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class TSA(Adapter):
 
     Args:
         site: A convolution of I to O channels in G groups.
-        form: "matrix" (α is (O, I / G), grouped like its host), "vector" (α is (O,), each channel onto itself, for
-            O = I), or "series" (y + A·y + b after the convolution, A being (O, O)).
+        form: "matrix" (α is (O, I / G), grouped like its host), "vector" (α is (O,), each channel onto
+            itself, for O = I), or "series" (y + A·y + b after the convolution, A being (O, O)).
         init: "zero", or "eye" for the official 1e-4·I; a series is the identity at either.
-        dense: Let α of a grouped host mix all I channels; merging would make the host's weight dense, so it is refused.
+        dense: Let α of a grouped host mix all I channels; merging would make the host's weight dense, so it
+            is refused.
     """
 
     def __init__(self, site: Site, *, form: str = "matrix", init: str = "zero", dense: bool = False) -> None:
@@ -63,7 +65,9 @@ class TSA(Adapter):
         return small * _eye(torch.zeros(outputs, columns), groups)
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False, sites: str = "body", form: str = "matrix") -> Iterator[Site]:
+    def sites(
+        cls, network: Network, *, targeted: bool = False, sites: str = "body", form: str = "matrix"
+    ) -> Iterator[Site]:
         """Yield the convolutions of residual blocks without shortcuts ("body"), the 3×3 of them ("3x3"), or all."""
         require_choice("sites", sites, ("body", "3x3", "all"))
         require_choice("form", form, ("matrix", "vector", "series"))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, SecondPlace
 from ..adapters.registry import register
 from ..adapters.tokens import TokenSpan, in_brackets, require_sequence
 from ..architecture.blocks import branches
@@ -134,12 +134,8 @@ class VPTShallow(Adapter):
         return self.prompts.put_in(x, self.method)
 
 
-class Exit(Adapter):
+class Exit(SecondPlace):
     """Second place of vpt_shallow: the last block, after which the prompts are taken off."""
-
-    def __init__(self, site: Site, first: VPTShallow) -> None:
-        super().__init__(site)
-        self.shared["first"] = first
 
     @property
     def first(self) -> VPTShallow:

@@ -46,7 +46,11 @@ def test_what_is_shared_stays_shared_in_copies_and_moves_and_counts_once(method)
         assert not shared_modules(twin, method) & shared_modules(model, method)
         torch.testing.assert_close(output(twin, x), expected, rtol=1e-3, atol=1e-3)
     once = sum(p.numel() for p in {*model.parameters()} if p.requires_grad)
-    assert medpeft.report(model).trainable == medpeft.plan(make("hf_vit"), method, **SHARING[method]).trainable == once
+    assert (
+        medpeft.report(model).trainable
+        == medpeft.plan(make("hf_vit"), method, **SHARING[method]).trainable
+        == once
+    )
     groups = medpeft.parameter_groups(model, lr=1e-3, weight_decay=0.1)
     assert sum(p.numel() for group in groups for p in group["params"]) == once
 
@@ -113,7 +117,16 @@ def test_a_gradient_step_on_shared_factors_moves_them_in_every_layer():
 
 
 @pytest.mark.parametrize(
-    "methods", ["lora+adaptformer", "vera+ia3", "fact+bias", "repadapter+ssf+lora", "difffit+lora", "oft+norm", "tsa+fact"]
+    "methods",
+    [
+        "lora+adaptformer",
+        "vera+ia3",
+        "fact+bias",
+        "repadapter+ssf+lora",
+        "difffit+lora",
+        "oft+norm",
+        "tsa+fact",
+    ],
 )
 def test_methods_of_different_kinds_join_by_a_plus(methods, tmp_path):
     family = "coatnet" if "tsa" in methods else "vit"
@@ -124,7 +137,9 @@ def test_methods_of_different_kinds_join_by_a_plus(methods, tmp_path):
     medpeft.check(model, x)
     randomise_adapters(model, size=0.3)
     medpeft.save(model, tmp_path / "union.safetensors")
-    assert torch.equal(output(medpeft.load(make(family), tmp_path / "union.safetensors"), x), output(model, x))
+    assert torch.equal(
+        output(medpeft.load(make(family), tmp_path / "union.safetensors"), x), output(model, x)
+    )
     with medpeft.disabled(model):
         torch.testing.assert_close(output(model, x), output(make(family), x), rtol=1e-12, atol=1e-12)
 
@@ -153,7 +168,9 @@ def test_check_finds_that_the_forward_of_an_adapter_on_the_input_was_lost():
     model, x = medpeft.apply(make("vit"), "oft", block_size=4), example("vit")
     del model.blocks[1].attn.proj.forward
 
-    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.1\.attn\.proj has lost the forward of its adapters"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"blocks\.1\.attn\.proj has lost the forward of its adapters"
+    ):
         medpeft.check(model, x)
 
 
@@ -173,9 +190,13 @@ for name in ("vera", "fact", "gain"):
 """
 
 
-def test_a_file_of_a_method_of_ones_own_and_of_shared_modules_loads_in_a_fresh_process(tmp_path, monkeypatch, own_registry):
+def test_a_file_of_a_method_of_ones_own_and_of_shared_modules_loads_in_a_fresh_process(
+    tmp_path, monkeypatch, own_registry
+):
     page = (ROOT / "docs" / "own-method.md").read_text(encoding="utf-8")
-    (tmp_path / "gain.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), encoding="utf-8")
+    (tmp_path / "gain.py").write_text(
+        re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.import_module("gain")
     for method, options in {"vera": {"projection_seed": 4}, "fact": {}, "gain": {"start": 0.9}}.items():

@@ -2,7 +2,17 @@
 
 import numpy as np
 import pytest
-from block_oracles import WIDTH, adapted_vit, alone, assert_same, block, drawn, input_for, merged_weights, weights
+from block_oracles import (
+    WIDTH,
+    adapted_vit,
+    alone,
+    assert_same,
+    block,
+    drawn,
+    input_for,
+    merged_weights,
+    weights,
+)
 from models import make
 from torch import nn
 
@@ -55,7 +65,11 @@ def test_fact_adapts_attentions_and_mlps_but_not_the_mlps_that_make_positions():
     model = make("maxvit")
     sites = {site.name for _, site in medpeft.plan(model, "fact").sites}
 
-    layers = {name for name, _ in model.named_modules() if name.endswith(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))}
+    layers = {
+        name
+        for name, _ in model.named_modules()
+        if name.endswith(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
+    }
     positions = {name for name in layers if ".rel_pos." in name}
     assert positions
     assert sites == layers - positions

@@ -113,7 +113,10 @@ ROTATED = {
 @pytest.mark.parametrize("variant", ROTATED)
 def test_prompts_stand_still_where_patches_are_rotated(variant):
     name, options = ROTATED[variant]
-    model, images = randomise(timm.create_model(name, **SIZES, **options).double()).eval(), drawn(2, 3, 32, 32)
+    model, images = (
+        randomise(timm.create_model(name, **SIZES, **options).double()).eval(),
+        drawn(2, 3, 32, 32),
+    )
     plain = copy.deepcopy(model)
     randomise_adapters(medpeft.apply(model, "vpt_deep", tokens=3))
     prompts, prefix = prompts_of(model), model.num_prefix_tokens
@@ -140,7 +143,9 @@ def test_prompts_and_prefixes_stand_still_in_hugging_faces_dinov3(method):
     randomise_adapters(medpeft.apply(model, method, head=None, tokens=3))
     seen = []
     for name, module in model.named_modules():
-        if name.endswith(".attention.q_proj"):  # A hook on the attention itself sees what comes before its adapter.
+        if name.endswith(
+            ".attention.q_proj"
+        ):  # A hook on the attention itself sees what comes before its adapter.
             module.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
 
     got = model(images).last_hidden_state
@@ -182,7 +187,11 @@ def test_deep_prompts_are_seen_through_a_mask_and_keep_it_causal(of):
     hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
     wide = torch.zeros(8, 8, dtype=torch.bool)
     wide[3:, 3:] = hidden
-    as_given = (lambda m: m) if of == "truth values" else (lambda m: torch.zeros(m.shape).double().masked_fill(m, -torch.inf))
+    as_given = (
+        (lambda m: m)
+        if of == "truth values"
+        else (lambda m: torch.zeros(m.shape).double().masked_fill(m, -torch.inf))
+    )
 
     with torch.no_grad():
         got = block(x, attn_mask=as_given(hidden))
@@ -212,7 +221,12 @@ def test_the_batch_may_come_second():
 
     first, second = (randomise(Transformer(16, 2, 2, batch_first=b).double()).eval() for b in (True, False))
     for model in (first, second):
-        methods = {"vpt_deep": {}, "vpt_shallow": {"tokens": 6}, "convpass": {"target": "*.mlp"}, "prefix": {}}
+        methods = {
+            "vpt_deep": {},
+            "vpt_shallow": {"tokens": 6},
+            "convpass": {"target": "*.mlp"},
+            "prefix": {},
+        }
         randomise_adapters(medpeft.apply(model, methods, head=None))
 
     x = drawn(2, 9, 16)
@@ -221,12 +235,19 @@ def test_the_batch_may_come_second():
 
 @pytest.mark.parametrize(("family", "attention"), [("vit", "attn"), ("hf_vit", "attention")])
 def test_a_convolution_over_the_tokens_takes_added_ones_for_images_of_one_pixel(family, attention):
-    methods = {"vpt_deep": {"tokens": 3}, "vpt_shallow": {"tokens": 6}, "prefix": {"tokens": 2}, "convpass": {}}
+    methods = {
+        "vpt_deep": {"tokens": 3},
+        "vpt_shallow": {"tokens": 6},
+        "prefix": {"tokens": 2},
+        "convpass": {},
+    }
     model = medpeft.apply(make(family), methods)  # 16 + 3 + 6 tokens would also make a square.
     seen = {}
     for name, module in model.named_modules():
         if name.endswith("adapters.convpass"):
-            module._on_grid = lambda image, name=name: seen.setdefault(name, tuple(image.shape[1:3])) and image
+            module._on_grid = lambda image, name=name: (
+                seen.setdefault(name, tuple(image.shape[1:3])) and image
+            )
 
     output(model, example(family))
 
@@ -236,7 +257,9 @@ def test_a_convolution_over_the_tokens_takes_added_ones_for_images_of_one_pixel(
 
 def test_adapters_in_a_prompted_block_see_the_prompts():
     model, images = make("vit"), drawn(2, 3, 32, 32)
-    medpeft.apply(model, {"adaptformer": {"bottleneck": 3}, "vpt_deep": {"tokens": 3}, "vpt_shallow": {"tokens": 2}})
+    medpeft.apply(
+        model, {"adaptformer": {"bottleneck": 3}, "vpt_deep": {"tokens": 3}, "vpt_shallow": {"tokens": 2}}
+    )
     randomise_adapters(model)
     plain = copy.deepcopy(model)
     deep = [block.adapters["vpt_deep"].prompts.tokens for block in plain.blocks]
@@ -254,7 +277,12 @@ def test_adapters_in_a_prompted_block_see_the_prompts():
 
 
 def test_every_token_before_the_patches_is_counted():
-    prefixes = {"pit_xs_distilled_224": 2, "cait_xxs24_224": 1, "vit_small_patch14_reg4_dinov2": 5, "vitamin_small_224": 0}
+    prefixes = {
+        "pit_xs_distilled_224": 2,
+        "cait_xxs24_224": 1,
+        "vit_small_patch14_reg4_dinov2": 5,
+        "vitamin_small_224": 0,
+    }
     for name, prefix in prefixes.items():
         with torch.device("meta"):
             model = timm.create_model(name)

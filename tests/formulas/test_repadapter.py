@@ -28,7 +28,9 @@ def test_repadapter_shares_the_maps_before_queries_keys_and_values():
     model = randomise_adapters(medpeft.apply(make("hf_vit"), "repadapter"))
     attention = model.vit.layers[0].attention
 
-    maps = {id(layer.adapters.repadapter.maps) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)}
+    maps = {
+        id(layer.adapters.repadapter.maps) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+    }
     assert len(maps) == 1
     assert maps != {id(model.vit.layers[1].attention.q_proj.adapters.repadapter.maps)}
     branches = len(model.vit.layers) * 2
@@ -39,6 +41,7 @@ def test_repadapter_shares_the_maps_before_queries_keys_and_values():
 def test_repadapter_refuses_dropout_where_only_the_weight_can_act():
     medpeft.apply(make("vit"), "repadapter", dropout=0.1)
     with pytest.raises(
-        medpeft.MedpeftError, match=r"dropout=0.1 cannot act at blocks.0.attn.qkv, whose weight blocks.0.attn reads"
+        medpeft.MedpeftError,
+        match=r"dropout=0.1 cannot act at blocks.0.attn.qkv, whose weight blocks.0.attn reads",
     ):
         medpeft.apply(make("beit"), "repadapter", dropout=0.1)

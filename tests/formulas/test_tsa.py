@@ -27,7 +27,9 @@ def test_tsa_of_a_grouped_layer_may_mix_all_channels():
     assert values["alpha"].shape == (8, 4)
     beside = np.einsum("oi,nihw->nohw", values["alpha"], x.numpy()[:, :, ::2, ::2])
     assert_computes(model, x, base_convolution(conv, x) + beside)
-    with pytest.raises(medpeft.MedpeftError, match="a dense α does not fit into a grouped convolution's weight"):
+    with pytest.raises(
+        medpeft.MedpeftError, match="a dense α does not fit into a grouped convolution's weight"
+    ):
         medpeft.merge(model)
 
 

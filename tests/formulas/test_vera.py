@@ -14,7 +14,11 @@ def reference_projection(rows, columns, seed):
     """VeRA's frozen matrices, from NumPy's generator without torch."""
     raw = np.random.Philox(key=zlib.crc32(f"{seed}:{rows}x{columns}".encode())).random_raw(rows * columns)
     unit = (raw >> np.uint64(40)).astype(np.float64) / 2**23 - 1
-    return (unit.astype(np.float32) * np.float32(math.sqrt(6 / columns))).astype(np.float64).reshape(rows, columns)
+    return (
+        (unit.astype(np.float32) * np.float32(math.sqrt(6 / columns)))
+        .astype(np.float64)
+        .reshape(rows, columns)
+    )
 
 
 def test_vera_scales_frozen_random_matrices_in_queries_and_values():

@@ -48,7 +48,11 @@ def adapted_vit(method, **options):
 
 def merged_weights(model):
     with medpeft.merged(model):
-        return {name: p.detach().numpy().copy() for name, p in model.named_parameters() if ".adapters." not in name}
+        return {
+            name: p.detach().numpy().copy()
+            for name, p in model.named_parameters()
+            if ".adapters." not in name
+        }
 
 
 def normalised(x, weight, bias):
@@ -69,7 +73,9 @@ def block(x, w, k_scale=1.0, v_scale=1.0, hidden_scale=1.0, gammas=(1.0, 1.0), h
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     attended = np.concatenate(np.moveaxis(scores / scores.sum(-1, keepdims=True) @ v, 1, 0), -1)
     x = x + gammas[0] * (attended @ w["attn.proj.weight"].T + w["attn.proj.bias"])
-    hidden = gelu(normalised(x, w["norm2.weight"], w["norm2.bias"]) @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"])
+    hidden = gelu(
+        normalised(x, w["norm2.weight"], w["norm2.bias"]) @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"]
+    )
     return x + gammas[1] * ((hidden_scale * hidden) @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"])
 
 

@@ -12,7 +12,9 @@ def applied(layer, method, dtype=torch.float64, **options):
     """The layer alone as a model, adapted, with random weights and adapters: (layer, adapter as numpy arrays)."""
     model = nn.Sequential(layer).to(dtype).eval()
     randomise(model)
-    medpeft.apply(model, method, head=None, **({"target": "*"} if method in ("tsa", "lora") else {}), **options)
+    medpeft.apply(
+        model, method, head=None, **({"target": "*"} if method in ("tsa", "lora") else {}), **options
+    )
     randomise_adapters(model, size=0.3)
     (adapter,) = (m for m in layer.adapters.children())
     values = {name: p.detach().numpy() for name, p in adapter.named_parameters()}
@@ -50,7 +52,9 @@ def convolved(x, weight, stride=1, padding=0, dilation=1, groups=1):
             for j in range(k):
                 rows_seen = slice(i * dilation, i * dilation + stride * (height - 1) + 1, stride)
                 cols_seen = slice(j * dilation, j * dilation + stride * (width - 1) + 1, stride)
-                y[:, rows] += np.einsum("oi,nihw->nohw", weight[rows, :, i, j], part[:, :, rows_seen, cols_seen])
+                y[:, rows] += np.einsum(
+                    "oi,nihw->nohw", weight[rows, :, i, j], part[:, :, rows_seen, cols_seen]
+                )
     return y
 
 
@@ -67,5 +71,12 @@ GEOMETRIES = [
 
 def base_convolution(conv, x):
     weight, bias = numbers(conv)
-    geometry = {"stride": conv.stride[0], "padding": conv.padding[0], "dilation": conv.dilation[0], "groups": conv.groups}
-    return convolved(x.numpy(), weight, **geometry) + np.reshape(bias, (-1, 1, 1)) * np.ones((conv.out_channels, 1, 1))
+    geometry = {
+        "stride": conv.stride[0],
+        "padding": conv.padding[0],
+        "dilation": conv.dilation[0],
+        "groups": conv.groups,
+    }
+    return convolved(x.numpy(), weight, **geometry) + np.reshape(bias, (-1, 1, 1)) * np.ones(
+        (conv.out_channels, 1, 1)
+    )
