@@ -31,7 +31,9 @@ def main() -> None:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--model", default="vit_small_patch16_224", help=models)
-    parser.add_argument("--method", action="append", choices=cases, help="repeatable; all that fit by default")
+    parser.add_argument(
+        "--method", action="append", choices=cases, help="repeatable; all that fit by default"
+    )
     parser.add_argument("--case", choices=cases, help=argparse.SUPPRESS)
     add_arguments(parser)
     args = parser.parse_args()

@@ -40,7 +40,8 @@ def build(name: str, device: str = "cpu", image_size: int | None = None) -> nn.M
 def example(name: str, batch: int, size: int, device: str = "cpu") -> tuple[Tensor, ...]:
     """Draw the inputs of a model from a seed.
 
-    They are images (N, C, H, W); latents, time steps and texts for a diffusion UNet; features for a part of it.
+    They are images (N, C, H, W); latents, time steps and texts for a diffusion UNet; features for a part of
+    it.
     """
     torch.manual_seed(1)
     match name:

@@ -5,7 +5,8 @@
 
 A peer that is not installed is left out and named. `pip install peft lycoris-lora loralib` brings three of
 them. `adapters` pins an older transformers, so give it an environment of its own. minLoRA is on no package
-index: "parametrize" is what it does. Every model has BatchNorm at its running statistics, a frozen base and no
+index: "parametrize" is what it does. Every model has BatchNorm at its running statistics, a frozen base and
+    no
 head that trains.
 """
 

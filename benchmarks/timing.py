@@ -28,7 +28,9 @@ def add_arguments(
     """Declare the flags that every benchmark has."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--batch", type=int, default=batch, metavar="N", help="images a step")
-    parser.add_argument("--image-size", type=int, default=image_size, metavar="N", help="pixels along each side")
+    parser.add_argument(
+        "--image-size", type=int, default=image_size, metavar="N", help="pixels along each side"
+    )
     parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help="rounds")
     parser.add_argument("--threads", type=int, default=1, metavar="N")
     parser.add_argument("--device", default=device)

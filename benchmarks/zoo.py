@@ -63,12 +63,16 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     family = "a file of timm.models, such as swin_transformer, or a library"
     name = "an architecture, such as vit_base_patch16_224; default: all"
     parser.add_argument("--all", action="store_true", help="connect every architecture, not one of each kind")
-    parser.add_argument("--alone", action="store_true", help="connect each method by itself, not all together")
+    parser.add_argument(
+        "--alone", action="store_true", help="connect each method by itself, not all together"
+    )
     parser.add_argument("--library", action="append", choices=list(_SOURCES), help="default: all three")
     parser.add_argument("--family", action="append", help=family)
     parser.add_argument("--name", action="append", help=name)
     parser.add_argument("--method", action="append", choices=list(medpeft.methods()))
-    parser.add_argument("--results", default="zoo.jsonl", help="file of results; a stopped run goes on from it")
+    parser.add_argument(
+        "--results", default="zoo.jsonl", help="file of results; a stopped run goes on from it"
+    )
     parser.add_argument("--table", action="store_true", help="run nothing: make the tables from the results")
     parser.add_argument("--markdown", help="file for the table as Markdown")
     parser.add_argument("--json", help="file for the table as JSON")

@@ -35,8 +35,8 @@ def verdicts(
         model: A model on the meta device (or any other).
         example: An input for it.
         methods: Names of methods.
-        alone: Apply each method by itself. Otherwise all that fit are applied together, and each by itself only
-            if that shows a fault.
+        alone: Apply each method by itself. Otherwise all that fit are applied together, and each by itself
+            only if that shows a fault.
     """
     by_method = {method: planned(model, method, build=True) for method in methods}
     fitting = [method for method, (status, _) in by_method.items() if status == "works"]

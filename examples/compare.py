@@ -43,7 +43,9 @@ def run(given: Sequence[str] | None = None) -> int:
     cells = cells_of(study)
     done = finished(study, cells)
     if done:
-        write_results(study, done, len(cells), shlex.join(["compare.py", *(sys.argv[1:] if given is None else given)]))
+        write_results(
+            study, done, len(cells), shlex.join(["compare.py", *(sys.argv[1:] if given is None else given)])
+        )
     return 1 if study.failed else 0
 
 
@@ -54,7 +56,11 @@ def write_results(study: Study, done: list[Record], expected: int, command: str)
     tables = {str(model): score_table(rows) for model, rows in summary.groupby("model", sort=False)}
     sections = [page.section("What was run", page.command(command), page.paragraph(about(done, expected)))]
     for model, rows in summary.groupby("model", sort=False):
-        sections.append(page.section(f"Scores on {model}", page.wide(to_html(*tables[str(model)])), page.paragraph(LEGEND)))
+        sections.append(
+            page.section(
+                f"Scores on {model}", page.wide(to_html(*tables[str(model)])), page.paragraph(LEGEND)
+            )
+        )
         for data, group in rows.groupby("data", sort=False):
             title = f"{model} on {data}"
             details = tables[f"{title}: other scores"] = detail_table(group)

@@ -44,7 +44,14 @@ def run(given: Sequence[str] | None = None) -> int:
     """Run what is missing and write the results; give the exit status, 1 if a run failed."""
     parser = make_parser(__doc__, "runs/data_volume")
     add = parser.add_argument
-    add("--fraction", nargs="+", type=float, default=FRACTIONS, metavar="F", help="(default: 0.01 0.05 0.1 0.25 0.5 1)")
+    add(
+        "--fraction",
+        nargs="+",
+        type=float,
+        default=FRACTIONS,
+        metavar="F",
+        help="(default: 0.01 0.05 0.1 0.25 0.5 1)",
+    )
     add("--baseline", default="full", metavar="LABEL", help="row to compare with (default: full)")
     add(
         "--stretch",
@@ -58,7 +65,9 @@ def run(given: Sequence[str] | None = None) -> int:
     check_rate_flags(args)
     for fraction in args.fraction:
         if not 0 < fraction <= 1:
-            raise TrainerError(f"--fraction {fraction:g} is no share: give numbers above 0 and at most 1, such as 0.1.")
+            raise TrainerError(
+                f"--fraction {fraction:g} is no share: give numbers above 0 and at most 1, such as 0.1."
+            )
     args.fraction = sorted(set(args.fraction))
     study = Study.of(args, shared)
     cells = cells_of(study, partial(shares_of, study))
@@ -73,14 +82,18 @@ def shares_of(study: Study, kept: Sequence[Choice]) -> list[Choice]:
     """Give every method on every share; the largest share first, which tells soonest whether the settings are any good."""
     args = study.args
     require_baseline(args.baseline, kept)
-    return [on_share(study.shared, choice, f, args.stretch) for f in reversed(args.fraction) for choice in kept]
+    return [
+        on_share(study.shared, choice, f, args.stretch) for f in reversed(args.fraction) for choice in kept
+    ]
 
 
 def require_baseline(baseline: str, rows: Sequence[Choice]) -> None:
     """Refuse a comparison with a row that is not there, before hours of runs."""
     labels = [row.label for row in rows]
     if baseline not in labels:
-        raise TrainerError(f"--baseline {baseline} is not among the rows ({', '.join(labels)}). Add it, or name one of them.")
+        raise TrainerError(
+            f"--baseline {baseline} is not among the rows ({', '.join(labels)}). Add it, or name one of them."
+        )
 
 
 def on_share(shared: Sequence[str], choice: Choice, fraction: float, stretch: float) -> Choice:
@@ -132,7 +145,9 @@ def lay_out(study: Study, rows: pd.DataFrame, title: str) -> tuple[Table, str]:
     found = leads(rows, baseline)
     file = study.args.output / f"volume-{file_name(title)}.png"
     draw_volume(rows, found, baseline, title, file)
-    return volume_table(rows, found, baseline), page.picture(file, f"Macro-F1 against the number of training images, {title}")
+    return volume_table(rows, found, baseline), page.picture(
+        file, f"Macro-F1 against the number of training images, {title}"
+    )
 
 
 if __name__ == "__main__":

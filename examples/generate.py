@@ -44,19 +44,34 @@ def parse(given: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         TrainerError: a number is below 1.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--pipeline", required=True, help="the folder of diffusers that was adapted, or its name on the Hub")
-    add("--adapter", type=Path, nargs="*", default=[], metavar="FILE", help="adapter.safetensors of text_to_image.py; several")
+    add(
+        "--adapter",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="adapter.safetensors of text_to_image.py; several",
+    )
     add("--prompt", action="append", required=True, metavar="TEXT", help="may be repeated: a column each")
     add("--images", type=int, default=4, metavar="N", help="of each prompt and adapter (default: 4)")
-    add("--merge", action="store_true", help="fold the adapters into the weights first, where they can be: faster")
+    add(
+        "--merge",
+        action="store_true",
+        help="fold the adapters into the weights first, where they can be: faster",
+    )
     add("--no-base", action="store_true", help="leave out the pipeline without an adapter")
     add("--image-size", type=int, metavar="PX", help="side in pixels (default: the pipeline's)")
     add("--inference-steps", type=int, default=25, metavar="N", help="of DDIM (default: 25)")
     add("--guidance", type=float, default=2.0, metavar="W", help="of the text, 1 for none (default: 2)")
     add("--seed", type=int, default=0, help="of the noise (default: 0)")
-    add("--output", type=Path, default=Path("runs/generated"), metavar="DIR", help="(default: runs/generated)")
+    add(
+        "--output", type=Path, default=Path("runs/generated"), metavar="DIR", help="(default: runs/generated)"
+    )
     args = parser.parse_args(given)
     for name in ("images", "inference_steps"):
         if getattr(args, name) < 1:
@@ -84,7 +99,9 @@ def run(args: argparse.Namespace) -> dict[str, Tensor]:
         images[name] = draw(args, pipeline, fabric.device)
         write_images(images[name], args.output / name.replace(" ", "-"), args.images)
         print(f"{name}: {len(images[name])} images", flush=True)
-    draw_comparison(images, args.prompt, f"{Path(args.pipeline).name}, seed {args.seed}", args.output / "comparison.png")
+    draw_comparison(
+        images, args.prompt, f"{Path(args.pipeline).name}, seed {args.seed}", args.output / "comparison.png"
+    )
     print(f"Saved comparison.png and the images to {args.output}")
     return images
 
@@ -92,7 +109,10 @@ def run(args: argparse.Namespace) -> dict[str, Tensor]:
 def labels(files: Sequence[Path]) -> list[str]:
     """Name each adapter by its method, and by its folder or its place too where a method comes twice."""
     methods = ["+".join(medpeft.inspect(file).methods) for file in files]
-    named = [f"{m} {file.parent.name}" if methods.count(m) > 1 else m for m, file in zip(methods, files, strict=True)]
+    named = [
+        f"{m} {file.parent.name}" if methods.count(m) > 1 else m
+        for m, file in zip(methods, files, strict=True)
+    ]
     return [f"{name} {i + 1}" if named.count(name) > 1 else name for i, name in enumerate(named)]
 
 

@@ -41,14 +41,24 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """Declare the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("checkpoint", type=Path, help="an adapter.safetensors of train.py")
     add("folder", type=Path, help="images, at any depth; or one image")
-    add("--output", type=Path, default=Path("predictions.csv"), metavar="CSV", help="(default: predictions.csv)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("predictions.csv"),
+        metavar="CSV",
+        help="(default: predictions.csv)",
+    )
     add("--batch-size", type=int, default=32, metavar="N", help="(default: 32)")
     add("--device", help="such as cuda or cpu (default: a GPU if there is one)")
-    add("--skip-broken", action="store_true", help="leave out images that cannot be read, instead of stopping")
+    add(
+        "--skip-broken", action="store_true", help="leave out images that cannot be read, instead of stopping"
+    )
     add("--quiet", action="store_true", help="show no progress")
     return parser
 
@@ -62,7 +72,11 @@ def run(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     metadata = medpeft.inspect(args.checkpoint).metadata
     preprocessing = Preprocessing.from_metadata(metadata, args.checkpoint)
-    folder, paths = (args.folder.parent, [args.folder]) if args.folder.is_file() else (args.folder, images_in(args.folder))
+    folder, paths = (
+        (args.folder.parent, [args.folder])
+        if args.folder.is_file()
+        else (args.folder, images_in(args.folder))
+    )
     if not paths:
         raise TrainerError(f"{args.folder} has no images. Give a folder with some, at any depth.")
     model = rebuild(args.checkpoint, metadata, preprocessing).to(device)

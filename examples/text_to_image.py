@@ -23,7 +23,15 @@ from diffusion.cache import Encoded, encode
 from diffusion.captions import Captioned, halves, hold_out, read_captioned, to_pixels, within_tokens
 from diffusion.figures import draw_losses, draw_pictures
 from diffusion.flags import PRECISIONS, changed, make_parser, parse
-from diffusion.loop import Recipe, Training, fit, load_training, restore_training, save_training, start_training
+from diffusion.loop import (
+    Recipe,
+    Training,
+    fit,
+    load_training,
+    restore_training,
+    save_training,
+    start_training,
+)
 from diffusion.pipelines import generate, image_size, noise_schedule, open_pipeline
 from diffusion.pretrain import tiny_pipeline
 from diffusion.scores import find_extractor, score
@@ -98,7 +106,9 @@ def prepare(fabric: Fabric, args: argparse.Namespace) -> tuple[Captioned, Captio
     classes = sorted(set(everything.classes))
     for name in args.new_class or ():
         if name not in classes:
-            raise TrainerError(f"--new-class {name} is no class of the data, which have {', '.join(classes[:8])}.")
+            raise TrainerError(
+                f"--new-class {name} is no class of the data, which have {', '.join(classes[:8])}."
+            )
     args.prompt = args.prompt or everything.prompts(4)
     if pipeline is None:
         args.new_class = args.new_class or halves(everything)[1]
@@ -129,7 +139,9 @@ def chosen(data: Captioned, classes: list[str] | None) -> Captioned:
 def open_tiny(args: argparse.Namespace, data: Captioned, classes: list[str]) -> Any:
     """Open the tiny pipeline, pretrained on some classes."""
     if not classes:
-        raise TrainerError("--new-class names every class of the data; the tiny pipeline needs one to be pretrained on.")
+        raise TrainerError(
+            "--new-class names every class of the data; the tiny pipeline needs one to be pretrained on."
+        )
     return tiny_pipeline(
         data,
         classes,
@@ -213,7 +225,9 @@ def pictures(fabric: Fabric, args: argparse.Namespace, pipeline: Any, prompts: l
     return to_pixels(images)
 
 
-def sample_scores(fabric: Fabric, args: argparse.Namespace, pipeline: Any, held: Captioned, name: str) -> dict[str, Any] | None:
+def sample_scores(
+    fabric: Fabric, args: argparse.Namespace, pipeline: Any, held: Captioned, name: str
+) -> dict[str, Any] | None:
     """Score images generated from the held-out texts against the held-out images; None where that was not asked for."""
     count = min(args.score_samples, len(held))
     if not count or not fabric.is_global_zero:
@@ -245,8 +259,12 @@ def write_results(args: argparse.Namespace, pipeline: Any, record: dict[str, Any
     if list(args.option) == ["lora"] and not args.option["lora"].get("dora"):
         to_diffusers(pipeline.unet, args.output / "pytorch_lora_weights.safetensors")
         files.insert(1, "pytorch_lora_weights.safetensors")
-    (args.output / "metrics.json").write_text(json.dumps(without_nan(record), indent=2, allow_nan=False) + "\n")
-    draw_losses(record["losses"], f"{args.method}: {record['trainable']:,} parameters", args.output / "loss.png")
+    (args.output / "metrics.json").write_text(
+        json.dumps(without_nan(record), indent=2, allow_nan=False) + "\n"
+    )
+    draw_losses(
+        record["losses"], f"{args.method}: {record['trainable']:,} parameters", args.output / "loss.png"
+    )
     print(f"Saved {', '.join(files)} to {args.output}")
 
 

@@ -67,7 +67,9 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def run(
-    args: argparse.Namespace, images: Images | None = None, after_epoch: Callable[[Training], None] | None = None
+    args: argparse.Namespace,
+    images: Images | None = None,
+    after_epoch: Callable[[Training], None] | None = None,
 ) -> dict[str, Any]:
     """Train, test and save; give what metrics.json holds, and the test's predictions.
 
@@ -135,7 +137,9 @@ def train(
     }
 
 
-def conclude(fabric: Fabric, args: argparse.Namespace, prepared: Run, record: dict[str, Any], say: Say) -> None:
+def conclude(
+    fabric: Fabric, args: argparse.Namespace, prepared: Run, record: dict[str, Any], say: Say
+) -> None:
     """Print the scores and write everything that a run leaves."""
     tested = len(prepared.found["test"])
     say("\n" + table(record["test"], record["classes"], f"Test on {tested} images") + "\n")

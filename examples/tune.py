@@ -65,14 +65,35 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--samples", type=int, default=16, metavar="N", help="settings to try (default: 16)")
-    add("--grace", type=int, default=1, metavar="N", help="epochs before one can be stopped early (default: 1)")
-    add("--reduction", type=int, default=3, metavar="N", help="of so many, ASHA goes on with the best one (default: 3)")
+    add(
+        "--grace",
+        type=int,
+        default=1,
+        metavar="N",
+        help="epochs before one can be stopped early (default: 1)",
+    )
+    add(
+        "--reduction",
+        type=int,
+        default=3,
+        metavar="N",
+        help="of so many, ASHA goes on with the best one (default: 3)",
+    )
     add("--address", metavar="HOST:PORT", help="a Ray cluster to join, or auto (default: start Ray here)")
     add("--cpus", type=int, metavar="N", help="processors that Ray may use here (default: all)")
     add("--cpus-per-trial", type=float, default=1, metavar="N", help="(default: 1)")
     add("--gpus-per-trial", type=float, metavar="N", help="(default: 1 if there is one here, else 0)")
-    add("--output", type=Path, metavar="DIR", help="where the results go (default: runs/tune-DATA-MODEL-METHOD)")
-    add("--storage", metavar="PATH", help="where trials keep their checkpoints; may be remote, as s3://… (default: --output)")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the results go (default: runs/tune-DATA-MODEL-METHOD)",
+    )
+    add(
+        "--storage",
+        metavar="PATH",
+        help="where trials keep their checkpoints; may be remote, as s3://… (default: --output)",
+    )
     return parser
 
 
@@ -93,7 +114,11 @@ def run(given: Sequence[str] | None = None) -> int:
     data = base.data.stem if base.data else "tissue"
     args.output = args.output or Path("runs") / f"tune-{data}-{base.model}-{base.method}"
     args.output.mkdir(parents=True, exist_ok=True)
-    storage = args.storage if args.storage and "://" in args.storage else str(Path(args.storage or args.output).resolve())
+    storage = (
+        args.storage
+        if args.storage and "://" in args.storage
+        else str(Path(args.storage or args.output).resolve())
+    )
     keep_search(f"{storage}/trials/search.json", args, flags)
     start_ray(args)
     try:
@@ -203,11 +228,16 @@ def train_point(point: dict[str, Any], flags: list[str], images: Images) -> None
     def report(training: Training) -> None:
         scores = [epoch["val_macro_f1"] for epoch in training.history]
         # The folder holds the checkpoint alone as long as the run is under way.
-        tune.report({SCORE: max(scores), "val_macro_f1": scores[-1]}, checkpoint=tune.Checkpoint.from_directory(folder))
+        tune.report(
+            {SCORE: max(scores), "val_macro_f1": scores[-1]},
+            checkpoint=tune.Checkpoint.from_directory(folder),
+        )
 
     # What is worth keeping, the checkpoint, goes to the storage with each report.
     with tempfile.TemporaryDirectory() as folder:
-        args = parse_run(make_run_parser(""), [*flags, *as_flags(point), "--quiet", "--resume", f"--output={folder}"])
+        args = parse_run(
+            make_run_parser(""), [*flags, *as_flags(point), "--quiet", "--resume", f"--output={folder}"]
+        )
         # Stopping is ASHA's business: its rungs are for trials that are still under way.
         args.patience = args.epochs
         if checkpoint := tune.get_checkpoint():
@@ -219,10 +249,14 @@ def train_point(point: dict[str, Any], flags: list[str], images: Images) -> None
             tune.report({SCORE: 0.0, "val_macro_f1": 0.0, "error": str(error).splitlines()[0]})
 
 
-def write_results(args: argparse.Namespace, flags: Sequence[str], results: tune.ResultGrid, start: dict[str, Any]) -> int:
+def write_results(
+    args: argparse.Namespace, flags: Sequence[str], results: tune.ResultGrid, start: dict[str, Any]
+) -> int:
     """Write every trial and the best settings, and print them; give the exit status, 1 if a trial broke off."""
     if broken := results.errors:
-        print(f"{len(broken)} of {len(results)} trials broke off, the first with:\n{broken[0]}", file=sys.stderr)
+        print(
+            f"{len(broken)} of {len(results)} trials broke off, the first with:\n{broken[0]}", file=sys.stderr
+        )
         if len(broken) == len(results):
             return 1
     trials = results.get_dataframe(filter_metric=SCORE, filter_mode="max")

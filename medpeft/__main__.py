@@ -124,7 +124,9 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("method", help="a method, or several: bias+norm")
     repeated: dict[str, Any] = {"action": "append", "default": [], "type": _option}
     command.add_argument("--option", metavar="K=V", help="such as rank=4", **repeated)
-    command.add_argument("--target", action="append", help="layers to take: a glob or a role; may be repeated")
+    command.add_argument(
+        "--target", action="append", help="layers to take: a glob or a role; may be repeated"
+    )
     command.add_argument("--exclude", action="append", help="layers to leave out")
     command.add_argument("--num-classes", type=int, default=2, metavar="N", help="outputs of the head (2)")
 

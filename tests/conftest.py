@@ -6,7 +6,9 @@ import torch
 from medpeft.adapters import registry
 
 # What these assert says what it found, as if it stood in the test.
-pytest.register_assert_rewrite("checkpoints", "small_checkpoints", "small_diffusion", "small_training")
+pytest.register_assert_rewrite(
+    "block_oracles", "layer_oracles", "checkpoints", "small_checkpoints", "small_diffusion", "small_training"
+)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -41,7 +41,9 @@ def files(tmp_path_factory):
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+                parameter.add_(
+                    0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                )
     medpeft.save(adapted, folder / "skin.safetensors", metadata={"classes": ["mel", "nev", "bcc"]})
     x = torch.rand(2, *adapted.pretrained_cfg["input_size"])
     return folder, x, adapted.eval()(x).detach()
@@ -142,7 +144,22 @@ def test_plan_is_an_aligned_table_with_a_total(capsys):
 
 
 def test_options_are_read_as_values(capsys):
-    assert main(["plan", ARCH, "lora", "--option", "rslora=true", "--option", "parts=qkv", "--option", "alpha=none"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                ARCH,
+                "lora",
+                "--option",
+                "rslora=true",
+                "--option",
+                "parts=qkv",
+                "--option",
+                "alpha=none",
+            ]
+        )
+        == 0
+    )
     assert "lora" in capsys.readouterr().out
 
 
@@ -166,7 +183,9 @@ def test_what_fails_is_said_on_stderr_with_code_1(arguments, said, capsys):
     assert "Traceback" not in printed.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["plan", ARCH], ["plan", ARCH, "lora", "--option", "rank"], ["fly"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["plan", ARCH], ["plan", ARCH, "lora", "--option", "rank"], ["fly"]]
+)
 def test_what_cannot_be_understood_has_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

@@ -102,6 +102,25 @@ def test_every_page_is_in_the_navigation():
     assert sorted(listed) == sorted(pages)
 
 
+def test_the_tree_in_how_it_works_has_every_file_of_the_package_once_each_with_its_line():
+    tree = re.search(
+        r"^```text\nmedpeft/\n(.*?)^```$", read(ROOT / "docs/how-it-works.md"), re.DOTALL | re.MULTILINE
+    )
+    assert tree is not None
+
+    listed, room = [], ""
+    for line in tree.group(1).splitlines():
+        branch, name, text = re.fullmatch(r"([│ ]*[├└]?)(?: ([\w.]+/?) +(.+))?", line).groups()
+        if name and name.endswith("/"):
+            room = name
+        elif name:
+            listed.append(name if len(branch) == 1 else room + name)
+            assert text
+    package = ROOT / "medpeft"
+    files = [path.relative_to(package).as_posix() for path in package.rglob("*.py")]
+    assert sorted(listed) == sorted(file for file in files if not file.endswith("/__init__.py"))
+
+
 def test_every_method_has_a_row_in_the_overview_and_in_the_readme():
     for page in (ROOT / "docs/methods/index.md", ROOT / "README.md"):
         first_cells = re.findall(r"^\| (.*?) \|", read(page), flags=re.MULTILINE)
@@ -110,7 +129,9 @@ def test_every_method_has_a_row_in_the_overview_and_in_the_readme():
 
 
 def test_every_option_of_a_method_is_in_its_page():
-    pages = dict(re.findall(r"^\| \[`(\w+)`\]\((\w+\.md)", read(ROOT / "docs/methods/index.md"), flags=re.MULTILINE))
+    pages = dict(
+        re.findall(r"^\| \[`(\w+)`\]\((\w+\.md)", read(ROOT / "docs/methods/index.md"), flags=re.MULTILINE)
+    )
     for name, method in built_in().items():
         text = read(ROOT / "docs/methods" / pages[name])
         for option in method.options:

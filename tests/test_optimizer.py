@@ -22,7 +22,9 @@ def test_every_trainable_parameter_is_in_one_group():
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize(("family", "method"), [("vit", "ssf"), ("resnet", "ssf"), ("vit", "svdiff"), ("vit", "bias+norm")])
+@pytest.mark.parametrize(
+    ("family", "method"), [("vit", "ssf"), ("resnet", "ssf"), ("vit", "svdiff"), ("vit", "bias+norm")]
+)
 def test_scales_shifts_and_biases_are_not_decayed(family, method):
     model = medpeft.apply(make(family), method, head=None)
 
@@ -62,7 +64,10 @@ def test_the_groups_train_in_a_torch_optimizer():
 
     optimizer = torch.optim.AdamW(medpeft.parameter_groups(model, lr=1e-3, weight_decay=0.1))
 
-    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == medpeft.report(model).trainable
+    assert (
+        sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        == medpeft.report(model).trainable
+    )
 
 
 @pytest.mark.parametrize("options", [{"lr": 0.0}, {"lr": -1.0}, {"lr": 1e-3, "lora_plus": 0.0}])

@@ -82,7 +82,9 @@ print(*sorted(heavy & {name.partition(".")[0] for name in sys.modules} - {name.p
 def test_importing_costs_little_beyond_torch_and_loads_no_model_library():
     seconds = []
     for _ in range(3):
-        answer = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, cwd=ROOT, check=True)
+        answer = subprocess.run(
+            [sys.executable, "-c", _IMPORT], capture_output=True, text=True, cwd=ROOT, check=True
+        )
         first, second = answer.stdout.split("\n")[:2]
         assert second == ""
         seconds.append(float(first))
@@ -109,7 +111,10 @@ def test_the_quick_start_of_the_readme():
     print(medpeft.plan(model, "lora", rank=8))
     medpeft.apply(model, {"lora": {"rank": 8}, "bn": {}}, target="layer4.*")
 
-    assert {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"layer4", "fc"}
+    assert {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {
+        "layer4",
+        "fc",
+    }
     groups = medpeft.parameter_groups(model, lr=1e-3, weight_decay=0.05)
     torch.optim.AdamW(groups)
     with medpeft.disabled(model):

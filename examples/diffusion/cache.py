@@ -67,7 +67,9 @@ class Encoded:
             return image | {name: file.get_slice(name)[text] for name in self.empty}
 
 
-def encode(pipeline: Any, data: Captioned, folder: Path, device: torch.device, batch_size: int = 32) -> Encoded:
+def encode(
+    pipeline: Any, data: Captioned, folder: Path, device: torch.device, batch_size: int = 32
+) -> Encoded:
     """Encode images and texts with the frozen parts of a pipeline, or find them encoded.
 
     Args:
@@ -91,7 +93,9 @@ def encode(pipeline: Any, data: Captioned, folder: Path, device: torch.device, b
         write(str(path), _encode(pipeline, data, part, device, batch_size), {"format": "pt"})
     config = pipeline.vae.config
     empty = {name: tensor[0].cpu() for name, tensor in embed(pipeline, [""], device)[1].items()}
-    return Encoded(shards, len(data), data.size, float(config.scaling_factor), float(config.shift_factor or 0.0), empty)
+    return Encoded(
+        shards, len(data), data.size, float(config.scaling_factor), float(config.shift_factor or 0.0), empty
+    )
 
 
 def _encoders(pipeline: Any) -> list[Any]:
@@ -100,11 +104,17 @@ def _encoders(pipeline: Any) -> list[Any]:
 
 def _parts(pipeline: Any, kind: str) -> list[Any]:
     """The text encoders or tokenizers: SDXL has two."""
-    return [part for name, part in sorted(pipeline.components.items()) if name.startswith(kind) and part is not None]
+    return [
+        part
+        for name, part in sorted(pipeline.components.items())
+        if name.startswith(kind) and part is not None
+    ]
 
 
 @torch.no_grad()
-def _encode(pipeline: Any, data: Captioned, part: range, device: torch.device, batch_size: int) -> dict[str, Tensor]:
+def _encode(
+    pipeline: Any, data: Captioned, part: range, device: torch.device, batch_size: int
+) -> dict[str, Tensor]:
     means, deviations = [], []
     for rows in _chunks(list(part), batch_size):
         images = to_model(data.pixels(rows)).to(device, pipeline.vae.dtype)
@@ -123,7 +133,9 @@ def _encode(pipeline: Any, data: Captioned, part: range, device: torch.device, b
 @torch.no_grad()
 def embed(pipeline: Any, texts: list[str], device: torch.device) -> tuple[Condition, Condition]:
     """Embed texts as the pipeline does when it generates, and no text as often; texts are cut at the tokenizer's length."""
-    found = pipeline.encode_prompt(prompt=texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True)
+    found = pipeline.encode_prompt(
+        prompt=texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True
+    )
     if len(found) == 2:
         return {"text": found[0]}, {"text": found[1]}
     return {"text": found[0], "pooled": found[2]}, {"text": found[1], "pooled": found[3]}
@@ -140,7 +152,9 @@ def digest_of(module: nn.Module) -> str:
 
 def _digest(weights: str, data: Captioned, part: range) -> str:
     if isinstance(data.images, Tensor):
-        images: list[Any] = [hashlib.sha256(memory(data.images[part.start : part.stop].contiguous())).hexdigest()]
+        images: list[Any] = [
+            hashlib.sha256(memory(data.images[part.start : part.stop].contiguous())).hexdigest()
+        ]
     else:
         # Reading a few hundred thousand files at each start would take longer than an epoch.
         found = [(data.images[i], data.images[i].stat()) for i in part]

@@ -110,7 +110,9 @@ def tissue(size: int) -> Captioned:
     pixels = stack([resize(section[patch], size) for patch in patches])
     classes = [f"{GRADES[g]} staining" for g in grades]
     texts = [f"immunohistochemistry of the colon, {name}" for name in classes]
-    return Captioned(pixels, texts, classes, join_groups([(y // BLOCK, x // BLOCK) for y, x in corners]), size)
+    return Captioned(
+        pixels, texts, classes, join_groups([(y // BLOCK, x // BLOCK) for y, x in corners]), size
+    )
 
 
 def within_tokens(data: Captioned, tokenizer: Any, least: int, most: int) -> Captioned:
@@ -137,7 +139,9 @@ def hold_out(data: Captioned, share: float, seed: int) -> tuple[Captioned, Capti
         TrainerError: there are fewer than two groups.
     """
     if len(set(data.groups.tolist())) < 2:
-        raise TrainerError(f"{len(data)} images of one patient or block cannot be divided. Add images of another.")
+        raise TrainerError(
+            f"{len(data)} images of one patient or block cannot be divided. Add images of another."
+        )
     splitter = GroupShuffleSplit(1, test_size=share, random_state=seed)
     train, held = next(splitter.split(data.texts, groups=data.groups))
     return data.part(train), data.part(held)
@@ -174,11 +178,15 @@ def _from_table(file: Path, size: int, patient_column: str) -> Captioned:
         )
     empty = [i + 1 for i, row in enumerate(rows) if not (row.get(files) and row.get("text"))]
     if empty:
-        raise TrainerError(f"{file} has {len(empty)} rows without a file or a text, the first is row {empty[0]}.")
+        raise TrainerError(
+            f"{file} has {len(empty)} rows without a file or a text, the first is row {empty[0]}."
+        )
     images = [file.parent / row[files] for row in rows]
     missing = [path for path in images if not path.is_file()]
     if missing:
-        raise TrainerError(f"{file} names {len(missing)} images that do not exist, the first is {missing[0]}.")
+        raise TrainerError(
+            f"{file} names {len(missing)} images that do not exist, the first is {missing[0]}."
+        )
     texts = [row["text"] for row in rows]
     classes = [row.get("label") or row["text"] for row in rows]
     patients = [row.get(patient_column) or f"image {i}" for i, row in enumerate(rows)]
@@ -197,7 +205,9 @@ def _rows(file: Path) -> list[dict[str, str]]:
             f"{file} cannot be read as a table: {error}. Give a .csv, or a .jsonl with one object a line."
         ) from error
     if not all(isinstance(line, dict) for line in lines):
-        raise TrainerError(f"{file} has a line that is no JSON object. Write one with the file and the text on each line.")
+        raise TrainerError(
+            f"{file} has a line that is no JSON object. Write one with the file and the text on each line."
+        )
     return [{key: str(value) for key, value in line.items() if value is not None} for line in lines]
 
 
@@ -212,7 +222,9 @@ def _from_folders(folder: Path, size: int, caption: str) -> Captioned:
         if path.suffix.lower() in SUFFIXES
     ]
     if not found:
-        raise TrainerError(f"--data {folder} has neither metadata.jsonl, nor metadata.csv, nor images in subfolders.")
+        raise TrainerError(
+            f"--data {folder} has neither metadata.jsonl, nor metadata.csv, nor images in subfolders."
+        )
     names = [name.replace("_", " ") for _, name in found]
     texts = [caption.format(name) for name in names]
     return Captioned([path for path, _ in found], texts, names, np.arange(len(found)), size)

@@ -66,7 +66,9 @@ def draw_comparison(images: Mapping[str, Tensor], prompts: Sequence[str], title:
     path.parent.mkdir(parents=True, exist_ok=True)
     each = len(next(iter(images.values()))) // len(prompts)
     width = max(1.05 * each, 1.6)
-    figure = Figure(figsize=(1.7 + width * len(prompts), 0.9 + 1.05 * len(images)), dpi=150, layout="constrained")
+    figure = Figure(
+        figsize=(1.7 + width * len(prompts), 0.9 + 1.05 * len(images)), dpi=150, layout="constrained"
+    )
     grid = figure.subplots(len(images), len(prompts), squeeze=False)
     for row, (name, found) in zip(grid, images.items(), strict=True):
         for i, axes in enumerate(row):

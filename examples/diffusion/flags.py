@@ -29,7 +29,9 @@ FREE = {
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Declare the flags."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     _add_data_flags(parser)
     _add_method_flags(parser)
     _add_training_flags(parser)
@@ -92,8 +94,18 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="a .csv or .jsonl with a column of image files and a column text, and perhaps label and patient; a folder with "
         "metadata.csv or metadata.jsonl; or a folder with one subfolder a class (default: patches of stained tissue)",
     )
-    add("--caption", default="a medical image, {}", metavar="TEXT", help="text of a class, whose name takes the place of {}")
-    add("--patient-column", default="patient", metavar="NAME", help="column whose images stay in one part (default: patient)")
+    add(
+        "--caption",
+        default="a medical image, {}",
+        metavar="TEXT",
+        help="text of a class, whose name takes the place of {}",
+    )
+    add(
+        "--patient-column",
+        default="patient",
+        metavar="NAME",
+        help="column whose images stay in one part (default: patient)",
+    )
     add(
         "--tokens",
         type=int,
@@ -101,8 +113,19 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar=("MIN", "MAX"),
         help="keep the images whose text has so many tokens; the study keeps 7 to 77",
     )
-    add("--image-size", type=int, metavar="PX", help="side in pixels (default: the pipeline's; 32 for the tiny one)")
-    add("--held-out", type=float, default=0.25, metavar="F", help="share of images that scores compare with (default: 0.25)")
+    add(
+        "--image-size",
+        type=int,
+        metavar="PX",
+        help="side in pixels (default: the pipeline's; 32 for the tiny one)",
+    )
+    add(
+        "--held-out",
+        type=float,
+        default=0.25,
+        metavar="F",
+        help="share of images that scores compare with (default: 0.25)",
+    )
     add(
         "--new-class",
         action="append",
@@ -114,10 +137,30 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_method_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pipeline and method").add_argument
-    add("--pipeline", help="a folder of diffusers with Stable Diffusion or SDXL, or its name on the Hub (default: a tiny one)")
-    add("--tiny-folder", type=Path, metavar="DIR", help="where the tiny pipeline is kept (default: beside --output)")
-    add("--tiny-steps", type=int, default=1500, metavar="N", help="steps that pretrain its UNet (default: 1500)")
-    add("--tiny-autoencoder-steps", type=int, default=600, metavar="N", help="and its autoencoder (default: 600)")
+    add(
+        "--pipeline",
+        help="a folder of diffusers with Stable Diffusion or SDXL, or its name on the Hub (default: a tiny one)",
+    )
+    add(
+        "--tiny-folder",
+        type=Path,
+        metavar="DIR",
+        help="where the tiny pipeline is kept (default: beside --output)",
+    )
+    add(
+        "--tiny-steps",
+        type=int,
+        default=1500,
+        metavar="N",
+        help="steps that pretrain its UNet (default: 1500)",
+    )
+    add(
+        "--tiny-autoencoder-steps",
+        type=int,
+        default=600,
+        metavar="N",
+        help="and its autoencoder (default: 600)",
+    )
     add("--method", default="lora", help=f"{', '.join(STRATEGIES)}; or any other of medpeft (default: lora)")
     add(
         "--option",
@@ -127,7 +170,12 @@ def _add_method_flags(parser: argparse.ArgumentParser) -> None:
         help="option of the method, such as rank=4 (in a union: lora.rank=4); may be repeated",
     )
     add("--target", action="append", metavar="LAYERS", help="layers to adapt; may be repeated")
-    add("--svd-cache", type=Path, metavar="DIR", help="keep the decompositions of svdiff here, for the next start")
+    add(
+        "--svd-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep the decompositions of svdiff here, for the next start",
+    )
 
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -135,24 +183,74 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=500, metavar="N", help="optimizer steps (default: 500)")
     add("--batch-size", type=int, default=16, metavar="N", help="images on each device (default: 16)")
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in RATES.items())
-    add("--lr", type=float, help=f"peak rate of AdamW (default: {rates}, {RATE:g} for others; the tiny pipeline takes larger)")
+    add(
+        "--lr",
+        type=float,
+        help=f"peak rate of AdamW (default: {rates}, {RATE:g} for others; the tiny pipeline takes larger)",
+    )
     add("--weight-decay", type=float, default=0.01, metavar="W", help="(default: 0.01)")
-    add("--snr-gamma", type=float, default=5.0, metavar="G", help="bound of min-SNR weighting, 0 for none (default: 5)")
-    add("--drop-text", type=float, default=0.1, metavar="F", help="share of images without their text (default: 0.1)")
-    add("--ema", type=float, default=0.99, metavar="D", help="decay of the average of the trainable weights (default: 0.99)")
-    add("--precision", choices=sorted(PRECISIONS), default="32", help="16 and bf16 compute in half precision (default: 32)")
-    add("--gradient-checkpointing", action="store_true", help="compute activations anew in backward: less memory, slower")
+    add(
+        "--snr-gamma",
+        type=float,
+        default=5.0,
+        metavar="G",
+        help="bound of min-SNR weighting, 0 for none (default: 5)",
+    )
+    add(
+        "--drop-text",
+        type=float,
+        default=0.1,
+        metavar="F",
+        help="share of images without their text (default: 0.1)",
+    )
+    add(
+        "--ema",
+        type=float,
+        default=0.99,
+        metavar="D",
+        help="decay of the average of the trainable weights (default: 0.99)",
+    )
+    add(
+        "--precision",
+        choices=sorted(PRECISIONS),
+        default="32",
+        help="16 and bf16 compute in half precision (default: 32)",
+    )
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations anew in backward: less memory, slower",
+    )
     add("--devices", type=int, default=1, metavar="N", help="GPUs, or processes on a CPU (default: 1)")
     add("--seed", type=int, default=0, help="of split, adapters, batches and pictures (default: 0)")
-    add("--output", type=Path, metavar="DIR", help="where the results go (default: runs/DATA-PIPELINE-METHOD-SEED)")
-    add("--cache", type=Path, metavar="DIR", help="where latents and text embeddings go (default: latents beside --output)")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the results go (default: runs/DATA-PIPELINE-METHOD-SEED)",
+    )
+    add(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where latents and text embeddings go (default: latents beside --output)",
+    )
     add("--save-every", type=int, default=250, metavar="N", help="steps between checkpoints (default: 250)")
-    add("--resume", action="store_true", help="continue after the last checkpoint in --output, or begin if there is none")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue after the last checkpoint in --output, or begin if there is none",
+    )
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("pictures and scores").add_argument
-    add("--prompt", action="append", metavar="TEXT", help="of the pictures; may be repeated (default: a text of each class)")
+    add(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="of the pictures; may be repeated (default: a text of each class)",
+    )
     add("--sample-every", type=int, default=250, metavar="N", help="steps between pictures (default: 250)")
     add("--inference-steps", type=int, default=25, metavar="N", help="of DDIM (default: 25)")
     add("--guidance", type=float, default=2.0, metavar="W", help="of the text, 1 for none (default: 2)")
@@ -163,4 +261,9 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="compare so many generated images, at most as many as are held out, with real ones by FID and KID (default: 0)",
     )
-    add("--inception-weights", type=Path, metavar="FILE", help="torch-fidelity's weights of Inception-v3 for FID")
+    add(
+        "--inception-weights",
+        type=Path,
+        metavar="FILE",
+        help="torch-fidelity's weights of Inception-v3 for FID",
+    )

@@ -141,7 +141,12 @@ def fit(
         TrainerError: the loss is no longer a number.
     """
     bar = tqdm(
-        total=recipe.steps, initial=training.step, desc="training", unit="step", leave=False, disable=fabric.global_rank > 0
+        total=recipe.steps,
+        initial=training.step,
+        desc="training",
+        unit="step",
+        leave=False,
+        disable=fabric.global_rank > 0,
     )
     training.unet.train()
     while training.step < recipe.steps:
@@ -203,12 +208,20 @@ def rows_of(length: int, recipe: Recipe, step: int, rank: int, devices: int) -> 
 
 @lru_cache(maxsize=4)
 def _order(length: int, seed: int, epoch: int) -> list[int]:
-    order: list[int] = torch.randperm(length, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)).tolist()
+    order: list[int] = torch.randperm(
+        length, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    ).tolist()
     return order
 
 
 def denoising_loss(
-    unet: nn.Module, noise: Any, latents: Tensor, inputs: dict[str, Any], times: Tensor, added: Tensor, snr_gamma: float
+    unet: nn.Module,
+    noise: Any,
+    latents: Tensor,
+    inputs: dict[str, Any],
+    times: Tensor,
+    added: Tensor,
+    snr_gamma: float,
 ) -> Tensor:
     """Mean squared error of what the UNet guesses, weighted by min-SNR.
 
@@ -225,7 +238,9 @@ def denoising_loss(
     velocity = noise.config.prediction_type == "v_prediction"
     wanted = noise.get_velocity(latents, added, times) if velocity else added
     errors = (guess - wanted).square().flatten(1).mean(1)
-    loss: Tensor = (errors * weights(noise.alphas_cumprod.to(times.device)[times], snr_gamma, velocity)).mean()
+    loss: Tensor = (
+        errors * weights(noise.alphas_cumprod.to(times.device)[times], snr_gamma, velocity)
+    ).mean()
     return loss
 
 
@@ -257,7 +272,9 @@ def warmup_cosine(optimizer: Optimizer, steps: int) -> LambdaLR:
     return LambdaLR(optimizer, factor)
 
 
-def start_training(fabric: Fabric, unet: nn.Module, recipe: Recipe, *, lr: float, weight_decay: float) -> Training:
+def start_training(
+    fabric: Fabric, unet: nn.Module, recipe: Recipe, *, lr: float, weight_decay: float
+) -> Training:
     """Put an adapted UNet at the beginning of a recipe."""
     optimizer = torch.optim.AdamW(medpeft.parameter_groups(unet, lr=lr, weight_decay=weight_decay))
     schedule = warmup_cosine(optimizer, recipe.steps)

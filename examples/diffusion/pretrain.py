@@ -15,7 +15,9 @@ from .pipelines import noise_schedule, open_pipeline, quiet
 from .tiny import build_tiny, pretrain_autoencoder, save_tiny, saved_tiny
 
 
-def tiny_pipeline(data: Captioned, classes: list[str], folder: Path, *, cache: Path, steps: tuple[int, int], seed: int) -> Any:
+def tiny_pipeline(
+    data: Captioned, classes: list[str], folder: Path, *, cache: Path, steps: tuple[int, int], seed: int
+) -> Any:
     """Open the tiny pipeline, or build it, pretrain it and save it.
 
     Args:

@@ -61,7 +61,9 @@ class Score:
         if fewest >= needed:
             return ""
         singular = (
-            f" With fewer than its {self.features} features the covariance is singular." if fewest <= self.features else ""
+            f" With fewer than its {self.features} features the covariance is singular."
+            if fewest <= self.features
+            else ""
         )
         return (
             f"{fewest} images are too few for an FID: it is biased upwards below {needed:,}, and compares only with others of "
@@ -146,7 +148,9 @@ def score(real: Tensor, generated: Tensor, extractor: tuple[str, nn.Module], see
     # Half of the images, so that subsets differ.
     subset = max(2, min(100, len(real) // 2, len(generated) // 2))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Metric `Kernel Inception Distance` will save all extracted features")
+        warnings.filterwarnings(
+            "ignore", "Metric `Kernel Inception Distance` will save all extracted features"
+        )
         kid = KernelInceptionDistance(feature=found, subsets=50, subset_size=subset, sync_on_compute=False)
     # One process has all images; others, that train beside it, would be waited for.
     fid = FrechetInceptionDistance(feature=found, sync_on_compute=False)

@@ -65,7 +65,9 @@ def make_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
     merges = list(dict.fromkeys(merges))
     tokens += [left + right for left, right in merges]
     return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=merges, model_max_length=TOKENS
+        vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))},
+        merges=merges,
+        model_max_length=TOKENS,
     )
 
 
@@ -122,7 +124,9 @@ def _schedule() -> DDIMScheduler:
     )
 
 
-def pretrain_autoencoder(vae: AutoencoderKL, data: Captioned, steps: int, seed: int, batch_size: int = 16) -> float:
+def pretrain_autoencoder(
+    vae: AutoencoderKL, data: Captioned, steps: int, seed: int, batch_size: int = 16
+) -> float:
     """Teach the autoencoder the images, and set its scale so that latents have unit variance; give its last mean error.
 
     The loss is the mean absolute error and a weak pull of the latents to a normal distribution, as in Rombach et al. (2022),

@@ -87,7 +87,9 @@ class Cell:
         return f"{self.label} on {self.model}, {self.data}, {self.split}"
 
 
-def make_cell(flags: Sequence[str], data: Path | None, model: str, choice: Choice, split: Split, folder: Path) -> Cell:
+def make_cell(
+    flags: Sequence[str], data: Path | None, model: str, choice: Choice, split: Split, folder: Path
+) -> Cell:
     """Make one run out of the flags of `train.py` that all runs share and those of its own.
 
     Args:
@@ -191,7 +193,9 @@ def shapes_of(model: str, image_size: int) -> nn.Module:
 def _what_trains(plan: medpeft.Plan, args: argparse.Namespace) -> str:
     """Name what a run would do: bias and bitfit are one method under two names, and norm is bn where all norms are."""
     own = sorted(plan.selected) + [f"{m.name} {s.name} {s.weight} {args.option}" for m, s in plan.sites]
-    rest: dict[str, Any] = {k: v for k, v in settings_of(args).items() if k not in {*IRRELEVANT, "method", "option"}}
+    rest: dict[str, Any] = {
+        k: v for k, v in settings_of(args).items() if k not in {*IRRELEVANT, "method", "option"}
+    }
     return json.dumps([own, plan.record.batchnorm, rest], sort_keys=True, default=str)
 
 

@@ -45,13 +45,23 @@ def draw_pareto(summary: pd.DataFrame, title: str, path: Path) -> None:
     for axes, cost in zip(panels, shown, strict=True):
         _draw_costs(axes, rows, cost, looks)
     panels[0].set_ylabel("test macro-F1")
-    entries = [_entry(label, f"{label}  {mean:.3f}", looks) for label, mean in zip(rows["label"], rows["mean"], strict=True)]
-    figure.legend(handles=entries, loc="outside right center", frameon=False, title="macro-F1, best first\n(size: parameters)")
+    entries = [
+        _entry(label, f"{label}  {mean:.3f}", looks)
+        for label, mean in zip(rows["label"], rows["mean"], strict=True)
+    ]
+    figure.legend(
+        handles=entries,
+        loc="outside right center",
+        frameon=False,
+        title="macro-F1, best first\n(size: parameters)",
+    )
     figure.suptitle(title)
     figure.savefig(path)
 
 
-def draw_volume(summary: pd.DataFrame, leads: Mapping[str, Lead], baseline: str, title: str, path: Path) -> None:
+def draw_volume(
+    summary: pd.DataFrame, leads: Mapping[str, Lead], baseline: str, title: str, path: Path
+) -> None:
     """Draw the mean macro-F1 against the share of the training data, and mark where the methods' curves cross the baseline's.
 
     Args:
@@ -70,17 +80,28 @@ def draw_volume(summary: pd.DataFrame, leads: Mapping[str, Lead], baseline: str,
         heavy = 2.4 if label == baseline else 1.5
         axes.plot(rows["fraction"], rows["mean"], marker=marker, color=colour, linewidth=heavy, markersize=6)
         spread = rows["sd"].fillna(0)
-        axes.fill_between(rows["fraction"], rows["mean"] - spread, rows["mean"] + spread, color=colour, alpha=0.12, linewidth=0)
+        axes.fill_between(
+            rows["fraction"],
+            rows["mean"] - spread,
+            rows["mean"] + spread,
+            color=colour,
+            alpha=0.12,
+            linewidth=0,
+        )
         lead = leads.get(label)
         crosses = lead.crossings if lead else ()
-        entries.append(_entry(label, f"{label}  ({lead_text(lead)})" if lead and crosses else label, looks, line=True))
+        entries.append(
+            _entry(label, f"{label}  ({lead_text(lead)})" if lead and crosses else label, looks, line=True)
+        )
         heights = np.interp(np.log(crosses), np.log(rows["fraction"]), rows["mean"])
         axes.plot(crosses, heights, "X", color=colour, markeredgecolor="white", markersize=13, zorder=5)
     _finish_volume(axes, summary)
     order = {label: i for i, label in enumerate(_by_last_score(summary))}
     entries.sort(key=lambda entry: order[str(entry.get_gid())])
     if any(lead.crossings for lead in leads.values()):
-        entries.append(Line2D([], [], marker="X", linestyle="", color=GREY, markersize=9, label=f"crosses {baseline}"))
+        entries.append(
+            Line2D([], [], marker="X", linestyle="", color=GREY, markersize=9, label=f"crosses {baseline}")
+        )
     figure.legend(handles=entries, loc="outside right center", frameon=False)
     figure.suptitle(title)
     figure.savefig(path)
@@ -90,9 +111,13 @@ def looks_of(labels: Sequence[str], baseline: str = "full") -> dict[str, tuple[s
     """Give every label a colour and a marker, which follow from the labels' order; full fine-tuning is a black circle."""
     others = [label for label in dict.fromkeys(labels) if label != baseline]
     # Six and seven have no common divisor: neighbours differ in both, and 42 pass before a pair recurs.
-    pairs = [(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(len(COLOURS) * len(MARKERS))]
+    pairs = [
+        (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(len(COLOURS) * len(MARKERS))
+    ]
     pairs.remove((COLOURS[-1], MARKERS[0]))
-    return {baseline: (COLOURS[-1], MARKERS[0])} | {label: pairs[i % len(pairs)] for i, label in enumerate(others)}
+    return {baseline: (COLOURS[-1], MARKERS[0])} | {
+        label: pairs[i % len(pairs)] for i, label in enumerate(others)
+    }
 
 
 def _draw_costs(axes: Axes, rows: pd.DataFrame, cost: str, looks: dict[str, tuple[str, str]]) -> None:
@@ -103,7 +128,14 @@ def _draw_costs(axes: Axes, rows: pd.DataFrame, cost: str, looks: dict[str, tupl
         x = getattr(row, cost)
         axes.plot([x, x], [row.low, row.high], color=colour, alpha=0.35, linewidth=1.2, zorder=2)
         dot = axes.scatter(
-            x, row.mean, _area(row.trainable), colour, marker=marker, edgecolors="white", linewidths=0.7, zorder=3
+            x,
+            row.mean,
+            _area(row.trainable),
+            colour,
+            marker=marker,
+            edgecolors="white",
+            linewidths=0.7,
+            zorder=3,
         )
         # Whole also at 0, where a linear probe lies that keeps nothing.
         dot.set_clip_on(False)
@@ -124,7 +156,16 @@ def _area(trainable: float) -> float:
 
 def _entry(label: str, text: str, looks: dict[str, tuple[str, str]], line: bool = False) -> Line2D:
     colour, marker = looks[label]
-    return Line2D([], [], marker=marker, color=colour, linestyle="-" if line else "", label=text, markersize=7, gid=label)
+    return Line2D(
+        [],
+        [],
+        marker=marker,
+        color=colour,
+        linestyle="-" if line else "",
+        label=text,
+        markersize=7,
+        gid=label,
+    )
 
 
 def _finish_volume(axes: Axes, summary: pd.DataFrame) -> None:

@@ -25,7 +25,9 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--data", nargs="+", type=Path, default=[None], metavar="PATH", help="data sets (default: train.py's)")
+    add(
+        "--data", nargs="+", type=Path, default=[None], metavar="PATH", help="data sets (default: train.py's)"
+    )
     add("--model", nargs="+", default=[DEFAULT], metavar="NAME", help=f"timm models (default: {DEFAULT})")
     add("--method", nargs="*", metavar="NAME", help="methods or unions (default: every method that fits)")
     add(
@@ -45,12 +47,26 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
         metavar="K",
         help="cross-validation: K runs with each seed, each tested on another fold",
     )
-    add("--output", type=Path, default=Path(output), metavar="DIR", help=f"where records and results go (default: {output})")
-    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="run only the I-th of every N runs: one for each machine")
+    add(
+        "--output",
+        type=Path,
+        default=Path(output),
+        metavar="DIR",
+        help=f"where records and results go (default: {output})",
+    )
+    add(
+        "--shard",
+        type=shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="run only the I-th of every N runs: one for each machine",
+    )
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+def parse(
+    parser: argparse.ArgumentParser, given: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
     """Read the flags; give the study's own, with its `splits` of the data, and those for every run.
 
     Raises:
@@ -64,13 +80,21 @@ def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> tuple
         )
     for flag in ("--resume", "--quiet", "--fold"):
         if any(text.partition("=")[0] == flag for text in shared):
-            raise TrainerError(f"{flag} is set by the study: it resumes, its runs are quiet, and --k-folds runs all folds.")
+            raise TrainerError(
+                f"{flag} is set by the study: it resumes, its runs are quiet, and --k-folds runs all folds."
+            )
     if args.k_folds < 0 or args.k_folds == 1:
-        raise TrainerError(f"--k-folds is {args.k_folds}; take at least 2 folds, or 0 for one split of each seed.")
-    args.splits = [Split(seed, args.k_folds, fold) for seed in args.seed for fold in range(max(args.k_folds, 1))]
+        raise TrainerError(
+            f"--k-folds is {args.k_folds}; take at least 2 folds, or 0 for one split of each seed."
+        )
+    args.splits = [
+        Split(seed, args.k_folds, fold) for seed in args.seed for fold in range(max(args.k_folds, 1))
+    ]
     names = [path.stem for path in args.data if path is not None]
     if len(set(names)) < len(names):
-        raise TrainerError(f"--data has two data sets called {max(names, key=names.count)}. Rename one: tables show the name.")
+        raise TrainerError(
+            f"--data has two data sets called {max(names, key=names.count)}. Rename one: tables show the name."
+        )
     return args, [*shared, "--quiet"]
 
 

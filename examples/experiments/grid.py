@@ -9,7 +9,9 @@ from .rates import Row, tuned
 from .study import Study, in_order
 
 
-def cells_of(study: Study, rows_of: Callable[[list[Choice]], Sequence[Choice]] = lambda kept: kept) -> list[Cell]:
+def cells_of(
+    study: Study, rows_of: Callable[[list[Choice]], Sequence[Choice]] = lambda kept: kept
+) -> list[Cell]:
     """List the runs, after finding the learning rates if that was asked for.
 
     Args:

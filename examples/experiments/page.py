@@ -56,4 +56,7 @@ def write_page(path: Path, title: str, sections: Sequence[str]) -> None:
         f"<title>{escape(title)}</title><style>{STYLE}</style>"
     )
     body = "\n".join([f"<h1>{escape(title)}</h1>", *sections])
-    path.write_text(f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n', encoding="utf-8")
+    path.write_text(
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n',
+        encoding="utf-8",
+    )

@@ -23,9 +23,21 @@ MORE = 2  # rates to try beyond the edge of a grid
 def declare_rate_flags(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the search for the rates."""
     add = parser.add_argument
-    add("--lr-factors", nargs="+", type=float, metavar="X", help="try each method's learning rate times each X")
+    add(
+        "--lr-factors",
+        nargs="+",
+        type=float,
+        metavar="X",
+        help="try each method's learning rate times each X",
+    )
     add("--lr-epochs", type=int, metavar="N", help="epochs of those trials (default: those of the runs)")
-    add("--lr-seeds", type=int, default=1, metavar="N", help="judge a rate by its mean over the first N seeds (default: 1)")
+    add(
+        "--lr-seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="judge a rate by its mean over the first N seeds (default: 1)",
+    )
 
 
 def check_rate_flags(args: argparse.Namespace) -> None:
@@ -37,7 +49,9 @@ def check_rate_flags(args: argparse.Namespace) -> None:
             f"{args.output / 'settings'}/…/*.yaml to --config."
         )
     if not 1 <= args.lr_seeds <= len(args.seed):
-        raise TrainerError(f"--lr-seeds is {args.lr_seeds}; it must be from 1 to {len(args.seed)}, the number of seeds.")
+        raise TrainerError(
+            f"--lr-seeds is {args.lr_seeds}; it must be from 1 to {len(args.seed)}, the number of seeds."
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,9 @@ class Row:
     def at(self, rate: float, epochs: int | None = None) -> Row:
         """Give the row with a rate, and another number of epochs if asked for."""
         shorter = () if epochs is None else ("--epochs", str(epochs))
-        return replace(self, choice=Choice(self.choice.label, (*self.choice.flags, "--lr", repr(rate), *shorter)))
+        return replace(
+            self, choice=Choice(self.choice.label, (*self.choice.flags, "--lr", repr(rate), *shorter))
+        )
 
 
 def tuned(study: Study, rows: Sequence[Row]) -> list[Row]:
@@ -95,7 +111,10 @@ def try_rates(study: Study, grids: Mapping[Row, Sequence[float]]) -> dict[Row, f
     """
     args = study.args
     splits = [split for split in args.splits if split.fold == 0][: args.lr_seeds]
-    trials = {row: [row.at(r, args.lr_epochs).cell(study, s) for r in rates for s in splits] for row, rates in grids.items()}
+    trials = {
+        row: [row.at(r, args.lr_epochs).cell(study, s) for r in rates for s in splits]
+        for row, rates in grids.items()
+    }
     failed = run_cells(in_order(args, [cell for cells in trials.values() for cell in cells]), study.records)
     found = study.records.read()
     best = {}

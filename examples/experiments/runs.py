@@ -24,7 +24,17 @@ from .cells import Cell
 from .records import Record, Records
 
 # What of a run's metrics.json a study needs; the rest stays in the run's folder.
-KEPT = ("trainable", "test", "val", "best_epoch", "step_seconds", "saved_bytes", "peak_bytes", "seconds", "versions")
+KEPT = (
+    "trainable",
+    "test",
+    "val",
+    "best_epoch",
+    "step_seconds",
+    "saved_bytes",
+    "peak_bytes",
+    "seconds",
+    "versions",
+)
 
 
 def run_cells(cells: Sequence[Cell], records: Records) -> list[tuple[Cell, str]]:
@@ -83,7 +93,9 @@ def _lock_of(cell: Cell) -> FileLock:
     return FileLock(cell.args.output / "run.lock")
 
 
-def _run_and_record(cell: Cell, title: str, records: Records, images: dict[tuple[Any, ...], Images]) -> list[tuple[Cell, str]]:
+def _run_and_record(
+    cell: Cell, title: str, records: Records, images: dict[tuple[Any, ...], Images]
+) -> list[tuple[Cell, str]]:
     """Run and record a cell; give it with the reason if it failed."""
     shared = _images_of(cell.args, images)
     print(title, end="", flush=True)
@@ -104,8 +116,18 @@ def _run_and_record(cell: Cell, title: str, records: Records, images: dict[tuple
 
 def run_cell(cell: Cell, images: Images) -> Record:
     """Train and test one cell, from its last checkpoint if it was cut off; give its record."""
-    result = train.run(argparse.Namespace(**vars(cell.args)), images) if cell.args.devices == 1 else _run_apart(cell)
-    names = {"key": cell.key, "data": cell.data, "model": cell.model, "label": cell.label, "seed": cell.args.seed}
+    result = (
+        train.run(argparse.Namespace(**vars(cell.args)), images)
+        if cell.args.devices == 1
+        else _run_apart(cell)
+    )
+    names = {
+        "key": cell.key,
+        "data": cell.data,
+        "model": cell.model,
+        "label": cell.label,
+        "seed": cell.args.seed,
+    }
     kept = {name: result[name] for name in KEPT if name in result}
     val_loss = result["history"][result["best_epoch"] - 1]["val_loss"]
     return {**names, "images": result["images"], "settings": result["settings"], **kept, "val_loss": val_loss}
@@ -123,7 +145,9 @@ def _run_apart(cell: Cell) -> dict[str, Any]:
     )
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
-        raise TrainerError(said[0].removeprefix("train.py: ") if said else done.stderr.strip().rpartition("\n")[2])
+        raise TrainerError(
+            said[0].removeprefix("train.py: ") if said else done.stderr.strip().rpartition("\n")[2]
+        )
     return dict(json.loads((cell.args.output / "metrics.json").read_text()))
 
 

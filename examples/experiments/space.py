@@ -40,8 +40,12 @@ def defaults(args: argparse.Namespace, space: Mapping[str, Any]) -> dict[str, An
     Raises:
         TrainerError, medpeft.MedpeftError: the method does not fit the model.
     """
-    planned = medpeft.plan(shapes_of(args.model, args.image_size), args.option, target=args.target, batchnorm=args.batchnorm)
-    options = {f"{name}.{key}": value for name, own in planned.record.methods.items() for key, value in own.items()}
+    planned = medpeft.plan(
+        shapes_of(args.model, args.image_size), args.option, target=args.target, batchnorm=args.batchnorm
+    )
+    options = {
+        f"{name}.{key}": value for name, own in planned.record.methods.items() for key, value in own.items()
+    }
     return {name: options[name] if name in options else getattr(args, name) for name in space}
 
 

@@ -39,7 +39,9 @@ def score_table(summary: pd.DataFrame) -> Table:
         best[RANK] = both["rank"] == both["rank"].min()
     counts = summary.groupby("label", sort=False)["trainable"].agg(["min", "max"]).reindex(labels)
     # The head has as many rows as there are classes, so data sets may differ.
-    text[PARAMETERS] = [f"{low:,}" if low == high else f"{low:,}–{high:,}" for low, high in counts.itertuples(index=False)]
+    text[PARAMETERS] = [
+        f"{low:,}" if low == high else f"{low:,}–{high:,}" for low, high in counts.itertuples(index=False)
+    ]
     best[PARAMETERS] = False
     return text, best
 
@@ -75,7 +77,9 @@ def rate_table(summary: pd.DataFrame) -> Table:
     labels = list(dict.fromkeys(summary["label"]))
     rates = summary.pivot_table(index="label", columns="fraction", values="lr").reindex(labels)
     text = rates.map(lambda rate: "–" if pd.isna(rate) else f"{rate:.3g}")
-    text = text.rename(columns=lambda fraction: f"{100 * fraction:.3g} %").rename_axis(index=None, columns=None)
+    text = text.rename(columns=lambda fraction: f"{100 * fraction:.3g} %").rename_axis(
+        index=None, columns=None
+    )
     return text, text.astype(bool) & False
 
 

@@ -33,5 +33,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     def loss(log_temperature: float) -> float:
         return float(cross_entropy(exact / math.exp(log_temperature), truth))
 
-    found = minimize_scalar(loss, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded", options={"xatol": 1e-5})
+    found = minimize_scalar(
+        loss, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded", options={"xatol": 1e-5}
+    )
     return math.exp(float(found.x))

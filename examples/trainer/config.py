@@ -72,7 +72,9 @@ def _read(file: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise TrainerError(f"--config {file} holds a {type(content).__name__}. Write one flag a line, such as 'method: lora'.")
+        raise TrainerError(
+            f"--config {file} holds a {type(content).__name__}. Write one flag a line, such as 'method: lora'."
+        )
     return content
 
 
@@ -107,7 +109,9 @@ def _pairs(file: Path, options: Any) -> list[str]:
     if isinstance(options, list):
         return [str(pair) for pair in options]
     if not isinstance(options, dict):
-        raise TrainerError(f"--config {file}: 'option' is {options!r}. Write a mapping, such as 'option: {{rank: 4}}'.")
+        raise TrainerError(
+            f"--config {file}: 'option' is {options!r}. Write a mapping, such as 'option: {{rank: 4}}'."
+        )
     pairs = []
     for name, value in options.items():
         nested = value.items() if isinstance(value, dict) else None

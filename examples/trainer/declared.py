@@ -47,7 +47,9 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="column of the .csv that names subgroups, such as sex: the test is scored for each",
     )
-    add("--skip-broken", action="store_true", help="leave out images that cannot be read, instead of stopping")
+    add(
+        "--skip-broken", action="store_true", help="leave out images that cannot be read, instead of stopping"
+    )
     add("--image-size", type=int, default=160, metavar="PX", help="side in pixels (default: 160)")
     add(
         "--num-workers",
@@ -69,7 +71,13 @@ def _add_split_flags(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of the training part to use, of every class alike; a smaller one lies within a larger one (default: 1)",
     )
-    add("--k-folds", type=int, default=0, metavar="K", help="cross-validation: test on one of K folds (default: 0, none)")
+    add(
+        "--k-folds",
+        type=int,
+        default=0,
+        metavar="K",
+        help="cross-validation: test on one of K folds (default: 0, none)",
+    )
     add("--fold", type=int, default=0, metavar="I", help="the fold to test on, from 0 (default: 0)")
 
 
@@ -155,7 +163,13 @@ def _add_cache_flag(parser: argparse.ArgumentParser) -> None:
 def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("devices").add_argument
     add("--accelerator", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(default: auto)")
-    add("--devices", type=int, default=1, metavar="N", help="how many; under torchrun, as many a node (default: 1)")
+    add(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many; under torchrun, as many a node (default: 1)",
+    )
     add(
         "--strategy",
         default="auto",
@@ -163,7 +177,13 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
         help="of several devices: ddp keeps the model on each, fsdp2 shards it (default: auto, which is ddp)",
     )
     add("--precision", default="32", choices=PRECISIONS, help="(default: 32)")
-    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches of a step, for less memory (default: 1)")
+    add(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="micro-batches of a step, for less memory (default: 1)",
+    )
     add(
         "--checkpoint-activations",
         action="store_true",
@@ -174,7 +194,12 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
-    add("--config", type=Path, metavar="FILE", help="a YAML file of flags, such as 'method: lora'; given ones win")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a YAML file of flags, such as 'method: lora'; given ones win",
+    )
     add(
         "--output",
         type=Path,

@@ -27,8 +27,12 @@ def make_fabric(args: argparse.Namespace) -> tuple[Fabric, torch.amp.GradScaler 
     Raises:
         TrainerError: the precision, the devices or the batch size do not fit.
     """
-    if args.precision == "16-mixed" and not (torch.cuda.is_available() and args.accelerator in ("auto", "cuda")):
-        raise TrainerError("--precision 16-mixed needs a CUDA GPU: the gradients are scaled there. Elsewhere take bf16-mixed.")
+    if args.precision == "16-mixed" and not (
+        torch.cuda.is_available() and args.accelerator in ("auto", "cuda")
+    ):
+        raise TrainerError(
+            "--precision 16-mixed needs a CUDA GPU: the gradients are scaled there. Elsewhere take bf16-mixed."
+        )
     if args.quiet:
         logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     strategy: Any = args.strategy
@@ -36,11 +40,15 @@ def make_fabric(args: argparse.Namespace) -> tuple[Fabric, torch.amp.GradScaler 
         strategy = ModelParallelStrategy(shard, data_parallel_size=args.devices, tensor_parallel_size=1)
     scaler = torch.amp.GradScaler("cuda") if args.precision == "16-mixed" else None
     # Given as a plugin, whose scaler can be saved; Fabric's own stays hidden.
-    how: dict[str, Any] = {"plugins": MixedPrecision("16-mixed", "cuda", scaler)} if scaler else {"precision": args.precision}
+    how: dict[str, Any] = (
+        {"plugins": MixedPrecision("16-mixed", "cuda", scaler)} if scaler else {"precision": args.precision}
+    )
     try:
         fabric = Fabric(accelerator=args.accelerator, strategy=strategy, devices=args.devices, **how)
     except (ValueError, RuntimeError) as error:
-        raise TrainerError(f"--accelerator {args.accelerator} --devices {args.devices} cannot be had: {error}") from error
+        raise TrainerError(
+            f"--accelerator {args.accelerator} --devices {args.devices} cannot be had: {error}"
+        ) from error
     fabric.launch()
     check_batch(args.batch_size, args.accumulate, fabric.world_size)
     return fabric, scaler

@@ -85,7 +85,9 @@ def _compute(fabric: Fabric, model: nn.Module, part: Part, batch_size: int, quie
     handle = head.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
     found: list[Tensor] = []
     try:
-        for images, _ in tqdm(plain_batches(part, batch_size), "features", unit="batch", leave=False, disable=quiet):
+        for images, _ in tqdm(
+            plain_batches(part, batch_size), "features", unit="batch", leave=False, disable=quiet
+        ):
             seen.clear()
             with fabric.autocast():
                 output = model(images.to(fabric.device))

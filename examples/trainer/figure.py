@@ -35,7 +35,11 @@ def draw_training(
     names = [_shorten(name) for name in classes]
     # The matrix needs room for its labels too, about 0.09 inches a character.
     margin = 0.9 + 0.09 * max(map(len, names))
-    figure = Figure(figsize=(8.6 + side + margin, 0.9 + side + margin / 2), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12))
+    figure = Figure(
+        figsize=(8.6 + side + margin, 0.9 + side + margin / 2),
+        dpi=150,
+        layout=ConstrainedLayoutEngine(w_pad=0.12),
+    )
     left, middle, right = figure.subplots(1, 3, width_ratios=[4.3, 4.3, side + margin])
     _draw_losses(left, history, best_epoch)
     _draw_scores(middle, history, best_epoch)

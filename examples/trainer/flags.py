@@ -29,7 +29,9 @@ FREE = {
 
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Declare the flags of `train.py`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     declare_flags(parser)
     return parser
 
@@ -47,7 +49,9 @@ def parse(parser: argparse.ArgumentParser, given: Sequence[str] | None) -> argpa
     if not 0 < args.train_fraction <= 1:
         raise TrainerError(f"--train-fraction is {args.train_fraction}; it must be above 0 and at most 1.")
     if args.k_folds < 0 or args.k_folds == 1 or not 0 <= args.fold < max(args.k_folds, 1):
-        raise TrainerError(f"--k-folds is {args.k_folds} and --fold {args.fold}; take at least 2 folds, numbered from 0.")
+        raise TrainerError(
+            f"--k-folds is {args.k_folds} and --fold {args.fold}; take at least 2 folds, numbered from 0."
+        )
     if args.save_every < 0:
         raise TrainerError(f"--save-every is {args.save_every}; it must be at least 0.")
     if not 0 <= args.seed < 1_000_000:

@@ -25,7 +25,9 @@ def read_huggingface(name: str, reading: Reading) -> Images:
     first = next(iter(splits.values()))
     image, label = _columns(name, first.features)
     if reading.group_column and reading.group_column not in first.column_names:
-        raise TrainerError(f"{name} has the columns {', '.join(first.column_names)}, and no '{reading.group_column}'.")
+        raise TrainerError(
+            f"{name} has the columns {', '.join(first.column_names)}, and no '{reading.group_column}'."
+        )
     places = [(key, i) for key, rows in splits.items() for i in range(len(rows))]
 
     def column(wanted: str) -> list[str]:
@@ -63,7 +65,9 @@ def _splits(name: str) -> dict[str, Any]:
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:
-        raise TrainerError(f"--data {PREFIX}{name} needs Hugging Face's datasets: pip install datasets.") from error
+        raise TrainerError(
+            f"--data {PREFIX}{name} needs Hugging Face's datasets: pip install datasets."
+        ) from error
     folder = Path(name)
     saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
     try:

@@ -66,7 +66,9 @@ def read_image(path: Path) -> Bytes:
         array = _read(path)
     # Damaged files raise whatever their format's parser stumbles on.
     except Exception as error:
-        raise TrainerError(f"{path} could not be read as an image: {error}. Repair it, or take it out.") from error
+        raise TrainerError(
+            f"{path} could not be read as an image: {error}. Repair it, or take it out."
+        ) from error
     try:
         return as_image(array)
     except ValueError as error:

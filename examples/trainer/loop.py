@@ -99,7 +99,9 @@ def train_epoch(fabric: Fabric, training: Training, plan: Plan, epoch: int) -> f
     plan.order.begin(epoch, training.step)
     loaded = iter(plan.batches)
     remaining = range(training.step, plan.order.steps)
-    shown = tqdm(remaining, f"epoch {epoch}", unit="step", leave=False, disable=plan.quiet or not fabric.is_global_zero)
+    shown = tqdm(
+        remaining, f"epoch {epoch}", unit="step", leave=False, disable=plan.quiet or not fabric.is_global_zero
+    )
     for step in shown:
         take_step(fabric, training, plan, step, islice(loaded, plan.order.accumulate))
         training.step = step + 1
@@ -144,7 +146,9 @@ def take_step(
 
 def share_buffers(fabric: Fabric, model: nn.Module) -> None:
     """Give every process the first one's BatchNorm statistics: DDP does it before a forward, FSDP2 never."""
-    if fabric.world_size > 1 and any(m.training for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+    if fabric.world_size > 1 and any(
+        m.training for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ):
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
 

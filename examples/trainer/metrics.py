@@ -25,7 +25,9 @@ def macro_f1(probabilities: Tensor, labels: Tensor) -> float:
         probabilities: (N, C).
         labels: (N,).
     """
-    score = multiclass_f1_score(probabilities.argmax(1), labels, num_classes=probabilities.shape[1], average="macro")
+    score = multiclass_f1_score(
+        probabilities.argmax(1), labels, num_classes=probabilities.shape[1], average="macro"
+    )
     return float(score)
 
 
@@ -61,7 +63,9 @@ def score(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def score_subgroups(probabilities: Tensor, labels: Tensor, subgroups: Sequence[str]) -> dict[str, dict[str, Any]]:
+def score_subgroups(
+    probabilities: Tensor, labels: Tensor, subgroups: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     """Score each subgroup of patients by itself, with the number of its images in `images`.
 
     Args:
@@ -82,7 +86,9 @@ def subgroup_table(found: dict[str, dict[str, Any]]) -> str:
     width = max(len("subgroup"), *map(len, found))
     lines = [f"{'subgroup':<{width}}  {'images':>6}" + "".join(f"  {name:>17}" for name in shown)]
     for name, scores in found.items():
-        lines.append(f"{name:<{width}}  {scores['images']:>6}" + "".join(f"  {scores[key]:>17.4f}" for key in shown))
+        lines.append(
+            f"{name:<{width}}  {scores['images']:>6}" + "".join(f"  {scores[key]:>17.4f}" for key in shown)
+        )
     return "\n".join(lines)
 
 
@@ -125,7 +131,9 @@ def _auroc(scores: Tensor, positive: Tensor) -> float:
 
 
 def _average_precision(scores: Tensor, positive: Tensor) -> float:
-    return float(binary_average_precision(scores, positive.long())) if _defined(scores, positive) else math.nan
+    return (
+        float(binary_average_precision(scores, positive.long())) if _defined(scores, positive) else math.nan
+    )
 
 
 def _defined(scores: Tensor, positive: Tensor) -> bool:
@@ -136,7 +144,9 @@ def _defined(scores: Tensor, positive: Tensor) -> bool:
 def _calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     if not torch.isfinite(probabilities).all():
         return math.nan
-    return float(multiclass_calibration_error(probabilities, labels, num_classes=probabilities.shape[1], n_bins=BINS))
+    return float(
+        multiclass_calibration_error(probabilities, labels, num_classes=probabilities.shape[1], n_bins=BINS)
+    )
 
 
 def _balanced_accuracy(confusion: Tensor) -> float:

@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 def write_predictions(
-    path: Path, names: Sequence[str], classes: Sequence[str], probabilities: Tensor, labels: Sequence[str] | None = None
+    path: Path,
+    names: Sequence[str],
+    classes: Sequence[str],
+    probabilities: Tensor,
+    labels: Sequence[str] | None = None,
 ) -> None:
     """Write a CSV with the columns `image`, `label` (where known), `predicted`, and one a class, `p(CLASS)`.
 

@@ -86,7 +86,12 @@ def adapted_model(args: argparse.Namespace, classes: int) -> nn.Module:
 
 
 def prepare(
-    fabric: Fabric, args: argparse.Namespace, model: nn.Module, images: Images, found: dict[str, Integers], say: Say
+    fabric: Fabric,
+    args: argparse.Namespace,
+    model: nn.Module,
+    images: Images,
+    found: dict[str, Integers],
+    say: Say,
 ) -> Run:
     """Bring the parts into the form that the model takes: images, or features that a frozen model has of them."""
     mean, std = input_statistics(model)
@@ -94,7 +99,11 @@ def prepare(
     preprocessing = Preprocessing((height, width), args.image_size, mean, std)
     if args.cache_features is None:
         parts: Parts = {
-            part: Part(images, rows, make_transform(args.image_size, mean, std, args.augment if part == "train" else "none"))
+            part: Part(
+                images,
+                rows,
+                make_transform(args.image_size, mean, std, args.augment if part == "train" else "none"),
+            )
             for part, rows in found.items()
         }
         return Run(model, model, images, found, parts, preprocessing)
@@ -124,7 +133,9 @@ def batches_of(fabric: Fabric, args: argparse.Namespace, run: Run) -> tuple[dict
     return batches, order
 
 
-def plan_of(fabric: Fabric, args: argparse.Namespace, run: Run, batches: dict[str, Batches], order: Order, say: Say) -> Plan:
+def plan_of(
+    fabric: Fabric, args: argparse.Namespace, run: Run, batches: dict[str, Batches], order: Order, say: Say
+) -> Plan:
     """Say how to train."""
     rows = run.found["train"]
     weights = class_weights(run.images, rows).to(fabric.device) if args.class_weights else None
@@ -150,9 +161,13 @@ def class_weights(images: Images, rows: Integers) -> Tensor:
     return torch.tensor(len(rows) / (len(counts) * counts), dtype=torch.float32)
 
 
-def set_up(fabric: Fabric, args: argparse.Namespace, run: Run, steps: int, scaler: torch.amp.GradScaler | None) -> Training:
+def set_up(
+    fabric: Fabric, args: argparse.Namespace, run: Run, steps: int, scaler: torch.amp.GradScaler | None
+) -> Training:
     """Place the network on the devices, and make its optimizer."""
-    network = fabric.setup_module(cast(nn.Module, torch.compile(run.network)) if args.compile else run.network)
+    network = fabric.setup_module(
+        cast(nn.Module, torch.compile(run.network)) if args.compile else run.network
+    )
     # After FSDP2 has put its shards into the place of the parameters.
     groups = medpeft.parameter_groups(run.model, lr=args.lr, weight_decay=args.weight_decay)
     adamw = torch.optim.AdamW(groups)

@@ -83,7 +83,9 @@ def load(items: Sequence[Any], decode: Callable[[Any], tuple[Bytes, str]], readi
             return str(error)
         return resize(array, reading.size, reading.width), digest(array), patient
 
-    decoded = thread_map(attempt, items, max_workers=4, desc="reading images", unit="image", leave=False, disable=reading.quiet)
+    decoded = thread_map(
+        attempt, items, max_workers=4, desc="reading images", unit="image", leave=False, disable=reading.quiet
+    )
     found = [(row, one) for row, one in enumerate(decoded) if not isinstance(one, str)]
     broken = [one for one in decoded if isinstance(one, str)]
     if broken and not (reading.skip_broken and found):

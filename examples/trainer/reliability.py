@@ -34,7 +34,13 @@ def draw_reliability(panels: dict[str, Tensor], labels: Tensor, path: Path) -> N
     axes[0, 0].set_ylabel("share that is right")
     axes[1, 0].set_ylabel("images")
     # Outside: within the axes a bar may reach any height at any confidence.
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+    )
     figure.savefig(path)
 
 

@@ -66,9 +66,13 @@ def describe(images: Images, found: dict[str, Integers]) -> str:
     width = max(len(name) for name in [*images.classes, "images"])
     lines = [f"{'images':<{width}}" + "".join(f"{part:>8}" for part in PARTS)]
     counts = {part: count(images, rows) for part, rows in found.items()}
-    lines += [f"{name:<{width}}" + "".join(f"{counts[part][name]:>8}" for part in PARTS) for name in images.classes]
+    lines += [
+        f"{name:<{width}}" + "".join(f"{counts[part][name]:>8}" for part in PARTS) for name in images.classes
+    ]
     if images.broken:
-        lines.append(f"Left out, as they cannot be read: {len(images.broken)} images, the first: {images.broken[0]}")
+        lines.append(
+            f"Left out, as they cannot be read: {len(images.broken)} images, the first: {images.broken[0]}"
+        )
     if divided := divided_groups(images, found):
         lines.append(
             f"Warning: {divided} groups (exact copies, or one patient's images) fall into more "

@@ -38,10 +38,14 @@ def read_data(
     reading = Reading(size, patient_column, group_column, skip_broken, quiet)
     tabular = str(data).startswith(PREFIX) or str(data).lower().endswith(".csv")
     if group_column and not tabular:
-        raise TrainerError(f"--group-column {group_column} names a column, and --data {data} has none. Give a .csv.")
+        raise TrainerError(
+            f"--group-column {group_column} names a column, and --data {data} has none. Give a .csv."
+        )
     images = tissue_patches() if data is None else _read(data, reading)
     if len(images.classes) < 2:
-        raise TrainerError(f"--data {data} has only the class '{images.classes[0]}'. At least two are needed.")
+        raise TrainerError(
+            f"--data {data} has only the class '{images.classes[0]}'. At least two are needed."
+        )
     return images
 
 
@@ -52,7 +56,11 @@ def data_source(text: str) -> Path | str:
 
 def images_in(folder: Path) -> list[Path]:
     """List the images below a folder, hidden ones left out."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
 
 
 def _read(data: Path | str, reading: Reading) -> Images:

@@ -56,7 +56,9 @@ def fold(images: Images, seed: int, folds: int, number: int, val: float = 0.15) 
         TrainerError: the data are split already, or a class is too rare.
     """
     if images.parts is not None:
-        raise TrainerError("The data bring their own split, which --k-folds would mix up. Leave one of the two out.")
+        raise TrainerError(
+            "The data bring their own split, which --k-folds would mix up. Leave one of the two out."
+        )
     rarest, members = _rarest_class(images.labels, images.groups)
     if members < folds or members < 3:
         raise TrainerError(
@@ -138,8 +140,12 @@ def _rarest_class(labels: Integers, groups: Integers) -> tuple[int, int]:
 def _check(images: Images, found: dict[str, Integers]) -> None:
     for part in PARTS:
         if len(found[part]) == 0:
-            raise TrainerError(f"The data's own split has no '{part}' images. Mark some, or leave the split out.")
+            raise TrainerError(
+                f"The data's own split has no '{part}' images. Mark some, or leave the split out."
+            )
     seen = set(images.labels[found["train"]].tolist())
     unseen = [name for i, name in enumerate(images.classes) if i not in seen]
     if unseen:
-        raise TrainerError(f"Class '{unseen[0]}' has no training image in this split. Try another --seed, or add images.")
+        raise TrainerError(
+            f"Class '{unseen[0]}' has no training image in this split. Try another --seed, or add images."
+        )

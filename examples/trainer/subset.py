@@ -21,7 +21,9 @@ def training_subset(images: Images, rows: Integers, fraction: float, seed: int) 
         return rows
     groups, labels = images.groups[rows], images.labels[rows]
     numbers = np.unique(groups)
-    rank = dict(zip(numbers.tolist(), np.random.default_rng(seed).permutation(len(numbers)).tolist(), strict=True))
+    rank = dict(
+        zip(numbers.tolist(), np.random.default_rng(seed).permutation(len(numbers)).tolist(), strict=True)
+    )
     chosen: set[int] = set()
     for label in np.unique(labels):
         members = sorted(groups[labels == label].tolist(), key=rank.__getitem__)

@@ -31,17 +31,19 @@ ON_WEIGHT: frozenset[Place] = frozenset({"weight"})
 class Adapter(nn.Module):
     """What a method does at one site: `enter` on the input, `forward` on the output, `merged` on the weight of the layer.
 
-    A subclass takes `(site, *, option=default, ...)`, calls `super().__init__(site)` and creates its parameters so that the
-    layer computes at first what it did before. Where it has several faces, they must agree: the mechanism picks one.
+    A subclass takes `(site, *, option=default, ...)`, calls `super().__init__(site)` and creates its
+    parameters so that the layer computes at first what it did before. Where it has several faces, they must
+    agree: the mechanism picks one.
 
     Attributes:
         method: Name of the method.
-        acts_on: Where it acts: on the "input", the "output", both of them, or the "weight". By default on the input and the
-            output where it has those faces, else on the weight; a subclass may narrow it down.
-        shared: Modules that it works with and does not register, by attribute name: those that several adapters share, which
-            are registered once, on the model; and of an adapter's second place the first.
+        acts_on: Where it acts: on the "input", the "output", both of them, or the "weight". By default on the
+            input and the output where it has those faces, else on the weight; a subclass may narrow it down.
+        shared: Modules that it works with and does not register, by attribute name: those that several
+            adapters share, which are registered once, on the model; and of an adapter's second place the
+            first.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> @medpeft.register("gain_of_the_output")
         ... class Gain(medpeft.Adapter):
@@ -79,7 +81,8 @@ class Adapter(nn.Module):
     def sites(cls, network: Any, *, targeted: bool = False) -> Iterable[Any]:
         """Yield the sites that the method fits in a `Network`; options that choose sites come as keywords.
 
-        Without a target, the paper's sites; with one (`targeted`), every layer that fits, of which the target then chooses.
+        Without a target, the paper's sites; with one (`targeted`), every layer that fits, of which the target
+        then chooses.
         """
         for site in network.sites():
             if isinstance(site.layer, cls.layers):
@@ -114,6 +117,14 @@ class FlexibleAdapter(Adapter):
     def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute the adapted output in place of the layer, from its input and its bias."""
         raise NotImplementedError
+
+
+class SecondPlace(Adapter):
+    """The second place of an adapter: an adapter without parameters at another layer, which holds the first."""
+
+    def __init__(self, site: Site, first: Adapter) -> None:
+        super().__init__(site)
+        self.shared["first"] = first
 
 
 class Handover:
@@ -166,8 +177,8 @@ class Adapters(nn.ModuleDict):
 
     Attributes:
         enabled: Whether they act: False within `disabled` and `merged`.
-        entering: Names of those that change the input, in order. One that also changes the output goes in first and comes out
-            last, like brackets.
+        entering: Names of those that change the input, in order. One that also changes the output goes in
+            first and comes out last, like brackets.
         on_weight: Names of those that change the weight, in order.
         flexible: Name of the one among them that chooses how to act, "" for none.
         leaving: Names of those that change the output, in order.
@@ -175,18 +186,20 @@ class Adapters(nn.ModuleDict):
     """
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
-        # An input adapter computes W'·R·x. Merging gives the same only if additive changes of W come first: (W + ΔW)·R.
-        # The second place of an adapter of another layer comes after the layer's own adapters.
+        # An input adapter computes W'·R·x. Merging gives the same only if additive changes of W come first:
+        # (W + ΔW)·R. The second place of an adapter of another layer comes after the layer's own adapters.
         def order(name: str) -> tuple[bool, bool, bool]:
             adapter = adapters[name]
-            second = is_second_place(adapter)
+            second = isinstance(adapter, SecondPlace)
             return "output" in adapter.acts_on, second, type(adapter).enter is not Adapter.enter
 
         names = sorted(adapters, key=order)
         super().__init__({name: adapters[name] for name in names})
         self.enabled = True
         self.on_weight = [name for name in names if "weight" in adapters[name].acts_on]
-        self.flexible = next((name for name in self.on_weight if isinstance(adapters[name], FlexibleAdapter)), "")
+        self.flexible = next(
+            (name for name in self.on_weight if isinstance(adapters[name], FlexibleAdapter)), ""
+        )
         self.leaving = [name for name in names if "output" in adapters[name].acts_on]
         inputs = [name for name in names if "input" in adapters[name].acts_on]
         brackets = [name for name in inputs if name in self.leaving]
@@ -209,7 +222,7 @@ class Adapters(nn.ModuleDict):
         by_name = dict(self.adapters())
         in_order = [by_name[name] for name in (*self.on_weight, *self.leaving, *reversed(inputs))]
         # The second place of an adapter has no weight to change: the first says whether it can be merged.
-        return [adapter for adapter in in_order if not is_second_place(adapter)]
+        return [adapter for adapter in in_order if not isinstance(adapter, SecondPlace)]
 
     def adapted_tensors(self, layer: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Tensor]:
         """Compute what adapters make of the layer's tensors, by name: the changed ones only.
@@ -234,15 +247,10 @@ def weight_name(adapter: Adapter) -> str:
     return adapter._weight
 
 
-def is_second_place(adapter: Adapter) -> bool:
-    """Whether an adapter is the second place of another one, and has no parameters of its own."""
-    return any(isinstance(module, Adapter) for module in adapter.shared.values())
-
-
 def parameters_of(adapter: Adapter) -> list[tuple[str, nn.Parameter]]:
     """List an adapter's parameters by name, those of the modules that it shares included."""
     parameters = list(adapter.named_parameters())
-    if is_second_place(adapter):
+    if isinstance(adapter, SecondPlace):
         return parameters
     for attribute, module in adapter.shared.items():
         for name, parameter in module.named_parameters():
@@ -253,7 +261,7 @@ def parameters_of(adapter: Adapter) -> list[tuple[str, nn.Parameter]]:
 def state_of(adapter: Adapter) -> dict[str, Tensor]:
     """Map an adapter's parameters and persistent buffers by name, those of the modules that it shares included."""
     state: dict[str, Tensor] = adapter.state_dict(keep_vars=True)
-    if is_second_place(adapter):
+    if isinstance(adapter, SecondPlace):
         return state
     for attribute, module in adapter.shared.items():
         module.state_dict(destination=state, prefix=f"{attribute}.", keep_vars=True)

@@ -1,8 +1,8 @@
 """A convolution's bias that trains while the weight is frozen gets its gradient by a sum.
 
-torch's kernel on a CPU computes a bias's gradient together with the weight's, which nobody wants: training the biases of a
-UNet took as long as training all of it. So the layer computes with its bias cut off from autograd, and the output hands its
-gradient on to the bias.
+torch's kernel on a CPU computes a bias's gradient together with the weight's, which nobody wants: training
+the biases of a UNet took as long as training all of it. So the layer computes with its bias cut off from
+autograd, and the output hands its gradient on to the bias.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """How adapters get into a forward pass: an adapted layer's own `forward` does it all.
 
-`layer.forward` is an attribute of the instance, a `functools.partial` of `adapted_forward`; the layer keeps its class, its
-parameters and every key of its `state_dict`. A changed weight is never put into the layer: the layer's forward runs on a
-stand-in, an object of the same class that shares everything with the layer but the changed tensors, and that lives for this
-one call. So nothing is left behind after an interrupt, and threads, processes, and calls within calls do not meet.
+`layer.forward` is an attribute of the instance, a `functools.partial` of `adapted_forward`; the layer keeps
+its class, its parameters and every key of its `state_dict`. A changed weight is never put into the layer: the
+layer's forward runs on a stand-in, an object of the same class that shares everything with the layer but the
+changed tensors, and that lives for this one call. So nothing is left behind after an interrupt, and threads,
+processes, and calls within calls do not meet.
 
-What is put on a layer must survive deepcopy and pickle, so it is made of module-level functions and plain data.
+What is put on a layer must survive deepcopy and pickle, so it is made of module-level functions and plain
+data.
 """
 
 from __future__ import annotations
@@ -50,14 +52,17 @@ def _adapted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
     if not adapters.handovers:
         return _through(layer, adapters, wiring, args, kwargs)
     if layer.training and getattr(layer, "gradient_checkpointing", False):
-        # transformers checkpoints the forward of the class. What is left in it for an adapter must be recomputed with it.
+        # transformers checkpoints the forward of the class. What is left in it for an adapter must be
+        # recomputed with it.
         inside = replace(wiring, overrides={**wiring.overrides, "gradient_checkpointing": False})
         recomputed = functools.partial(_handing_over, layer, adapters, inside, kwargs)
         return layer._gradient_checkpointing_func(recomputed, *args)  # type: ignore[operator]  # transformers' own
     return _handing_over(layer, adapters, wiring, kwargs, *args)
 
 
-def _handing_over(layer: nn.Module, adapters: Adapters, wiring: Wiring, kwargs: dict[str, Any], *args: Any) -> Any:
+def _handing_over(
+    layer: nn.Module, adapters: Adapters, wiring: Wiring, kwargs: dict[str, Any], *args: Any
+) -> Any:
     """Pass an input through a layer inside which something is left for one of its adapters."""
     receivers: list[Any] = [adapters._modules[name] for name in adapters.handovers]
     for adapter in receivers:
@@ -69,7 +74,9 @@ def _handing_over(layer: nn.Module, adapters: Adapters, wiring: Wiring, kwargs: 
             adapter.handover.close()
 
 
-def _through(layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _through(
+    layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Pass an input through the adapters that change it, the layer, and the adapters that change its output."""
     if adapters.entering:
         args, kwargs = _enter(adapters, wiring, args, kwargs)
@@ -131,7 +138,12 @@ def _first_name(kwargs: dict[str, Any], wiring: Wiring) -> str:
 
 
 def _run_flexibly(
-    layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    layer: nn.Module,
+    adapters: Adapters,
+    wiring: Wiring,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    x: Tensor,
 ) -> Any:
     """Run a layer among whose adapters there is one that chooses how to act on this input."""
     flexible: Any = adapters._modules[adapters.flexible]
@@ -146,7 +158,9 @@ def _run_flexibly(
     return _run(layer, wiring, adapted_tensors(layer, adapters, x), args, kwargs)
 
 
-def adapted_tensors(layer: nn.Module, adapters: Adapters, x: Any = None, *, but: Adapter | None = None) -> dict[str, Tensor]:
+def adapted_tensors(
+    layer: nn.Module, adapters: Adapters, x: Any = None, *, but: Adapter | None = None
+) -> dict[str, Tensor]:
     """Compute a layer's tensors as the adapters on its weight change them, in the layer's own precision and dtype.
 
     Args:
@@ -182,7 +196,13 @@ def _dtype_and_device(layer: nn.Module, x: Any) -> tuple[torch.dtype | None, str
     return None, "cpu"
 
 
-def _run(layer: nn.Module, wiring: Wiring, tensors: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(
+    layer: nn.Module,
+    wiring: Wiring,
+    tensors: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """Run the layer's plain forward, on changed tensors of its own and of the layers whose weights it reads."""
     changes: dict[str, Mapping[str, Any]] = {}
     if tensors or wiring.overrides:

@@ -21,7 +21,8 @@ class Method:
 
     Attributes:
         name: The name it is called by.
-        define: A subclass of `Adapter` (additive), or a function `(name, parameter, layer) -> bool` (selective).
+        define: A subclass of `Adapter` (additive), or a function `(name, parameter, layer) -> bool`
+            (selective).
         options: Every option with its default; `...` for an option without one.
         site_options: Options that choose the sites of an additive method.
         own_options: Options that its adapter, or the predicate, takes.
@@ -99,23 +100,26 @@ def register(
     """Make a class derived from `Adapter`, or a predicate over parameters, a method.
 
     A predicate takes `(name, parameter, layer)`: a parameter's full name, itself, and the
-    `medpeft.architecture.network.Layer` that owns it, and after them its options as keywords. What it returns True for
-    becomes trainable.
+    `medpeft.architecture.network.Layer` that owns it, and after them its options as keywords. What it returns
+    True for becomes trainable.
 
     Args:
         name: The name for `apply`; letters, digits and underscores.
         hint: What the error says where the method fits nothing: "it adapts …; try …".
-        search: Values worth trying, per option: what `medpeft.search_space` gives to a search for hyper-parameters.
+        search: Values worth trying, per option: what `medpeft.search_space` gives to a search for
+            hyper-parameters.
         selects: A predicate for existing parameters that an additive method trains too.
         fast: Parameters that LoRA+ gives a higher learning rate.
-        decays: Whether weight decay makes sense on the method's matrices; vectors and scalars are never decayed.
+        decays: Whether weight decay makes sense on the method's matrices; vectors and scalars are never
+            decayed.
         identity: Whether the adapted model computes at first what the base does.
         unmergeable: Why no weight computes what the method does, where none ever can: what `merge` says.
 
     Raises:
-        MedpeftError: the name is taken or cannot be written in `"a+b"`, or the object is neither kind or does nothing.
+        MedpeftError: the name is taken or cannot be written in `"a+b"`, or the object is neither kind or does
+            nothing.
 
-    Example:
+    Examples:
         >>> import medpeft
         >>> @medpeft.register("first_layer")
         ... def first_layer(name, parameter, layer):
@@ -134,7 +138,9 @@ def register(
         options = {**site_options, **own_options}
         stray = [option for option in search or {} if option not in options]
         if stray:
-            raise MedpeftError(f"{define.__name__} would search {', '.join(stray)}, which is none of its options.")
+            raise MedpeftError(
+                f"{define.__name__} would search {', '.join(stray)}, which is none of its options."
+            )
         _METHODS[name] = Method(
             name, define, options, frozenset(site_options), frozenset(own_options), hint,
             search or {}, selects, fast, decays, identity, unmergeable,
@@ -156,7 +162,9 @@ def _options_of(define: type[Adapter] | Selector) -> tuple[dict[str, Any], dict[
         site_options.pop("targeted", None)
         return site_options, _keyword_options(define.__init__)
     if isinstance(define, type) or not callable(define):
-        raise MedpeftError(f"{define!r} is no method: register a class derived from medpeft.Adapter or a predicate.")
+        raise MedpeftError(
+            f"{define!r} is no method: register a class derived from medpeft.Adapter or a predicate."
+        )
     return {}, _keyword_options(define)
 
 
@@ -165,7 +173,9 @@ def _require_a_face(adapter: type[Adapter]) -> None:
     for face in ("enter", "forward", "merged"):
         if getattr(adapter, face) is not getattr(Adapter, face):
             return
-    raise MedpeftError(f"{adapter.__name__} does nothing: define forward(x, y), enter(x, others) or merged(weight, bias).")
+    raise MedpeftError(
+        f"{adapter.__name__} does nothing: define forward(x, y), enter(x, others) or merged(weight, bias)."
+    )
 
 
 def _keyword_options(function: Callable[..., Any]) -> dict[str, Any]:
@@ -181,7 +191,7 @@ def _keyword_options(function: Callable[..., Any]) -> dict[str, Any]:
 def methods() -> dict[str, str]:
     """List every method by name, with one line about it.
 
-    Example:
+    Examples:
         >>> import medpeft
         >>> medpeft.methods()["bias"]
         "Every bias, norms' included; relative position tables too with tables=True (bias tuning)."
@@ -193,7 +203,8 @@ def search_space(method: Methods) -> dict[str, tuple[Any, ...]]:
     """List the values worth trying for every option of a method, as it was registered with them.
 
     Args:
-        method: `"lora"`, `"lora+ssf"`, or `{"lora": {"rank": 8}, "ssf": {}}`; an option that is given is not searched.
+        method: `"lora"`, `"lora+ssf"`, or `{"lora": {"rank": 8}, "ssf": {}}`; an option that is given is not
+            searched.
 
     Returns:
         For instance `{"lora.rank": (2, 4, 8, 16, 32), …}`: the option's name after its method's.
@@ -201,7 +212,7 @@ def search_space(method: Methods) -> dict[str, tuple[Any, ...]]:
     Raises:
         MedpeftError: an unknown method.
 
-    Example:
+    Examples:
         >>> import medpeft
         >>> medpeft.search_space({"lora": {"dora": False}})
         {'lora.rank': (2, 4, 8, 16, 32)}
@@ -222,7 +233,9 @@ def find(name: str) -> Method:
     """
     if name in _METHODS:
         return _METHODS[name]
-    raise MedpeftError(f"Unknown method {name!r}.{did_you_mean(name, _METHODS)} Available: {', '.join(_METHODS)}.")
+    raise MedpeftError(
+        f"Unknown method {name!r}.{did_you_mean(name, _METHODS)} Available: {', '.join(_METHODS)}."
+    )
 
 
 def resolve(requested: Methods, common: Mapping[str, Any]) -> list[Request]:
@@ -253,7 +266,9 @@ def _require_one_taker(option: str, asked: list[Method]) -> None:
         raise _unknown_option(option, asked)
     if len(takers) > 1:
         apart = ", ".join(f"{name!r}: {{{option!r}: …}}" for name in takers)
-        raise MedpeftError(f"{option!r} is an option of {' and '.join(map(repr, takers))}: give each its own, {{{apart}}}.")
+        raise MedpeftError(
+            f"{option!r} is an option of {' and '.join(map(repr, takers))}: give each its own, {{{apart}}}."
+        )
 
 
 def _request(method: Method, own: dict[str, Any]) -> Request:
@@ -288,4 +303,6 @@ def _unknown_option(option: str, asked: list[Method]) -> MedpeftError:
     for method in asked:
         known += method.options
         offers.append(f"{method.name!r} takes {', '.join(method.options) or 'none'}")
-    return MedpeftError(f"Unknown option {option!r}.{did_you_mean(option, known)} Options: {'; '.join(offers)}.")
+    return MedpeftError(
+        f"Unknown option {option!r}.{did_you_mean(option, known)} Options: {'; '.join(offers)}."
+    )

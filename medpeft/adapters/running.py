@@ -60,7 +60,8 @@ def switching(model: nn.Module, action: str) -> Iterator[None]:
     """Wait until no other thread runs the model, and let none begin for the duration of a `with` block.
 
     Raises:
-        MedpeftError: a forward of this very thread is running, and so are others, which could wait for each other.
+        MedpeftError: a forward of this very thread is running, and so are others, which could wait for each
+            other.
     """
     here = threading.get_ident()
     with _changed:
@@ -70,8 +71,8 @@ def switching(model: nn.Module, action: str) -> Iterator[None]:
                 break
             if here in threads:
                 raise MedpeftError(
-                    f"{action} within a forward of the model, while another thread runs it, would wait for ever: call it "
-                    "before or after the forward."
+                    f"{action} within a forward of the model, while another thread runs it, would wait for "
+                    f"ever: call it before or after the forward."
                 )
             _changed.wait(timeout=0.1)  # An interrupted forward vanishes without notice.
         yield

@@ -16,7 +16,8 @@ def register_shared(model: nn.Module, adapters: list[tuple[nn.Module, Adapter]])
     """Register what adapters share, once: on the model, which FSDP2 gathers before all of its layers.
 
     Args:
-        model: The model. Where it is a container, whose children are its layers, the first layer that shares takes its place.
+        model: The model. Where it is a container, whose children are its layers, the first layer that shares
+            takes its place.
         adapters: Every adapter with its layer.
     """
     names: dict[nn.Module, str] = {}

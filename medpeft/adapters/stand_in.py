@@ -17,7 +17,11 @@ Changes = Mapping[str, Mapping[str, Any]]
 
 
 def run_with(
-    layer: nn.Module, changes: Changes, replaced: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module,
+    changes: Changes,
+    replaced: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Run a layer's plain forward on changed tensors.
 

@@ -1,7 +1,8 @@
-"""Tokens that adapters add to a sequence: put in, taken off, and made room for in masks and rotations."""
+"""Tokens that adapters add to a sequence: put in, taken off, and given room in masks and rotations."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,51 +11,90 @@ from torch import Tensor
 from ..errors import MedpeftError
 
 
-def insert(x: Tensor, tokens: Tensor, at: int, axis: int) -> Tensor:
-    """`x`, (B, N, D), with `tokens`, (n, D), put in before token number `at` of every sample; `axis` is that of the tokens."""
-    before, after = x.tensor_split([at], axis)
-    shape = list(x.shape)
-    shape[axis] = len(tokens)
-    return torch.cat([before, tokens.to(x.dtype).unsqueeze(1 - axis).expand(shape), after], axis)
+@dataclass(frozen=True)
+class TokenSpan:
+    """Place of an adapter's tokens in a sequence.
 
-
-def take_off(x: Tensor, count: int, at: int, axis: int) -> Tensor:
-    """`x` without the `count` tokens from number `at` on."""
-    before, _, after = x.tensor_split([at, at + count], axis)
-    return torch.cat([before, after], axis)
-
-
-def pad_mask(value: Any, name: str, tokens: int, count: int, at: int, *, seen: bool = True) -> Any:
-    """A mask of `tokens` tokens with `count` more, which all others see, before number `at`; anything else as it is.
-
-    `seen` is what a mask of truth values says of a token that is attended to.
+    Attributes:
+        count: How many tokens the adapter adds, n.
+        start: Number of the tokens before them.
+        axis: Axis of the tokens: 1, or 0 if the batch comes second.
     """
-    is_mask = isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == tokens
-    if not is_mask or (name and "mask" not in name and "bias" not in name):
+
+    count: int
+    start: int
+    axis: int = 1
+
+    def insert(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Put the same `tokens`, (n, D), into every sample of `x`: (B, N, D) → (B, N + n, D)."""
+        before, after = x.tensor_split([self.start], self.axis)
+        shape = list(x.shape)
+        shape[self.axis] = self.count
+        # (n, D) → (1, n, D) → (B, n, D); with the batch second (n, D) → (n, 1, D) → (n, B, D)
+        for_every_sample = tokens.to(x.dtype).unsqueeze(1 - self.axis).expand(shape)
+        return torch.cat([before, for_every_sample, after], self.axis)
+
+    def take_off(self, x: Tensor) -> Tensor:
+        """Drop the added tokens: (B, N + n, D) → (B, N, D)."""
+        before, _, after = x.tensor_split([self.start, self.start + self.count], self.axis)
+        return torch.cat([before, after], self.axis)
+
+    def widen_mask(self, value: Any, name: str, tokens: int, *, seen: bool = True) -> Any:
+        """Make room for the added tokens, which all others see, in a mask; return anything else unchanged.
+
+        Args:
+            value: An input of the layer beside its tokens.
+            name: Its name; a number if the layer's forward has none for it.
+            tokens: How many tokens the mask speaks of, N.
+            seen: What a mask of truth values says of a token that is attended to.
+        """
+        if not _is_mask(value, name, tokens):
+            return value
+        fill = int(seen)
+        if value.is_floating_point():
+            fill = 0  # It is added to the scores.
+        of_pairs = value.shape[-2] == tokens and "padding" not in name
+        value = self._widen(value, -1, fill)  # (…, N) → (…, N + n)
+        if of_pairs:
+            value = self._widen(value, -2, fill)  # (…, N, N + n) → (…, N + n, N + n)
         return value
-    free = 0 if value.is_floating_point() else int(seen)
-    pairs = value.shape[-2] == tokens and "padding" not in name
-    for axis in (-1, -2) if pairs else (-1,):
-        before, after = value.tensor_split([at], axis)
-        shape = list(value.shape)
-        shape[axis] = count
-        value = torch.cat([before, value.new_full(shape, free), after], axis)
-    return value
+
+    def _widen(self, mask: Tensor, axis: int, fill: int) -> Tensor:
+        before, after = mask.tensor_split([self.start], axis)
+        shape = list(mask.shape)
+        shape[axis] = self.count
+        return torch.cat([before, mask.new_full(shape, fill), after], axis)
+
+    def widen_rotations(self, rotations: Any) -> Any:
+        """Prepend rotations by no angle to timm's rotations of the patches; return None unchanged."""
+        if not isinstance(rotations, Tensor):
+            return rotations
+        *leading, _, width = rotations.shape
+        unmoved = rotations.new_zeros(*leading, self.count, width)
+        unmoved[..., width // 2 :] = 1  # The first half of the last axis holds sines, the second cosines.
+        return torch.cat([unmoved, rotations], -2)  # (…, N, 2·D) → (…, n + N, 2·D)
 
 
-def stand_still(rotations: Any, count: int) -> Any:
-    """timm's rotations of the patches, (…, N, sines and cosines), with `count` by no angle before them; None as it is."""
-    if not isinstance(rotations, Tensor):
-        return rotations
-    still = rotations.new_zeros(*rotations.shape[:-2], count, rotations.shape[-1])
-    still[..., rotations.shape[-1] // 2 :] = 1
-    return torch.cat([still, rotations], -2)
+def _is_mask(value: Any, name: str, tokens: int) -> bool:
+    """Whether an input says something of every token, by its shape and, if it has a name, by that."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1] != tokens:
+        return False
+    return name.isdigit() or "mask" in name or "bias" in name
+
+
+def in_brackets(name: str) -> str:
+    """Write an input's name for a message: ` (attn_mask)`; empty if it has only a number."""
+    if name.isdigit():
+        return ""
+    return f" ({name})"
 
 
 def require_sequence(x: Any, method: str, name: str) -> None:
     """Raise `MedpeftError` unless `x` is a batch of token sequences, (B, N, D)."""
-    if not isinstance(x, Tensor) or x.ndim != 3:
-        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise MedpeftError(
-            f"{method!r} adds tokens to sequences (B, N, D), and {name} was given {shape}: exclude it, or try another method."
-        )
+    if isinstance(x, Tensor) and x.ndim == 3:
+        return
+    refused = type(x).__name__
+    if isinstance(x, Tensor):
+        refused = str(tuple(x.shape))
+    reason = f"{method!r} adds tokens to sequences (B, N, D), and {name} was given {refused}"
+    raise MedpeftError(f"{reason}: exclude it, or try another method.")

@@ -49,7 +49,8 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
     Args:
         layer: The layer.
         forward: A function of a module, `(layer, wiring, *args, **kwargs)`.
-        wiring: What it knows of the layer; the names of its inputs and the forward that was there before are filled in.
+        wiring: What it knows of the layer; the names of its inputs and the forward that was there before are
+            filled in.
     """
     slot = _slot(layer)
     replaced = layer.__dict__.get("forward") if slot == "forward" else None

@@ -74,7 +74,9 @@ def branches(network: Network) -> Iterator[Branches]:
     """Yield every transformer block with its branches; blocks of unknown widths are left out."""
     for block in network.blocks():
         sequence = 1 if _batch_comes_first(block.module) else 0
-        members = [_attention_branch(network, f"{block.name}.{child}", sequence) for child in block.attentions]
+        members = [
+            _attention_branch(network, f"{block.name}.{child}", sequence) for child in block.attentions
+        ]
         members.append(_mlp_branch(network, f"{block.name}.{block.mlp}", sequence))
         of_known_width = [branch for branch in members if branch is not None]
         if len(of_known_width) == len(members):

@@ -55,6 +55,8 @@ class FusedLayout:
         split: The sizes, from the attention, the parts of its projection and the projection's channels.
         attributes: Attributes that are set in attentions of the family and in no others.
         class_name: Name of their class, where no attribute tells; "" for any.
+        parts: Letters of the parts in their order, where that is another than the projection's name says;
+            else "".
     """
 
     families: str
@@ -63,6 +65,7 @@ class FusedLayout:
     split: Callable[[Any, str, int], Split]
     attributes: tuple[str, ...] = ()
     class_name: str = ""
+    parts: str = ""
 
     def fits(self, attention: nn.Module) -> bool:
         """Whether an attention is of this family."""
@@ -176,6 +179,7 @@ def fused_rows(attention: nn.Module, projection: nn.Module, parts: str) -> tuple
     """Output channels of every part of a fused projection; empty if its layout does not fit its size."""
     channels = getattr(projection, "weight").shape[0]  # noqa: B009 - typed as Any
     layout = next(layout for layout in FUSED_LAYOUTS if layout.fits(attention))
+    parts = layout.parts or parts
     split = layout.split(attention, parts, channels)
     if len(split.sizes) != len(parts) or split.channels != channels:
         return ()

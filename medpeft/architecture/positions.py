@@ -100,7 +100,10 @@ _REASONS_INSIDE = (
         _embeds_positions,
         "adds an embedding of their positions to its tokens ({path}), and an added token has no position",
     ),
-    (_biases_positions, "adds a bias for each pair of positions ({path}), and an added token has no position"),
+    (
+        _biases_positions,
+        "adds a bias for each pair of positions ({path}), and an added token has no position",
+    ),
     (_has_windows, "attends within windows ({path}), of which each would need tokens of its own"),
 )
 

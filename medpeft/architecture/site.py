@@ -61,7 +61,8 @@ class Draft:
         method: Name of the method.
         generator: Source of the adapter's initial values.
         shapes_only: Whether only shapes are wanted; `Site.host` is then on the meta device.
-        overwritten: Whether a module of the model works in place, so that the layer's output may be written over.
+        overwritten: Whether a module of the model works in place, so that the layer's output may be written
+            over.
         shared: Modules shared by all adapters of the method on one device, by key; see `Site.share`.
     """
 
@@ -87,7 +88,7 @@ class Site:
         partners: Other places where the same adapter acts.
         draft: Facts that matter only while the adapter is built.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> site = medpeft.Site("fc", torch.nn.Linear(4, 8))
         >>> site.kind, tuple(site.host.shape)
@@ -161,7 +162,8 @@ class Site:
     def share(self, key: Any, make: Callable[[], Shared]) -> Shared:
         """Get the module that the method's adapters share by this key; the first to ask makes it.
 
-        Keep it in `Adapter.shared`: it is registered once, on the model, and so moved, copied, counted and saved once.
+        Keep it in `Adapter.shared`: it is registered once, on the model, and so moved, copied, counted and
+        saved once.
         """
         if key not in self.draft.shared:
             self.draft.shared[key] = make()

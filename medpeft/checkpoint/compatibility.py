@@ -81,7 +81,9 @@ def require_values(model: nn.Module) -> None:
     """Raise `CheckpointError` if the model is on the meta device."""
     for name, tensor in (*own_tensors(model), *own_state(model)):
         if tensor.is_meta:
-            raise CheckpointError(f"{name!r} is on the meta device, which holds no values: load the base's weights first.")
+            raise CheckpointError(
+                f"{name!r} is on the meta device, which holds no values: load the base's weights first."
+            )
 
 
 def saved_record(header: Header) -> Applied:
@@ -128,7 +130,9 @@ def _options(record: Applied) -> dict[str, object]:
     options = {}
     for method, values in record.methods.items():
         for option, value in values.items():
-            options[f"{method}: {option}"] = json.loads(json.dumps(value, default=repr))  # A tuple becomes a list.
+            options[f"{method}: {option}"] = json.loads(
+                json.dumps(value, default=repr)
+            )  # A tuple becomes a list.
     return options
 
 
@@ -233,7 +237,9 @@ def _keeps(saved: torch.dtype, own: torch.dtype, *, every_digit: bool) -> bool:
     return own.is_floating_point and (not every_digit or torch.promote_types(saved, own) == own)
 
 
-def _class_hint(saved: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]], head: Sequence[str]) -> str:
+def _class_hint(
+    saved: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]], head: Sequence[str]
+) -> str:
     """Say what to do about a head of another size; "" if it has the same."""
     for name, shape in saved.items():
         if within(name, head) and shape and name in here and here[name] != shape:

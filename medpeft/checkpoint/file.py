@@ -111,7 +111,9 @@ def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES.values():
-            raise CheckpointError(f"{path}: {name!r} is {short(tensor.dtype)}, which medpeft does not read again: convert it.")
+            raise CheckpointError(
+                f"{path}: {name!r} is {short(tensor.dtype)}, which medpeft does not read again: convert it."
+            )
     try:
         target = os.path.realpath(path)
         if os.path.exists(target) and not os.path.isfile(target):
@@ -131,7 +133,9 @@ def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
-def _write_beside(target: str, unfinished: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def _write_beside(
+    target: str, unfinished: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     """Write the unfinished file and flush it, with the permissions of the target or of any new file."""
     from safetensors.torch import save_file
 
@@ -143,7 +147,9 @@ def _write_beside(target: str, unfinished: str, tensors: Mapping[str, Tensor], m
     with open(unfinished, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER:
-        raise CheckpointError(f"{target}: the header would take {length:,} bytes, more than {MAX_HEADER:,}: shorten metadata.")
+        raise CheckpointError(
+            f"{target}: the header would take {length:,} bytes, more than {MAX_HEADER:,}: shorten metadata."
+        )
     os.chmod(unfinished, mode & 0o777)  # safetensors leaves the file to its owner alone.
     _flush(unfinished, os.O_RDWR)
 
@@ -220,7 +226,9 @@ def read_tensors(file: io.BufferedIOBase, layout: Layout, name: str) -> dict[str
     present = {key: Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     if present != layout.tensors:
         raise CheckpointError(f"{name} was altered while it was read.")
-    return {key: tensors[key] for key in layout.tensors}  # The library's order changes from process to process.
+    return {
+        key: tensors[key] for key in layout.tensors
+    }  # The library's order changes from process to process.
 
 
 def parse(data: bytes | str, what: str) -> Any:

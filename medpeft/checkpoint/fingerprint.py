@@ -22,8 +22,9 @@ def identify(model: nn.Module, frozen: Callable[[str], bool]) -> dict[str, Any]:
     """Describe a base, as JSON, by what tells it from others.
 
     `SAMPLES` elements of every frozen tensor, spread over all of it, are hashed. This costs far less than
-    reading the weights from disk, and finds other pretrained weights, another seed, a fine-tuned copy and another
-    dtype, which change almost every element. It can miss a change of a few elements of a large tensor.
+    reading the weights from disk, and finds other pretrained weights, another seed, a fine-tuned copy and
+    another dtype, which change almost every element. It can miss a change of a few elements of a large
+    tensor.
 
     Args:
         model: The model, adapted or not; of a sharded one every rank has to take part.

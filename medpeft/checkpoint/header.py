@@ -40,6 +40,9 @@ _FIELDS = {
     "content": text,
 }
 
+_DEFAULTS: dict[str, Any] = {}
+"""What a field means in the files of earlier versions, which do not have it. A new field goes here and into `_FIELDS`."""
+
 
 @dataclass(frozen=True)
 class Header:
@@ -50,7 +53,7 @@ class Header:
         document: Methods, sites, selected parameters, head, BatchNorm policy, base, metadata, version.
         layout: The tensors in the file.
 
-    Example:
+    Examples:
         >>> import tempfile, medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "lora", rank=2, target="0", head="1")
@@ -177,8 +180,8 @@ def read(file: io.BufferedIOBase, name: str) -> Header:
     layout = read_layout(file, name)
     if KEY not in layout.metadata:
         raise CheckpointError(
-            f"{name} was not written by medpeft.save: its header has no {KEY!r} entry. For LoRA files of peft "
-            "or diffusers there are medpeft.interchange.from_peft and from_diffusers."
+            f"{name} was not written by medpeft.save: its header has no {KEY!r} entry. For LoRA files of "
+            f"peft or diffusers there are medpeft.interchange.from_peft and from_diffusers."
         )
     return Header(name, _document(name, layout.metadata[KEY]), layout)
 
@@ -190,10 +193,13 @@ def _document(name: str, content: str) -> dict[str, Any]:
         raise CheckpointError(f"{name} does not say by which schema it was written: it was altered.")
     schema = document["schema"]
     if schema > SCHEMA:
-        raise CheckpointError(f"{name} has schema {clip(schema)}, this medpeft reads up to {SCHEMA}: install a later medpeft.")
+        raise CheckpointError(
+            f"{name} has schema {clip(schema)}, this medpeft reads up to {SCHEMA}: install a later medpeft."
+        )
     written = document.pop("digest", None)
     if written != _digest(document):
         raise CheckpointError(f"{name} was altered: its header is not what medpeft wrote.")
+    document = {**_DEFAULTS, **document}
     for field, accepts in _FIELDS.items():
         if field not in document or not accepts(document[field]):
             raise CheckpointError(f"{name}: its header has no valid {field!r} entry.")

@@ -57,7 +57,7 @@ def inspect(path: Source) -> Header:
     Raises:
         CheckpointError: there is no such file, or it is no checkpoint of medpeft's.
 
-    Example:
+    Examples:
         >>> import tempfile, medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "lora", rank=2, target="0", head="1")
@@ -80,8 +80,8 @@ def load(
 ) -> nn.Module:
     """Load a checkpoint: onto the base it was trained on, or into a model adapted in the same way.
 
-    A base is adapted as the file says. In a model with the same methods, options and sites the values are swapped
-    in place: no parameter is replaced, so optimizers keep theirs and a compiled model stays compiled.
+    A base is adapted as the file says. In a model with the same methods, options and sites the values are
+    swapped in place: no parameter is replaced, so optimizers keep theirs and a compiled model stays compiled.
 
     Args:
         model: The base with its pretrained weights loaded, or a model after `apply` or `load`.
@@ -97,7 +97,7 @@ def load(
     Raises:
         CheckpointError: the file is damaged or does not fit, with what differs. The model is untouched.
 
-    Example:
+    Examples:
         >>> import copy, tempfile, medpeft, torch
         >>> base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         >>> trained = medpeft.apply(copy.deepcopy(base), "lora", target="0", head="1")
@@ -116,7 +116,9 @@ def load(
     return model
 
 
-def _prepare(model: nn.Module, path: Source, *, check_base: bool, head: str, keep_base: bool | None) -> _Prepared:
+def _prepare(
+    model: nn.Module, path: Source, *, check_base: bool, head: str, keep_base: bool | None
+) -> _Prepared:
     """Read and check everything; the model stays as it is."""
     with opened(path) as file:
         header = read(file, name_of(path))
@@ -180,7 +182,9 @@ def _record(model: nn.Module, header: Header, *, head: str, keep_base: bool | No
         return adapted.record
     inside = adapted_inside(model)
     if inside is not None:
-        raise CheckpointError(f"The {type(model).__name__} only wraps the adapted model: load into its {inside!r}.")
+        raise CheckpointError(
+            f"The {type(model).__name__} only wraps the adapted model: load into its {inside!r}."
+        )
     for name, tensor in own_tensors(model):
         if is_sharded(tensor):
             raise CheckpointError(f"{name!r} is sharded already: load the checkpoint before fully_shard.")
@@ -206,7 +210,9 @@ def _new_record(model: nn.Module, header: Header, *, head: str, keep_base: bool 
     return record
 
 
-def _expected(model: nn.Module, record: Applied, planned: Plan | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _expected(
+    model: nn.Module, record: Applied, planned: Plan | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return what a file for the model holds, and the part of it that has its dtype already."""
     if planned is None:
         saved = Adapted.of(model).saved
@@ -267,7 +273,9 @@ def _draw_head(model: nn.Module, record: Applied) -> dict[str, Tensor]:
                 parameters = dict(layer.named_parameters(recurse=False))
                 reset: Any = getattr(layer, "reset_parameters", None)
                 if parameters and not callable(reset):
-                    raise CheckpointError(f"head='reinit' cannot draw {path!r} anew ({type(layer).__name__}): use head='skip'.")
+                    raise CheckpointError(
+                        f"head='reinit' cannot draw {path!r} anew ({type(layer).__name__}): use head='skip'."
+                    )
                 if parameters:
                     reset()
                 for key, parameter in parameters.items():

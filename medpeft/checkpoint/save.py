@@ -26,22 +26,22 @@ _INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
     """Write what training changed, and nothing else.
 
-    That is the adapters, the selected parameters, the head, and BatchNorm buffers that adapt. The file is whole
-    or not there: it is written under another name beside (".medpeft-….tmp"), flushed and renamed.
+    That is the adapters, the selected parameters, the head, and BatchNorm buffers that adapt. The file is
+    whole or not there: it is written under another name beside (".medpeft-….tmp"), flushed and renamed.
 
     Args:
-        model: A model after `apply`. Of one in DDP pass `model.module`; any one rank is enough. One sharded by
-            FSDP2 is gathered: every rank has to call this, and the first writes.
+        model: A model after `apply`. Of one in DDP pass `model.module`; any one rank is enough. One sharded
+            by FSDP2 is gathered: every rank has to call this, and the first writes.
         path: The file, conventionally `*.safetensors`; its directory must exist.
         metadata: Whatever is worth knowing later, as JSON; names of the classes belong under "classes".
 
     Raises:
         MedpeftError: nothing was applied.
-        CheckpointError: the file cannot be written; metadata is no JSON; or the model is not as `apply` left it
-            (on the meta device, disabled, merged, a head replaced, other parameters unfrozen). An older file
-            stays.
+        CheckpointError: the file cannot be written; metadata is no JSON; or the model is not as `apply` left
+            it (on the meta device, disabled, merged, a head replaced, other parameters unfrozen). An older
+            file stays.
 
-    Example:
+    Examples:
         >>> import pathlib, tempfile, medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "lora", rank=2, target="0", head="1")
@@ -65,7 +65,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
 def _document(adapted: Adapted, metadata: dict[str, Any]) -> dict[str, Any]:
     """Describe everything that the header holds but the digests."""
     record = adapted.record
-    methods = {name: _as_json(options, f"the options of {name!r}") for name, options in record.methods.items()}
+    methods = {
+        name: _as_json(options, f"the options of {name!r}") for name, options in record.methods.items()
+    }
     trained = {*record.selected, *record.statistics}
     return {
         "schema": SCHEMA,
@@ -82,7 +84,9 @@ def _require_savable(adapted: Adapted) -> None:
     """Raise `CheckpointError` unless the tensors of the model are those that were trained."""
     record = adapted.record
     if not adapted.acting:
-        raise CheckpointError("Within medpeft.disabled or medpeft.merged a model is not as it was trained: leave it first.")
+        raise CheckpointError(
+            "Within medpeft.disabled or medpeft.merged a model is not as it was trained: leave it first."
+        )
     present = set()
     for name, _, adapters in adapted.layers:
         for _, adapter in adapters.adapters():
@@ -91,8 +95,8 @@ def _require_savable(adapted: Adapted) -> None:
     lost += [name for name in (*record.selected, *record.statistics) if name not in adapted.trained]
     if lost:
         raise CheckpointError(
-            f"{listed(lost, most=1)}, which {record.name!r} trains, is no longer as apply left it: was a layer or "
-            "the head replaced? Replace it before apply."
+            f"{listed(lost, most=1)}, which {record.name!r} trains, is no longer as apply left it: was a "
+            f"layer or the head replaced? Replace it before apply."
         )
     require_nothing_else_trains(adapted.model, record)
     require_values(adapted.model)

@@ -35,7 +35,7 @@ class Checked:
         exempt: Names of trainable tensors that do not act, harmlessly, with the reason.
         notes: What could not be shown, and what else is worth knowing.
 
-    Example:
+    Examples:
         >>> import torch, medpeft
         >>> model = medpeft.apply(torch.nn.Sequential(torch.nn.Linear(4, 2)), "full", head=None)
         >>> checked = medpeft.check(model, torch.randn(3, 4))
@@ -85,11 +85,11 @@ def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimi
         How much acts, and what is exempt because it acts in no model, as a key's bias under a softmax.
 
     Raises:
-        MedpeftError: a tensor cannot act, training would change what is frozen, a hook is lost, or the
+        MedpeftError: a tensor cannot act, training would change what is frozen, a forward is lost, or the
             optimizer holds other parameters; all are named, with the reason if it is known. Or the model does
             not run on the input.
 
-    Example:
+    Examples:
         >>> import torch, medpeft
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "ssf", head="2")
@@ -183,8 +183,10 @@ def _is_cancelled_by_softmax(network: Network, layer: str) -> bool:
 def _misplaced_gradients(adapted: Adapted) -> Iterator[Finding]:
     """Find parameters that train although frozen, or are frozen although they should train, or are gone."""
     selected, trained_before = adapted.record.selected, adapted.record.trained_before
+    # By identity: a file names what adapters share by the first of them, the model by where it is registered.
+    own = {id(tensor) for tensor in adapted.own.values()}
     for name, parameter in adapted.model.named_parameters():
-        if parameter.requires_grad and name not in adapted.own and name not in selected:
+        if parameter.requires_grad and id(parameter) not in own and name not in selected:
             reason = "it was not there at apply"
             if name in trained_before:
                 reason = "apply froze it"
@@ -230,7 +232,9 @@ def _lost_forwards(adapted: Adapted) -> Iterator[Finding]:
         if not all(map(is_wired, wired)):
             yield Finding(name, f"has lost the forward of its adapters ({hint}); convert first, then apply")
         if not adapters.enabled:
-            yield Finding(name, "has its adapters switched off; leave `with medpeft.disabled(…)` or `merged(…)` first")
+            yield Finding(
+                name, "has its adapters switched off; leave `with medpeft.disabled(…)` or `merged(…)` first"
+            )
 
 
 def _changing_statistics(adapted: Adapted) -> Iterator[Finding]:

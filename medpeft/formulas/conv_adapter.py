@@ -1,7 +1,7 @@
 """Conv-Adapter: a depthwise-separable bottleneck beside the convolutions of residual blocks.
 
-Chen et al., "Conv-Adapter: Exploring Parameter Efficient Transfer Learning for ConvNets" (CVPR Workshop 2024),
-arXiv 2208.07463, Eq. 3.
+Chen et al., "Conv-Adapter: Exploring Parameter Efficient Transfer Learning for ConvNets" (CVPR Workshop
+2024), arXiv 2208.07463, Eq. 3.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from ..errors import require_choice, require_positive
 class ConvAdapter(Adapter):
     """A depthwise-separable bottleneck beside the convolutions of residual blocks: conv(x) + α ⊙ up(relu(down(x))).
 
-    x is (B, I, …). `down` is a convolution of I to I / γ channels in I / γ groups, which slides as its host does, so that both
-    see the same field; `up` is a 1×1 convolution; α has one value per channel and starts at 1.
+    x is (B, I, …). `down` is a convolution of I to I / γ channels in I / γ groups, which slides as its host
+    does, so that both see the same field; `up` is a 1×1 convolution; α has one value per channel and starts
+    at 1.
 
     Args:
         site: A convolution.
@@ -45,31 +46,50 @@ class ConvAdapter(Adapter):
         super().__init__(site)
         require_positive("reduction", reduction)
         require_choice("form", form, ("parallel", "sequential"))
-        self.geometry, self.form = Geometry.of(site.layer), form  # type: ignore[arg-type]  # its sites are convolutions
-        outputs, inputs = site.host.shape[0], site.host.shape[1] * self.geometry.groups
-        if form == "sequential":
-            inputs, ones = outputs, (1,) * self.geometry.dims
-            padding = tuple((k - 1) // 2 for k in self.geometry.kernel)
-            after = tuple(k // 2 for k in self.geometry.kernel)
-            self.geometry = replace(self.geometry, stride=ones, dilation=ones, before=padding, after=after)
-        width = next(w for w in range(max(inputs // reduction, 1), 0, -1) if inputs % w == 0)
-        self.down = nn.Parameter(torch.empty(width, inputs // width, *self.geometry.kernel))
+        self.form = form
+        geometry = Geometry.of(site.layer)  # type: ignore[arg-type]  # its sites are convolutions
+        outputs = site.host.shape[0]
+        if form == "parallel":
+            inputs = site.host.shape[1] * geometry.groups
+            self.geometry = geometry
+        else:
+            inputs = outputs
+            self.geometry = _keeping_size(geometry)
+        width = _width(inputs, reduction)
+        self.down = nn.Parameter(torch.empty(width, inputs // width, *geometry.kernel))
         self.up = nn.Parameter(torch.zeros(outputs, width))
         self.scale = nn.Parameter(torch.ones(outputs))
         nn.init.kaiming_uniform_(self.down, a=5**0.5, generator=site.generator)
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
-        """Convolutions of residual blocks whose kernel is larger than 1; with a target, any convolution."""
+        """Yield the convolutions of residual blocks whose kernel is larger than 1; with a target, any convolution."""
         for site in network.sites("conv"):
-            if isinstance(site.layer, CONVS):
-                wide = max(site.layer.kernel_size) > 1
-                if targeted or (wide and in_body(site.name, network.modules)):
-                    yield site
+            if not isinstance(site.layer, CONVS):
+                continue
+            is_wide = max(site.layer.kernel_size) > 1
+            if targeted or (is_wide and in_body(site.name, network.modules)):
+                yield site
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + α ⊙ up(relu(down(x))), or of y where the form is sequential."""
-        hidden = cast(x if self.form == "parallel" else y, self.down)
-        hidden = self.geometry.convolve(hidden, self.down, groups=len(self.down)).relu()
+        """Compute y + α ⊙ up(relu(down(x))), or of y where the form is sequential."""
+        source = cast(x if self.form == "parallel" else y, self.down)
+        hidden = self.geometry.convolve(source, self.down, groups=len(self.down)).relu()
         change = self.geometry.pointwise(hidden, self.scale[:, None] * self.up, strided=False)
         return y + change.to(y.dtype)
+
+
+def _keeping_size(geometry: Geometry) -> Geometry:
+    """The geometry of a convolution with the same kernel that slides over its input step by step and keeps its size."""
+    ones = (1,) * geometry.dims
+    before = tuple((size - 1) // 2 for size in geometry.kernel)
+    after = tuple(size // 2 for size in geometry.kernel)
+    return replace(geometry, stride=ones, dilation=ones, before=before, after=after)
+
+
+def _width(inputs: int, reduction: int) -> int:
+    """The bottleneck's channels: `inputs` over the reduction, or the next smaller divisor of `inputs`."""
+    width = max(inputs // reduction, 1)
+    while inputs % width:
+        width -= 1
+    return width

@@ -1,7 +1,7 @@
 """DiffFit: every bias and norm, and a scale at the end of every branch.
 
-Xie et al., "DiffFit: Unlocking Transferability of Large Diffusion Models via Simple Parameter-Efficient Fine-Tuning" (ICCV
-2023), arXiv 2304.06648, Sec. 3.
+Xie et al., "DiffFit: Unlocking Transferability of Large Diffusion Models via Simple Parameter-Efficient
+Fine-Tuning" (ICCV 2023), arXiv 2304.06648, Sec. 3.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, along
 from ..adapters.registry import register
 from ..architecture.blocks import feed_forwards
 from ..architecture.layers import channel_axis, is_norm
@@ -26,7 +26,9 @@ def trains(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
     return is_bias(name, parameter, layer) or is_norm(layer.module)
 
 
-@register("difffit", hint="it scales the branches of transformer blocks. Try 'bias+norm' or 'ssf'.", selects=trains)
+@register(
+    "difffit", hint="it scales the branches of transformer blocks. Try 'bias+norm' or 'ssf'.", selects=trains
+)
 class DiffFit(Adapter):
     """A scale of what every attention and every MLP gives, γ ⊙ y, beside every bias and every norm of the model.
 
@@ -43,21 +45,22 @@ class DiffFit(Adapter):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
-        """The output projection of every attention and the last layer of every MLP."""
-        last = {mlp.last for mlp in feed_forwards(network)}
+        """Yield the output projection of every attention and the last layer of every MLP."""
+        last_layers = {mlp.last for mlp in feed_forwards(network)}
         for site in network.sites("linear", "conv"):
+            ends_a_branch = "o" in site.parts or site.name in last_layers
             # A batch norm right after it would undo the scale.
-            if ("o" in site.parts or site.name in last) and not network.erased(site):
+            if ends_a_branch and not network.erased(site):
                 yield replace(site, projection=None)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """γ ⊙ y."""
-        shape = [1] * y.ndim
-        shape[self.axis] = -1
-        return (y * self.gamma.view(shape)).to(y.dtype)
+        """Compute γ ⊙ y."""
+        return (y * along(self.gamma, y, self.axis)).to(y.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """diag(γ)·W and γ ⊙ b."""
+        """Compute diag(γ)·W and γ ⊙ b."""
         assert weight is not None
-        scaled = weight * self.gamma.view(-1, *[1] * (weight.ndim - 1))
-        return scaled, None if bias is None else bias * self.gamma
+        scaled = weight * along(self.gamma, weight, 0)
+        if bias is None:
+            return scaled, None
+        return scaled, bias * self.gamma

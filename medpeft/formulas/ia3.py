@@ -1,7 +1,7 @@
 """(IA)³: a scale for every key, every value, and every hidden channel of the MLP.
 
-Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning" (NeurIPS 2022), arXiv
-2205.05638, Sec. 3.3.
+Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning" (NeurIPS
+2022), arXiv 2205.05638, Sec. 3.3.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import ON_INPUT, ON_OUTPUT, ON_WEIGHT, Adapter
-from ..adapters.kernels import ScaleShift, in_place, writes_fresh_output
+from ..adapters.adapter import ON_INPUT, ON_OUTPUT, ON_WEIGHT, Adapter, along
+from ..adapters.kernels import in_place, scale_shift, writes_fresh_output
 from ..adapters.registry import register
 from ..architecture.blocks import feed_forwards
 from ..architecture.layers import channel_axis
@@ -26,60 +26,60 @@ from ..architecture.site import Site
 class IA3(Adapter):
     """A scale of every key and value, and of every hidden channel of the MLP: l ⊙ K, l ⊙ V, and W₂·(l ⊙ γ(W₁·x)).
 
-    Where a parent adds a bias of its own to keys or values, as timm's BEiT does, the scale leaves that out. l starts at one.
+    Where a parent adds a bias of its own to keys or values, as timm's BEiT does, the scale leaves that out. l
+    starts at one.
 
     Args:
-        site: A layer that makes keys or values, whose output is scaled; any other linear layer or convolution: its input is.
+        site: A layer that makes keys or values, whose output is scaled; any other linear layer or
+            convolution: its input is.
     """
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
-        host = site.host
-        self.rows, self.scales_input = site.rows, not set(site.parts) & set("kv")
-        self.axis, self.groups = channel_axis(site.layer), getattr(site.layer, "groups", 1)
-        channels = host.shape[1] * self.groups if self.scales_input else sum(part_sizes(site.rows, host.shape[0]))
-        self.scale = nn.Parameter(torch.ones(channels))
-        self.fresh = writes_fresh_output(site.layer) and not site.draft.overwritten
+        self.rows = site.rows
+        self.scales_input = not set(site.parts) & set("kv")
         if self.acts_on != ON_WEIGHT:
             self.acts_on = ON_INPUT if self.scales_input else ON_OUTPUT
+        self.axis, self.groups = channel_axis(site.layer), getattr(site.layer, "groups", 1)
+        outputs, inputs = site.host.shape[:2]
+        channels = inputs * self.groups if self.scales_input else sum(part_sizes(site.rows, outputs))
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.fresh = writes_fresh_output(site.layer) and not site.draft.overwritten
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
-        """What makes keys or values, and the last layer of every MLP; with a target, any linear layer or convolution."""
-        last = {mlp.last for mlp in feed_forwards(network)}
+        """Yield what makes keys or values, and the last layer of every MLP; with a target, any linear layer or convolution."""
+        last_layers = {mlp.last for mlp in feed_forwards(network)}
         for site in network.sites("linear", "conv"):
             # A batch norm right after it would undo the scale.
-            makes = set(site.parts) & set("kv") and not network.erased(site)
-            if makes or site.name in last or (targeted and not site.parts):
+            makes_keys_or_values = bool(set(site.parts) & set("kv")) and not network.erased(site)
+            is_any_other = targeted and not site.parts
+            if makes_keys_or_values or site.name in last_layers or is_any_other:
                 yield site.with_parts("kv")
 
     def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
-        """l ⊙ x."""
-        return (x * self._along(self.scale, x)).to(x.dtype)
+        """Compute l ⊙ x."""
+        return (x * along(self.scale, x, self.axis)).to(x.dtype)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """l ⊙ y, in the channels of the keys and values."""
-        every = self.scale.new_empty(y.shape[self.axis])
-        scale = place_channels(self.scale, self.rows, every, -1, fill=1.0)
+        """Compute l ⊙ y, in the channels of the keys and values."""
+        every_channel = self.scale.new_empty(y.shape[self.axis])
+        scale = place_channels(self.scale, self.rows, every_channel, -1, fill=1.0)
         if self.fresh and in_place(y):
-            # The attention keeps the scaled y anyway; y itself is found again from it in backward.
-            scaled: Tensor = ScaleShift.apply(y, scale, torch.zeros_like(scale), self.axis)
-            return scaled
-        return (y * self._along(scale, y)).to(y.dtype)
-
-    def _along(self, scale: Tensor, y: Tensor) -> Tensor:
-        shape = [1] * y.ndim
-        shape[self.axis] = -1
-        return scale.view(shape)
+            # The attention keeps the scaled y anyway; y itself is recomputed from it in backward.
+            return scale_shift(y, scale, torch.zeros_like(scale), self.axis)
+        return (y * along(scale, y, self.axis)).to(y.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """W·diag(l) of what is scaled at its input; else diag(l)·W and l ⊙ b in the rows of the keys and values."""
+        """Compute W·diag(l) of what is scaled at its input; else diag(l)·W and l ⊙ b in the rows of keys and values."""
         assert weight is not None
         if self.scales_input:
+            by_group = weight.unflatten(0, (self.groups, -1))  # (O, I / G, …) → (G, O / G, I / G, …)
             columns = self.scale.view(self.groups, 1, -1, *[1] * (weight.ndim - 2))
-            return (weight.unflatten(0, (self.groups, -1)) * columns).flatten(0, 1), bias
-        matrix = weight.flatten(1)
-        new = replace_rows(matrix, self.rows, take_rows(matrix, self.rows) * self.scale[:, None]).view_as(weight)
+            return (by_group * columns).flatten(0, 1), bias
+        matrix = weight.flatten(1)  # (O, I, …) → (O, I·…)
+        scaled = take_rows(matrix, self.rows) * self.scale[:, None]
+        new_weight = replace_rows(matrix, self.rows, scaled).view_as(weight)
         if bias is None:
-            return new, None
-        return new, replace_rows(bias, self.rows, take_rows(bias, self.rows) * self.scale)
+            return new_weight, None
+        return new_weight, replace_rows(bias, self.rows, take_rows(bias, self.rows) * self.scale)

@@ -1,31 +1,59 @@
 """Prefix tuning: learned keys and values in every attention.
 
-Li & Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation" (ACL 2021), arXiv 2101.00190, Sec. 4.2; in the form of
-He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning" (ICLR 2022), arXiv 2110.04366, Eq. 4. Without the
-MLP through which the first draws the prefix in training: the prefixes themselves are trained.
+Li & Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation" (ACL 2021),
+arXiv 2101.00190, Sec. 4.2; in the form of He et al., "Towards a Unified View of Parameter-Efficient Transfer
+Learning" (ICLR 2022), arXiv 2110.04366, Eq. 4. The prefixes themselves are trained, without the MLP through
+which the first paper draws them in training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter
+from ..adapters.adapter import Adapter, SecondPlace
 from ..adapters.registry import register
-from ..adapters.tokens import insert, pad_mask, require_sequence, stand_still, take_off
+from ..adapters.tokens import TokenSpan, in_brackets, require_sequence
 from ..architecture.attention import Projection, projections
 from ..architecture.blocks import attention_layout
 from ..architecture.network import Network
 from ..architecture.positions import why_not
-from ..architecture.site import Partner, Site, Unfit
+from ..architecture.rows import Rows
+from ..architecture.site import Layout, Partner, Site, Unfit
 from ..errors import MedpeftError, require_positive
 
-_HINT = "it adds keys and values to attentions over tokens without positions of their own. Try 'lora' or 'adaptformer'."
+_INSTEAD = "Try 'lora' or 'adaptformer'."
+_HINT = f"it adds keys and values to attentions over tokens without positions of their own. {_INSTEAD}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Channels of a projection that hold keys or values.
+
+    Attributes:
+        rows: The channels, whose part is "k" or "v".
+        channels: Channels of the whole projection.
+    """
+
+    rows: Rows
+    channels: int
+
+    @property
+    def width(self) -> int:
+        """Channels of a key or value, all heads together."""
+        return self.rows.groups * self.rows.size
+
+    def scatter(self, prefix: Tensor) -> Tensor:
+        """Put a prefix into the projection's channels, with zeros elsewhere: (n, width) → (n, channels)."""
+        rows = self.rows
+        after = self.channels // rows.groups - rows.start - rows.size
+        by_group = prefix.unflatten(1, (rows.groups, rows.size))  # (n, width) → (n, G, size)
+        return F.pad(by_group, (rows.start, after)).flatten(1)  # (n, G, channels / G) → (n, channels)
 
 
 @register(
@@ -38,14 +66,15 @@ _HINT = "it adds keys and values to attentions over tokens without positions of 
 class Prefix(Adapter):
     """Learned keys and values in every attention: softmax(q·[P_k; k]ᵀ / √d)·[P_v; v].
 
-    Tokens of zeros enter the attention; what its projections make of them is replaced by the prefix, and what leaves for them
-    is taken off. So the attention computes in its own way, fused or not, and normalises, masks and drops the new keys as the
-    others. `nn.MultiheadAttention` has a place for such keys. The model is not the base at first: even a fresh prefix takes
-    part in every softmax.
+    Tokens of zeros enter the attention. The prefix replaces what its projections make of them, and what
+    leaves for them is taken off. So the attention computes in its own way, fused or not, and normalises,
+    masks and drops the new keys as the others. `nn.MultiheadAttention` has slots for such keys, its
+    `bias_k` and `bias_v`. The model is not the base at first: even a fresh prefix takes part in every
+    softmax.
 
     Args:
-        site: An attention.
-        tokens: Number of keys and values.
+        site: An attention. Its partners are the projections that make keys or values.
+        tokens: Number of keys and values, n.
     """
 
     def __init__(self, site: Site, *, tokens: int = 10) -> None:
@@ -53,133 +82,186 @@ class Prefix(Adapter):
         require_positive("tokens", tokens)
         assert site.layout is not None
         self.name, self.layout = site.name, site.layout
+        self.span = TokenSpan(tokens, start=self.layout.prefix, axis=self.layout.sequence)
         self.in_slots = site.weight == "bias_k"
-        self.acts_on = frozenset({"input", "weight"}) if self.in_slots else frozenset({"input", "output"})
-        # By name of a projection: (part, first channel, channels, groups, channels of a group with the other parts).
-        self.places: dict[str, list[tuple[str, int, int, int, int]]] = {}
-        sizes = dict.fromkeys("kv", site.layout.inputs) if self.in_slots else self._find_places(site)
-        self.k = nn.Parameter(torch.empty(tokens, sizes["k"]))
-        self.v = nn.Parameter(torch.empty(tokens, sizes["v"]))
+        self.places: dict[str, list[Place]] = {}
+        if self.in_slots:
+            self.acts_on = frozenset({"input", "weight"})
+            widths = {"k": self.layout.inputs, "v": self.layout.inputs}
+        else:
+            self.acts_on = frozenset({"input", "output"})
+            self.places = _places(site)
+            widths = _widths(self.places)
+        self.k = nn.Parameter(torch.empty(tokens, widths["k"]))
+        self.v = nn.Parameter(torch.empty(tokens, widths["v"]))
         for prefix in (self.k, self.v):
             nn.init.normal_(prefix, std=0.02, generator=site.generator)
 
-    def _find_places(self, site: Site) -> dict[str, int]:
-        """Where the projections put keys and values; returns how many channels each has."""
-        sizes: dict[str, int] = {}
-        for projection in projections(site.layer):
-            channels = _channels(site.layer, projection)
-            found = [(r.part, r.start, r.size, r.groups, channels // r.groups) for r in projection.rows]
-            found = found or [(projection.part, 0, channels, 1, channels)]
-            sizes |= {part: size * groups for part, _, size, groups, _ in found}
-            self.places[f"{site.name}.{projection.path}".strip(".")] = [place for place in found if place[0] in "kv"]
-        return sizes
-
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, tokens: int = 10) -> Iterator[Site | Unfit]:
-        """Every attention of tokens with one another."""
+        """Yield every attention of tokens with one another."""
         for name, parts in network.attentions.items():
-            module, layout = network.modules[name], attention_layout(network, name)
+            layout = attention_layout(network, name)
             if layout is None or network.inside(name, network.head):
                 continue
-            if isinstance(module, nn.MultiheadAttention):
-                if module.bias_k is not None:
-                    yield Unfit(name, "has a key and a value of its own (add_bias_kv)")
-                else:
-                    yield Site(name, module, "bias_k", "bias_v", layout=layout)
-                continue
-            reason = _why_not(network, name, parts) or why_not(network, name)
-            if reason:
-                yield Unfit(name, reason)
-                continue
-            partners = []
-            for projection in parts:
-                if set(projection.parts) & {"k", "v"}:
-                    path = f"{name}.{projection.path}".strip(".")
-                    partners.append(Partner(Site(path, network.modules[path], "", ""), Keys))
-            yield Site(name, module, "", "", layout=replace(layout, adds=tokens), partners=tuple(partners))
+            if isinstance(network.modules[name], nn.MultiheadAttention):
+                yield _site_in_slots(network, name, layout)
+            else:
+                yield _site_in_projections(network, name, parts, replace(layout, adds=tokens))
 
     def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
-        """(B, N, D) → (B, N + n, D) with zeros for the prefix, for which rotations and masks make room."""
-        if self.in_slots:
-            for name, value in others.items():
-                others[name] = self._beside_slots(name, value)
-            return x
-        for name, value in others.items():
-            others[name] = stand_still(value, len(self.k)) if name == "rope" else self._padded(x, name, value)
-        require_sequence(x, self.method, self.name)
-        return insert(x, x.new_zeros(len(self.k), x.shape[-1]), self.layout.prefix, self.layout.sequence)
+        """Put zeros into `x` for the prefix, and make room for it in rotations and masks.
 
-    def _padded(self, x: Tensor, name: str, value: Any) -> Any:
-        """Make room for the prefix, which every token sees, in a mask."""
-        padded = pad_mask(value, name, x.shape[self.layout.sequence], len(self.k), self.layout.prefix)
-        if padded is value and isinstance(value, Tensor) and value.ndim == 3 and value.shape[::2] == x.shape[::2]:
+        (B, N, D) → (B, N + n, D). An attention with slots needs no zeros.
+        """
+        for name, value in others.items():
+            if self.in_slots:
+                others[name] = self._beside_slots(name, value)
+            elif name == "rope":
+                others[name] = self.span.widen_rotations(value)
+            else:
+                others[name] = self._widen_mask(x, name, value)
+        if self.in_slots:
+            return x
+        require_sequence(x, self.method, self.name)
+        return self.span.insert(x, x.new_zeros(self.span.count, x.shape[-1]))
+
+    def _widen_mask(self, x: Tensor, name: str, value: Any) -> Any:
+        """Make room for the prefix in a mask, and refuse other tokens to attend to."""
+        widened = self.span.widen_mask(value, name, x.shape[self.span.axis])
+        if widened is value and _is_sequence_like(x, value):
             raise MedpeftError(
-                f"{self.method!r} adds keys for the tokens of {self.name}, which is given others, {tuple(value.shape)}"
-                f"{f' ({name})' if name else ''}, to attend to: exclude it."
+                f"{self.method!r} adds keys for the tokens of {self.name}, which is given others, "
+                f"{tuple(value.shape)}{in_brackets(name)}, to attend to: exclude it."
             )
-        return padded
+        return widened
 
     def _beside_slots(self, name: str, value: Any) -> Any:
-        """Make room for the prefix in what else an `nn.MultiheadAttention` is given."""
+        """Make room for the prefix in a further input of an `nn.MultiheadAttention`."""
+        count = self.span.count
         if name == "key_padding_mask" and isinstance(value, Tensor):
-            return F.pad(value, (0, len(self.k) - 1))  # The attention itself adds one column.
-        if name == "attn_mask" and isinstance(value, Tensor) and len(self.k) > 1:
+            # (B, N) → (B, N + n − 1): the attention itself adds one column.
+            return F.pad(value, (0, count - 1))
+        if name == "attn_mask" and isinstance(value, Tensor) and count > 1:
             raise MedpeftError(
-                f"{self.method!r} adds {len(self.k)} keys, and torch's attention ({self.name}), given an attn_mask, leaves "
-                "room for one: pass tokens=1, or exclude it."
+                f"{self.method!r} adds {count} keys, and torch's attention ({self.name}), given an "
+                "attn_mask, leaves room for one: pass tokens=1, or exclude it."
             )
         if name == "is_causal":
-            return False  # With it torch could leave out the mask, and with that the columns of the prefix.
+            return False  # With True, torch could leave out the mask, and with it the columns of the prefix.
         return value
 
     def put_in(self, projection: str, y: Tensor) -> Tensor:
-        """Put the prefix in the place of what a projection made of the zeros."""
+        """Replace what a projection made of the zeros by the prefix: (B, N + n, D) → (B, N + n, D)."""
         rows = []
-        for part, start, size, groups, total in self.places[projection]:
-            prefix = (self.k if part == "k" else self.v).unflatten(1, (groups, size))
-            rows.append(F.pad(prefix, (start, total - start - size)).flatten(1))
-        at, axis = self.layout.prefix, self.layout.sequence
-        return insert(take_off(y, len(self.k), at, axis), torch.stack(rows).sum(0), at, axis)
+        for place in self.places[projection]:
+            prefix = self.k if place.rows.part == "k" else self.v
+            rows.append(place.scatter(prefix))
+        return self.span.insert(self.span.take_off(y), torch.stack(rows).sum(0))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """(B, N + n, D) → (B, N, D); a class attention gives the class token alone."""
-        axis = self.layout.sequence
-        whole = y.ndim == x.ndim and y.shape[axis] == x.shape[axis]
-        return take_off(y, len(self.k), self.layout.prefix, axis) if whole else y
+        """Take the prefix off, (B, N + n, D) → (B, N, D); a class attention gives the class token alone."""
+        axis = self.span.axis
+        if y.ndim != x.ndim or y.shape[axis] != x.shape[axis]:
+            return y
+        return self.span.take_off(y)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Keys and values for the slots of an `nn.MultiheadAttention`, (n, 1, D)."""
+        """Give keys and values for the slots of an `nn.MultiheadAttention`: (n, D) → (n, 1, D)."""
         return self.k[:, None], self.v[:, None]
 
 
-class Keys(Adapter):
-    """Puts the prefix into the output of a projection of keys, of values, or of both."""
+def _is_sequence_like(x: Tensor, value: Any) -> bool:
+    """Whether an input is another sequence of as many samples and channels, (B, M, D)."""
+    return isinstance(value, Tensor) and value.ndim == 3 and value.shape[::2] == x.shape[::2]
+
+
+class Keys(SecondPlace):
+    """Second place of a prefix: a projection of keys, of values, or of both, into whose output it goes."""
 
     def __init__(self, site: Site, first: Prefix) -> None:
-        super().__init__(site)
+        super().__init__(site, first)
         self.name = site.name
-        self.shared["first"] = first
+
+    @property
+    def first(self) -> Prefix:
+        """The adapter of the attention."""
+        return self.shared["first"]  # type: ignore[return-value]  # as it was made
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return `y` with the prefix."""
-        first: Any = self.shared["first"]
-        with_prefix: Tensor = first.put_in(self.name, y)
-        return with_prefix
+        """Return `y` with the prefix in place of what was made of the zeros."""
+        return self.first.put_in(self.name, y)
 
 
-def _channels(attention: nn.Module, projection: Projection) -> int:
-    weight: Tensor = attention.get_submodule(projection.path)._parameters[projection.weight]  # type: ignore[assignment]
-    return len(weight)
+def _places(site: Site) -> dict[str, list[Place]]:
+    """Find the channels that hold keys or values, by the name of their projection."""
+    places: dict[str, list[Place]] = {}
+    for projection in projections(site.layer):
+        weight: Any = site.layer.get_submodule(projection.path)._parameters[projection.weight]
+        channels = len(weight)
+        for rows in projection.rows or (Rows(projection.part, 0, channels),):
+            if rows.part in ("k", "v"):
+                places.setdefault(_full_name(site.name, projection), []).append(Place(rows, channels))
+    return places
 
 
-def _why_not(network: Network, name: str, parts: list[Projection]) -> str:
-    """Why the projections of an attention leave no place for a prefix; "" where they do."""
-    module = network.modules[name]
-    widths = {tuple(module.get_submodule(p.path).weight.shape[1:]) for p in parts if set(p.parts) & {"q", "k"}}
-    if len(widths) > 1 or getattr(module, "is_cross_attention", False) or sum("k" in p.parts for p in parts) > 1:
-        return "attends to tokens other than its own"
+def _widths(places: dict[str, list[Place]]) -> dict[str, int]:
+    """Channels of a key and of a value."""
+    widths = {}
+    for of_projection in places.values():
+        for place in of_projection:
+            widths[place.rows.part] = place.width
+    return widths
+
+
+def _full_name(attention: str, projection: Projection) -> str:
+    return f"{attention}.{projection.path}".strip(".")
+
+
+def _makes_keys_or_values(projection: Projection) -> bool:
+    return bool(set(projection.parts) & {"k", "v"})
+
+
+def _site_in_slots(network: Network, name: str, layout: Layout) -> Site | Unfit:
+    """Make a site of torch's own attention, which has slots for keys and values that belong to no token."""
+    attention: Any = network.modules[name]
+    if attention.bias_k is not None:
+        return Unfit(name, "has a key and a value of its own (add_bias_kv)")
+    return Site(name, attention, "bias_k", "bias_v", layout=layout)
+
+
+def _site_in_projections(
+    network: Network,
+    name: str,
+    parts: list[Projection],
+    layout: Layout,
+) -> Site | Unfit:
+    """Make a site of an attention that calls its projections, with those of keys and values as partners."""
+    reason = _without_place(network, name, parts) or why_not(network, name)
+    if reason:
+        return Unfit(name, reason)
+    partners = []
+    for projection in filter(_makes_keys_or_values, parts):
+        path = _full_name(name, projection)
+        partners.append(Partner(Site(path, network.modules[path], "", ""), Keys))
+    return Site(name, network.modules[name], "", "", layout=layout, partners=tuple(partners))
+
+
+def _without_place(network: Network, name: str, parts: list[Projection]) -> str:
+    """Reason why the projections of an attention leave no place for a prefix; "" if they leave one."""
+    attention = network.modules[name]
+    makers_of_keys = 0
+    widths = set()
     for projection in parts:
-        full = f"{name}.{projection.path}".strip(".")
-        if set(projection.parts) & {"k", "v"} and network.readers(network.modules[full], projection.weight, projection.bias):
-            return f"reads the weight of {full} without calling it"
+        if "k" in projection.parts:
+            makers_of_keys += 1
+        if set(projection.parts) & {"q", "k"}:
+            weight: Any = attention.get_submodule(projection.path).weight
+            widths.add(tuple(weight.shape[1:]))
+    if len(widths) > 1 or getattr(attention, "is_cross_attention", False) or makers_of_keys > 1:
+        return "attends to tokens other than its own"
+    for projection in filter(_makes_keys_or_values, parts):
+        path = _full_name(name, projection)
+        if network.readers(network.modules[path], projection.weight, projection.bias):
+            return f"reads the weight of {path} without calling it"
     return ""

@@ -1,6 +1,7 @@
 """RepAdapter: two linear maps before each branch, so thin that they vanish in the branch's first layer.
 
-Luo et al., "Towards Efficient Visual Adaption via Structural Re-parameterization" (2023), arXiv 2302.08106, Sec. 3.
+Luo et al., "Towards Efficient Visual Adaption via Structural Re-parameterization" (2023), arXiv 2302.08106,
+Sec. 3.
 """
 
 from __future__ import annotations
@@ -22,14 +23,27 @@ from ..errors import require, require_positive
 
 
 class Maps(nn.Module):
-    """`down`, D to r channels, and `up`, r to D in groups; with biases, or without where the layer can have none."""
+    """Two linear maps: `down` from D to r channels, and `up` from r to D in groups.
 
-    def __init__(self, width: int, bottleneck: int, groups: int, biased: bool, generator: torch.Generator | None) -> None:
+    They have biases unless the layer after them can have none.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        bottleneck: int,
+        groups: int,
+        biased: bool,
+        generator: torch.Generator | None,
+    ) -> None:
         super().__init__()
         self.down = nn.Parameter(torch.empty(bottleneck, width))
         self.up = nn.Parameter(torch.zeros(groups, width // groups, bottleneck // groups))
-        self.down_bias = nn.Parameter(torch.zeros(bottleneck)) if biased else None
-        self.up_bias = nn.Parameter(torch.zeros(width)) if biased else None
+        self.down_bias: nn.Parameter | None = None
+        self.up_bias: nn.Parameter | None = None
+        if biased:
+            self.down_bias = nn.Parameter(torch.zeros(bottleneck))
+            self.up_bias = nn.Parameter(torch.zeros(width))
         nn.init.xavier_uniform_(self.down, generator=generator)
 
 
@@ -39,41 +53,55 @@ class Maps(nn.Module):
     search={"scale": (0.1, 0.5, 1.0, 5.0, 10.0), "bottleneck": (4, 8, 16)},
 )
 class RepAdapter(Adapter):
-    """Two thin linear maps before every attention and every MLP: x + s·up(down(x)), which merges into the layer it precedes.
+    """Two thin linear maps before every attention and every MLP: x + s·up(down(x)).
 
-    `up` maps every group of the bottleneck onto its own group of channels. Projections of one attention that are layers of
-    their own, and an MLP's gate and its partner, share the maps before them, if as many channels enter.
+    `up` maps every group of the bottleneck onto its own group of channels. Projections of one attention
+    that are layers of their own, and an MLP's gate and its partner, share the maps before them, if as many
+    channels enter. Merging folds the maps into the layer after them.
 
     Args:
-        site: A linear layer or 1×1 convolution that a branch begins with, or the `in_proj_weight` of an attention.
+        site: A linear layer or 1×1 convolution that a branch begins with, or the `in_proj_weight` of an
+            attention.
         bottleneck: Width between `down` and `up`.
         groups: Groups of `up`; they must divide the bottleneck and the layer's inputs.
         scale: s.
-        dropout: Probability between `down` and `up`; 0 where a parent reads the layer's weight without calling it.
+        dropout: Probability between `down` and `up`; 0 where a parent reads the layer's weight without
+            calling it.
     """
 
-    def __init__(self, site: Site, *, bottleneck: int = 8, groups: int = 2, scale: float = 1.0, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        site: Site,
+        *,
+        bottleneck: int = 8,
+        groups: int = 2,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__(site)
         require_positive("bottleneck", bottleneck)
         require_positive("groups", groups)
-        width = site.host.shape[1]
+        width, biased = site.host.shape[1], bool(site.bias)
         require(
             bottleneck % groups == 0 and width % groups == 0,
             f"groups={groups} must divide bottleneck={bottleneck} and the {width} inputs of {site.name}.",
         )
+        self._require_dropout(site, dropout)
+        self.shared["maps"] = site.share(
+            (_branch_of(site), width, biased), lambda: Maps(width, bottleneck, groups, biased, site.generator)
+        )
+        self.scale, self.dropout = float(scale), nn.Dropout(dropout)
+        self.axis = channel_axis(site.layer)
+
+    def _require_dropout(self, site: Site, dropout: float) -> None:
         require(0.0 <= dropout < 1.0, f"dropout={dropout!r} must be at least 0 and below 1.")
-        reader = site.readers[0].name if site.readers else "its parent"
+        reader = "its parent"
+        if site.readers:
+            reader = site.readers[0].name
         require(
             self.acts_on != ON_WEIGHT or dropout == 0.0,
             f"dropout={dropout!r} cannot act at {site.name}, whose weight {reader} reads: use dropout=0.",
         )
-        biased = bool(site.bias)
-        branch = site.name.rpartition(".")[0] if site.weight == "weight" else site.name
-        self.shared["maps"] = site.share(
-            (branch, width, biased), lambda: Maps(width, bottleneck, groups, biased, site.generator)
-        )
-        self.scale, self.dropout = float(scale), nn.Dropout(dropout)
-        self.axis = channel_axis(site.layer)
 
     @property
     def maps(self) -> Maps:
@@ -82,36 +110,53 @@ class RepAdapter(Adapter):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
-        """What makes queries, keys and values, and the first layers of every MLP; with a target, all that fit."""
-        first = {name for mlp in feed_forwards(network) for name in mlp.first}
+        """Yield what makes q, k and v, and the first layers of MLPs; with a target, all layers that fit."""
+        first: set[str] = set()
+        for mlp in feed_forwards(network):
+            first.update(mlp.first)
         for site in network.sites("linear", "conv"):
-            begins = set(site.parts) & set("qkv") or site.name in first
-            if (begins or (targeted and not site.parts)) and _fits(site):
+            begins_branch = bool(set(site.parts) & set("qkv")) or site.name in first
+            offered = begins_branch or (targeted and not site.parts)
+            if offered and _acts_on_every_position_apart(site) and site.host.shape[1] > 1:
                 yield site
 
     def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
-        """x + s·up(down(x)), over the channels of `x`."""
-        maps, inputs = self.maps, cast(x, self.maps.down).movedim(self.axis, -1)
-        hidden = self.dropout(F.linear(inputs, maps.down, maps.down_bias)).unflatten(-1, (len(maps.up), -1))
-        change = torch.einsum("...gk,gdk->...gd", hidden, maps.up).flatten(-2)
+        """Compute x + s·up(down(x)) over the channels of `x`, in G groups."""
+        maps = self.maps
+        channels_last = cast(x, maps.down).movedim(self.axis, -1)  # (B, D, …) → (B, …, D)
+        hidden = self.dropout(F.linear(channels_last, maps.down, maps.down_bias))
+        by_group = hidden.unflatten(-1, (len(maps.up), -1))  # (…, r) → (…, G, r/G)
+        change = torch.einsum("...gk,gdk->...gd", by_group, maps.up).flatten(-2)  # (…, G, D/G) → (…, D)
         if maps.up_bias is not None:
             change = change + maps.up_bias
         return x + (self.scale * change).movedim(-1, self.axis).to(x.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """W + s·(W·up)·down, and b + s·W·(up·down's bias + up's bias)."""
+        """Compute W + s·(W·up)·down, and b + s·W·(up·down's bias + up's bias)."""
         assert weight is not None
-        maps, matrix = self.maps, weight.flatten(1).to(self.maps.down.dtype)
-        through = torch.einsum("ogd,gdk->ogk", matrix.unflatten(1, (len(maps.up), -1)), maps.up).flatten(1)
-        new = (matrix + self.scale * through @ maps.down).view_as(weight)
+        maps = self.maps
+        matrix = weight.flatten(1).to(maps.down.dtype)  # (out, D, 1, …) → (out, D)
+        by_group = matrix.unflatten(1, (len(maps.up), -1))  # (out, D) → (out, G, D/G)
+        through_up = torch.einsum("ogd,gdk->ogk", by_group, maps.up).flatten(1)  # (out, G, r/G) → (out, r)
+        new_weight = (matrix + self.scale * through_up @ maps.down).view_as(weight)
         if maps.down_bias is None or maps.up_bias is None:
-            return new, bias
-        shift = self.scale * (through @ maps.down_bias + matrix @ maps.up_bias)
-        return new, shift if bias is None else bias + shift
+            return new_weight, bias
+        shift = self.scale * (through_up @ maps.down_bias + matrix @ maps.up_bias)
+        if bias is None:
+            return new_weight, shift
+        return new_weight, bias + shift
 
 
-def _fits(site: Site) -> bool:
-    """Whether what a linear map does to every position apart commutes with the layer's own way over positions."""
+def _branch_of(site: Site) -> str:
+    """Name of the branch that the layer begins: its parent, or the attention that owns the weight itself."""
+    if site.weight == "weight":
+        return site.name.rpartition(".")[0]
+    return site.name
+
+
+def _acts_on_every_position_apart(site: Site) -> bool:
+    """Whether the layer maps every position by itself, so that maps of channels before it can be merged."""
+    if site.kind == "linear":
+        return True
     layer: Any = site.layer
-    plain = site.kind == "linear" or (set(layer.kernel_size) == {1} and layer.groups == 1 and set(layer.padding) <= {0})
-    return plain and site.host.shape[1] > 1
+    return set(layer.kernel_size) == {1} and layer.groups == 1 and set(layer.padding) <= {0}

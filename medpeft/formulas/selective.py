@@ -1,9 +1,12 @@
 """Selective methods: predicates over the parameters a model already has.
 
-Bias: Ben Zaken, Goldberg & Ravfogel, "BitFit" (2022), arXiv 2106.10199; Cai et al., "TinyTL" (2020), arXiv 2007.11622.
-Norms: Frankle, Schwab & Morcos, "Training BatchNorm and Only BatchNorm" (2021), arXiv 2003.00152; Basu et al., "Strong
-Baselines for Parameter Efficient Few-Shot Fine-tuning" (2024), arXiv 2304.01917, for LayerNorm. Attention: Touvron et al.,
-"Three things everyone should know about Vision Transformers" (2022), arXiv 2203.09795. Unions and the paper's text-to-image
+Bias: Ben Zaken, Goldberg & Ravfogel, "BitFit" (2022), arXiv 2106.10199; Cai et al., "TinyTL" (2020), arXiv
+    2007.11622.
+Norms: Frankle, Schwab & Morcos, "Training BatchNorm and Only BatchNorm" (2021), arXiv 2003.00152; Basu et
+    al., "Strong
+Baselines for Parameter Efficient Few-Shot Fine-tuning" (2024), arXiv 2304.01917, for LayerNorm. Attention:
+Touvron et al., "Three things everyone should know about Vision Transformers" (2022), arXiv 2203.09795. Unions
+and the paper's text-to-image
 strategies: Dutt et al. (2024), arXiv 2305.08252.
 """
 

@@ -1,7 +1,7 @@
 """SSF: a scale and a shift for every channel.
 
-Lian, Zhou, Feng & Wang, "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning" (NeurIPS 2022), arXiv
-2210.08823, Eq. 2.
+Lian, Zhou, Feng & Wang, "Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning"
+(NeurIPS 2022), arXiv 2210.08823, Eq. 2.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class SSF(Adapter):
     """Scale and shift of every layer's output, per channel: y·γ + β.
 
     Args:
-        site: A linear, convolution or norm layer; γ and β have one element per output channel. There is no β where a parent
-            reads the layer's weight and brings a bias of its own, as timm's BEiT does.
+        site: A linear, convolution or norm layer; γ and β have one element per output channel. There is no β
+            where a parent reads the layer's weight and brings a bias of its own, as timm's BEiT does.
         init: "identity" (γ = 1, β = 0), or "official" (γ from N(1, 0.02²), β from N(0, 0.02²)).
-        keep_outputs: Keep y for backward. False finds y again from y·γ + β, which takes half the memory, and does not work in
-            a model that changes a layer's output in place. None is True where a module of the model has `inplace=True`.
+        keep_outputs: Keep y for backward. False finds y again from y·γ + β, which takes half the memory, and
+            does not work in a model that changes a layer's output in place. None is True where a module of
+            the model has `inplace=True`.
     """
 
     def __init__(self, site: Site, *, init: str = "identity", keep_outputs: bool | None = None) -> None:
@@ -53,7 +54,8 @@ class SSF(Adapter):
         keeps = site.draft.overwritten if keep_outputs is None else keep_outputs
         self.inverts = writes_fresh_output(site.layer) and not keeps
         self.groups = getattr(site.layer, "groups", 1) if site.kind == "transposed" else 0
-        # Inside a norm's own affine it costs nothing, and comes before the activation that timm fuses into some norms.
+        # Inside a norm's own affine it costs nothing, and comes before the activation that timm fuses into
+        # some norms.
         if site.kind == "norm":
             self.acts_on = ON_WEIGHT
 

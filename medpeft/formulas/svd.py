@@ -1,7 +1,8 @@
 """Singular value decompositions kept on disk, each under a digest of its weight.
 
-An adapted base is then decomposed once, not at every start. A file is found by what it was computed from, so that one directory
-serves any number of models. The UNet of Stable Diffusion 1.x, 3.2 GiB of weights in float32, takes 4.0 GiB.
+An adapted base is then decomposed once, not at every start. A file is found by what it was computed from, so
+that one directory serves any number of models. The UNet of Stable Diffusion 1.x, 3.2 GiB of weights in
+float32, takes 4.0 GiB.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def _svd(matrix: Tensor) -> SVD:
 def _by_eigenvectors(matrix: Tensor) -> SVD | None:
     """U, S and Vh of a long float32 matrix, by the eigenvectors of its small side's product with itself, in float64.
 
-    A convolution of Stable Diffusion, 1280×11520, takes 2.3 s in place of 10, and its product is ten times closer to W. None
-    where that gains nothing, or is not exact enough.
+    A convolution of Stable Diffusion, 1280×11520, takes 2.3 s in place of 10, and its product is ten times
+    closer to W. None where that gains nothing, or is not exact enough.
     """
     small, long = sorted(matrix.shape)
     if matrix.dtype != torch.float32 or matrix.is_meta or is_fake(matrix) or long < 3 * small:
@@ -133,7 +134,9 @@ def store(weight: Tensor, svd: SVD, directory: Path) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in zip(("U", "S", "Vh"), svd, strict=True)}
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in zip(("U", "S", "Vh"), svd, strict=True)
+    }
     write(os.fspath(_path(weight, directory)), tensors, {"format": "pt"})
 
 
@@ -148,7 +151,9 @@ def _fits(found: dict[str, Tensor], weight: Tensor) -> bool:
     outputs, inputs = weight.shape
     rank, wide = min(outputs, inputs), torch.promote_types(weight.dtype, torch.float32)
     shapes = {"U": (outputs, rank), "S": (rank,), "Vh": (rank, inputs)}
-    if {name: tuple(t.shape) for name, t in found.items()} != shapes or any(t.dtype != wide for t in found.values()):
+    if {name: tuple(t.shape) for name, t in found.items()} != shapes or any(
+        t.dtype != wide for t in found.values()
+    ):
         return False
     matrix = weight.detach().to("cpu", wide)
     x = torch.randn(inputs, generator=torch.Generator().manual_seed(0)).to(wide)

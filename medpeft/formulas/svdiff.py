@@ -1,6 +1,7 @@
 """SV-Diff: a shift of every weight's singular values.
 
-Han et al., "SVDiff: Compact Parameter Space for Diffusion Fine-Tuning" (ICCV 2023), arXiv 2303.11305, Eq. 2 and 3.
+Han et al., "SVDiff: Compact Parameter Space for Diffusion Fine-Tuning" (ICCV 2023), arXiv 2303.11305, Eq. 2
+and 3.
 """
 
 from __future__ import annotations
@@ -52,9 +53,12 @@ class SVDiff(FlexibleAdapter):
         self.marks, self.compared = _marks(host), (0, 0, False)
         self.acts_on = ON_WEIGHT
         self.geometry = Geometry.of(site.layer) if site.kind == "conv" else None  # type: ignore[arg-type]  # a convolution
-        # The forms cost differently at different numbers of tokens; a weight that a parent reads leaves no choice.
+        # The forms cost differently at different numbers of tokens; a weight that a parent reads leaves no
+        # choice.
         plain = not site.readers and writes_fresh_output(site.layer)
-        self.chooses = plain and (site.kind == "linear" or (self.geometry is not None and self.geometry.groups == 1))
+        self.chooses = plain and (
+            site.kind == "linear" or (self.geometry is not None and self.geometry.groups == 1)
+        )
         for name, tensor in (("left", left), ("values", values), ("right", right)):
             self.register_buffer(name, tensor.contiguous(), persistent=keep_svd)
 
@@ -65,7 +69,13 @@ class SVDiff(FlexibleAdapter):
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, norms: bool = False) -> Iterator[Site]:
         """Linear and convolution layers; norms too with norms=True; embeddings where a target picks them."""
-        kinds = ("linear", "conv", "transposed", *(("norm",) if norms else ()), *(("embedding",) if targeted else ()))
+        kinds = (
+            "linear",
+            "conv",
+            "transposed",
+            *(("norm",) if norms else ()),
+            *(("embedding",) if targeted else ()),
+        )
         for site in network.sites(*kinds):
             if site.tensor(site.weight) is not None:
                 yield site
@@ -76,8 +86,8 @@ class SVDiff(FlexibleAdapter):
     def form(self, x: Tensor, weight: Tensor | None) -> Literal["weight", "output", "compute"]:
         """Choose the form with the fewest operations: U and V as two layers, or a weight built of them.
 
-        Without gradients U·diag(…)·Vᵀ comes on top of W, so that nothing but the shift is rounded. The choice then depends on
-        the layer alone, so that an image gives the same in a batch of any size.
+        Without gradients U·diag(…)·Vᵀ comes on top of W, so that nothing but the shift is rounded. The choice
+        then depends on the layer alone, so that an image gives the same in a batch of any size.
         """
         if not self.chooses:
             return "weight"
@@ -89,7 +99,8 @@ class SVDiff(FlexibleAdapter):
             rows = x.shape[0] * x.shape[2:].numel() // math.prod(self.geometry.stride)
         # In training the weight's own gradient comes on top, and its product with U.
         built = (3 * rows + 2 * rank) * outputs * columns
-        # A built weight's gradient needs x, which a convolution's neighbours keep anyway; the factors keep Vᵀ·x.
+        # A built weight's gradient needs x, which a convolution's neighbours keep anyway; the factors keep
+        # Vᵀ·x.
         margin = 1.0 if self.geometry is None else 1.25
         if margin * 2 * rows * rank * (outputs + columns) < built and self._stands_for(weight, x):
             return "compute"
@@ -97,7 +108,12 @@ class SVDiff(FlexibleAdapter):
 
     def _stands_for(self, weight: Tensor | None, x: Tensor) -> bool:
         """Whether U·diag(σ)·Vᵀ is the weight, to within rounding: nobody trains it, casts it, or has loaded another since."""
-        if weight is None or weight.requires_grad or not eager(x) or not weight.dtype == x.dtype == self.left.dtype:
+        if (
+            weight is None
+            or weight.requires_grad
+            or not eager(x)
+            or not weight.dtype == x.dtype == self.left.dtype
+        ):
             return False
         if weight.is_meta or is_fake(weight):
             return True

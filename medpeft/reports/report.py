@@ -30,7 +30,7 @@ class Report:
         costs: Costs of one training step on the example input, None without one.
         full_costs: The same for full fine-tuning, without adapters.
 
-    Example:
+    Examples:
         >>> import torch, medpeft
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> print(medpeft.report(medpeft.apply(model, "ssf", head="2")))
@@ -97,7 +97,7 @@ def report(model: nn.Module, example_input: Any = None) -> Report:
     Raises:
         MedpeftError: nothing was applied, or the model cannot run without values, as the message explains.
 
-    Example:
+    Examples:
         >>> import torch, medpeft
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> report = medpeft.report(medpeft.apply(model, "bias", head="2"))

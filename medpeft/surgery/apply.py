@@ -37,7 +37,7 @@ def apply(
 ) -> nn.Module:
     """Make a model train a few parameters, in place; its classes and the keys of its `state_dict` stay.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "lora", rank=2, target="0", head="2")
@@ -46,17 +46,19 @@ def apply(
 
     Args:
         model: Any `nn.Module`, with its pretrained weights loaded.
-        method: A name of `methods()`, a union "a+b", or a dict of options by name; there a method may also have a "target"
-            and an "exclude" of its own.
-        target: Which layers: a glob of their names ("blocks.*"; a name picks everything inside), a role ("attention", "mlp",
-            "linear", "conv", "norm", "embedding"), a compiled regular expression, a layer type, a predicate
-            `(name, layer) -> bool`, or several of these. None leaves it to the method.
+        method: A name of `methods()`, a union "a+b", or a dict of options by name; there a method may also
+            have a "target" and an "exclude" of its own.
+        target: Which layers: a glob of their names ("blocks.*"; a name picks everything inside), a role
+            ("attention", "mlp", "linear", "conv", "norm", "embedding"), a compiled regular expression, a
+            layer type, a predicate `(name, layer) -> bool`, or several of these. None leaves it to the
+            method.
         exclude: Layers to leave out, written in the same way.
-        head: The task's own last layer, trained whole and saved: "auto" to find it, its name, or None for no head.
-        batchnorm: "frozen" keeps the running statistics in training too; "adapt" updates and saves them. None is "frozen"
-            for every method but `full`.
-        keep_base: Keep the trained parameters' original values in CPU memory, for `disabled` and `remove`. None is True for
-            every method but `full`.
+        head: The task's own last layer, trained whole and saved: "auto" to find it, its name, or None for no
+            head.
+        batchnorm: "frozen" keeps the running statistics in training too; "adapt" updates and saves them. None
+            is "frozen" for every method but `full`.
+        keep_base: Keep the trained parameters' original values in CPU memory, for `disabled` and `remove`.
+            None is True for every method but `full`.
         dtype: dtype of the adapters; None is float32, or float64 where the layer has it.
         seed: Seed of the adapters' initial values, which leave torch's own random state alone.
         **options: Options of the method.
@@ -65,8 +67,8 @@ def apply(
         `model` itself.
 
     Raises:
-        MedpeftError: an unknown method, option or pattern; a method that fits nothing here; a model that is compiled,
-            sharded, wrapped in DistributedDataParallel or adapted already. The model is untouched.
+        MedpeftError: an unknown method, option or pattern; a method that fits nothing here; a model that is
+            compiled, sharded, wrapped in DistributedDataParallel or adapted already. The model is untouched.
     """
     planned = plan(
         model, method, target=target, exclude=exclude, head=head, batchnorm=batchnorm, keep_base=keep_base,
@@ -102,10 +104,10 @@ def remove(model: nn.Module) -> nn.Module:
     """Make the model the base again, bit for bit, with no trace of medpeft.
 
     Raises:
-        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the model is disabled
-            or merged for the moment.
+        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the
+            model is disabled or merged for the moment.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> keys = list(model.state_dict())
@@ -137,13 +139,14 @@ def forget(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Give the base, bit for bit, for the duration of a `with` block.
 
-    A forward that another thread is running is waited for; those that begin inside the block compute the base.
+    A forward that another thread is running is waited for; those that begin inside the block compute the
+    base.
 
     Raises:
-        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the model is merged for
-            the moment.
+        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the
+            model is merged for the moment.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> x = torch.ones(1, 4)
@@ -185,14 +188,16 @@ def _put(adapted: Adapted, values: dict[str, Tensor]) -> None:
 
 def require_acting(adapted: Adapted, action: str) -> None:
     """Raise `MedpeftError` inside `disabled` or `merged`, where other values than the trained ones are in place."""
-    require(adapted.acting, f"{action} does not work inside disabled(model) or merged(model): leave that first.")
+    require(
+        adapted.acting, f"{action} does not work inside disabled(model) or merged(model): leave that first."
+    )
 
 
 def _base(record: Applied, action: str) -> dict[str, Tensor]:
     """Return the original values that `apply` kept."""
     if record.base is None:
         raise MedpeftError(
-            f"{action} needs the original values, which {record.name!r} gave up: pass keep_base=True to apply (the default of "
-            "every method but 'full')."
+            f"{action} needs the original values, which {record.name!r} gave up: pass keep_base=True to "
+            f"apply (the default of every method but 'full')."
         )
     return record.base

@@ -28,7 +28,9 @@ class Planned(NamedTuple):
     site: Site
 
 
-def build(model: nn.Module, sites: list[Planned], record: Applied, *, shapes_only: bool = False) -> list[Built]:
+def build(
+    model: nn.Module, sites: list[Planned], record: Applied, *, shapes_only: bool = False
+) -> list[Built]:
     """Build an adapter for every site, on its layer's device; with `shapes_only`, without values.
 
     Raises:
@@ -87,14 +89,17 @@ def _require_acting(method: Method, site: Site, adapter: Adapter) -> None:
     if adapter.acts_on == ON_WEIGHT and not can_merge:
         reader = site.readers[0].name if site.readers else ""
         raise MedpeftError(
-            f"{method.name!r} acts on the output of {site.name}, but {reader or 'its parent'} reads the layer's weight "
-            "without calling it, so the output never is: exclude it, or use a method that acts on weights, such as 'lora'."
+            f"{method.name!r} acts on the output of {site.name}, but {reader or 'its parent'} reads the layer's "
+            "weight without calling it, so the output never is: exclude it, or use a method that acts on "
+            "weights, such as 'lora'."
         )
     replaced = site.layer.__dict__.get("forward")
-    if "weight" in adapter.acts_on and callable(replaced) and rebound(replaced, site.layer, site.layer) is None:
+    acts_on_weight = "weight" in adapter.acts_on
+    if acts_on_weight and callable(replaced) and rebound(replaced, site.layer, site.layer) is None:
         raise MedpeftError(
-            f"The forward of {site.name} was replaced by a function of its own, and {method.name!r} changes the layer's "
-            "weight, which that function may hold: exclude the layer, or apply first and replace its forward then."
+            f"The forward of {site.name} was replaced by a function of its own, and {method.name!r} changes "
+            "the layer's weight, which that function may hold: exclude the layer, or apply first and replace "
+            "its forward then."
         )
 
 

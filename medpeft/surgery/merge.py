@@ -51,26 +51,30 @@ class Merged:
         return f"{self.layer_name}.{self.name}".lstrip(".")
 
 
-def merge(model: nn.Module, *, example_input: Any = None, tolerance: float = 1e-4, min_kept: float = 0.9) -> nn.Module:
+def merge(
+    model: nn.Module, *, example_input: Any = None, tolerance: float = 1e-4, min_kept: float = 0.9
+) -> nn.Module:
     """Fold every adapter into its layer, for good: a plain model with plain keys and no inference cost.
 
     Everything is computed in float32 or wider and checked before the model is touched.
 
     Args:
         model: A model after `apply`.
-        example_input: An input (or a tuple of them): the outputs before and after are then compared, in eval mode.
+        example_input: An input (or a tuple of them): the outputs before and after are then compared, in eval
+            mode.
         tolerance: Largest difference accepted there, relative to the largest output.
-        min_kept: In float16 and bfloat16 a small update is partly rounded away; merging is refused where less than this share
-            of a layer's update would be kept. 0 accepts any loss.
+        min_kept: In float16 and bfloat16 a small update is partly rounded away; merging is refused where less
+            than this share of a layer's update would be kept. 0 accepts any loss.
 
     Returns:
-        `model` itself. A layer that got a bias it did not have is named in a warning, the outputs' difference in the log.
+        `model` itself. A layer that got a bias it did not have is named in a warning, the outputs' difference
+        in the log.
 
     Raises:
-        MedpeftError: an adapter cannot be merged (each is named, with the reason), too little of an update would be kept, or
-            the outputs differ by more than `tolerance`. The model is untouched.
+        MedpeftError: an adapter cannot be merged (each is named, with the reason), too little of an update
+            would be kept, or the outputs differ by more than `tolerance`. The model is untouched.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "ssf", head="2")
@@ -88,8 +92,8 @@ def merge(model: nn.Module, *, example_input: Any = None, tolerance: float = 1e-
     created = [item.full_name for item in merged_tensors if item.own is None]
     if created:
         warnings.warn(
-            f"merge created {', '.join(created)}: the unadapted model has no such keys, so load this state into one that has "
-            "(load_state_dict with strict=False would drop them).",
+            f"merge created {', '.join(created)}: the unadapted model has no such keys, so load this state "
+            f"into one that has (load_state_dict with strict=False would drop them).",
             stacklevel=2,
         )
     return model
@@ -117,7 +121,7 @@ def merged(model: nn.Module, *, min_kept: float = 0.9) -> Iterator[nn.Module]:
     Raises:
         MedpeftError: as `merge`.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "ssf", head="2", init="official")
@@ -170,7 +174,9 @@ def _merged_into(layer: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
     """
     in_order = adapters.in_merging_order()
     if standardises(layer) and (adapters.leaving or adapters.entering):
-        raise MedpeftError(f"{type(layer).__name__} standardises its weight, which undoes what is merged into it")
+        raise MedpeftError(
+            f"{type(layer).__name__} standardises its weight, which undoes what is merged into it"
+        )
     for adapter in in_order:
         never = find(adapter.method).unmergeable
         require(not never, never)
@@ -211,8 +217,9 @@ def _cannot_merge(adapted: Adapted, problems: list[str]) -> str:
         lines.append(f"… and {len(problems) - _SHOWN} more")
     shown = "\n  ".join(lines)
     return (
-        f"{adapted.record.name!r} cannot be merged into this {type(adapted.model).__name__}:\n  {shown}\nNothing was "
-        "changed. Run the adapted model as it is, call model.float() first if precision is the reason, or pass min_kept=0."
+        f"{adapted.record.name!r} cannot be merged into this {type(adapted.model).__name__}:\n  {shown}\n"
+        "Nothing was changed. Run the adapted model as it is, call model.float() first if precision is the "
+        "reason, or pass min_kept=0."
     )
 
 
@@ -273,7 +280,9 @@ def _enable(adapted: Adapted, enabled: bool) -> None:
         adapters.enabled = enabled
 
 
-def _require_same_outputs(model: nn.Module, merged_tensors: list[Merged], example_input: Any, tolerance: float) -> None:
+def _require_same_outputs(
+    model: nn.Module, merged_tensors: list[Merged], example_input: Any, tolerance: float
+) -> None:
     """Raise `MedpeftError` if the merged model would compute something else on the input."""
     before = outputs_of(model, example_input)
     with _swapped(Adapted.of(model), merged_tensors):
@@ -282,6 +291,6 @@ def _require_same_outputs(model: nn.Module, merged_tensors: list[Merged], exampl
     _log.info("merged outputs differ by %.2e of the largest", difference)
     require(
         difference <= tolerance,
-        f"The merged outputs would differ by {difference:.2e} of the largest one, more than tolerance={tolerance:.2e}: is "
-        "the weight in low precision? Nothing was merged.",
+        f"The merged outputs would differ by {difference:.2e} of the largest one, more than "
+        f"tolerance={tolerance:.2e}: is the weight in low precision? Nothing was merged.",
     )

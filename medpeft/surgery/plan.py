@@ -33,7 +33,7 @@ class Plan:
         selected: Existing parameters that would train, by name, with their method; "head" for the head's.
         record: What `apply` would leave on the model.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> print(medpeft.plan(model, "bias", head="2"))
@@ -61,7 +61,9 @@ class Plan:
         for item in build(self.model, self.sites, self.record, shapes_only=True):
             if item.first is None:
                 type_name = type(item.site.layer).__name__
-                rows.append(Row(item.method.name, item.site.name, type_name, count_new(item.adapter, counted)))
+                rows.append(
+                    Row(item.method.name, item.site.name, type_name, count_new(item.adapter, counted))
+                )
         modules = dict(self.model.named_modules())
         for name, parameter in self.model.named_parameters():
             if name in self.selected:
@@ -96,7 +98,7 @@ def plan(
     Raises:
         MedpeftError: as `apply`.
 
-    Example:
+    Examples:
         >>> import medpeft, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> medpeft.plan(model, "lora", rank=2, target="0", head="2").trainable
@@ -115,7 +117,10 @@ def plan(
     for name, _ in model.named_parameters():
         if network.inside(name, network.head):
             selected[name] = "head"
-    require(bool(sites or selected), f"{method!r} would train nothing: {type(model).__name__} has no head; pass head='name'.")
+    require(
+        bool(sites or selected),
+        f"{method!r} would train nothing: {type(model).__name__} has no head; pass head='name'.",
+    )
     sites = _with_added_tokens(sites)
     record = _record(model, requests, sites, selected, network.head, batchnorm, keep_base)
     record.seed, record.dtype = seed, dtype
@@ -164,8 +169,13 @@ def plan_from(model: nn.Module, record: Applied) -> Plan:
     methods = {name: (find(name), options) for name, options in record.methods.items()}
     for name, (method, options) in methods.items():
         unknown = [option for option in options if option not in method.options]
-        require(not unknown, f"{name!r} has no option {', '.join(map(repr, unknown))}: {', '.join(method.options) or 'none'}.")
-    fitting = {name: _all_sites(network, *methods[name]) for name in dict.fromkeys(site[0] for site in record.sites)}
+        require(
+            not unknown,
+            f"{name!r} has no option {', '.join(map(repr, unknown))}: {', '.join(method.options) or 'none'}.",
+        )
+    fitting = {
+        name: _all_sites(network, *methods[name]) for name in dict.fromkeys(site[0] for site in record.sites)
+    }
     sites = []
     missing = []
     for name, layer, weight in record.sites:
@@ -255,8 +265,8 @@ def _fits_nothing(network: Network, method: Method, target: Target, unfit: Unfit
     reason = f"{unfit.name} {unfit.reason}; " if unfit is not None else ""
     hint = method.hint or "see its docstring for the layers that it adapts."
     return (
-        f"{method.name!r} found nothing to train in {type(network.model).__name__} (target={target!r}): {reason}{hint} "
-        f"This model has {', '.join(most) or 'no parameters'}."
+        f"{method.name!r} found nothing to train in {type(network.model).__name__} (target={target!r}): "
+        f"{reason}{hint} This model has {', '.join(most) or 'no parameters'}."
     )
 
 

@@ -23,7 +23,9 @@ def refuse(model: nn.Module) -> None:
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise MedpeftError(f"{name} has no shape yet: run the model once, then apply.")
         if hasattr(module, "adapters") and any(True for _ in module.parameters(recurse=False)):
-            raise MedpeftError(f"{name} has an attribute 'adapters' already, which medpeft needs for its own.")
+            raise MedpeftError(
+                f"{name} has an attribute 'adapters' already, which medpeft needs for its own."
+            )
 
 
 def _refuse_adapted(model: nn.Module) -> None:
@@ -31,17 +33,19 @@ def _refuse_adapted(model: nn.Module) -> None:
         record = applied(module)
         if record is not None:
             raise MedpeftError(
-                f"This {type(model).__name__}{f' ({name})' if name else ''} is adapted already, by {record.name!r}: remove "
-                "or merge that first, or apply both at once, as in 'lora+bias'."
+                f"This {type(model).__name__}{f' ({name})' if name else ''} is adapted already, by "
+                f"{record.name!r}: remove or merge that first, or apply both at once, as in 'lora+bias'."
             )
 
 
 def _refuse_compiled(model: nn.Module, name: str, module: nn.Module) -> None:
-    compiled = getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
+    compiled = (
+        getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"
+    )
     if compiled or isinstance(module, torch.jit.ScriptModule):
         raise MedpeftError(
-            f"{name or type(model).__name__} is compiled, and a compiled model does not see adapters added to it: apply "
-            "first, then compile."
+            f"{name or type(model).__name__} is compiled, and a compiled model does not see adapters added "
+            f"to it: apply first, then compile."
         )
 
 
@@ -49,6 +53,6 @@ def _refuse_synchronised(model: nn.Module, name: str, module: nn.Module) -> None
     for cls in type(module).__mro__:
         if cls.__name__ in _SYNCHRONISED:
             raise MedpeftError(
-                f"{name or type(model).__name__} is in {cls.__name__} already, which would not keep adapters added now the "
-                "same on all ranks: apply first, then shard or wrap."
+                f"{name or type(model).__name__} is in {cls.__name__} already, which would not keep "
+                f"adapters added now the same on all ranks: apply first, then shard or wrap."
             )

@@ -67,7 +67,11 @@ def test_an_adapted_weight_is_there_for_its_reader_and_never_in_the_layer(monkey
     model.blocks[0].attn.proj.register_forward_pre_hook(lambda *_: inside.append(layer.weight))
     model.blocks[0].attn.register_forward_hook(lambda *_: after.append(layer.weight))
     linear = nn.functional.linear
-    monkeypatch.setattr(nn.functional, "linear", lambda x, weight, bias=None: (read.append(weight), linear(x, weight, bias))[1])
+    monkeypatch.setattr(
+        nn.functional,
+        "linear",
+        lambda x, weight, bias=None: (read.append(weight), linear(x, weight, bias))[1],
+    )
 
     output(model, x)
 
@@ -80,7 +84,8 @@ def test_an_adapted_weight_is_there_for_its_reader_and_never_in_the_layer(monkey
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("beit", "lora+ssf"), ("vit", "svdiff+adaptformer"), ("multihead_attention", "lora")]
+    ("family", "method"),
+    [("beit", "lora+ssf"), ("vit", "svdiff+adaptformer"), ("multihead_attention", "lora")],
 )
 def test_a_forward_that_raises_leaves_no_weight_and_no_kept_input_behind(family, method):
     model, x = make(family), example(family)
@@ -165,7 +170,13 @@ def test_an_input_that_wants_a_gradient_gets_the_one_of_the_merged_model():
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("vit", "lora+ssf"), ("resnet", "lora"), ("resnet", "tsa+ssf"), ("vit", "svdiff"), ("vit", "adaptformer")],
+    [
+        ("vit", "lora+ssf"),
+        ("resnet", "lora"),
+        ("resnet", "tsa+ssf"),
+        ("vit", "svdiff"),
+        ("vit", "adaptformer"),
+    ],
 )
 def test_gradients_are_those_of_finite_differences(family, method):
     model = randomise_adapters(medpeft.apply(make(family), method)).eval()

@@ -57,7 +57,9 @@ def test_full_fine_tuning_can_freeze_them():
 
 
 def test_an_unknown_policy_is_refused():
-    with pytest.raises(medpeft.MedpeftError, match="batchnorm='off' is not known: choose one of 'frozen', 'adapt'"):
+    with pytest.raises(
+        medpeft.MedpeftError, match="batchnorm='off' is not known: choose one of 'frozen', 'adapt'"
+    ):
         medpeft.apply(make("resnet"), "bn", batchnorm="off")
 
 

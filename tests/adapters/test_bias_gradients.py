@@ -21,7 +21,9 @@ LAYERS = {
 def build(kind):
     torch.manual_seed(0)
     layer, shape = LAYERS[kind]
-    return nn.Sequential(layer().double(), nn.Tanh()), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    return nn.Sequential(layer().double(), nn.Tanh()), torch.randn(
+        shape, dtype=torch.float64, requires_grad=True
+    )
 
 
 def step(model, x):

@@ -68,7 +68,9 @@ def test_factors_keep_less_for_backward_than_a_weight_built_of_them():
 
     def kept(y):
         found = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.setdefault(t.data_ptr(), t), lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: found.setdefault(t.data_ptr(), t), lambda t: t
+        ):
             y()
         own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
         return sum(t.untyped_storage().nbytes() for at, t in found.items() if at not in own)

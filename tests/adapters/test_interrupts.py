@@ -36,7 +36,10 @@ def operations(model, x):
 
 
 def attributes(model):
-    return {name: {n: v for n, v in vars(m).items() if n != "_modules"}.keys() for name, m in model.named_modules()}
+    return {
+        name: {n: v for n, v in vars(m).items() if n != "_modules"}.keys()
+        for name, m in model.named_modules()
+    }
 
 
 @pytest.mark.parametrize("case", CASES)

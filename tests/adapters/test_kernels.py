@@ -60,10 +60,19 @@ def _random(*shape):
 
 
 KERNELS = {
-    "AddLowRank": (lambda y, x, a, b: AddLowRank.apply(y.clone(), x, a, b, 0.7, 2), [(2, 5, 9), (2, 5, 6), (3, 6), (4, 3)]),
-    "AddPointwise": (lambda y, h, b: AddPointwise.apply(y.clone(), h, b, 0.7), [(2, 4, 3, 3), (2, 2, 3, 3), (4, 2)]),
+    "AddLowRank": (
+        lambda y, x, a, b: AddLowRank.apply(y.clone(), x, a, b, 0.7, 2),
+        [(2, 5, 9), (2, 5, 6), (3, 6), (4, 3)],
+    ),
+    "AddPointwise": (
+        lambda y, h, b: AddPointwise.apply(y.clone(), h, b, 0.7),
+        [(2, 4, 3, 3), (2, 2, 3, 3), (4, 2)],
+    ),
     "ScaleShift": (lambda y, s, b: ScaleShift.apply(y.clone(), s + 3, b, 1), [(2, 4, 3), (4,), (4,)]),
-    "ScaleShift near zero": (lambda y, s, b: ScaleShift.apply(y.clone(), s * 1e-3, b, -1), [(2, 3, 4), (4,), (4,)]),
+    "ScaleShift near zero": (
+        lambda y, s, b: ScaleShift.apply(y.clone(), s * 1e-3, b, -1),
+        [(2, 3, 4), (4,), (4,)],
+    ),
     "SumToBias": (lambda y, b: SumToBias.apply(y.clone() + b.detach()[:, None], b, 1), [(2, 4, 3), (4,)]),
 }
 

@@ -1,15 +1,15 @@
 """Methods by name, their options, and methods of the user's own."""
 
-
 import pytest
 import torch
 from models import example, make, output, randomise_adapters
 from torch import nn
 
 import medpeft
+from medpeft.adapters.registry import find
 
 BUILT_IN = [
-    "full", "linear_probe", "bn", "ln", "norm", "attention", "bias", "bitfit", "adaptformer", "lora", "ssf", "svdiff", "tsa"
+    "full", "linear_probe", "bn", "ln", "norm", "attention", "bias", "bitfit", "adaptformer", "lora", "tsa", "ssf", "svdiff"
 ]  # fmt: skip
 
 
@@ -28,9 +28,17 @@ def test_every_method_has_one_line_about_it(own_registry):
         ("lora+ssff", {}, "Unknown method 'ssff'. Did you mean 'ssf'? Available: "),
         ("qqq", {}, "Unknown method 'qqq'. Available: full, "),
         ("", {}, "Unknown method ''."),
-        ({}, {}, "{} names no method: give a name such as 'lora', a union such as 'bias+norm', or a dict of options by name."),
+        (
+            {},
+            {},
+            "{} names no method: give a name such as 'lora', a union such as 'bias+norm', or a dict of options by name.",
+        ),
         (3, {}, "3 names no method"),
-        ("lora", {"rnk": 4}, "Unknown option 'rnk'. Did you mean 'rank'? Options: 'lora' takes parts, rank, alpha, dropout, "),
+        (
+            "lora",
+            {"rnk": 4},
+            "Unknown option 'rnk'. Did you mean 'rank'? Options: 'lora' takes parts, rank, alpha, dropout, ",
+        ),
         ("bn", {"rank": 4}, "Unknown option 'rank'. Options: 'bn' takes none."),
         ({"lora": {"rnk": 4}}, {}, "Unknown option 'rnk'. Did you mean 'rank'? Options: 'lora' takes "),
         (
@@ -99,7 +107,9 @@ def test_a_method_of_ones_own_acts_merges_and_joins_a_union(gain):
     with medpeft.merged(model):
         torch.testing.assert_close(output(model, x), adapted, rtol=1e-10, atol=1e-10)
     report = medpeft.report(model)
-    assert ("gain", "Linear", 2 * (48 + 16 + 64 + 16)) in [(row.method, row.type, row.parameters) for row in report.rows]
+    assert ("gain", "Linear", 2 * (48 + 16 + 64 + 16)) in [
+        (row.method, row.type, row.parameters) for row in report.rows
+    ]
     assert torch.equal(output(medpeft.remove(model), x), base)
 
 
@@ -110,7 +120,9 @@ def test_its_options_targets_and_refusals_work_as_those_of_the_built_in_ones(gai
         "fc1", "fc2"
     }  # fmt: skip
     assert model.blocks[0].mlp.fc1.adapters["gain"].gain.eq(0.5).all()
-    with pytest.raises(medpeft.MedpeftError, match=r"'gain' found nothing to train in Sequential .* it scales linear layers"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"'gain' found nothing to train in Sequential .* it scales linear layers"
+    ):
         medpeft.apply(nn.Sequential(nn.Conv2d(1, 1, 1)), "gain", head=None)
 
 
@@ -147,9 +159,9 @@ def test_a_predicate_is_a_method(own_registry):
     model = medpeft.apply(make("vit"), "last_blocks+bias", head=None)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
 
-    assert trained == {n for n, _ in model.named_parameters() if n.startswith("blocks.1.") or n.endswith("bias")} - {
-        "head.bias"
-    } | {"head.bias"}
+    assert trained == {
+        n for n, _ in model.named_parameters() if n.startswith("blocks.1.") or n.endswith("bias")
+    } - {"head.bias"} | {"head.bias"}
     assert medpeft.methods()["last_blocks"] == "Every parameter of the blocks from number `first` on."
     assert medpeft.plan(make("vit"), "last_blocks", first=0).selected.keys() >= {"blocks.0.norm1.weight"}
 
@@ -171,18 +183,23 @@ def test_a_predicate_sees_the_layer_and_what_it_belongs_to(own_registry):
 
 @pytest.mark.parametrize("name", ["a+b", "two words", ""])
 def test_a_name_that_cannot_be_written_in_a_union_is_refused(name):
-    with pytest.raises(medpeft.MedpeftError, match="cannot name a method: use letters, digits and underscores"):
+    with pytest.raises(
+        medpeft.MedpeftError, match="cannot name a method: use letters, digits and underscores"
+    ):
         medpeft.register(name)
 
 
 def test_a_name_that_is_taken_is_refused(own_registry):
-    with pytest.raises(medpeft.MedpeftError, match="A method called 'lora' is registered already: choose another name"):
+    with pytest.raises(
+        medpeft.MedpeftError, match="A method called 'lora' is registered already: choose another name"
+    ):
         medpeft.register("lora")(lambda name, parameter, layer: True)
 
 
 def test_what_is_neither_an_adapter_nor_a_predicate_is_refused(own_registry):
     with pytest.raises(
-        medpeft.MedpeftError, match=r"is no method: register a class derived from medpeft\.Adapter or a predicate"
+        medpeft.MedpeftError,
+        match=r"is no method: register a class derived from medpeft\.Adapter or a predicate",
     ):
         medpeft.register("mine")(nn.Linear)
     assert "mine" not in medpeft.methods()
@@ -193,7 +210,8 @@ def test_an_adapter_that_does_nothing_is_refused(own_registry):
         """Nothing."""
 
     with pytest.raises(
-        medpeft.MedpeftError, match=r"Idle does nothing: define forward\(x, y\), enter\(x, others\) or merged\(weight, bias\)"
+        medpeft.MedpeftError,
+        match=r"Idle does nothing: define forward\(x, y\), enter\(x, others\) or merged\(weight, bias\)",
     ):
         medpeft.register("idle")(Idle)
     assert "idle" not in medpeft.methods()
@@ -250,4 +268,15 @@ def test_every_declared_value_is_one_the_method_takes(name):
     for option, values in medpeft.search_space(name).items():
         assert len(set(values)) == len(values) > 1, option
         for value in values:
-            assert medpeft.plan(make(model), {name: {option.partition(".")[2]: value}}).trainable > 0, (option, value)
+            assert medpeft.plan(make(model), {name: {option.partition(".")[2]: value}}).trainable > 0, (
+                option,
+                value,
+            )
+
+
+@pytest.mark.parametrize("method", ["difffit", "fact", "ia3", "oft", "repadapter", "vera"])
+def test_every_value_that_a_search_would_try_can_be_applied(method):
+    for option, values in find(method).search.items():
+        for value in values:
+            planned = medpeft.plan(make("vit"), method, **{option: value})
+            assert planned.trainable > 0

@@ -90,7 +90,9 @@ def test_a_model_is_switched_beside_threads_that_run_it_and_every_answer_is_of_o
             while not done.is_set():
                 y = output(model, x)
                 is_adapted = torch.allclose(y, adapted_output, rtol=1e-9, atol=1e-10)
-                assert is_adapted or (switch == "disabled" and torch.allclose(y, plain_output, rtol=1e-9, atol=1e-10))
+                assert is_adapted or (
+                    switch == "disabled" and torch.allclose(y, plain_output, rtol=1e-9, atol=1e-10)
+                )
 
     def toggle():
         try:
@@ -134,7 +136,10 @@ def test_switching_inside_a_forward_beside_another_thread_is_refused():
     other.join(60)
 
     assert len(errors) == 1
-    assert "disabled within a forward of the model, while another thread runs it, would wait for ever" in errors[0]
+    assert (
+        "disabled within a forward of the model, while another thread runs it, would wait for ever"
+        in errors[0]
+    )
 
 
 def test_many_threads_give_what_one_gives():
@@ -164,7 +169,11 @@ def test_many_threads_give_what_one_gives():
 def test_a_process_forked_in_the_middle_of_a_forward_has_the_base(case):
     model, x = adapted(case)
     plain, inside, leave = output(base(case), x), threading.Event(), threading.Event()
-    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.MultiheadAttention)) and "adapters" in m._modules]
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, (nn.Linear, nn.MultiheadAttention)) and "adapters" in m._modules
+    ]
     own = layers[0].forward
 
     def slow(*args, **kwargs):

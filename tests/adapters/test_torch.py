@@ -31,7 +31,11 @@ MORE = [
 ]
 
 # transformers warns of itself while its models are traced.
-TRACED = [*(pair for pair in PAIRS if pair[0] != "hf_vit"), ("efficientnet", "bias+ssf"), ("monai_unet3d", "tsa")]
+TRACED = [
+    *(pair for pair in PAIRS if pair[0] != "hf_vit"),
+    ("efficientnet", "bias+ssf"),
+    ("monai_unet3d", "tsa"),
+]
 
 
 def adapted(family, method, dtype=torch.float32):
@@ -70,7 +74,9 @@ def test_a_compiled_model_computes_the_same_forward_and_backward_without_a_break
 
 
 @pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning", "ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning"
+    "ignore::torch.jit.TracerWarning",
+    "ignore:.torch.jit:FutureWarning",
+    "ignore:.torch.jit:DeprecationWarning",
 )
 @pytest.mark.parametrize(("family", "method"), TRACED)
 def test_a_traced_model_computes_the_same(family, method):
@@ -120,11 +126,14 @@ def test_functional_call_uses_the_parameters_it_is_given(family, method):
 
     model.load_state_dict(other, strict=False)
 
-    torch.testing.assert_close(y if isinstance(y, torch.Tensor) else y[0], output(model, x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        y if isinstance(y, torch.Tensor) else y[0], output(model, x), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("vit", "lora+ssf"), ("convnext", "ssf+svdiff"), ("resnet", "tsa"), ("vit", "fact+repadapter")]
+    ("family", "method"),
+    [("vit", "lora+ssf"), ("convnext", "ssf+svdiff"), ("resnet", "tsa"), ("vit", "fact+repadapter")],
 )
 def test_functorch_computes_the_gradients_of_autograd(family, method):
     model, x = adapted(family, method, torch.float64)

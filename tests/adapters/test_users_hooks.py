@@ -30,7 +30,9 @@ def assert_close(first, second, tolerance=1e-10):
         torch.testing.assert_close(second[name], gradient, rtol=tolerance, atol=tolerance, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning", "ignore:For backward hooks to be:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Full backward hook is firing:UserWarning", "ignore:For backward hooks to be:UserWarning"
+)
 @pytest.mark.parametrize("case", CASES)
 def test_full_backward_hooks_on_every_module_change_nothing(case):
     # Behind such a hook torch allows no step in place, as timm's ResNets take them, on a plain model either.
@@ -48,7 +50,11 @@ def test_full_backward_hooks_on_every_module_change_nothing(case):
 @pytest.mark.parametrize("method", ["ssf", "lora", "tsa", "bias", "svdiff", "oft", "bn"])
 def test_a_users_hooks_see_and_do_the_same_before_and_after_apply(method):
     torch.manual_seed(0)
-    base = randomise(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2)).double())
+    base = randomise(
+        nn.Sequential(
+            nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2)
+        ).double()
+    )
     x = torch.randn(3, 4, 4, 4, dtype=torch.float64)
 
     def run(early):
@@ -56,13 +62,17 @@ def test_a_users_hooks_see_and_do_the_same_before_and_after_apply(method):
 
         def add_hooks():
             for layer in model[:2]:
-                layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0].clone()) or (args[0] * 1.5,))
+                layer.register_forward_pre_hook(
+                    lambda layer, args: seen.append(args[0].clone()) or (args[0] * 1.5,)
+                )
                 layer.register_forward_hook(lambda layer, args, y: seen.append(y.clone()) or torch.tanh(y))
                 layer.register_full_backward_hook(lambda layer, into, out: seen.append(out[0].clone()))
 
         if early:
             add_hooks()
-        medpeft.apply(model, method, head="3", **({"target": "0"} if method in ("lora", "tsa", "oft") else {}))
+        medpeft.apply(
+            model, method, head="3", **({"target": "0"} if method in ("lora", "tsa", "oft") else {})
+        )
         perturb(model).eval()
         if not early:
             add_hooks()
@@ -128,7 +138,9 @@ class Several(nn.Module):
         self.neighbour = nn.Sequential(self.b, nn.Tanh())
 
     def forward(self, x):
-        x = nn.functional.linear(x, self.a.weight, self.a.bias) + nn.functional.linear(x, self.b.weight, self.b.bias)
+        x = nn.functional.linear(x, self.a.weight, self.a.bias) + nn.functional.linear(
+            x, self.b.weight, self.b.bias
+        )
         return self.neighbour(x)
 
 
@@ -155,7 +167,10 @@ class Reads(nn.Module):
 
 
 BUILDS = {"again": Again, "itself": lambda: Itself(8, 8), "several": Several, "shared": Shared}
-ON_WEIGHTS = ("svdiff", "dora")  # A layer with a forward of its own is no linear map: only its weight has a meaning.
+ON_WEIGHTS = (
+    "svdiff",
+    "dora",
+)  # A layer with a forward of its own is no linear map: only its weight has a meaning.
 
 
 @pytest.mark.parametrize(
@@ -216,7 +231,9 @@ def test_nothing_is_written_into_what_a_replaced_forward_returns(method):
 def test_a_weight_that_a_closure_may_hold_is_refused_with_the_reason():
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(36, 2))
     model[0].forward = remembering(model[0])
-    with pytest.raises(medpeft.MedpeftError, match="forward of 0 was replaced by a function of its own, and 'svdiff' changes"):
+    with pytest.raises(
+        medpeft.MedpeftError, match="forward of 0 was replaced by a function of its own, and 'svdiff' changes"
+    ):
         medpeft.apply(model, "svdiff", head="2")
     assert "adapters" not in model[0]._modules
 
@@ -226,12 +243,19 @@ def spelled_out(layer, x):
 
 
 @pytest.mark.parametrize("method", ["svdiff", "ssf", "lora"])
-@pytest.mark.parametrize("bind", [types.MethodType, lambda f, layer: functools.partial(f, layer)], ids=["method", "partial"])
+@pytest.mark.parametrize(
+    "bind", [types.MethodType, lambda f, layer: functools.partial(f, layer)], ids=["method", "partial"]
+)
 def test_a_replaced_forward_that_is_bound_to_its_layer_meets_the_adapted_weight(method, bind):
-    model, x = randomise(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double()), torch.randn(3, 4, dtype=torch.float64)
+    model, x = (
+        randomise(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).double()),
+        torch.randn(3, 4, dtype=torch.float64),
+    )
     model[0].forward = bind(spelled_out, model[0])
     base = model(x)
-    perturb(medpeft.apply(model, method, target="0", head="1", **({"dora": True} if method == "lora" else {})))
+    perturb(
+        medpeft.apply(model, method, target="0", head="1", **({"dora": True} if method == "lora" else {}))
+    )
     y = model(x)
     with medpeft.merged(model):
         torch.testing.assert_close(model(x), y, rtol=1e-10, atol=1e-12)
@@ -267,7 +291,9 @@ def test_accelerates_hooks_are_added_and_taken_off_at_any_time(method, early):
     assert torch.equal(model(x), expected)
     medpeft.remove(model)
     assert torch.equal(model(x), base)
-    assert not any("forward" in vars(layer) and isinstance(layer.forward, functools.partial) for layer in layers)
+    assert not any(
+        "forward" in vars(layer) and isinstance(layer.forward, functools.partial) for layer in layers
+    )
 
 
 def cloned(tensors, devices, detach=False):

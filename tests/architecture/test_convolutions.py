@@ -33,7 +33,9 @@ def convolutions(draw):
     padding = draw(st.sampled_from(["same", "valid"]) | st.just(per_axis(draw, dims, 0, 2)))
     stride = (1,) * dims if padding == "same" else per_axis(draw, dims, 1, 3)
     mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    conv = CONVS[dims](4, draw(st.sampled_from([4, 8])), kernel, stride, padding, dilation, groups, draw(st.booleans()), mode)
+    conv = CONVS[dims](
+        4, draw(st.sampled_from([4, 8])), kernel, stride, padding, dilation, groups, draw(st.booleans()), mode
+    )
     sizes = per_axis(draw, dims, 5, 6)
     return conv, torch.randn(2, 4, *sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -43,7 +45,11 @@ def transposed_convolutions(draw):
     """A transposed convolution and an input that it takes."""
     dims = draw(st.integers(1, 3))
     groups = draw(st.sampled_from([1, 2, 4]))
-    kernel, dilation, stride = per_axis(draw, dims, 2, 3), per_axis(draw, dims, 1, 2), per_axis(draw, dims, 1, 3)
+    kernel, dilation, stride = (
+        per_axis(draw, dims, 2, 3),
+        per_axis(draw, dims, 1, 2),
+        per_axis(draw, dims, 1, 3),
+    )
     extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
     conv = TRANSPOSED[dims](
         4,
@@ -157,4 +163,6 @@ def test_the_geometry_of_a_convolution_repeats_it(case):
     if conv.bias is not None:
         conv.bias.data.zero_()
 
-    torch.testing.assert_close(Geometry.of(conv).convolve(x, conv.weight, conv.groups), conv(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        Geometry.of(conv).convolve(x, conv.weight, conv.groups), conv(x), rtol=1e-12, atol=1e-12
+    )

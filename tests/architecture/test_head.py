@@ -98,7 +98,9 @@ def test_a_head_is_given_by_name_or_by_several():
 
 @pytest.mark.parametrize("name", ["classifier", ""])
 def test_a_name_that_the_model_does_not_have_is_refused(name):
-    with pytest.raises(medpeft.MedpeftError, match=f"head='{name}' is no module of VisionTransformer. At its top level are"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=f"head='{name}' is no module of VisionTransformer. At its top level are"
+    ):
         medpeft.apply(make("vit"), "bias", head=name)
 
 
@@ -122,7 +124,9 @@ def test_a_removed_classifier_leaves_a_feature_extractor():
     model.reset_classifier(0)
 
     assert find_head(model) == ()
-    with pytest.raises(medpeft.MedpeftError, match="'linear_probe' would train nothing: VisionTransformer has no head"):
+    with pytest.raises(
+        medpeft.MedpeftError, match="'linear_probe' would train nothing: VisionTransformer has no head"
+    ):
         medpeft.apply(model, "linear_probe")
 
 

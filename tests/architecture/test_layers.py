@@ -58,7 +58,12 @@ def test_the_global_response_norm_of_convnext_v2_is_a_norm():
 
 @pytest.mark.parametrize(
     ("layer", "axis"),
-    [(nn.Linear(4, 4), -1), (nn.Conv1d(4, 4, 1), 1), (nn.ConvTranspose3d(4, 4, 1), 1), (nn.Embedding(4, 4), -1)],
+    [
+        (nn.Linear(4, 4), -1),
+        (nn.Conv1d(4, 4, 1), 1),
+        (nn.ConvTranspose3d(4, 4, 1), 1),
+        (nn.Embedding(4, 4), -1),
+    ],
 )
 def test_the_axis_of_other_layers(layer, axis):
     assert roles.channel_axis(layer) == axis
@@ -83,7 +88,9 @@ def test_the_projections_of_an_attention(family):
     assert {projection.path: projection.parts for projection in first} == PARTS[family]
 
 
-@pytest.mark.parametrize("family", ["resnet", "efficientnet", "densenet", "monai_unet2d", "convnext", "hf_convnext"])
+@pytest.mark.parametrize(
+    "family", ["resnet", "efficientnet", "densenet", "monai_unet2d", "convnext", "hf_convnext"]
+)
 def test_a_convolutional_network_has_no_attention(family):
     assert Network(make(family)).attentions == {}
 

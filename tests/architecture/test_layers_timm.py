@@ -48,12 +48,22 @@ LAYOUTS = {
     "CoAtNet": (lambda: maxxvit.Attention2d(8, dim_head=4, head_first=True), IMAGE),
     "CoAtNet, parts first": (lambda: maxxvit.Attention2d(8, dim_head=4, head_first=False), IMAGE),
     "MaxViT": (lambda: maxxvit.AttentionCl(8, dim_head=4, head_first=True), TOKENS),
-    "LeViT": (lambda: levit.Attention(8, key_dim=2, num_heads=2, attn_ratio=2.0, resolution=4, act_layer=nn.Identity), TOKENS),
-    "LeViT, downsampling": (
-        lambda: levit.AttentionDownsample(8, 8, 2, num_heads=2, attn_ratio=3.0, resolution=4, act_layer=nn.Identity),
+    "LeViT": (
+        lambda: levit.Attention(
+            8, key_dim=2, num_heads=2, attn_ratio=2.0, resolution=4, act_layer=nn.Identity
+        ),
         TOKENS,
     ),
-    "EfficientFormer": (lambda: efficientformer.Attention(8, key_dim=2, num_heads=2, attn_ratio=3, resolution=4), TOKENS),
+    "LeViT, downsampling": (
+        lambda: levit.AttentionDownsample(
+            8, 8, 2, num_heads=2, attn_ratio=3.0, resolution=4, act_layer=nn.Identity
+        ),
+        TOKENS,
+    ),
+    "EfficientFormer": (
+        lambda: efficientformer.Attention(8, key_dim=2, num_heads=2, attn_ratio=3, resolution=4),
+        TOKENS,
+    ),
     "TinyViT": (lambda: tiny_vit.Attention(8, 2, num_heads=2, attn_ratio=3, resolution=(4, 4)), TOKENS),
     "HaloNet": (lambda: HaloAttn(8, dim_head=2, num_heads=2, block_size=2, halo_size=1), IMAGE),
     "BoTNet": (lambda: BottleneckAttn(8, feat_size=(4, 4), dim_head=2, num_heads=2), IMAGE),
@@ -115,9 +125,13 @@ def test_queries_act_locally_and_values_linearly(kind):
         for part in set(rows) - {"o"}:
             for row in rows[part]:
                 # Far enough to get above zero where the keys go through a ReLU.
-                once, twice = (changed_by(layer, projection.path, row, inputs, step) - before for step in (8.0, 16.0))
+                once, twice = (
+                    changed_by(layer, projection.path, row, inputs, step) - before for step in (8.0, 16.0)
+                )
                 linear = torch.allclose(twice, 2 * once, rtol=1e-6, atol=1e-6 * float(once.abs().max()))
-                assert part == "q" or linear is (part == "v"), f"channel {row} of {projection.path} is not of {part}"
+                assert part == "q" or linear is (part == "v"), (
+                    f"channel {row} of {projection.path} is not of {part}"
+                )
                 reach[part].append(int((once.abs().amax(channels) > 1e-9).sum()))
     assert all(reach.values())
     assert max(reach["q"]) < min(reach["k"])
@@ -127,7 +141,11 @@ def test_the_rows_of_a_fused_projection_are_each_in_one_part():
     for kind, (build, *_) in LAYOUTS.items():
         layer = build()
         for projection in attention.projections(layer):
-            taken = [i for row in projection.rows for i in row.indices(layer.get_submodule(projection.path).weight.shape[0])]
+            taken = [
+                i
+                for row in projection.rows
+                for i in row.indices(layer.get_submodule(projection.path).weight.shape[0])
+            ]
             assert len(taken) == len(set(taken)), kind
 
 
@@ -149,7 +167,9 @@ def test_mobilevit_v2_has_one_query_channel():
 
 
 def test_each_head_of_a_cascade_has_a_projection_of_its_own():
-    layer = efficientvit_msra.CascadedGroupAttention(8, key_dim=2, num_heads=2, attn_ratio=2.0, resolution=4, kernels=(3, 3))
+    layer = efficientvit_msra.CascadedGroupAttention(
+        8, key_dim=2, num_heads=2, attn_ratio=2.0, resolution=4, kernels=(3, 3)
+    )
     found = [p for p in attention.projections(layer) if p.rows]
     assert [p.path for p in found] == ["qkvs.0.conv", "qkvs.1.conv"]
     assert [[(row.part, row.start, row.size, row.groups) for row in p.rows] for p in found] == [

@@ -39,7 +39,19 @@ ATTENTIONS = [f"blocks.{i}.attn.{layer}" for i in (0, 1) for layer in ("qkv", "p
         (("*.0.mlp.fc1", "blocks.0.mlp"), ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]),
     ],
     # A function's name has its address, and processes that share the tests must agree on the names.
-    ids=["glob", "module", "suffix", "mlp", "attention", "conv", "expression", "type", "predicate", "several", "globs"],
+    ids=[
+        "glob",
+        "module",
+        "suffix",
+        "mlp",
+        "attention",
+        "conv",
+        "expression",
+        "type",
+        "predicate",
+        "several",
+        "globs",
+    ],
 )
 def test_a_target_picks_by_glob_role_pattern_type_or_predicate(target, expected):
     assert sites(make("vit"), target=target) == expected
@@ -93,7 +105,9 @@ def test_each_method_of_a_union_may_have_a_target_of_its_own():
     assert {n for n in found if n.endswith("bias")} == {
         name for name, _ in model.named_parameters() if name.startswith("blocks.1.") and name.endswith("bias")
     }
-    assert {n.partition(".adapters")[0] for n in found if ".ssf." in n} == set(sites(make("vit"), "ssf", target="norm"))
+    assert {n.partition(".adapters")[0] for n in found if ".ssf." in n} == set(
+        sites(make("vit"), "ssf", target="norm")
+    )
 
 
 def test_a_method_of_a_union_may_have_an_exclusion_of_its_own():
@@ -107,7 +121,9 @@ def test_a_method_of_a_union_may_have_an_exclusion_of_its_own():
 def test_a_target_of_a_selective_method_picks_among_its_own_layers():
     model = medpeft.apply(make("vit"), "bias", target="attention", head=None)
 
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{layer}.bias" for layer in ATTENTIONS}
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"{layer}.bias" for layer in ATTENTIONS
+    }
 
 
 @pytest.mark.parametrize(
@@ -153,7 +169,9 @@ def test_one_of_several_patterns_without_a_hit_is_refused_too():
 
 
 def test_an_exclusion_without_a_hit_is_refused():
-    with pytest.raises(medpeft.MedpeftError, match=re.escape("The pattern '*.fc3' picks no layer that 'lora' fits")):
+    with pytest.raises(
+        medpeft.MedpeftError, match=re.escape("The pattern '*.fc3' picks no layer that 'lora' fits")
+    ):
         medpeft.plan(make("vit"), "lora", target="mlp", exclude="*.fc3")
 
 
@@ -163,13 +181,17 @@ def test_an_exclusion_of_everything_is_refused():
 
 
 def test_what_is_no_pattern_is_refused():
-    with pytest.raises(medpeft.MedpeftError, match=r"target 3 is no pattern: give a glob such as 'blocks\.\*', a role"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"target 3 is no pattern: give a glob such as 'blocks\.\*', a role"
+    ):
         medpeft.plan(make("vit"), "lora", target=[3])
 
 
 def test_a_glob_names_a_module_and_all_that_is_inside_it_but_not_its_namesakes():
     network = Network(
-        nn.ModuleDict({"fc": nn.Linear(1, 1), "fc1": nn.Linear(1, 1), "b": nn.ModuleDict({"fc": nn.Linear(1, 1)})})
+        nn.ModuleDict(
+            {"fc": nn.Linear(1, 1), "fc1": nn.Linear(1, 1), "b": nn.ModuleDict({"fc": nn.Linear(1, 1)})}
+        )
     )
 
     assert [name for name in network.modules if picks(network, "fc", name)] == ["fc"]
@@ -197,12 +219,16 @@ def test_ssf_leaves_a_convolution_before_a_batch_or_instance_norm_to_that_norm()
         model = make(family)
         adapted = sites(model, "ssf")
         leaves = [
-            (n, m) for n, m in model.named_modules() if next(m.children(), None) is None and any(True for _ in m.parameters())
+            (n, m)
+            for n, m in model.named_modules()
+            if next(m.children(), None) is None and any(True for _ in m.parameters())
         ]
         erasing = [
             before
             for (before, conv), (_, norm) in pairwise(leaves)
-            if isinstance(conv, nn.Conv2d) and "BatchNorm" in str(type(norm)) and conv.out_channels == norm.num_features
+            if isinstance(conv, nn.Conv2d)
+            and "BatchNorm" in str(type(norm))
+            and conv.out_channels == norm.num_features
         ]
         assert not set(erasing) & set(adapted), family
         assert adapted, family

@@ -124,7 +124,9 @@ def test_a_method_that_acts_on_outputs_alone_is_refused_where_the_output_never_i
             return y + self.shift
 
     model = Reader()
-    with pytest.raises(medpeft.MedpeftError, match=r"'shift_output' acts on the output of layers\.0, but its parent reads"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"'shift_output' acts on the output of layers\.0, but its parent reads"
+    ):
         medpeft.apply(model, "shift_output", head=None)
     assert not any("adapters" in name for name, _ in model.named_modules())
     medpeft.apply(model, "shift_output", head=None, exclude="layers")

@@ -23,19 +23,45 @@ INFERENCE = [
 ]
 
 CALLS = {
-    "a step": (["step.py", "--model", "resnet10t", "--method", "lora", "--method", "ssf", *TINY], ["floor", "lora", "ssf"]),
+    "a step": (
+        ["step.py", "--model", "resnet10t", "--method", "lora", "--method", "ssf", *TINY],
+        ["floor", "lora", "ssf"],
+    ),
     "inference": (
         ["step.py", "--model", "resnet10t", "--inference", "--method", "ssf", *TINY],
         ["plain", "ssf, adapted", "ssf, merged"],
     ),
     "inference at two sizes": (
-        ["step.py", "--model", "test_vit2", "--inference", "--batch", "1", "--repeats", "1", "--device", "cpu"],
+        [
+            "step.py",
+            "--model",
+            "test_vit2",
+            "--inference",
+            "--batch",
+            "1",
+            "--repeats",
+            "1",
+            "--device",
+            "cpu",
+        ],
         INFERENCE * 2,
     ),
     "inference at one size": (["step.py", "--model", "test_vit2", "--inference", *TINY], INFERENCE),
     "memory": (["memory.py", "--model", "resnet10t", "--method", "bias", *TINY], ["floor", "bias"]),
     "peers": (
-        ["peers.py", "--task", "TSA", "--batch", "1", "--image-size", "32", "--repeats", "1", "--device", "cpu"],
+        [
+            "peers.py",
+            "--task",
+            "TSA",
+            "--batch",
+            "1",
+            "--image-size",
+            "32",
+            "--repeats",
+            "1",
+            "--device",
+            "cpu",
+        ],
         ["floor", "medpeft", "plain expression"],
     ),
     "start": (["start.py", "--model", "resnet10t", "--method", "ssf", "--repeats", "1"], ["ssf"]),
@@ -48,7 +74,10 @@ def test_a_benchmark_prints_a_row_for_every_case(kind, tmp_path):
     out = tmp_path / "rows.json"
     flags += [] if kind == "start" else ["--json", str(out)]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script), *flags], capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "benchmarks" / script), *flags],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if re.match(r"\| [\w]", line)]
@@ -60,8 +89,22 @@ def test_a_benchmark_prints_a_row_for_every_case(kind, tmp_path):
 
 def test_the_two_sizes_of_inference_are_each_compared_with_a_plain_model_of_that_size(tmp_path):
     out = tmp_path / "rows.json"
-    flags = ["--model", "test_vit2", "--inference", "--batch", "2", "--repeats", "2", "--device", "cpu", "--json", str(out)]
-    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "step.py"), *flags], capture_output=True, check=True)
+    flags = [
+        "--model",
+        "test_vit2",
+        "--inference",
+        "--batch",
+        "2",
+        "--repeats",
+        "2",
+        "--device",
+        "cpu",
+        "--json",
+        str(out),
+    ]
+    subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "step.py"), *flags], capture_output=True, check=True
+    )
     found = json.loads(out.read_text())
     assert "batch 2, 64 and 224 px" in found["where"]
     assert [row["image_size"] for row in found["rows"]] == [64] * len(INFERENCE) + [224] * len(INFERENCE)
@@ -76,6 +119,8 @@ def test_lora_and_peft_adapt_the_same_layers_for_inference():
     models = inference_models(args, size=64)
     ours, theirs = models["lora, every linear, adapted"], models["peft's lora, every linear"]
     linear = {name for name, layer in models["plain"].blocks.named_modules() if isinstance(layer, nn.Linear)}
-    assert {n.partition(".adapters")[0] for n, _ in ours.blocks.named_modules() if n.endswith(".adapters.lora")} == linear
+    assert {
+        n.partition(".adapters")[0] for n, _ in ours.blocks.named_modules() if n.endswith(".adapters.lora")
+    } == linear
     wrapped = {n for n, layer in theirs.named_modules() if hasattr(layer, "lora_A")}
     assert {name.rpartition("blocks.")[2] for name in wrapped} == linear

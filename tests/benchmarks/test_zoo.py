@@ -50,7 +50,10 @@ def test_every_method_works_or_is_refused_with_a_reason(arch):
     assert {status for status, _ in found.values()} <= {"works", "refused"}, found
     assert all(text for status, text in found.values() if status == "refused")
     assert {found[method][0] for method in ("full", "linear_probe", "svdiff", "ssf", "bias")} == {"works"}
-    assert (classes, keys) == ({name: type(module) for name, module in model.named_modules()}, list(model.state_dict()))
+    assert (classes, keys) == (
+        {name: type(module) for name, module in model.named_modules()},
+        list(model.state_dict()),
+    )
 
 
 def test_the_zoo_finds_an_adapter_that_never_runs():

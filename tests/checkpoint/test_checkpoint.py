@@ -64,13 +64,20 @@ for method, family in torch.load(folder + "/families.pt").items():
 torch.save(found, folder + "/outputs.pt")
 """
     subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], env={**os.environ, "PYTHONPATH": IMPORTABLE}, check=True, timeout=300
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": IMPORTABLE},
+        check=True,
+        timeout=300,
     )
 
     found = torch.load(tmp_path / "outputs.pt")
     assert {m for m in outputs if not torch.equal(found[m], outputs[m])} == set()
-    fresh = {m: make(family, torch.float32)(example_of(family, torch.float32)) for m, (family, _) in FRESH.items()}
-    assert not any(torch.equal(outputs[m], y if isinstance(y, torch.Tensor) else y[0]) for m, y in fresh.items())
+    fresh = {
+        m: make(family, torch.float32)(example_of(family, torch.float32)) for m, (family, _) in FRESH.items()
+    }
+    assert not any(
+        torch.equal(outputs[m], y if isinstance(y, torch.Tensor) else y[0]) for m, y in fresh.items()
+    )
 
 
 @pytest.mark.parametrize("method", [*medpeft.methods(), "lora+bias"])
@@ -81,10 +88,14 @@ def test_a_file_holds_exactly_what_training_changed(method, tmp_path):
     saved, before = load_file(tmp_path / "a.safetensors"), base.state_dict()
     # In a file, what adapters share has the name that it would have in the first of them.
     in_file = {id(tensor): name for name, tensor in own_state(model)}
-    state = {in_file.get(id(tensor), name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    state = {
+        in_file.get(id(tensor), name): tensor for name, tensor in model.state_dict(keep_vars=True).items()
+    }
     tensors = (*model.named_parameters(), *model.named_buffers())
     once = {in_file.get(id(tensor), name) for name, tensor in tensors}
-    changed = {name for name in once & set(state) if name not in before or not torch.equal(state[name], before[name])}
+    changed = {
+        name for name in once & set(state) if name not in before or not torch.equal(state[name], before[name])
+    }
     statistics = {n for n, _ in model.named_buffers() if method == "full"}  # They adapt, and nothing ran yet.
     assert set(saved) - statistics == changed
     assert all(torch.equal(saved[name], state[name]) for name in saved)
@@ -148,7 +159,9 @@ def test_every_precision_survives(dtype, tmp_path):
     medpeft.save(model, tmp_path / "a.safetensors")
     loaded = medpeft.load(base, tmp_path / "a.safetensors")
 
-    assert {n: p.dtype for n, p in loaded.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+    assert {n: p.dtype for n, p in loaded.named_parameters()} == {
+        n: p.dtype for n, p in model.named_parameters()
+    }
     assert torch.equal(loaded(example_of("vit", dtype)), model(example_of("vit", dtype)))
 
 
@@ -165,7 +178,9 @@ def test_values_are_not_rounded_into_a_narrower_model_unless_asked(tmp_path):
     medpeft.save(trained(Golden(), "lora"), tmp_path / "a.safetensors")
     narrow = trained(Golden(), "lora")
     narrow.blocks[0].attn.qkv.adapters.to(torch.bfloat16)
-    assert "lora.down': float32 in the file, bfloat16 in the model" in refusal(narrow, tmp_path / "a.safetensors")
+    assert "lora.down': float32 in the file, bfloat16 in the model" in refusal(
+        narrow, tmp_path / "a.safetensors"
+    )
     medpeft.load(narrow, tmp_path / "a.safetensors", check_base=False)
 
 

@@ -64,12 +64,16 @@ HOSTILE = {
     "not utf-8": with_header(b'{"\xff\xfe": 1}'),
     "deep lists": with_header("[" * 100_000 + "]" * 100_000),
     "deep objects": with_header('{"a":' * 50_000 + "1" + "}" * 50_000),
-    "deep below the limit of python": with_header('{"__metadata__":{"medpeft":' + "[" * 200 + "]" * 200 + "}}"),
+    "deep below the limit of python": with_header(
+        '{"__metadata__":{"medpeft":' + "[" * 200 + "]" * 200 + "}}"
+    ),
     "many empty lists": with_header("[" + "[]," * (MAX_HEADER // 3 - 10) + "[]]"),
     "the same key twice": with_header('{"a": 1, "a": 2}'),
     "not a number": with_header('{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}'),
     "infinite": with_header('{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}'),
-    "lone surrogate": with_header('{"\\ud800": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}', bytes(4)),
+    "lone surrogate": with_header(
+        '{"\\ud800": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}', bytes(4)
+    ),
     "metadata no object": with_header('{"__metadata__": 3}'),
     "metadata no text": with_header('{"__metadata__": {"medpeft": {}}}'),
     "no document": with_header('{"__metadata__": {"format": "pt"}}'),

@@ -24,7 +24,9 @@ def test_a_model_adapted_in_another_way_is_told_what_differs(file):
     message = refusal(trained(Golden(), "lora"), file)
     assert "method: lora+bias in the file, lora here" in message
     message = refusal(trained(Golden(), "lora+bias", target="*", head="head"), file)
-    assert "adapters at 'layer.conv1.weight'" in message or "adapters at 'blocks.0.attn.proj.weight'" in message
+    assert (
+        "adapters at 'layer.conv1.weight'" in message or "adapters at 'blocks.0.attn.proj.weight'" in message
+    )
     message = refusal(trained(Golden(), "lora+bias", batchnorm="adapt"), file)
     assert "batchnorm: 'frozen' in the file, 'adapt' here" in message
 
@@ -125,7 +127,9 @@ def test_every_misfit_is_listed_in_one_error(file, tmp_path):
 def test_the_meta_device_is_refused_with_the_reason(file, tmp_path):
     with torch.device("meta"):
         blank = Golden()
-    with pytest.raises(medpeft.CheckpointError, match=r"meta device, which holds no values: load the base's weights first"):
+    with pytest.raises(
+        medpeft.CheckpointError, match=r"meta device, which holds no values: load the base's weights first"
+    ):
         medpeft.load(blank, file)
     assert not hasattr(blank.blocks[0].attn.qkv, "adapters")
     with pytest.raises(medpeft.CheckpointError, match="meta device"):

@@ -132,7 +132,11 @@ def test_a_file_of_thousands_of_misfits_makes_a_short_message(whole, tmp_path):
     forged(whole, tmp_path / "selected", selected={f"{i}{'x' * 900}\n": "bn" for i in range(3000)})
     forged(whole, tmp_path / "sites", sites=[["lora", f"{i}{'x' * 900}", "weight"] for i in range(3000)])
     forged(whole, tmp_path / "methods", methods={"x" * 100_000: {}})
-    forged(whole, tmp_path / "options", methods={"lora": {f"{i}{'x' * 900}\n": "bn" for i in range(3000)}, "bn": {}})
+    forged(
+        whole,
+        tmp_path / "options",
+        methods={"lora": {f"{i}{'x' * 900}\n": "bn" for i in range(3000)}, "bn": {}},
+    )
     tensors_of_base = {f"{i}{'x' * 900}": "3 float32 ab" for i in range(3000)}
     forged(whole, tmp_path / "base", base=said["base"] | {"tensors": tensors_of_base})
     for path in tmp_path.iterdir():

@@ -52,14 +52,19 @@ def test_a_model_that_is_not_as_apply_left_it_is_not_saved(tmp_path):
     for away in (medpeft.disabled, medpeft.merged):
         with away(model), pytest.raises(medpeft.CheckpointError, match="Within medpeft"):
             medpeft.save(model, path)
-    with medpeft.disabled(trained(Golden(), "bias")) as off, pytest.raises(medpeft.CheckpointError, match="Within"):
+    with (
+        medpeft.disabled(trained(Golden(), "bias")) as off,
+        pytest.raises(medpeft.CheckpointError, match="Within"),
+    ):
         medpeft.save(off, path)
     model.blocks[0].attn.qkv = nn.Linear(4, 12)
     with pytest.raises(medpeft.CheckpointError, match=r"'blocks\.0\.attn\.qkv', which 'lora\+bias' trains"):
         medpeft.save(model, path)
     model = trained(Golden(), "ssf")
     model.head = nn.Identity()
-    with pytest.raises(medpeft.CheckpointError, match=r"'head\.weight' and 1 more.*was a layer or the head replaced"):
+    with pytest.raises(
+        medpeft.CheckpointError, match=r"'head\.weight' and 1 more.*was a layer or the head replaced"
+    ):
         medpeft.save(model, path)
     assert not path.exists()
 
@@ -77,7 +82,9 @@ def test_options_that_are_no_json_are_refused(tmp_path, own_registry):
 @pytest.mark.parametrize("method", ["lora+bias", "linear_probe"])
 def test_parameters_that_train_and_are_not_saved_are_refused(method, tmp_path):
     model = trained(Golden(), method).requires_grad_(True)
-    with pytest.raises(medpeft.CheckpointError, match=r"'stem\.weight' and \d+ more would train, though apply froze it"):
+    with pytest.raises(
+        medpeft.CheckpointError, match=r"'stem\.weight' and \d+ more would train, though apply froze it"
+    ):
         medpeft.save(model, tmp_path / "adapter.safetensors")
     assert not list(tmp_path.iterdir())
 

@@ -73,14 +73,21 @@ def test_a_tensor_of_a_sound_layer_is_not_named():
 
 
 def test_reentrant_checkpointing_on_frozen_inputs_is_found():
-    model = medpeft.apply(Net(lambda net, x: checkpoint(net.second, x, use_reentrant=True)), "lora", target="second")
+    model = medpeft.apply(
+        Net(lambda net, x: checkpoint(net.second, x, use_reentrant=True)), "lora", target="second"
+    )
     text = failure(model)
-    assert "second.adapters.lora.down, second.adapters.lora.up cannot act in train mode: reentrant checkpointing" in text
+    assert (
+        "second.adapters.lora.down, second.adapters.lora.up cannot act in train mode: reentrant checkpointing"
+        in text
+    )
     assert "use_reentrant=False" in text
 
 
 def test_checkpointing_that_is_not_reentrant_passes():
-    model = medpeft.apply(Net(lambda net, x: checkpoint(net.second, x, use_reentrant=False)), "lora", target="second")
+    model = medpeft.apply(
+        Net(lambda net, x: checkpoint(net.second, x, use_reentrant=False)), "lora", target="second"
+    )
     assert medpeft.check(model, X).tensors == 4
 
 
@@ -103,17 +110,29 @@ def test_control_flow_that_depends_on_values_is_checked_on_real_values_with_a_no
 def test_a_zero_initialised_norm_is_named():
     model = timm.create_model("resnet18", num_classes=3, channels=(8, 8, 8, 8))
     text = failure(medpeft.apply(model, "tsa"), torch.randn(2, 3, 32, 32))
-    assert "layer1.0.conv1.adapters.tsa.alpha, layer1.0.conv2.adapters.tsa.alpha cannot act in train and eval mode" in text
-    assert "layer1.0.bn2.weight is frozen and all zeros (a zero-initialised norm, as in a fresh model)" in text
+    assert (
+        "layer1.0.conv1.adapters.tsa.alpha, layer1.0.conv2.adapters.tsa.alpha cannot act in train and eval mode"
+        in text
+    )
+    assert (
+        "layer1.0.bn2.weight is frozen and all zeros (a zero-initialised norm, as in a fresh model)" in text
+    )
 
 
 def test_a_zero_initialised_norm_is_named_for_its_own_adapter_too():
-    text = failure(medpeft.apply(timm.create_model("resnet18", num_classes=3, channels=(8, 8, 8, 8)), "ssf"), IMAGES)
-    assert "layer2.1.bn2.adapters.ssf.scale cannot act in train and eval mode: layer2.1.bn2.weight is frozen" in text
+    text = failure(
+        medpeft.apply(timm.create_model("resnet18", num_classes=3, channels=(8, 8, 8, 8)), "ssf"), IMAGES
+    )
+    assert (
+        "layer2.1.bn2.adapters.ssf.scale cannot act in train and eval mode: layer2.1.bn2.weight is frozen"
+        in text
+    )
 
 
 def test_a_tiny_layer_scale_does_not_pass_for_a_zero():
-    model = timm.create_model("convnext_atto", num_classes=3, depths=(1, 1, 1, 1), dims=(4, 8, 8, 12), ls_init_value=1e-6)
+    model = timm.create_model(
+        "convnext_atto", num_classes=3, depths=(1, 1, 1, 1), dims=(4, 8, 8, 12), ls_init_value=1e-6
+    )
     model = medpeft.apply(model, "ssf")
     assert not medpeft.check(model, torch.randn(2, 3, 32, 32)).exempt
 
@@ -134,8 +153,14 @@ def test_an_adapter_that_a_batchnorm_normalises_away_is_named(own_registry):
 
     model = medpeft.apply(Norms(), "shift_for_this_test", batchnorm="adapt")
     text = failure(model, IMAGES)
-    assert "conv1.adapters.shift_for_this_test.shift cannot act in train mode: bn1 (BatchNorm2d) behind it" in text
-    assert "shift_for_this_test.shift cannot act in train and eval mode: norm2 (InstanceNorm2d) behind it" in text
+    assert (
+        "conv1.adapters.shift_for_this_test.shift cannot act in train mode: bn1 (BatchNorm2d) behind it"
+        in text
+    )
+    assert (
+        "shift_for_this_test.shift cannot act in train and eval mode: norm2 (InstanceNorm2d) behind it"
+        in text
+    )
     medpeft.remove(model)
 
 
@@ -150,12 +175,16 @@ def test_a_selected_bias_that_a_norm_cancels_is_exempt():
 
 @pytest.mark.parametrize("method", ["bitfit", "ssf"])
 def test_the_bias_of_a_key_is_exempt_because_the_softmax_cancels_it(method):
-    found = medpeft.check(medpeft.apply(make("hf_vit", torch.float32), method), example("hf_vit", torch.float32))
+    found = medpeft.check(
+        medpeft.apply(make("hf_vit", torch.float32), method), example("hf_vit", torch.float32)
+    )
     assert len(found.exempt) == 2
     assert all("k_proj" in name and "softmax" in reason for name, reason in found.exempt.items())
 
 
-@pytest.mark.parametrize("name", ["resnet", "vit", "beit", "eva02", "swinv2", "transformer_encoder", "multihead_attention"])
+@pytest.mark.parametrize(
+    "name", ["resnet", "vit", "beit", "eva02", "swinv2", "transformer_encoder", "multihead_attention"]
+)
 @pytest.mark.parametrize("method", ["lora", "ssf", "norm", "svdiff", "adaptformer", "tsa"])
 def test_every_method_passes_on_models_of_every_kind(name, method):
     model = make(name, torch.float32)
@@ -169,7 +198,14 @@ def test_every_method_passes_on_models_of_every_kind(name, method):
 
 
 def test_dropped_branches_are_tried_again():
-    options = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 16, "num_heads": 2, "drop_path_rate": 0.6}
+    options = {
+        "img_size": 32,
+        "patch_size": 8,
+        "depth": 3,
+        "embed_dim": 16,
+        "num_heads": 2,
+        "drop_path_rate": 0.6,
+    }
     model = randomise(timm.create_model("vit_tiny_patch16_224", num_classes=3, **options))
     medpeft.check(medpeft.apply(model, "lora"), torch.randn(1, 3, 32, 32))
 

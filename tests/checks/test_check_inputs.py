@@ -22,7 +22,9 @@ def test_a_caller_without_gradients_gets_the_same_verdicts(mode, run):
     model = adapted(run)
     with mode():
         assert medpeft.check(model, X.clone()).tensors == 6
-        assert "second.adapters.lora.up cannot act in train and eval mode: second never runs" in failure(adapted(unused))
+        assert "second.adapters.lora.up cannot act in train and eval mode: second never runs" in failure(
+            adapted(unused)
+        )
 
 
 class Masked(nn.Module):

@@ -13,7 +13,8 @@ def test_an_optimizer_built_before_apply_is_found():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     text = failure(medpeft.apply(model, "lora", target="linear"), optimizer=optimizer)
     assert (
-        "first.adapters.lora.down, first.adapters.lora.up, second.adapters.lora.down, second.adapters.lora.up is not in" in text
+        "first.adapters.lora.down, first.adapters.lora.up, second.adapters.lora.down, second.adapters.lora.up is not in"
+        in text
     )
     assert "build it after apply, from medpeft.parameter_groups" in text
     assert "head" not in text
@@ -32,7 +33,10 @@ def test_an_optimizer_that_holds_a_replaced_head_is_found():
 def test_conversion_to_syncbatchnorm_after_apply_is_found():
     model = nn.SyncBatchNorm.convert_sync_batchnorm(medpeft.apply(Norms(), "ssf"))
     text = failure(model, IMAGES)
-    assert "bn1 (SyncBatchNorm) would change its frozen statistics in training: convert (to SyncBatchNorm) first" in text
+    assert (
+        "bn1 (SyncBatchNorm) would change its frozen statistics in training: convert (to SyncBatchNorm) first"
+        in text
+    )
     assert "bn1 has lost the forward of its adapters" in text
 
 
@@ -43,7 +47,10 @@ def test_batchnorms_that_adapt_may_change():
 def test_lost_forwards_are_found():
     model = adapted()
     del model.first.forward
-    assert "first has lost the forward of its adapters (was the layer converted, or its forward deleted?)" in failure(model)
+    assert (
+        "first has lost the forward of its adapters (was the layer converted, or its forward deleted?)"
+        in failure(model)
+    )
     model = medpeft.apply(make("beit", torch.float32), "lora")
     del model.blocks[0].attn.forward
     assert "blocks.0.attn.qkv has lost the forward" in failure(model, example("beit", torch.float32))
@@ -66,7 +73,10 @@ def test_a_replaced_layer_is_found():
 
 def test_frozen_parameters_that_would_train_and_trained_ones_that_are_frozen_are_found():
     model = adapted().requires_grad_(True)
-    assert "first.weight, first.bias, second.weight, second.bias would train, though apply froze it" in failure(model)
+    assert (
+        "first.weight, first.bias, second.weight, second.bias would train, though apply froze it"
+        in failure(model)
+    )
     text = failure(adapted().requires_grad_(False))
     assert "head.weight, head.bias is frozen, though apply chose it to train" in text
     assert "first, second has an adapter (lora) that is frozen" in text

@@ -41,7 +41,10 @@ def state_of(model):
     return {
         "values": {name: t.detach().clone() for name, t in tensors},
         "identities": [id(t) for _, t in tensors],
-        "gradients": {name: None if p.grad is None else (id(p.grad), p.grad.clone()) for name, p in model.named_parameters()},
+        "gradients": {
+            name: None if p.grad is None else (id(p.grad), p.grad.clone())
+            for name, p in model.named_parameters()
+        },
         "trains": [p.requires_grad for p in model.parameters()],
         "versions": [t._version for _, t in tensors],
         "modes": [module.training for module in model.modules()],

@@ -18,7 +18,17 @@ from experiments.cells import digest_of
 from trainer.flags import make_parser, parse
 
 EXAMPLES = Path(compare.__file__).parent
-TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32", "--epochs", "1", "--train-fraction", "0.2"]
+TINY = [
+    "--model",
+    "test_efficientnet",
+    "--no-pretrained",
+    "--image-size",
+    "32",
+    "--epochs",
+    "1",
+    "--train-fraction",
+    "0.2",
+]
 METHODS = ["--method", "full", "linear_probe"]
 
 
@@ -31,7 +41,14 @@ def finished(tmp_path_factory):
 
 
 def test_a_comparison_writes_all_its_results(finished):
-    for name in ("scores.md", "scores.tex", "scores.csv", "report.html", "runs.jsonl", "pareto-test_efficientnet-tissue.png"):
+    for name in (
+        "scores.md",
+        "scores.tex",
+        "scores.csv",
+        "report.html",
+        "runs.jsonl",
+        "pareto-test_efficientnet-tissue.png",
+    ):
         assert (finished / name).stat().st_size > 100, name
     scores = pd.read_csv(finished / "scores.csv")
     assert list(scores["label"]) == ["full", "linear_probe"]
@@ -68,10 +85,22 @@ def wait_for(condition, process, seconds=120):
 
 
 def test_a_comparison_killed_twice_gives_the_same_table(finished, tmp_path):
-    command = [sys.executable, EXAMPLES / "compare.py", *TINY, *METHODS, "--seed", "0", "1", "--output", tmp_path]
+    command = [
+        sys.executable,
+        EXAMPLES / "compare.py",
+        *TINY,
+        *METHODS,
+        "--seed",
+        "0",
+        "1",
+        "--output",
+        tmp_path,
+    ]
     records = tmp_path / "runs.jsonl"
     for lines in (1, 2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+        )
         # Killed after some runs are recorded and while another is under way.
         wait_for(lambda n=lines: records.exists() and len(records.read_bytes().splitlines()) >= n, process)
         os.killpg(process.pid, signal.SIGKILL)
@@ -90,30 +119,63 @@ def test_learning_rates_are_found_by_validation_and_written_for_other_scripts(tm
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     rates = [run["settings"]["lr"] for run in runs]
     assert rates[:2] == [0.0003, 0.003]
-    assert len(rates) == len(set(rates)) <= 4  # two beyond the edge at most; the final run is one of the trials
+    assert (
+        len(rates) == len(set(rates)) <= 4
+    )  # two beyond the edge at most; the final run is one of the trials
     best = max(runs, key=lambda run: (run["val"]["macro_f1"], -run["val_loss"]))
     settings = tmp_path / "settings" / "test_efficientnet-tissue-0.2" / "linear_probe.yaml"
     assert pd.read_csv(tmp_path / "scores.csv")["lr"][0] == best["settings"]["lr"]
-    assert compare.run([*TINY, "--method", "--config", str(settings), "--seed", "0", "--output", str(tmp_path)]) == 0
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(runs)  # the file asks for a run that is there
+    assert (
+        compare.run([*TINY, "--method", "--config", str(settings), "--seed", "0", "--output", str(tmp_path)])
+        == 0
+    )
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == len(
+        runs
+    )  # the file asks for a run that is there
 
 
 def test_a_run_that_fails_ends_itself_alone(tmp_path, capsys):
     (tmp_path / "wild.yaml").write_text("method: full\nlr: 1.0e+30\n")
-    given = ["--method", "linear_probe", "--config", str(tmp_path / "wild.yaml"), "--seed", "0", "--output", str(tmp_path)]
+    given = [
+        "--method",
+        "linear_probe",
+        "--config",
+        str(tmp_path / "wild.yaml"),
+        "--seed",
+        "0",
+        "--output",
+        str(tmp_path),
+    ]
     assert compare.run([*TINY, *given]) == 1
     assert list(pd.read_csv(tmp_path / "scores.csv")["label"]) == ["linear_probe"]
-    assert "full on test_efficientnet, tissue, seed 0 failed: The training loss became" in capsys.readouterr().out
+    assert (
+        "full on test_efficientnet, tissue, seed 0 failed: The training loss became"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_cross_validation_tests_every_image_once(tmp_path):
-    given = ["--method", "linear_probe", "--seed", "0", "--k-folds", "3", "--lr-factors", "1", "--output", str(tmp_path)]
+    given = [
+        "--method",
+        "linear_probe",
+        "--seed",
+        "0",
+        "--k-folds",
+        "3",
+        "--lr-factors",
+        "1",
+        "--output",
+        str(tmp_path),
+    ]
     assert compare.run([*TINY, *given]) == 0
     tested = [name for file in tmp_path.glob("runs/*/predictions.csv") for name in pd.read_csv(file)["image"]]
     assert sorted(tested) == list(range(576))
     assert list(pd.read_csv(tmp_path / "scores.csv")["runs"]) == [3]
     assert "3 of 3 runs; seeds 0, each with 3 folds" in (tmp_path / "report.html").read_text()
-    assert "fold" not in (tmp_path / "settings" / "test_efficientnet-tissue-0.2" / "linear_probe.yaml").read_text()
+    assert (
+        "fold"
+        not in (tmp_path / "settings" / "test_efficientnet-tissue-0.2" / "linear_probe.yaml").read_text()
+    )
 
 
 def test_a_run_on_two_devices_is_started_as_a_command_of_its_own(tmp_path, monkeypatch):
@@ -128,7 +190,18 @@ def test_a_run_on_two_devices_is_started_as_a_command_of_its_own(tmp_path, monke
         return subprocess.CompletedProcess(command, 0, stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
-    given = ["--method", "lora", "--option", "rank=2", "--seed", "0", "--devices", "2", "--output", str(tmp_path)]
+    given = [
+        "--method",
+        "lora",
+        "--option",
+        "rank=2",
+        "--seed",
+        "0",
+        "--devices",
+        "2",
+        "--output",
+        str(tmp_path),
+    ]
     assert compare.run([*TINY, *given]) == 0
     (record,) = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert started == [(2, record["key"])]
@@ -140,8 +213,21 @@ def test_a_run_on_two_devices_is_started_as_a_command_of_its_own(tmp_path, monke
     "said", ["a warning\ntrain.py: the batch does not divide\nmore", "Traceback\nthe batch does not divide\n"]
 )
 def test_a_run_that_fails_in_its_own_processes_is_told_of(tmp_path, capsys, monkeypatch, said):
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2, stderr=said))
-    given = ["--method", "linear_probe", "--seed", "0", "--devices", "2", "--accelerator", "cpu", "--output", str(tmp_path)]
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2, stderr=said)
+    )
+    given = [
+        "--method",
+        "linear_probe",
+        "--seed",
+        "0",
+        "--devices",
+        "2",
+        "--accelerator",
+        "cpu",
+        "--output",
+        str(tmp_path),
+    ]
     assert compare.run([*TINY, *given]) == 1
     assert ": failed. the batch does not divide\n" in capsys.readouterr().out
 
@@ -158,13 +244,19 @@ def test_shards_share_the_runs(tmp_path):
     ("given", "message"),
     [
         (["--resume"], "--resume is set by the study"),
-        (["--k-folds", "3", "--fold=1"], "--fold is set by the study: it resumes, its runs are quiet, and --k-folds runs all"),
+        (
+            ["--k-folds", "3", "--fold=1"],
+            "--fold is set by the study: it resumes, its runs are quiet, and --k-folds runs all",
+        ),
         (["--k-folds", "1"], "--k-folds is 1; take at least 2 folds"),
         (["--data", "a/x", "b/x"], "--data has two data sets called x"),
         (["--method", "lra"], "Unknown method 'lra'. Did you mean 'lora'"),
         (["--method", "attention"], "No method fits test_efficientnet"),
         (["--shard", "1/2", "--lr-factors", "1"], "--shard cannot be combined with --lr-factors"),
-        (["--seed", "0", "1", "--lr-factors", "1", "--lr-seeds", "3"], "--lr-seeds is 3; it must be from 1 to 2"),
+        (
+            ["--seed", "0", "1", "--lr-factors", "1", "--lr-seeds", "3"],
+            "--lr-seeds is 3; it must be from 1 to 2",
+        ),
         (["--data", "/nowhere"], "--data /nowhere does not exist"),
     ],
 )
@@ -191,7 +283,12 @@ def test_the_report_opens_in_a_browser_with_its_picture(finished, tmp_path):
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
     flags += " --disable-sync --disable-quic --window-size=1000,800 --virtual-time-budget=5000 --dump-dom"
     browser = shutil.which("chromium") or shutil.which("google-chrome")
-    command = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'page.html'}"]
+    command = [
+        browser,
+        *flags.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"file://{tmp_path / 'page.html'}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     width, rows, fits = done.stdout.partition("<title>")[2].partition("</title>")[0].split()
     assert int(width) > 1000

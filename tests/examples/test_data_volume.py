@@ -14,7 +14,17 @@ from experiments.summary import leads
 from experiments.tables import lead_text, volume_table
 from PIL import Image
 
-TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32", "--epochs", "1", "--batch-size", "64"]
+TINY = [
+    "--model",
+    "test_efficientnet",
+    "--no-pretrained",
+    "--image-size",
+    "32",
+    "--epochs",
+    "1",
+    "--batch-size",
+    "64",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +36,13 @@ def finished(tmp_path_factory):
 
 
 def test_a_whole_run_writes_all_its_results(finished):
-    for name in ("volume.md", "volume.tex", "volume.csv", "report.html", "volume-test_efficientnet-tissue.png"):
+    for name in (
+        "volume.md",
+        "volume.tex",
+        "volume.csv",
+        "report.html",
+        "volume-test_efficientnet-tissue.png",
+    ):
         assert (finished / name).stat().st_size > 100, name
     found = pd.read_csv(finished / "volume.csv").set_index(["label", "fraction"])
     assert len(found) == 4
@@ -41,7 +57,9 @@ def test_finished_shares_are_not_run_again_and_more_can_be_added(finished, capsy
     assert "[" not in capsys.readouterr().out.partition("###")[0]
 
 
-@pytest.mark.parametrize(("fraction", "epochs", "patience"), [(1.0, "6", "5"), (0.5, "12", "10"), (0.01, "24", "20")])
+@pytest.mark.parametrize(
+    ("fraction", "epochs", "patience"), [(1.0, "6", "5"), (0.5, "12", "10"), (0.01, "24", "20")]
+)
 def test_smaller_shares_have_more_epochs_up_to_a_bound(fraction, epochs, patience):
     row = data_volume.on_share(["--epochs", "6"], Choice("ssf", ("--method", "ssf")), fraction, 4.0)
     share = ("--train-fraction", str(fraction), "--epochs", epochs, "--patience", patience)
@@ -50,7 +68,14 @@ def test_smaller_shares_have_more_epochs_up_to_a_bound(fraction, epochs, patienc
 
 def summary(scores):
     rows = [
-        {"label": label, "fraction": fraction, "mean": mean, "sd": 0.01, "low": mean - 0.1, "high": mean + 0.1}
+        {
+            "label": label,
+            "fraction": fraction,
+            "mean": mean,
+            "sd": 0.01,
+            "low": mean - 0.1,
+            "high": mean + 0.1,
+        }
         for label, means in scores.items()
         for fraction, mean in zip((0.01, 0.1, 1.0), means, strict=True)
     ]
@@ -85,7 +110,8 @@ def test_without_full_fine_tuning_or_a_second_share_there_is_nothing_to_be_ahead
 
 
 @pytest.mark.parametrize(
-    ("scores", "height", "said"), [([0.6, 0.7, 0.8], 0.75, "ahead until 32 %"), ([0.3, 0.5, 1.0], 0.75, "ahead from 32 %")]
+    ("scores", "height", "said"),
+    [([0.6, 0.7, 0.8], 0.75, "ahead until 32 %"), ([0.3, 0.5, 1.0], 0.75, "ahead from 32 %")],
 )
 def test_where_two_curves_cross_is_marked(tmp_path, monkeypatch, scores, height, said):
     drawn = []
@@ -94,7 +120,12 @@ def test_where_two_curves_cross_is_marked(tmp_path, monkeypatch, scores, height,
     found = summary({"full": [0.4, 0.6, 0.9], "ssf": scores})
     data_volume.draw_volume(found, leads(found, "full"), "full", "title", tmp_path / "x.png")
     (figure,) = drawn
-    marks = [point for line in figure.axes[0].lines if line.get_marker() == "X" for point in line.get_xydata().tolist()]
+    marks = [
+        point
+        for line in figure.axes[0].lines
+        if line.get_marker() == "X"
+        for point in line.get_xydata().tolist()
+    ]
     assert marks == [pytest.approx([0.1 * 10**0.5, height])]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(labels) == ["crosses full", "full", f"ssf  ({said})"]
@@ -114,7 +145,20 @@ def test_every_share_has_a_learning_rate_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.runs.images_of", lambda args: None)
     monkeypatch.setattr("experiments.runs.run_cell", run_cell)
     monkeypatch.setattr("experiments.records.json.dumps", partial(json.dumps, default=str))
-    given = ["--method", "ssf", "--baseline", "ssf", "--fraction", "0.1", "1", "--seed", "0", "--lr-factors", "0.3", "1"]
+    given = [
+        "--method",
+        "ssf",
+        "--baseline",
+        "ssf",
+        "--fraction",
+        "0.1",
+        "1",
+        "--seed",
+        "0",
+        "--lr-factors",
+        "0.3",
+        "1",
+    ]
     assert data_volume.run([*TINY, *given, "--output", str(tmp_path)]) == 0
     found = pd.read_csv(tmp_path / "volume.csv").set_index("fraction")
     assert found["lr"].to_dict() == {1.0: 0.003, 0.1: 0.01}  # two rates beyond the edge: 0.01 and 0.0333

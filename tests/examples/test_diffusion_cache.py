@@ -33,7 +33,9 @@ def test_a_batch_is_what_the_encoders_give(pipeline, tmp_path):
     with torch.no_grad():
         posterior = pipeline.vae.encode(to_model(data.pixels([1, 0]))).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
-        assert torch.allclose(latents, (posterior.mean + posterior.std * noise) * pipeline.vae.config.scaling_factor, atol=1e-5)
+        assert torch.allclose(
+            latents, (posterior.mean + posterior.std * noise) * pipeline.vae.config.scaling_factor, atol=1e-5
+        )
         tokens = pipeline.tokenizer(["a light spot", ""], padding="max_length", return_tensors="pt").input_ids
         text, empty = pipeline.text_encoder(tokens).last_hidden_state
     assert torch.allclose(condition["text"][0], text, atol=1e-5)
@@ -45,7 +47,12 @@ def test_other_texts_images_and_weights_have_shards_of_their_own(pipeline, tmp_p
         return encode(pipeline, data, tmp_path, torch.device("cpu")).shards[0].name
 
     other = build_tiny(["a light spot"], SIDE, seed=1)
-    found = [shard(captioned(["x"])), shard(captioned(["y"])), shard(captioned(["x"], seed=1)), shard(captioned(["x"]), other)]
+    found = [
+        shard(captioned(["x"])),
+        shard(captioned(["y"])),
+        shard(captioned(["x"], seed=1)),
+        shard(captioned(["x"]), other),
+    ]
 
     assert len(set(found)) == 4
 

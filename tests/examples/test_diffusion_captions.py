@@ -35,7 +35,9 @@ def test_a_table_gives_each_image_its_text(kind, where, tmp_path):
     assert found.texts == ["no finding", "a mass"]
     assert found.classes == ["normal", "a mass"]
     assert found.groups[0] == found.groups[1]
-    assert torch.equal(found.pixels([0, 1]), torch.tensor([100, 7], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8))
+    assert torch.equal(
+        found.pixels([0, 1]), torch.tensor([100, 7], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    )
 
 
 def test_folders_make_texts_of_the_names_of_classes(tmp_path):
@@ -49,7 +51,11 @@ def test_folders_make_texts_of_the_names_of_classes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.csv", "file,caption\nx.png,y", "Name the image files in one of file_name, file, path, image, and what they show"),
+        (
+            "a.csv",
+            "file,caption\nx.png,y",
+            "Name the image files in one of file_name, file, path, image, and what they show",
+        ),
         ("a.csv", "file,text\nx.png,y", "names 1 images that do not exist, the first is"),
         ("a.csv", "file,text\nx.png,", "1 rows without a file or a text, the first is row 1"),
         ("a.csv", "file,text\n", "has nothing"),
@@ -108,7 +114,11 @@ def test_tissue_is_graded_by_its_stain():
 
     assert halves(data) == (["no staining", "weak staining"], ["moderate staining", "strong staining"])
     assert {data.classes.count(name) for name in data.classes} == {400}
-    blue = [float(data.of([name]).pixels(range(400))[:, 2].float().mean()) for half in halves(data) for name in half]
+    blue = [
+        float(data.of([name]).pixels(range(400))[:, 2].float().mean())
+        for half in halves(data)
+        for name in half
+    ]
     assert blue == sorted(blue, reverse=True), "brown absorbs blue"
 
 

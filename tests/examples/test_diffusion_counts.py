@@ -121,7 +121,9 @@ def _stable_diffusion_on_meta():
         return UNet2DConditionModel(cross_attention_dim=768)
 
 
-@pytest.mark.parametrize(("method", "options", "count", "by_hand"), [row[1:] for row in COUNTS], ids=[row[0] for row in COUNTS])
+@pytest.mark.parametrize(
+    ("method", "options", "count", "by_hand"), [row[1:] for row in COUNTS], ids=[row[0] for row in COUNTS]
+)
 def test_counts_of_stable_diffusion(method, options, count, by_hand):
     planned = medpeft.plan(_stable_diffusion_on_meta(), method, head=None, **options)
 
@@ -129,7 +131,11 @@ def test_counts_of_stable_diffusion(method, options, count, by_hand):
 
 
 def test_the_weights_written_by_hand_are_those_of_the_model():
-    layers = (m for m in _stable_diffusion_on_meta().modules() if isinstance(getattr(m, "weight", None), nn.Parameter))
+    layers = (
+        m
+        for m in _stable_diffusion_on_meta().modules()
+        if isinstance(getattr(m, "weight", None), nn.Parameter)
+    )
     found = sorted((len(m.weight), m.weight[0].numel(), m.bias is not None) for m in layers)
 
     assert found == sorted((w.outputs, w.fan_in, w.bias) for w in weights_of_stable_diffusion())

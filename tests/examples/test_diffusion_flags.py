@@ -48,20 +48,29 @@ def test_wrong_flags_of_generate_are_answered_with_what_to_do(given, said, capsy
 )
 def test_wrong_flags_are_answered_with_what_to_do(more, said, data, folder, tmp_path, capsys):
     pipeline = [] if "--new-class" in more else ["--pipeline", folder]
-    assert said in messages(capsys, "--data", data, "--image-size", SIDE, "--output", tmp_path, *pipeline, *more)
+    assert said in messages(
+        capsys, "--data", data, "--image-size", SIDE, "--output", tmp_path, *pipeline, *more
+    )
 
 
 def test_another_kind_of_pipeline_is_refused_by_name(tmp_path, capsys):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    unet = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks
+    )
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
 
-    assert "is a DDPMPipeline; this example trains those of Stable Diffusion" in messages(capsys, "--pipeline", tmp_path)
+    assert "is a DDPMPipeline; this example trains those of Stable Diffusion" in messages(
+        capsys, "--pipeline", tmp_path
+    )
 
 
 def test_attention_means_the_study_s_blocks_unless_said_otherwise():
-    assert parse(make_parser(""), ["--method", "bias+attention"]).option == {"bias": {}, "attention": {"scope": "block"}}
+    assert parse(make_parser(""), ["--method", "bias+attention"]).option == {
+        "bias": {},
+        "attention": {"scope": "block"},
+    }
     given = ["--method", "attention", "--option", "scope=layer"]
     assert copy.deepcopy(parse(make_parser(""), given).option) == {"attention": {"scope": "layer"}}

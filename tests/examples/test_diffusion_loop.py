@@ -12,8 +12,12 @@ def test_min_snr_bounds_the_weight_of_early_times():
     kept = torch.tensor([0.99, 0.5, 0.01], dtype=torch.float64)
     snr = torch.tensor([99.0, 1.0, 1 / 99], dtype=torch.float64)
 
-    assert torch.allclose(weights(kept, 5.0, velocity=False), torch.tensor([5 / 99, 1.0, 1.0], dtype=torch.float64))
-    assert torch.allclose(weights(kept, 5.0, velocity=True), torch.minimum(snr, torch.tensor(5.0)) / (snr + 1))
+    assert torch.allclose(
+        weights(kept, 5.0, velocity=False), torch.tensor([5 / 99, 1.0, 1.0], dtype=torch.float64)
+    )
+    assert torch.allclose(
+        weights(kept, 5.0, velocity=True), torch.minimum(snr, torch.tensor(5.0)) / (snr + 1)
+    )
     assert torch.equal(weights(kept, 0, velocity=False), torch.ones(3, dtype=torch.float64))
 
 

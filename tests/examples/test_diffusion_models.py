@@ -21,7 +21,11 @@ WITHOUT_NORMS = ("dit", "pixart")
 CASES = [(name, s) for name in MODELS for s in STRATEGIES if not ("norm" in s and name in WITHOUT_NORMS)]
 # Every strategy on the paper's kind of UNet, and on the others those that touch a kind of layer of their own.
 ELSEWHERE = ("lora", "svdiff", "bias+norm+attention")
-WHOLE = [(n, s) for n, s in CASES if n == "stable_diffusion" or s in ELSEWHERE or (s == "attention" and n in WITHOUT_NORMS)]
+WHOLE = [
+    (n, s)
+    for n, s in CASES
+    if n == "stable_diffusion" or s in ELSEWHERE or (s == "attention" and n in WITHOUT_NORMS)
+]
 
 
 @pytest.mark.parametrize(("name", "strategy"), CASES)

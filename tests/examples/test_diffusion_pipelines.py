@@ -50,7 +50,9 @@ def test_images_do_not_depend_on_the_batch_size(pipeline):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_merged_pipeline_generates_the_same_images_as_the_adapted_one(strategy, pipeline, folder, tmp_path):
+def test_the_merged_pipeline_generates_the_same_images_as_the_adapted_one(
+    strategy, pipeline, folder, tmp_path
+):
     args = parse(make_parser(""), ["--pipeline", str(folder), "--method", strategy])
     base = images_of(pipeline)
     text_to_image.adapt(args, pipeline.unet)
@@ -89,13 +91,31 @@ def sdxl(tmp_path_factory):
         projection_class_embeddings_input_dim=6 * 4 + width,
     )  # fmt: skip
     StableDiffusionXLPipeline(
-        parts.vae, parts.text_encoder, second, parts.tokenizer, parts.tokenizer, unet, EulerDiscreteScheduler()
+        parts.vae,
+        parts.text_encoder,
+        second,
+        parts.tokenizer,
+        parts.tokenizer,
+        unet,
+        EulerDiscreteScheduler(),
     ).save_pretrained(folder)
     return folder
 
 
 def test_sdxl_trains_and_its_lora_file_generates_the_same_in_diffusers(data, sdxl, tmp_path):
-    given = flags(data, sdxl, tmp_path, "--steps", 3, "--lr", 0.05, "--image-size", SIDE, "--cache", tmp_path / "latents")
+    given = flags(
+        data,
+        sdxl,
+        tmp_path,
+        "--steps",
+        3,
+        "--lr",
+        0.05,
+        "--image-size",
+        SIDE,
+        "--cache",
+        tmp_path / "latents",
+    )
     assert np.isfinite(run(*given)["losses"]).all()
     ours, theirs = open_pipeline(str(sdxl)), open_pipeline(str(sdxl))
     base = images_of(ours)

@@ -56,7 +56,9 @@ def test_one_image_cannot_be_scored():
 
 
 def test_scoring_waits_for_no_other_process(tmp_path, monkeypatch):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     try:
         monkeypatch.setattr("torchmetrics.Metric._sync_dist", lambda *_, **__: pytest.fail("waited"))
         assert np.isfinite(score(cloud(5, 0), cloud(5, 1), ("means", Means())).fid)

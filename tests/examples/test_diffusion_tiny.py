@@ -10,7 +10,12 @@ from trainer.errors import TrainerError
 
 def test_a_tokenizer_has_one_token_for_each_word_and_spells_others():
     tokenizer = make_tokenizer(["Breast ultrasound, benign", "normal"])
-    assert tokenizer.tokenize("ultrasound, benign normal") == ["ultrasound</w>", ",</w>", "benign</w>", "normal</w>"]
+    assert tokenizer.tokenize("ultrasound, benign normal") == [
+        "ultrasound</w>",
+        ",</w>",
+        "benign</w>",
+        "normal</w>",
+    ]
     assert tokenizer.unk_token not in tokenizer.tokenize("malignant (2.5-3%)")
     assert make_tokenizer(["normal", "breast ultrasound benign"]).get_vocab() == tokenizer.get_vocab()
 

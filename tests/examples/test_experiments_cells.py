@@ -10,7 +10,17 @@ from trainer.errors import TrainerError
 import medpeft
 from medpeft.adapters import registry
 
-TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32", "--epochs", "1", "--train-fraction", "0.2"]
+TINY = [
+    "--model",
+    "test_efficientnet",
+    "--no-pretrained",
+    "--image-size",
+    "32",
+    "--epochs",
+    "1",
+    "--train-fraction",
+    "0.2",
+]
 
 
 def built_in():
@@ -45,7 +55,11 @@ def test_a_wrong_name_or_option_is_an_error_and_no_method_that_does_not_fit():
 
 
 def test_files_of_settings_take_the_place_of_their_method(tmp_path):
-    for name, text in (("one", "method: ssf"), ("frozen", "method: full\nbatchnorm: frozen"), ("adapt", "method: full")):
+    for name, text in (
+        ("one", "method: ssf"),
+        ("frozen", "method: full\nbatchnorm: frozen"),
+        ("adapt", "method: full"),
+    ):
         (tmp_path / f"{name}.yaml").write_text(text)
     files = [tmp_path / f"{name}.yaml" for name in ("one", "frozen", "adapt")]
     rows = choices(["linear_probe", "ssf", "bias+norm"], files)
@@ -62,7 +76,9 @@ def test_a_file_without_a_method_is_refused(tmp_path):
 
 def test_a_key_follows_the_settings_and_not_the_place(tmp_path):
     def key(*flags, folder=tmp_path, seed=0, choice=("--method", "ssf")):
-        return make_cell(list(flags), None, "test_efficientnet", Choice("row", choice), Split(seed), folder).key
+        return make_cell(
+            list(flags), None, "test_efficientnet", Choice("row", choice), Split(seed), folder
+        ).key
 
     config = tmp_path / "settings.yaml"
     config.write_text("method: ssf\n")
@@ -110,7 +126,9 @@ def imagined(monkeypatch):
             return {"key": cell.key, "settings": vars(cell.args), **scores}
 
         monkeypatch.setattr("experiments.runs.run_cell", run_cell)
-        monkeypatch.setattr("experiments.runs.Records.append", lambda self, record: RECORDED.setdefault(record["key"], record))
+        monkeypatch.setattr(
+            "experiments.runs.Records.append", lambda self, record: RECORDED.setdefault(record["key"], record)
+        )
         monkeypatch.setattr("experiments.runs.Records.read", lambda self: RECORDED)
 
     RECORDED: dict = {}
@@ -146,7 +164,9 @@ def test_a_row_for_which_no_rate_works_does_not_end_the_others(tmp_path, imagine
     imagined(score)
     found, study = tuned_rates(tmp_path, rows_of("ssf", "lora"), "--lr-factors", "1")
     assert found == {"ssf": 0.003}
-    assert [(cell.label, reason) for cell, reason in study.failed] == [("lora", "The training loss became nan")]
+    assert [(cell.label, reason) for cell, reason in study.failed] == [
+        ("lora", "The training loss became nan")
+    ]
 
 
 @pytest.mark.parametrize(("best", "further"), [(0.009, 0.027), (0.0009, 0.00027), (0.003, None)])

@@ -32,7 +32,9 @@ def test_records_of_several_machines_are_read_together(tmp_path):
 
 def test_a_damaged_record_is_named(tmp_path):
     (tmp_path / "runs.jsonl").write_text('{"key": "a"}\nnonsense\n')
-    with pytest.raises(TrainerError, match=r"runs\.jsonl, line 2, is no JSON.* Take the line out; its run is done again"):
+    with pytest.raises(
+        TrainerError, match=r"runs\.jsonl, line 2, is no JSON.* Take the line out; its run is done again"
+    ):
         Records(tmp_path).read()
 
 
@@ -41,7 +43,8 @@ def test_a_damaged_record_is_named(tmp_path):
 
 def cells_in(folder, count):
     return [
-        make_cell([], None, "test_efficientnet", Choice("ssf", ("--method", "ssf")), Split(s), folder) for s in range(count)
+        make_cell([], None, "test_efficientnet", Choice("ssf", ("--method", "ssf")), Split(s), folder)
+        for s in range(count)
     ]
 
 

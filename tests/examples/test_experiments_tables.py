@@ -7,7 +7,15 @@ from experiments import figures, page
 from experiments.figures import draw_pareto, looks_of
 from experiments.statistics import macro_f1
 from experiments.summary import across_data, summarise
-from experiments.tables import cost_table, detail_table, score_table, to_html, to_latex, to_markdown, write_tables
+from experiments.tables import (
+    cost_table,
+    detail_table,
+    score_table,
+    to_html,
+    to_latex,
+    to_markdown,
+    write_tables,
+)
 from PIL import Image
 
 
@@ -26,8 +34,14 @@ def record(label, data, seed, confusion, model="a_model", **more):
 @pytest.fixture(scope="module")
 def summary():
     weak, middle, strong = [[30, 20], [20, 30]], [[40, 10], [10, 40]], [[48, 2], [2, 48]]
-    runs = [record("full", "one_set", 0, strong), record("full", "one_set", 1, middle), record("full", "other", 0, weak)]
-    runs += [record("bias+norm", "one_set", s, middle) for s in (0, 1)] + [record("bias+norm", "other", 0, middle)]
+    runs = [
+        record("full", "one_set", 0, strong),
+        record("full", "one_set", 1, middle),
+        record("full", "other", 0, weak),
+    ]
+    runs += [record("bias+norm", "one_set", s, middle) for s in (0, 1)] + [
+        record("bias+norm", "other", 0, middle)
+    ]
     return summarise([*runs, record("lora", "one_set", 0, weak)], draws=200)
 
 
@@ -111,7 +125,10 @@ def test_the_picture_names_every_method_and_nothing_leaves_it(summary, tmp_path,
     assert [t.get_text().split()[0] for t in figure.legends[0].get_texts()] == ["full", "bias+norm", "lora"]
     assert [axes.get_xlabel() for axes in figure.axes] == list(figures.COSTS.values())
     box = figure.get_window_extent()
-    for text in [*figure.legends[0].get_texts(), *(label for axes in figure.axes for label in axes.get_xticklabels())]:
+    for text in [
+        *figure.legends[0].get_texts(),
+        *(label for axes in figure.axes for label in axes.get_xticklabels()),
+    ]:
         extent = text.get_window_extent()
         assert extent.x1 <= box.x1
         assert extent.y0 >= box.y0
@@ -119,7 +136,9 @@ def test_the_picture_names_every_method_and_nothing_leaves_it(summary, tmp_path,
 
 
 def test_a_page_escapes_what_is_not_its_own(tmp_path):
-    page.write_page(tmp_path / "page.html", "a <b>", [page.section("<i>", page.listed(["x < y"]), page.command('"<"'))])
+    page.write_page(
+        tmp_path / "page.html", "a <b>", [page.section("<i>", page.listed(["x < y"]), page.command('"<"'))]
+    )
     text = (tmp_path / "page.html").read_text()
     assert "<b>" not in text
     assert "<i>" not in text

@@ -35,7 +35,9 @@ def folder(tmp_path_factory):
 def finished(folder, tmp_path_factory, request):
     output = tmp_path_factory.mktemp(request.param)
     more = (
-        ["--image-size", "48"] if request.param == "pretrained" else ["--model", "test_vit", "--no-pretrained", "--seed", "3"]
+        ["--image-size", "48"]
+        if request.param == "pretrained"
+        else ["--model", "test_vit", "--no-pretrained", "--seed", "3"]
     )
     given = [
         "--data",
@@ -61,7 +63,12 @@ def rows_of(file):
 
 def test_predictions_equal_those_of_the_trainer(folder, finished, tmp_path):
     output, record = finished
-    assert predict.main([str(output / "adapter.safetensors"), str(folder), "--output", str(tmp_path / "all.csv")]) == 0
+    assert (
+        predict.main(
+            [str(output / "adapter.safetensors"), str(folder), "--output", str(tmp_path / "all.csv")]
+        )
+        == 0
+    )
     found, expected = rows_of(tmp_path / "all.csv"), rows_of(output / "predictions.csv")
     assert len(found) == 24
     assert len(expected) == len(record["test_predictions"]["index"]) >= 4
@@ -93,7 +100,9 @@ def test_stored_pixels_smaller_than_the_input_are_predicted_as_trained(folder, t
         "--epochs",
         "1",
     ]
-    record = train.run(parse(make_parser(""), [*given, "--output", str(tmp_path / "run"), "--quiet", "--no-figures"]))
+    record = train.run(
+        parse(make_parser(""), [*given, "--output", str(tmp_path / "run"), "--quiet", "--no-figures"])
+    )
     adapter = str(tmp_path / "run" / "adapter.safetensors")
     predict.main([adapter, str(tmp_path / "test"), "--output", str(tmp_path / "found.csv"), "--quiet"])
     found = [[float(row["p(0)"]), float(row["p(1)"])] for row in rows_of(tmp_path / "found.csv").values()]
@@ -104,7 +113,12 @@ def test_broken_images_are_named_or_left_out(folder, finished, tmp_path, capsys)
     (tmp_path / "images").mkdir()
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "images" / "whole.png")
     (tmp_path / "images" / "torn.png").write_bytes(b"no image")
-    given = [str(finished[0] / "adapter.safetensors"), str(tmp_path / "images"), "--output", str(tmp_path / "found.csv")]
+    given = [
+        str(finished[0] / "adapter.safetensors"),
+        str(tmp_path / "images"),
+        "--output",
+        str(tmp_path / "found.csv"),
+    ]
     assert predict.main(given) == 2
     assert "torn.png could not be read as an image" in capsys.readouterr().err
     assert not (tmp_path / "found.csv").exists()
@@ -114,7 +128,12 @@ def test_broken_images_are_named_or_left_out(folder, finished, tmp_path, capsys)
 
 
 def test_one_image_may_stand_for_a_folder(folder, finished, tmp_path):
-    given = [str(finished[0] / "adapter.safetensors"), str(folder / "dark" / "0.png"), "--output", str(tmp_path / "found.csv")]
+    given = [
+        str(finished[0] / "adapter.safetensors"),
+        str(folder / "dark" / "0.png"),
+        "--output",
+        str(tmp_path / "found.csv"),
+    ]
     assert predict.main(given) == 0
     assert list(rows_of(tmp_path / "found.csv")) == ["0.png"]
 

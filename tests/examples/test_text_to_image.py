@@ -34,12 +34,16 @@ def finished(data, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "lora"
     steps = ["--tiny-steps", 4, "--tiny-autoencoder-steps", 4, "--steps", 6, "--lr", 0.02]
     small = ["--batch-size", 4, "--image-size", SIDE, "--sample-every", 4, "--inference-steps", 2]
-    record = run("--data", data, "--output", output, *steps, *small, "--option", "parts=qkvo", "--score-samples", 2)
+    record = run(
+        "--data", data, "--output", output, *steps, *small, "--option", "parts=qkvo", "--score-samples", 2
+    )
     return output, record
 
 
 def test_training_lowers_the_loss(data, folder, tmp_path):
-    record = run(*flags(data, folder, tmp_path, "--method", "full", "--steps", 40, "--lr", 2e-3, "--snr-gamma", 0))
+    record = run(
+        *flags(data, folder, tmp_path, "--method", "full", "--steps", 40, "--lr", 2e-3, "--snr-gamma", 0)
+    )
     losses = record["losses"]
     assert len(losses) == 40
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4])
@@ -56,9 +60,19 @@ def test_the_tiny_pipeline_is_pretrained_on_the_first_half_of_the_classes_and_ad
 def test_what_a_run_writes(finished):
     output, record = finished
     written = {path.name for path in output.iterdir()}
-    named = {"adapter.safetensors", "pytorch_lora_weights.safetensors", "metrics.json", "loss.png", "samples", "last.ckpt"}
+    named = {
+        "adapter.safetensors",
+        "pytorch_lora_weights.safetensors",
+        "metrics.json",
+        "loss.png",
+        "samples",
+        "last.ckpt",
+    }
     assert written == named
-    assert [path.name for path in sorted((output / "samples").iterdir())] == ["step-000004.png", "step-000006.png"]
+    assert [path.name for path in sorted((output / "samples").iterdir())] == [
+        "step-000004.png",
+        "step-000006.png",
+    ]
     assert json.loads((output / "metrics.json").read_text())["trainable"] == record["trainable"]
     assert medpeft.inspect(output / "adapter.safetensors").metadata["classes"] == ["light"]
 
@@ -103,7 +117,9 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(data, folder, tmp_path, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(text_to_image, "save_training", save_and_stop)
-    stopped = flags(data, folder, tmp_path / "parts", "--method", "norm", "--steps", 4, "--cache", tmp_path / "latents")
+    stopped = flags(
+        data, folder, tmp_path / "parts", "--method", "norm", "--steps", 4, "--cache", tmp_path / "latents"
+    )
     assert text_to_image.main([str(flag) for flag in stopped]) == 130
     monkeypatch.setattr(text_to_image, "save_training", save)
     parts = run(*stopped, "--resume")
@@ -116,7 +132,9 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(data, folder, tmp_path, mon
 def test_resuming_with_other_settings_is_refused(data, folder, tmp_path, capsys):
     run(*flags(data, folder, tmp_path, "--method", "norm", "--steps", 1))
 
-    said = messages(capsys, *flags(data, folder, tmp_path, "--method", "norm", "--steps", 1, "--ema", 0.5, "--resume"))
+    said = messages(
+        capsys, *flags(data, folder, tmp_path, "--method", "norm", "--steps", 1, "--ema", 0.5, "--resume")
+    )
 
     assert "--ema was 0.99 and is 0.5" in said
 
@@ -125,7 +143,15 @@ def test_resuming_with_other_settings_is_refused(data, folder, tmp_path, capsys)
 
 
 def test_half_precision_and_checkpointing_train(data, folder, tmp_path):
-    options = ["--precision", "bf16", "--gradient-checkpointing", "--method", "svdiff", "--svd-cache", tmp_path / "svd"]
+    options = [
+        "--precision",
+        "bf16",
+        "--gradient-checkpointing",
+        "--method",
+        "svdiff",
+        "--svd-cache",
+        tmp_path / "svd",
+    ]
     record = run(*flags(data, folder, tmp_path / "run", "--steps", 2, *options))
     assert np.isfinite(record["losses"]).all()
     assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
@@ -146,7 +172,15 @@ def test_without_classes_every_image_trains_and_no_list_of_texts_is_saved(data, 
 def test_adapters_are_compared_from_the_same_noise(finished, tmp_path):
     output, _ = finished
     adapter = output / "adapter.safetensors"
-    given = ["--pipeline", next(output.parent.glob("tiny-pipeline-*")), "--adapter", adapter, adapter, "--images", 2]
+    given = [
+        "--pipeline",
+        next(output.parent.glob("tiny-pipeline-*")),
+        "--adapter",
+        adapter,
+        adapter,
+        "--images",
+        2,
+    ]
     given += ["--prompt", "a light spot", "--inference-steps", 2, "--output", tmp_path]
     images = generate_script.run(generate_script.parse([str(flag) for flag in given]))
     merged = generate_script.run(generate_script.parse([str(flag) for flag in (*given, "--merge")]))

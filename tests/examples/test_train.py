@@ -70,7 +70,9 @@ def test_the_adapter_on_a_fresh_base_gives_the_same_scores(folder, finished):
     again = score((logits / record["temperature"]).softmax(1), labels)
     assert again["confusion_matrix"] == record["test"]["confusion_matrix"]
     assert again["ece"] == pytest.approx(record["test"]["ece"], abs=1e-4)
-    assert score(logits.softmax(1), labels)["ece"] == pytest.approx(record["test"]["ece_uncalibrated"], abs=1e-4)
+    assert score(logits.softmax(1), labels)["ece"] == pytest.approx(
+        record["test"]["ece_uncalibrated"], abs=1e-4
+    )
 
 
 def test_predictions_are_written_image_by_image(finished):
@@ -105,11 +107,24 @@ def test_data_read_once_serve_another_run_and_quiet_prints_nothing(folder, finis
 
 
 def test_a_run_repeats_from_the_settings_that_it_wrote(folder, tmp_path):
-    more = ["--method", "lora", "--option", "rank=2", "--option", "rslora=true", "--class-weights", "--epochs", "1"]
+    more = [
+        "--method",
+        "lora",
+        "--option",
+        "rank=2",
+        "--option",
+        "rslora=true",
+        "--class-weights",
+        "--epochs",
+        "1",
+    ]
     first = run(*flags(folder, tmp_path / "first", *more))
     again = run("--config", tmp_path / "first" / "config.yaml", "--output", tmp_path / "again")
     assert again["test_predictions"] == first["test_predictions"]
-    assert again["settings"] | {"output": ""} == first["settings"] | {"output": "", "config": again["settings"]["config"]}
+    assert again["settings"] | {"output": ""} == first["settings"] | {
+        "output": "",
+        "config": again["settings"]["config"],
+    }
 
 
 def test_the_metrics_are_saved_as_strict_json(finished):
@@ -157,7 +172,10 @@ def test_the_command_line_runs_by_itself(folder, tmp_path):
 
 def test_subgroups_are_scored_apart(folder, tmp_path, capsys):
     file = tmp_path / "table.csv"
-    rows = [(path, path.parent.name, "f" if i % 3 else "m") for i, path in enumerate(sorted(folder.glob("*/*.png")))]
+    rows = [
+        (path, path.parent.name, "f" if i % 3 else "m")
+        for i, path in enumerate(sorted(folder.glob("*/*.png")))
+    ]
     file.write_text("\n".join(["path,label,sex", *(",".join(map(str, row)) for row in rows)]))
     record = run(*flags(file, tmp_path / "out", "--group-column", "sex", "--epochs", "1"))
     found = record["test_subgroups"]

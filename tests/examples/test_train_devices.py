@@ -40,7 +40,11 @@ RUN = {
 
 
 def flags(output, **changed):
-    found = {**RUN, "output": str(output), **{name.replace("_", "-"): value for name, value in changed.items()}}
+    found = {
+        **RUN,
+        "output": str(output),
+        **{name.replace("_", "-"): value for name, value in changed.items()},
+    }
     spelled = []
     for name, value in found.items():
         if isinstance(value, bool):
@@ -60,7 +64,9 @@ SHORT = {"train_fraction": 0.06, "epochs": 1}
 
 def start(output, **changed):
     given = [sys.executable, str(SCRIPT), *flags(output, **changed)]
-    return subprocess.Popen(given, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        given, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def lasting(record):
@@ -137,7 +143,12 @@ def test_every_checkpoint_within_an_epoch_leads_to_the_same_end(tmp_path, method
 
 
 # Frozen: BatchNorm that adapts takes its statistics from each micro-batch. The last step has 5 of 8 images.
-SHARED = SHORT | {"method": "bn+lora", "option": ["lora.rank=2"], "batchnorm": "frozen", "class-weights": True}
+SHARED = SHORT | {
+    "method": "bn+lora",
+    "option": ["lora.rank=2"],
+    "batchnorm": "frozen",
+    "class-weights": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +176,11 @@ def test_two_processes_train_to_the_same_loss_as_one(single, tmp_path):
     given = [flags(tmp_path / strategy, **several, strategy=strategy) for strategy in ("ddp", "fsdp2")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, tmp_path / "both.py", json.dumps(given)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        [*torchrun, tmp_path / "both.py", json.dumps(given)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     for strategy in ("ddp", "fsdp2"):
@@ -220,7 +235,10 @@ def test_a_compiled_model_trains_to_the_same_loss(tmp_path, monkeypatch):
     ("given", "message"),
     [
         ({"precision": "16-mixed"}, "--precision 16-mixed needs a CUDA GPU"),
-        ({"accumulate": 3}, "--batch-size 8 is the images of one optimizer step, and does not divide by --accumulate 3 × 1"),
+        (
+            {"accumulate": 3},
+            "--batch-size 8 is the images of one optimizer step, and does not divide by --accumulate 3 × 1",
+        ),
         ({"accumulate": 0}, "--accumulate is 0; it must be at least 1"),
         ({"save_every": -1}, "--save-every is -1"),
     ],

@@ -53,7 +53,13 @@ STORED = np.arange(0, 2048, 2048 // 400, dtype=np.uint16)[:400].reshape(20, 20)
 def test_a_dicom_file_is_rescaled_and_windowed(tmp_path, function, share):
     more = {"VOILUTFunction": function} if function else {}
     path = dicom(
-        tmp_path / "ct.dcm", STORED, RescaleSlope=1, RescaleIntercept=-1024, WindowCenter=[40, 0], WindowWidth=[400, 9], **more
+        tmp_path / "ct.dcm",
+        STORED,
+        RescaleSlope=1,
+        RescaleIntercept=-1024,
+        WindowCenter=[40, 0],
+        WindowWidth=[400, 9],
+        **more,
     )
     expected = 255 * share(STORED.astype(float) - 1024)
     assert np.abs(read_image(path) - expected).max() <= 0.5
@@ -69,21 +75,26 @@ def test_dicom_without_a_window_uses_the_whole_range(tmp_path):
 @pytest.mark.parametrize("window", [{}, {"WindowCenter": 1000, "WindowWidth": 500}])
 def test_monochrome1_is_turned_so_that_bone_is_light(tmp_path, window):
     plain = read_image(dicom(tmp_path / "two.dcm", STORED, **window))
-    turned = read_image(dicom(tmp_path / "one.dcm", STORED, PhotometricInterpretation="MONOCHROME1", **window))
+    turned = read_image(
+        dicom(tmp_path / "one.dcm", STORED, PhotometricInterpretation="MONOCHROME1", **window)
+    )
     assert np.abs((255 - plain.astype(int)) - turned).max() <= 1
     assert plain.std() > 20
 
 
 def test_dicom_in_colour_stays_colour(tmp_path):
     colour = RNG.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    path = dicom(tmp_path / "us.dcm", colour, SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0)
+    path = dicom(
+        tmp_path / "us.dcm", colour, SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0
+    )
     assert np.array_equal(read_image(path), colour)
 
 
 def test_dicom_of_several_frames_is_refused(tmp_path):
     path = dicom(tmp_path / "cine.dcm", np.zeros((4, 8, 8), np.uint8), NumberOfFrames=4)
     with pytest.raises(
-        TrainerError, match=r"cine\.dcm could not be read .* it holds 4 frames; store each in a file of its own"
+        TrainerError,
+        match=r"cine\.dcm could not be read .* it holds 4 frames; store each in a file of its own",
     ):
         read_image(path)
 

@@ -15,7 +15,9 @@ def test_the_reliability_diagram_shows_how_often_each_confidence_is_right(tmp_pa
 
     drawn = []
     original = Axes.bar
-    monkeypatch.setattr(Axes, "bar", lambda self, *args, **more: drawn.append(args) or original(self, *args, **more))
+    monkeypatch.setattr(
+        Axes, "bar", lambda self, *args, **more: drawn.append(args) or original(self, *args, **more)
+    )
     probabilities = torch.tensor([[0.95, 0.05], [0.95, 0.05], [0.4, 0.6], [0.4, 0.6]])
     draw_reliability({"one": probabilities}, torch.tensor([0, 1, 1, 1]), tmp_path / "figure.png")
     shares, counts = drawn[0][1], drawn[1][1]

@@ -80,7 +80,9 @@ def test_a_wrong_file_of_flags_is_answered_with_what_to_do(tmp_path, capsys, tex
     assert message in messages(capsys, "--config", tmp_path / "run.yaml")
 
 
-@pytest.mark.parametrize(("method", "rate"), [("ssf", 3e-3), ("full", 3e-4), ("bias+tsa", 3e-4), ("svdiff+bn", 3e-3)])
+@pytest.mark.parametrize(
+    ("method", "rate"), [("ssf", 3e-3), ("full", 3e-4), ("bias+tsa", 3e-4), ("svdiff+bn", 3e-3)]
+)
 def test_a_union_takes_the_lowest_rate_of_its_parts(method, rate):
     assert parse(make_parser(""), ["--method", method]).lr == rate
 

@@ -37,5 +37,7 @@ def test_a_saved_data_set_of_hugging_face_is_read_with_its_splits(tmp_path):
 
 def test_a_data_set_of_hugging_face_that_is_not_there_says_so(tmp_path):
     pytest.importorskip("datasets")
-    with pytest.raises(TrainerError, match=r"--data hf:.*nowhere could not be loaded: .* Give a name on the hub"):
+    with pytest.raises(
+        TrainerError, match=r"--data hf:.*nowhere could not be loaded: .* Give a name on the hub"
+    ):
         read_data(f"hf:{tmp_path / 'nowhere'}", 20)

@@ -35,7 +35,9 @@ def test_scores_equal_those_of_scikit_learn(predictions):
     assert scores["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert scores["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
     assert scores["auroc"] == pytest.approx(roc_auc_score(labels, probabilities, multi_class="ovr"))
-    assert scores["average_precision"] == pytest.approx(average_precision_score(one_hot(labels, 3), probabilities))
+    assert scores["average_precision"] == pytest.approx(
+        average_precision_score(one_hot(labels, 3), probabilities)
+    )
     assert scores["mcc"] == pytest.approx(matthews_corrcoef(labels, predicted))
     assert scores["auroc_undefined_classes"] == 0
     assert scores["confusion_matrix"] == confusion_matrix(labels, predicted).tolist()

@@ -63,5 +63,8 @@ def test_activations_computed_again_give_the_same_gradients():
 
 
 def test_a_model_that_cannot_compute_activations_again_says_so():
-    with pytest.raises(TrainerError, match=r"Linear cannot compute its activations again\. Leave --checkpoint-activations out"):
+    with pytest.raises(
+        TrainerError,
+        match=r"Linear cannot compute its activations again\. Leave --checkpoint-activations out",
+    ):
         checkpoint_activations(torch.nn.Linear(2, 2))

@@ -20,7 +20,12 @@ def test_all_processes_together_see_each_step_of_one(world, accumulate):
     assert len({len(share) for share in shares}) == 1
     whole_steps = len(shares[0]) // accumulate
     for step in range(whole_steps):
-        seen = [key for share in shares for part in share[step * accumulate : (step + 1) * accumulate] for key in part]
+        seen = [
+            key
+            for share in shares
+            for part in share[step * accumulate : (step + 1) * accumulate]
+            for key in part
+        ]
         counted = [key for key in seen if key[1] != FILLER]
         assert sorted(counted) == sorted(steps[step])
         assert sorted(place for place, _ in counted) == sorted(alone.images(step).tolist())
@@ -65,5 +70,11 @@ def test_a_balanced_order_draws_every_class_as_often():
 
 
 def test_every_step_and_process_draws_its_own_dropout():
-    seeds = {step_seed(seed, epoch, step, rank) for seed in (0, 1) for epoch in (1, 2) for step in range(5) for rank in (0, 1)}
+    seeds = {
+        step_seed(seed, epoch, step, rank)
+        for seed in (0, 1)
+        for epoch in (1, 2)
+        for step in range(5)
+        for rank in (0, 1)
+    }
     assert len(seeds) == 40

@@ -179,7 +179,12 @@ def test_broken_images_are_left_out_only_when_asked(broken, table):
     ]
     assert len(images.broken) == 2
     assert len(images.groups) == len(images.pixels) == 6
-    rows = [["benign/0.png", "a", "f"], ["benign/1.png", "b", "m"], ["gone.png", "b", "m"], ["benign/2.png", "b", "d"]]
+    rows = [
+        ["benign/0.png", "a", "f"],
+        ["benign/1.png", "b", "m"],
+        ["gone.png", "b", "m"],
+        ["benign/2.png", "b", "d"],
+    ]
     images = read_data(table(["path", "label", "sex"], rows), 16, group_column="sex", skip_broken=True)
     assert (images.names, images.subgroups) == (["benign/0.png", "benign/2.png"], ["f", "d"])
 

@@ -129,7 +129,10 @@ def test_rows_are_joined_through_any_chain_of_shared_values():
 @pytest.mark.parametrize("seed", range(3))
 def test_a_smaller_part_of_the_training_data_lies_within_a_larger_one(patients, seed):
     rows = split(patients, seed)["train"]
-    parts = [set(training_subset(patients, rows, fraction, seed).tolist()) for fraction in (0.01, 0.1, 0.25, 0.5, 1)]
+    parts = [
+        set(training_subset(patients, rows, fraction, seed).tolist())
+        for fraction in (0.01, 0.1, 0.25, 0.5, 1)
+    ]
     assert all(small < large for small, large in pairwise(parts))
     assert parts[-1] == set(rows.tolist())
 

@@ -22,7 +22,17 @@ from trainer.flags import make_parser, parse
 
 import medpeft
 
-TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32", "--train-fraction", "0.2", "--epochs", "2"]
+TINY = [
+    "--model",
+    "test_efficientnet",
+    "--no-pretrained",
+    "--image-size",
+    "32",
+    "--train-fraction",
+    "0.2",
+    "--epochs",
+    "2",
+]
 
 
 def run_arguments(*flags):
@@ -57,7 +67,14 @@ def test_a_method_that_does_not_fit_is_refused_before_anything_starts():
 
 
 def test_a_point_survives_the_way_to_the_trainer_and_into_a_file(tmp_path):
-    point = {"lr": 0.0123, "weight_decay": 0.0, "augment": "none", "lora.rank": 4, "lora.dora": True, "ssf.init": "official"}
+    point = {
+        "lr": 0.0123,
+        "weight_decay": 0.0,
+        "augment": "none",
+        "lora.rank": 4,
+        "lora.dora": True,
+        "ssf.init": "official",
+    }
     args = run_arguments("--method", "lora+ssf", *as_flags(point))
     assert (args.lr, args.weight_decay, args.augment) == (0.0123, 0.0, "none")
     assert args.option == {"lora": {"rank": 4, "dora": True}, "ssf": {"init": "official"}}
@@ -95,7 +112,11 @@ def output(tmp_path_factory):
 
 def done_trials(folder):
     """The trials that have reported their last epoch."""
-    return [path.parent for path in folder.glob("trials/train_point_*/result.json") if len(path.read_text().splitlines()) >= 2]
+    return [
+        path.parent
+        for path in folder.glob("trials/train_point_*/result.json")
+        if len(path.read_text().splitlines()) >= 2
+    ]
 
 
 def test_an_interrupted_search_goes_on_with_what_is_left(output):
@@ -105,7 +126,9 @@ def test_an_interrupted_search_goes_on_with_what_is_left(output):
     assert 1 <= len(first) < 3
     for name in first:
         results = (output / "trials" / name / "result.json").read_text().splitlines()
-        assert [json.loads(line)["training_iteration"] for line in results] == [1, 2], "a finished trial was trained again"
+        assert [json.loads(line)["training_iteration"] for line in results] == [1, 2], (
+            "a finished trial was trained again"
+        )
 
 
 def test_the_best_settings_are_those_of_the_best_trial(output):
@@ -143,7 +166,18 @@ def test_another_search_in_the_same_place_is_refused(output, monkeypatch):
 def test_nothing_to_search_is_an_error(tmp_path, capsys):
     import tune
 
-    given = ["--method", "bias", "--lr", "0.1", "--weight-decay", "0", "--augment", "none", "--output", str(tmp_path)]
+    given = [
+        "--method",
+        "bias",
+        "--lr",
+        "0.1",
+        "--weight-decay",
+        "0",
+        "--augment",
+        "none",
+        "--output",
+        str(tmp_path),
+    ]
     assert tune.main([*TINY, *given]) == 2
     assert "Nothing is left to search" in capsys.readouterr().err
 
@@ -160,7 +194,10 @@ def test_a_storage_that_cannot_be_reached_is_an_error(tmp_path, capsys):
 
     given = ["--method", "bias", "--storage", "nowhere://bucket/path", "--output", str(tmp_path)]
     assert tune.main([*TINY, *given]) == 2
-    assert "--storage nowhere://bucket/path cannot be reached: Protocol not known: nowhere" in capsys.readouterr().err
+    assert (
+        "--storage nowhere://bucket/path cannot be reached: Protocol not known: nowhere"
+        in capsys.readouterr().err
+    )
 
 
 def test_trials_that_break_off_are_an_error_with_the_first_reason(tmp_path, capsys):

@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 from by_hand import block_and_adapters, gelu, numbers, relu, through
+from layer_oracles import assert_computes, drawn
 from models import make, randomise, randomise_adapters
-from test_methods import assert_computes, drawn
 from torch import nn
 
 import medpeft
@@ -70,7 +70,9 @@ def test_a_convolutional_block_has_its_channels_first():
     with torch.no_grad():
         got = adapters["pfeiffer"](y, y).numpy()
 
-    expected = y.numpy() + np.moveaxis(through(numbers(adapters["pfeiffer"]), np.moveaxis(y.numpy(), 1, -1), relu), -1, 1)
+    expected = y.numpy() + np.moveaxis(
+        through(numbers(adapters["pfeiffer"]), np.moveaxis(y.numpy(), 1, -1), relu), -1, 1
+    )
     assert np.abs(got - expected).max() < 1e-12
 
 
@@ -86,7 +88,9 @@ ONE_SIDE = [
 @pytest.mark.parametrize(("family", "method", "sides"), ONE_SIDE)
 def test_exactly_one_of_the_two_matrices_starts_at_zero_so_that_both_learn(family, method, sides):
     model = medpeft.apply(make(family), method)
-    matrices = {n: p for n, p in model.named_parameters() if ".adapters." in n and n.rpartition(".")[2] in sides}
+    matrices = {
+        n: p for n, p in model.named_parameters() if ".adapters." in n and n.rpartition(".")[2] in sides
+    }
     zero = {name for name, p in matrices.items() if not p.any()}
     optimizer = torch.optim.SGD(medpeft.parameter_groups(model, lr=1.0))
 
@@ -167,7 +171,10 @@ def test_branches_of_two_modules_are_adapted_before_they_meet_the_residual_strea
     assert [site.name for _, site in medpeft.plan(model, "convpass", head=None).sites] == ["0.attention"]
     with pytest.raises(medpeft.MedpeftError, match=r"0\.output\.dense is the second half of an MLP"):
         medpeft.plan(model, "convpass", head=None, target="*.dense")
-    assert medpeft.check(medpeft.apply(model, "houlsby", head=None, bottleneck=2), torch.randn(2, 3, 4)).tensors == 8
+    assert (
+        medpeft.check(medpeft.apply(model, "houlsby", head=None, bottleneck=2), torch.randn(2, 3, 4)).tensors
+        == 8
+    )
 
 
 def test_a_sequential_mlp_runs_as_before_with_adapters_in_it():

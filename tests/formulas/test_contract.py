@@ -27,7 +27,11 @@ def _pairs(fitting, recipes=RECIPES):
 
 
 FITTING = _pairs(True)
-ADDITIVE = [name for name, (method, _) in RECIPES.items() if any(chosen.adapter for chosen, _, _ in resolve(method, {}))]
+ADDITIVE = [
+    name
+    for name, (method, _) in RECIPES.items()
+    if any(chosen.adapter for chosen, _, _ in resolve(method, {}))
+]
 
 
 def adapt(model, family, recipe):
@@ -76,7 +80,9 @@ def test_a_method_that_does_not_fit_is_refused_with_the_reason_and_leaves_the_mo
         adapt(model, family, recipe)
 
     method = RECIPES[recipe][0]
-    assert str(error.value).startswith((f"{method!r} found nothing to train in {type(model).__name__}", f"{method!r} would"))
+    assert str(error.value).startswith(
+        (f"{method!r} found nothing to train in {type(model).__name__}", f"{method!r} would")
+    )
     assert "Try '" in str(error.value) or "pass head='name'" in str(error.value)
     assert same(tensors(model), before)
     assert trace(model) == about
@@ -90,7 +96,10 @@ def test_adapters_change_nothing_at_first_and_something_in_train_and_in_eval_lat
     adapt(model, family, recipe)
     base = evaluated(base_of(model, family), x)
     start = evaluated(model, x)
-    if family == "levit" and recipe in ("pissa", "olora"):  # Two products, of which torch computes one in another order.
+    if family == "levit" and recipe in (
+        "pissa",
+        "olora",
+    ):  # Two products, of which torch computes one in another order.
         close(start, base)
     elif all(method.adapter is None or method.identity for method, _, _ in resolve(RECIPES[recipe][0], {})):
         assert torch.equal(start, base)
@@ -118,7 +127,11 @@ def test_training_moves_every_declared_parameter_and_nothing_else(family, recipe
 
     trained(model, x)
     assert {name for name, p in model.named_parameters() if p.grad is not None} <= declared
-    dead = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    dead = {
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    }
     assert {name for name in dead if not any(fnmatch(name, glob) for glob in FAMILIES[family].dead)} == set()
 
     optimizer.step()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from by_hand import numbers, relu
+from layer_oracles import GEOMETRIES, assert_computes, base_convolution, convolved, drawn
 from models import make, randomise, randomise_adapters
-from test_methods import GEOMETRIES, assert_computes, base_convolution, convolved, drawn
 from torch import nn
 
 import medpeft

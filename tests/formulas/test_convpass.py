@@ -5,8 +5,8 @@ import pytest
 import timm
 import torch
 from by_hand import block_and_adapters, numbers
+from layer_oracles import assert_computes, convolved, drawn
 from models import make, randomise, randomise_adapters
-from test_methods import assert_computes, convolved, drawn
 from torch import nn
 
 import medpeft
@@ -37,9 +37,15 @@ def test_convpass_in_a_block_written_out_by_hand(family, prefix):
 
     with torch.no_grad():
         normed = plain.norm1(x)
-        stream = x + plain.attn(normed) + torch.from_numpy(bypass(p["attn"], normed.numpy(), (4, 4), prefix, 0.5))
+        stream = (
+            x + plain.attn(normed) + torch.from_numpy(bypass(p["attn"], normed.numpy(), (4, 4), prefix, 0.5))
+        )
         normed = plain.norm2(stream)
-        expected = stream + plain.mlp(normed) + torch.from_numpy(bypass(p["mlp"], normed.numpy(), (4, 4), prefix, 0.5))
+        expected = (
+            stream
+            + plain.mlp(normed)
+            + torch.from_numpy(bypass(p["mlp"], normed.numpy(), (4, 4), prefix, 0.5))
+        )
 
     assert_computes(model.blocks[0], x, expected.numpy())
 
@@ -58,7 +64,9 @@ def test_convpass_refuses_an_attention_that_pools_its_tokens():
     x = torch.randn(1, 4, 4, 16, dtype=torch.float64)
 
     assert adapter(x, x).shape == x.shape
-    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0\.attn makes \(1, 2, 2, 16\) of \(1, 4, 4, 16\): it pools"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"blocks\.0\.attn makes \(1, 2, 2, 16\) of \(1, 4, 4, 16\): it pools"
+    ):
         adapter(x, x[:, ::2, ::2])
 
 
@@ -77,17 +85,28 @@ def test_convpass_takes_the_grid_of_an_oblong_image_from_the_model():
 
 
 def test_convpass_says_so_where_tokens_make_no_grid():
-    options = {"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2, "num_classes": 3, "dynamic_img_size": True}
+    options = {
+        "patch_size": 8,
+        "depth": 1,
+        "embed_dim": 16,
+        "num_heads": 2,
+        "num_classes": 3,
+        "dynamic_img_size": True,
+    }
     model = medpeft.apply(timm.create_model("vit_tiny_patch16_224", img_size=32, **options), "convpass")
 
-    with pytest.raises(medpeft.MedpeftError, match=r"'convpass' finds no grid in the 9 tokens of blocks\.0\.attn"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"'convpass' finds no grid in the 9 tokens of blocks\.0\.attn"
+    ):
         model(torch.zeros(1, 3, 16, 32))
 
 
 def test_convpass_convolves_volumes_in_three_directions():
     from monai.networks.nets import ViT
 
-    model = ViT(1, (16,) * 3, (8,) * 3, hidden_size=16, mlp_dim=32, num_layers=1, num_heads=2, classification=True)
+    model = ViT(
+        1, (16,) * 3, (8,) * 3, hidden_size=16, mlp_dim=32, num_layers=1, num_heads=2, classification=True
+    )
     randomise_adapters(medpeft.apply(randomise(model.double()).eval(), "convpass", bottleneck=3))
     adapter = model.blocks[0].attn.adapters["convpass"]
     hidden = drawn(1, 9, 3)

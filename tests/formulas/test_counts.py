@@ -27,8 +27,16 @@ RESNET50 = [
     ("lora", {"rank": 16}, 1_271_088),
     ("svdiff", {}, 13_248),
     # Of the 3×3 convolutions, N of them from D to D channels, in four stages: N·(9D + D²/4 + D), and N·D².
-    ("conv_adapter", {}, sum(n * (9 * d + d * d // 4 + d) for n, d in ((3, 64), (4, 128), (6, 256), (3, 512)))),
-    ("conv_adapter", {"reduction": 8}, sum(n * (10 * d + d * d // 8) for n, d in ((3, 64), (4, 128), (6, 256), (3, 512)))),
+    (
+        "conv_adapter",
+        {},
+        sum(n * (9 * d + d * d // 4 + d) for n, d in ((3, 64), (4, 128), (6, 256), (3, 512))),
+    ),
+    (
+        "conv_adapter",
+        {"reduction": 8},
+        sum(n * (10 * d + d * d // 8) for n, d in ((3, 64), (4, 128), (6, 256), (3, 512))),
+    ),
     ("residual_adapter", {}, 1_257_472),
     ("residual_adapter", {"form": "series"}, 1_257_472),
 ]
@@ -67,7 +75,11 @@ VIT += [
     ("ia3", {}, tuple(L * (D + D + 4 * D) for L, D in SIZES)),
     ("fact", {"rank": 16}, tuple(12 * L * 16**2 + 2 * D * 16 for L, D in SIZES)),
     ("fact", {"rank": 32, "form": "tucker"}, tuple(12 * L * 32 + 32**3 + 2 * D * 32 for L, D in SIZES)),
-    ("difffit", {}, tuple(both + 2 * L * D for both, (L, D) in zip((122_112, 322_560, 536_320), SIZES, strict=True))),
+    (
+        "difffit",
+        {},
+        tuple(both + 2 * L * D for both, (L, D) in zip((122_112, 322_560, 536_320), SIZES, strict=True)),
+    ),
     ("oft", {"block_size": 32}, tuple(2 * L * (D // 32) * (32 * 31 // 2) for L, D in SIZES)),
 ]
 VITS = ["vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"]
@@ -136,14 +148,28 @@ def test_the_attention_blocks_of_stable_diffusion_are_its_attentions_whole():
 
 def parts_of_a_fused_weight():
     """The change that a default LoRA makes to every fused qkv weight of every family, with the layout of its rows."""
-    for family in ("vit", "beit", "eva02", "swin", "swinv2", "dinov2", "siglip", "clip_vision", "multihead_attention"):
+    for family in (
+        "vit",
+        "beit",
+        "eva02",
+        "swin",
+        "swinv2",
+        "dinov2",
+        "siglip",
+        "clip_vision",
+        "multihead_attention",
+    ):
         model = make(family)
         medpeft.apply(model, "lora", rank=2, head=FAMILIES[family].head)
         randomise_adapters(model)
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "adapters." not in name}
+        before = {
+            name: tensor.clone() for name, tensor in model.state_dict().items() if "adapters." not in name
+        }
         with medpeft.merged(model):
             after = {name: model.state_dict()[name].clone() for name in before}
-        changed = {name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])}
+        changed = {
+            name: after[name] - before[name] for name in before if not torch.equal(after[name], before[name])
+        }
         yield family, changed
 
 

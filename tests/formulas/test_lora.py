@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from layer_oracles import applied, assert_computes, base_convolution, convolved, drawn, numbers
 from models import make, randomise_adapters
-from test_methods import applied, assert_computes, base_convolution, convolved, drawn, numbers
 from torch import nn
 
 import medpeft
 
 
-@pytest.mark.parametrize(("options", "scale"), [({}, 1.0), ({"alpha": 6.0}, 3.0), ({"alpha": 6.0, "rslora": True}, 6 / 2**0.5)])
+@pytest.mark.parametrize(
+    ("options", "scale"), [({}, 1.0), ({"alpha": 6.0}, 3.0), ({"alpha": 6.0, "rslora": True}, 6 / 2**0.5)]
+)
 def test_a_linear_layer_adds_the_product_of_both_matrices(options, scale):
     linear, x = nn.Linear(5, 7), drawn(2, 3, 5)
     model, _, p = applied(linear, "lora", rank=2, **options)
@@ -55,12 +57,19 @@ def test_a_convolution_runs_as_two_and_merges_into_one(geometry):
 
     # Every group of inputs goes through the same A, and every output channel mixes what its own group gave.
     hidden = [convolved(part, down, **geometry) for part in np.split(x.numpy(), conv.groups, axis=1)]
-    mixed = [np.einsum("or,nrhw->nohw", up, h) for up, h in zip(np.split(p["up"], conv.groups), hidden, strict=True)]
+    mixed = [
+        np.einsum("or,nrhw->nohw", up, h)
+        for up, h in zip(np.split(p["up"], conv.groups), hidden, strict=True)
+    ]
     expected = base_convolution(conv, x) + 1.5 * np.concatenate(mixed, axis=1)
 
     assert_computes(model, x, expected)
     with medpeft.merged(model):
-        assert np.allclose(conv.weight.detach().numpy(), weight + 1.5 * (p["up"] @ p["down"]).reshape(weight.shape), atol=1e-13)
+        assert np.allclose(
+            conv.weight.detach().numpy(),
+            weight + 1.5 * (p["up"] @ p["down"]).reshape(weight.shape),
+            atol=1e-13,
+        )
         assert_computes(model, x, expected)
 
 
@@ -155,7 +164,9 @@ def test_pissa_and_olora_start_from_the_weight_and_take_their_start_off(init):
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_rank_above_that_of_the_weight_is_refused(init):
     model = nn.Sequential(nn.Linear(5, 7))
-    with pytest.raises(medpeft.MedpeftError, match=r"rank=6 is more than a weight of \(7, 5\) has: use init='kaiming'"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"rank=6 is more than a weight of \(7, 5\) has: use init='kaiming'"
+    ):
         medpeft.apply(model, "lora", head=None, target="*", rank=6, init=init)
 
 
@@ -183,7 +194,8 @@ def test_dropout_acts_on_the_input_in_training_alone():
 
 def test_dropout_is_refused_where_the_weight_itself_is_adapted():
     with pytest.raises(
-        medpeft.MedpeftError, match=r"dropout=0\.5 cannot act at blocks\.0\.attn\.qkv, where LoRA changes the weight"
+        medpeft.MedpeftError,
+        match=r"dropout=0\.5 cannot act at blocks\.0\.attn\.qkv, where LoRA changes the weight",
     ):
         medpeft.apply(make("beit"), "lora", dropout=0.5)
 
@@ -211,7 +223,9 @@ def test_the_output_projection_is_a_part_too():
 
 
 def test_a_starts_kaiming_uniform_and_b_at_zero():
-    adapter = medpeft.apply(nn.Sequential(nn.Linear(400, 7)), "lora", head=None, target="*")[0].adapters["lora"]
+    adapter = medpeft.apply(nn.Sequential(nn.Linear(400, 7)), "lora", head=None, target="*")[0].adapters[
+        "lora"
+    ]
 
     assert not adapter.up.any()
     assert adapter.down.abs().max() <= 400**-0.5

@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import timm
 import torch
+from layer_oracles import drawn
 from models import make, randomise, randomise_adapters
 from prompted import SIZES, put_in, vit
-from test_methods import drawn
 from torch import nn
 
 import medpeft
 
 
 def test_the_prefix_stands_still_where_patches_are_rotated():
-    model, x = randomise(timm.create_model("vit_small_patch16_rope_224", **SIZES).double()).eval(), drawn(2, 17, 16)
+    model, x = (
+        randomise(timm.create_model("vit_small_patch16_rope_224", **SIZES).double()).eval(),
+        drawn(2, 17, 16),
+    )
     attention, plain = model.blocks[0].attn, copy.deepcopy(model.blocks[0].attn)
     randomise_adapters(medpeft.apply(model, "prefix", tokens=3), size=0.5)
     rope = model.rope.get_embed(shape=(4, 4)).double()
@@ -101,7 +104,10 @@ def test_prefix_in_torchs_own_attention_with_and_without_masks(masks):
     attention = randomise(nn.MultiheadAttention(8, 2, batch_first=True).double()).eval()
     model, x = nn.ModuleDict({"attn": attention}), drawn(2, 5, 8)
     q, k, v = (
-        heads(part, 2) for part in np.split((x @ attention.in_proj_weight.T + attention.in_proj_bias).detach().numpy(), 3, -1)
+        heads(part, 2)
+        for part in np.split(
+            (x @ attention.in_proj_weight.T + attention.in_proj_bias).detach().numpy(), 3, -1
+        )
     )
     tokens = 3 if masks in ("none", "key_padding_mask") else 1
     randomise_adapters(medpeft.apply(model, "prefix", head=None, tokens=tokens), size=0.5)
@@ -114,7 +120,10 @@ def test_prefix_in_torchs_own_attention_with_and_without_masks(masks):
         "key_padding_mask": {"key_padding_mask": padded},
         "is_causal": {"attn_mask": causal, "is_causal": True},
     }[masks]
-    added = {"none": None, "key_padding_mask": torch.zeros(2, 1, 1, 5).masked_fill(padded[:, None, None], -torch.inf).numpy()}
+    added = {
+        "none": None,
+        "key_padding_mask": torch.zeros(2, 1, 1, 5).masked_fill(padded[:, None, None], -torch.inf).numpy(),
+    }
 
     with torch.no_grad():
         mask = added.get(masks, causal.numpy()[None, None])
@@ -130,7 +139,9 @@ def test_several_keys_beside_a_mask_of_torchs_own_attention_are_refused():
     model, x = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)}), torch.zeros(5, 2, 8)
     medpeft.apply(model, "prefix", head=None, tokens=2)
 
-    with pytest.raises(medpeft.MedpeftError, match=r"adds 2 keys, and torch's attention \(attn\), given an attn_mask"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"adds 2 keys, and torch's attention \(attn\), given an attn_mask"
+    ):
         model["attn"](x, x, x, attn_mask=torch.zeros(5, 5))
 
 
@@ -157,7 +168,9 @@ def test_prefix_refuses_another_sequence_when_it_comes():
 
     assert model["attn"](x).shape == x.shape
     for given in ((x, memory), (x,)):
-        with pytest.raises(medpeft.MedpeftError, match=r"which is given others, \(2, 40, 8\).*, to attend to"):
+        with pytest.raises(
+            medpeft.MedpeftError, match=r"which is given others, \(2, 40, 8\).*, to attend to"
+        ):
             model["attn"](*given, **({} if len(given) == 2 else {"memory": memory}))
 
 

@@ -5,12 +5,13 @@ import copy
 import pytest
 import timm
 import torch
+from layer_oracles import assert_computes, drawn
 from models import FAMILIES, example, make, output, randomise, randomise_adapters
 from prompted import SIZES, embedded, prompts_of, put_in, taken_off, vit
-from test_methods import assert_computes, drawn
 from torch import nn
 
 import medpeft
+from medpeft.adapters.adapter import Adapters
 from medpeft.adapters.registry import find
 
 VARIANTS = {
@@ -96,7 +97,7 @@ def test_what_is_added_to_the_softmax_cannot_start_as_nothing_and_says_so(method
 
     medpeft.apply(model, method)
 
-    assert find(method).adapter.identity is False
+    assert find(method).identity is False
     assert not torch.equal(output(model, x), base)
     with medpeft.disabled(model):
         assert torch.equal(output(model, x), base)
@@ -112,7 +113,10 @@ ROTATED = {
 @pytest.mark.parametrize("variant", ROTATED)
 def test_prompts_stand_still_where_patches_are_rotated(variant):
     name, options = ROTATED[variant]
-    model, images = randomise(timm.create_model(name, **SIZES, **options).double()).eval(), drawn(2, 3, 32, 32)
+    model, images = (
+        randomise(timm.create_model(name, **SIZES, **options).double()).eval(),
+        drawn(2, 3, 32, 32),
+    )
     plain = copy.deepcopy(model)
     randomise_adapters(medpeft.apply(model, "vpt_deep", tokens=3))
     prompts, prefix = prompts_of(model), model.num_prefix_tokens
@@ -139,21 +143,23 @@ def test_prompts_and_prefixes_stand_still_in_hugging_faces_dinov3(method):
     randomise_adapters(medpeft.apply(model, method, head=None, tokens=3))
     seen = []
     for name, module in model.named_modules():
-        if name.endswith(".attention"):
-            module.register_forward_pre_hook(
-                lambda module, args, kwargs: seen.append((args or (kwargs["hidden_states"],))[0].shape[1]), with_kwargs=True
-            )
+        if name.endswith(
+            ".attention.q_proj"
+        ):  # A hook on the attention itself sees what comes before its adapter.
+            module.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
 
     got = model(images).last_hidden_state
 
-    assert {m.prompts.layout.prefix if hasattr(m, "prompts") else m.layout.prefix for m in model.modules() if _adds(m)} == {3}
+    assert {layout.prefix for layout in layouts_with_added_tokens(model)} == {3}
     assert got.shape == base.shape
     assert not torch.equal(got, base)
     assert set(seen) == {3 + 3 + 16}
 
 
-def _adds(module):
-    return getattr(module, "added", 0) > 0
+def layouts_with_added_tokens(model):
+    """The layout of every adapter that adds tokens."""
+    layouts = [getattr(getattr(module, "prompts", module), "layout", None) for module in model.modules()]
+    return [layout for layout in layouts if layout is not None and layout.adds > 0]
 
 
 class Masked(nn.Module):
@@ -181,7 +187,11 @@ def test_deep_prompts_are_seen_through_a_mask_and_keep_it_causal(of):
     hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
     wide = torch.zeros(8, 8, dtype=torch.bool)
     wide[3:, 3:] = hidden
-    as_given = (lambda m: m) if of == "truth values" else (lambda m: torch.zeros(m.shape).double().masked_fill(m, -torch.inf))
+    as_given = (
+        (lambda m: m)
+        if of == "truth values"
+        else (lambda m: torch.zeros(m.shape).double().masked_fill(m, -torch.inf))
+    )
 
     with torch.no_grad():
         got = block(x, attn_mask=as_given(hidden))
@@ -193,12 +203,30 @@ def test_deep_prompts_are_seen_through_a_mask_and_keep_it_causal(of):
     assert not torch.equal(later[:, 4], got[:, 4])
 
 
+def test_a_mask_without_a_name_is_known_by_its_shape():
+    class Unnamed(Masked):
+        def forward(self, x, *rest):
+            return super().forward(x, *rest)
+
+    named, unnamed = (nn.ModuleDict({"block": randomise(cls().double())}).eval() for cls in (Masked, Unnamed))
+    for model in (named, unnamed):
+        randomise_adapters(medpeft.apply(model, "vpt_deep", head=None, tokens=3))
+    x, hidden = drawn(2, 5, 16), torch.ones(5, 5, dtype=torch.bool).triu(1)
+
+    assert torch.equal(unnamed["block"](x, hidden), named["block"](x, attn_mask=hidden))
+
+
 def test_the_batch_may_come_second():
     from open_clip.transformer import Transformer
 
     first, second = (randomise(Transformer(16, 2, 2, batch_first=b).double()).eval() for b in (True, False))
     for model in (first, second):
-        methods = {"vpt_deep": {}, "vpt_shallow": {"tokens": 6}, "convpass": {"target": "*.mlp"}, "prefix": {}}
+        methods = {
+            "vpt_deep": {},
+            "vpt_shallow": {"tokens": 6},
+            "convpass": {"target": "*.mlp"},
+            "prefix": {},
+        }
         randomise_adapters(medpeft.apply(model, methods, head=None))
 
     x = drawn(2, 9, 16)
@@ -207,12 +235,19 @@ def test_the_batch_may_come_second():
 
 @pytest.mark.parametrize(("family", "attention"), [("vit", "attn"), ("hf_vit", "attention")])
 def test_a_convolution_over_the_tokens_takes_added_ones_for_images_of_one_pixel(family, attention):
-    methods = {"vpt_deep": {"tokens": 3}, "vpt_shallow": {"tokens": 6}, "prefix": {"tokens": 2}, "convpass": {}}
+    methods = {
+        "vpt_deep": {"tokens": 3},
+        "vpt_shallow": {"tokens": 6},
+        "prefix": {"tokens": 2},
+        "convpass": {},
+    }
     model = medpeft.apply(make(family), methods)  # 16 + 3 + 6 tokens would also make a square.
     seen = {}
     for name, module in model.named_modules():
         if name.endswith("adapters.convpass"):
-            module._on_grid = lambda image, name=name: seen.setdefault(name, tuple(image.shape[1:3])) and image
+            module._on_grid = lambda image, name=name: (
+                seen.setdefault(name, tuple(image.shape[1:3])) and image
+            )
 
     output(model, example(family))
 
@@ -222,16 +257,15 @@ def test_a_convolution_over_the_tokens_takes_added_ones_for_images_of_one_pixel(
 
 def test_adapters_in_a_prompted_block_see_the_prompts():
     model, images = make("vit"), drawn(2, 3, 32, 32)
-    medpeft.apply(model, {"adaptformer": {"bottleneck": 3}, "vpt_deep": {"tokens": 3}, "vpt_shallow": {"tokens": 2}})
+    medpeft.apply(
+        model, {"adaptformer": {"bottleneck": 3}, "vpt_deep": {"tokens": 3}, "vpt_shallow": {"tokens": 2}}
+    )
     randomise_adapters(model)
     plain = copy.deepcopy(model)
     deep = [block.adapters["vpt_deep"].prompts.tokens for block in plain.blocks]
     shallow = plain.blocks[0].adapters["vpt_shallow"].prompts.tokens
-    for block in plain.blocks:  # AdaptFormer alone is left.
-        del block.adapters["vpt_deep"]
-        for key in [key for key, hook in block._forward_hooks.items() if hasattr(hook, "__self__")]:
-            block._forward_hooks.pop(key)
-    del plain.blocks[0].adapters["vpt_shallow"]
+    for block in plain.blocks:
+        block.adapters = Adapters({"adaptformer": block.adapters["adaptformer"]})  # It alone is left.
 
     with torch.no_grad():
         x = put_in(embedded(plain, images), shallow, 1)
@@ -243,7 +277,12 @@ def test_adapters_in_a_prompted_block_see_the_prompts():
 
 
 def test_every_token_before_the_patches_is_counted():
-    prefixes = {"pit_xs_distilled_224": 2, "cait_xxs24_224": 1, "vit_small_patch14_reg4_dinov2": 5, "vitamin_small_224": 0}
+    prefixes = {
+        "pit_xs_distilled_224": 2,
+        "cait_xxs24_224": 1,
+        "vit_small_patch14_reg4_dinov2": 5,
+        "vitamin_small_224": 0,
+    }
     for name, prefix in prefixes.items():
         with torch.device("meta"):
             model = timm.create_model(name)

@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
+from layer_oracles import drawn
 from models import example, make
 from prompted import SIZES
-from test_methods import drawn
 from torch import nn
 
 import medpeft
@@ -51,11 +51,15 @@ def test_relative_positions_are_refused_wherever_they_come_from(name, options, r
     with pytest.raises(medpeft.MedpeftError) as error:
         medpeft.apply(model, method)
 
-    assert reason in str(error.value) or "reads the weight of blocks.0.attn.qkv without calling it" in str(error.value)
+    assert reason in str(error.value) or "reads the weight of blocks.0.attn.qkv without calling it" in str(
+        error.value
+    )
 
 
 def test_shallow_prompts_are_refused_where_every_block_is_given_rotations():
-    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0 is rotated by positions \(RoPE, by the model\)"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"blocks\.0 is rotated by positions \(RoPE, by the model\)"
+    ):
         medpeft.apply(make("eva02"), "vpt_shallow")
 
 
@@ -74,7 +78,9 @@ def test_blocks_that_fit_are_adapted_beside_some_that_do_not():
 
 def test_a_model_that_hands_out_its_blocks_outputs_is_for_deep_prompts_alone():
     model, x = make("monai_vit"), example("monai_vit")
-    with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0 is one of the blocks whose outputs the model hands out"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"blocks\.0 is one of the blocks whose outputs the model hands out"
+    ):
         medpeft.apply(model, "vpt_shallow")
 
     handed = [tuple(y.shape) for y in medpeft.apply(model, "vpt_deep")(x)[1]]
@@ -87,7 +93,8 @@ def test_a_mask_over_the_tokens_of_shallow_prompts_is_refused_when_it_comes():
     block, x = model.transformer.resblocks[0], drawn(2, 5, 16)
 
     with pytest.raises(
-        medpeft.MedpeftError, match=r"a mask or a bias of shape \(5, 5\) is given with the tokens \(attn_mask\)"
+        medpeft.MedpeftError,
+        match=r"a mask or a bias of shape \(5, 5\) is given with the tokens \(attn_mask\)",
     ):
         block(x, attn_mask=torch.zeros(5, 5, dtype=torch.float64))
 
@@ -95,7 +102,9 @@ def test_a_mask_over_the_tokens_of_shallow_prompts_is_refused_when_it_comes():
 def test_tokens_on_a_grid_are_refused_when_they_come():
     model = medpeft.apply(make("vit"), "vpt_deep")
 
-    with pytest.raises(medpeft.MedpeftError, match=r"adds tokens to sequences .*blocks\.0 was given \(2, 4, 4, 16\)"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"adds tokens to sequences .*blocks\.0 was given \(2, 4, 4, 16\)"
+    ):
         model.blocks[0](drawn(2, 4, 4, 16))
 
 

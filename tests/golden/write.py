@@ -19,7 +19,10 @@ CASES = {
     "bn_adapting": ("bn", {"batchnorm": "adapt"}),
     "fact_tucker": ("fact", {"rank": 2, "form": "tucker"}),
     "lora_dora": ("lora", {"rank": 2, "dora": True}),
-    "lora_everywhere": ({"lora": {"rank": 2, "alpha": 8, "rslora": True, "parts": "qkvo"}, "bias": {}}, {"target": "*"}),
+    "lora_everywhere": (
+        {"lora": {"rank": 2, "alpha": 8, "rslora": True, "parts": "qkvo"}, "bias": {}},
+        {"target": "*"},
+    ),
     "lora_pissa": ("lora", {"rank": 2, "init": "pissa", "target": "linear"}),
     "svdiff_kept": ("svdiff", {"keep_svd": True, "norms": True}),
     "no_head": ("ssf", {"head": None}),

@@ -14,7 +14,9 @@ import medpeft
 from medpeft.interchange import from_diffusers, from_peft, to_diffusers, to_peft
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft asks transformers 5 so
+    pytest.mark.filterwarnings(
+        "ignore:.*is_gradient_checkpointing:FutureWarning"
+    ),  # peft asks transformers 5 so
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 
@@ -28,7 +30,10 @@ MODELS = {
     "separate projections": ("hf_vit", {"rank": 4, "parts": "qkvo"}),
     "heads before parts": ("coatnet", {"rank": 2, "target": "attention"}),
     "convolutions": ("monai_densenet", {"rank": 2, "alpha": 5}),
-    "convolutions in 3-d": ("monai_unet3d", {"rank": 2, "target": ["model.0.*", "model.1.*"], "exclude": "*.conv.unit1.conv"}),
+    "convolutions in 3-d": (
+        "monai_unet3d",
+        {"rank": 2, "target": ["model.0.*", "model.1.*"], "exclude": "*.conv.unit1.conv"},
+    ),
     "pissa": ("vit", {"rank": 2, "init": "pissa"}),
     "olora": ("hf_vit", {"rank": 2, "init": "olora", "alpha": 4}),
 }
@@ -80,9 +85,15 @@ def trained_by_peft(base, tmp_path, **options):
     ("family", "options"),
     [
         ("vit", {"r": 4, "lora_alpha": 7, "target_modules": ["qkv", "fc1"], "modules_to_save": ["head"]}),
-        ("vit", {"r": 4, "target_modules": r"blocks.*(qkv|proj|fc\d)", "use_rslora": True, "lora_dropout": 0.1}),
+        (
+            "vit",
+            {"r": 4, "target_modules": r"blocks.*(qkv|proj|fc\d)", "use_rslora": True, "lora_dropout": 0.1},
+        ),
         ("vit", {"r": 4, "target_modules": ["qkv", "proj"], "rank_pattern": {"blocks.0.attn.qkv": 2}}),
-        ("vit", {"r": 4, "target_modules": ["qkv"], "alpha_pattern": {"^blocks.1.attn.qkv": 1, "attn.qkv": 3}}),
+        (
+            "vit",
+            {"r": 4, "target_modules": ["qkv"], "alpha_pattern": {"^blocks.1.attn.qkv": 1, "attn.qkv": 3}},
+        ),
         ("hf_vit", {"r": 3, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"]}),
         ("monai_densenet", {"r": 2, "lora_alpha": 3, "target_modules": r"features\..*conv\d"}),
     ],
@@ -102,7 +113,12 @@ def test_medpeft_loads_what_peft_wrote_and_computes_the_same(family, options, tm
 
 def test_an_adapted_head_of_a_file_needs_a_model_without_one(tmp_path):
     theirs = trained_by_peft(make("vit"), tmp_path, r=4, target_modules=["qkv", "head"])
-    refused(from_peft, make("vit"), tmp_path, "'head': in the file, but it is the head, trained whole: pass head=None")
+    refused(
+        from_peft,
+        make("vit"),
+        tmp_path,
+        "'head': in the file, but it is the head, trained whole: pass head=None",
+    )
     x = example("vit")
     assert close(output(from_peft(make("vit"), tmp_path, head=None).eval(), x), output(theirs, x))
 
@@ -128,7 +144,9 @@ def test_a_file_that_changes_one_of_several_parts_loads(tmp_path):
 
 
 def test_ranks_that_are_filled_up_still_train(tmp_path):
-    trained_by_peft(make("vit"), tmp_path, r=4, target_modules=["qkv", "proj"], rank_pattern={"blocks.0.attn.qkv": 2})
+    trained_by_peft(
+        make("vit"), tmp_path, r=4, target_modules=["qkv", "proj"], rank_pattern={"blocks.0.attn.qkv": 2}
+    )
     model = from_peft(make("vit"), tmp_path)
     output(model, example("vit")).sum().backward()
     up = model.blocks[0].attn.qkv.adapters.lora.up
@@ -159,7 +177,10 @@ def test_what_peft_cannot_express_is_named_with_the_reason(family, method, optio
 @pytest.mark.parametrize("switch", [medpeft.disabled, medpeft.merged])
 def test_nothing_is_written_while_the_values_of_the_base_are_in_place(switch, tmp_path):
     model = adapted("vit")
-    with switch(model), pytest.raises(medpeft.CheckpointError, match=r"Leave medpeft\.disabled or medpeft\.merged"):
+    with (
+        switch(model),
+        pytest.raises(medpeft.CheckpointError, match=r"Leave medpeft\.disabled or medpeft\.merged"),
+    ):
         to_peft(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -208,7 +229,9 @@ def test_files_that_do_not_fit_name_every_reason(tmp_path):
     ):
         refused(from_peft, make("vit"), tmp_path, reason)
     save_file(tensors | {"base_model.model.head.bias": torch.zeros(3, dtype=torch.int64)}, path)
-    refused(from_peft, make("vit"), tmp_path, "'head.bias': (3,) int64 in the file, (3,) float64 in the model")
+    refused(
+        from_peft, make("vit"), tmp_path, "'head.bias': (3,) int64 in the file, (3,) float64 in the model"
+    )
     save_file(tensors | {first.replace("lora_B.weight", "lora_magnitude_vector"): torch.zeros(3)}, path)
     refused(from_peft, make("vit"), tmp_path, "lora_magnitude_vector")
     path.write_bytes(path.read_bytes()[:-1])
@@ -247,7 +270,8 @@ def unet():
 
 
 @pytest.mark.parametrize(
-    "options", [{"rank": 4, "alpha": 6, "parts": "qkvo"}, {"rank": 2, "target": "*", "parts": "qkvo", "rslora": True}]
+    "options",
+    [{"rank": 4, "alpha": 6, "parts": "qkvo"}, {"rank": 2, "target": "*", "parts": "qkvo", "rslora": True}],
 )
 def test_diffusers_loads_what_medpeft_wrote_and_computes_the_same(options, tmp_path):
     model = randomise_adapters(medpeft.apply(unet(), "lora", head=None, **options), size=0.3).eval()
@@ -264,7 +288,9 @@ def test_diffusers_loads_what_medpeft_wrote_and_computes_the_same(options, tmp_p
 
 def test_medpeft_loads_what_diffusers_wrote_and_computes_the_same(tmp_path):
     theirs = unet()
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_v", "conv1"], rank_pattern={"mid_block.*to_q": 2})
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_v", "conv1"], rank_pattern={"mid_block.*to_q": 2}
+    )
     theirs.add_adapter(config)
     with torch.no_grad():
         for p in theirs.parameters():
@@ -282,7 +308,9 @@ def test_medpeft_loads_what_diffusers_wrote_and_computes_the_same(tmp_path):
         if name in scale:
             old["unet." + name.replace("lora_A.weight", "alpha")] = torch.tensor(6.0)
     save_file(old, tmp_path / "old.safetensors")
-    assert close(denoised(from_diffusers(unet(), tmp_path / "old.safetensors").eval(), x), denoised(theirs.eval(), x))
+    assert close(
+        denoised(from_diffusers(unet(), tmp_path / "old.safetensors").eval(), x), denoised(theirs.eval(), x)
+    )
     refused(from_diffusers, unet(), tmp_path / "old.safetensors", "component='prior'", component="prior")
 
 

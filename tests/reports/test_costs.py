@@ -120,7 +120,9 @@ def test_counting_leaves_the_model_and_the_random_state_alone():
     before = {name: t.clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
     modes, drawn = [m.training for m in model.modules()], torch.get_rng_state()
     medpeft.report(model, example_input=example("resnet", torch.float32))
-    assert all(torch.equal(t, before[name]) for name, t in (*model.named_parameters(), *model.named_buffers()))
+    assert all(
+        torch.equal(t, before[name]) for name, t in (*model.named_parameters(), *model.named_buffers())
+    )
     assert all(p.grad is None for p in model.parameters())
     assert modes == [m.training for m in model.modules()]
     assert torch.equal(drawn, torch.get_rng_state())
@@ -149,7 +151,10 @@ def test_report_without_an_input_has_no_costs():
 def test_report_takes_tuples_and_mappings():
     model = medpeft.apply(make("hf_vit", torch.float32), "lora")
     x = example("hf_vit", torch.float32)
-    assert medpeft.report(model, example_input={"pixel_values": x}).costs == medpeft.report(model, example_input=(x,)).costs
+    assert (
+        medpeft.report(model, example_input={"pixel_values": x}).costs
+        == medpeft.report(model, example_input=(x,)).costs
+    )
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -166,5 +171,7 @@ def test_a_model_that_asks_for_values_is_refused_with_the_reason():
             return super().forward(x) if bool(x.sum() > 0) else x
 
     model = medpeft.apply(Asks(nn.Linear(4, 4), nn.Linear(4, 2)), "linear_probe", head="1")
-    with pytest.raises(medpeft.MedpeftError, match="Asks does not run on fake tensors: DataDependentOutputException"):
+    with pytest.raises(
+        medpeft.MedpeftError, match="Asks does not run on fake tensors: DataDependentOutputException"
+    ):
         medpeft.report(model, example_input=torch.ones(1, 4))

@@ -48,7 +48,8 @@ def test_the_text_is_aligned_with_a_total():
     assert {len(line) for line in table} == {len(table[0])}
     assert table[-1].split()[0] == "total"
     assert re.fullmatch(
-        r"trainable [\d,]+ of [\d,]+ parameters \([\d.]+%\), 51 of them in the head; checkpoint [\d,]+ bytes", lines[-1]
+        r"trainable [\d,]+ of [\d,]+ parameters \([\d.]+%\), 51 of them in the head; checkpoint [\d,]+ bytes",
+        lines[-1],
     )
 
 
@@ -62,7 +63,12 @@ def test_the_report_is_plain_data_and_markdown():
     assert report.to_markdown().splitlines()[:3] == [
         "| method | type | parameters |", "| --- | --- | ---: |", "| ssf | Conv2d | 32 |"
     ]  # fmt: skip
-    assert medpeft.plan(make("vit"), "ssf").table().to_markdown().startswith("| method | layer | type | parameters |\n")
+    assert (
+        medpeft.plan(make("vit"), "ssf")
+        .table()
+        .to_markdown()
+        .startswith("| method | layer | type | parameters |\n")
+    )
 
 
 def test_markdown_escapes_what_it_shows():
@@ -75,7 +81,9 @@ def test_markdown_escapes_what_it_shows():
 
 
 def test_an_adapter_that_is_larger_than_its_layer_is_warned_of():
-    model = medpeft.apply(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 64, 3)), "lora", head=None, rank=8)
+    model = medpeft.apply(
+        nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 64, 3)), "lora", head=None, rank=8
+    )
     report = medpeft.report(model)
 
     assert report.warnings == ["lora has 136 parameters at 0, a Conv2d of 80"]
@@ -83,7 +91,9 @@ def test_an_adapter_that_is_larger_than_its_layer_is_warned_of():
 
 
 def test_many_such_warnings_are_counted():
-    model = medpeft.apply(nn.Sequential(*(nn.Linear(2, 2) for _ in range(8))), "lora", head=None, target="*", rank=8)
+    model = medpeft.apply(
+        nn.Sequential(*(nn.Linear(2, 2) for _ in range(8))), "lora", head=None, target="*", rank=8
+    )
 
     assert len(medpeft.report(model).warnings) == 6
     assert medpeft.report(model).warnings[-1] == "3 more adapters are larger than their layers"
@@ -99,7 +109,9 @@ def test_what_the_user_unfroze_later_has_a_row_of_its_own():
 def test_a_model_that_is_not_adapted_has_no_report():
     with pytest.raises(medpeft.MedpeftError) as error:
         medpeft.report(make("vit"))
-    assert str(error.value) == "This VisionTransformer is not adapted: call medpeft.apply(model, method) first."
+    assert (
+        str(error.value) == "This VisionTransformer is not adapted: call medpeft.apply(model, method) first."
+    )
 
 
 def test_the_model_below_that_is_adapted_is_named():
@@ -120,6 +132,10 @@ def test_a_plan_lists_what_apply_then_trains(method):
 
     assert sum(row.parameters for row in rows) == planned.trainable == sum(trained.values())
     for row in rows:
-        inside = [n for n, _ in trained.items() if n == row.layer or n.startswith(f"{row.layer}.adapters.{row.method}.")]
+        inside = [
+            n
+            for n, _ in trained.items()
+            if n == row.layer or n.startswith(f"{row.layer}.adapters.{row.method}.")
+        ]
         assert row.parameters == sum(trained[name] for name in inside), row
     assert str(planned).splitlines()[0] == f"{method} on VisionTransformer"

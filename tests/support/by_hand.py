@@ -10,7 +10,9 @@ import medpeft
 
 
 def numbers(adapter):
-    return {name.replace("bottleneck.", ""): value.detach().numpy() for name, value in adapter.named_parameters()}
+    return {
+        name.replace("bottleneck.", ""): value.detach().numpy() for name, value in adapter.named_parameters()
+    }
 
 
 def gelu(x):

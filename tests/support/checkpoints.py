@@ -25,14 +25,22 @@ def trained(model, method="lora", seed=1, **options):
 def bits(model):
     """Everything that a failed call must leave as it was."""
     state = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    return state, [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()], set(vars(model))
+    return (
+        state,
+        [type(m) for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        set(vars(model)),
+    )
 
 
 def same(before, after):
     return (
         before[1:] == after[1:]
         and before[0].keys() == after[0].keys()
-        and all(torch.equal(t, after[0][name]) and t.dtype == after[0][name].dtype for name, t in before[0].items())
+        and all(
+            torch.equal(t, after[0][name]) and t.dtype == after[0][name].dtype
+            for name, t in before[0].items()
+        )
     )
 
 

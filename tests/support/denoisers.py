@@ -29,7 +29,13 @@ def listed(build):
 
 
 _UNET = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (8, 16), "norm_num_groups": 4}
-_TRANSFORMER = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "num_layers": 2, "patch_size": 2}
+_TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "num_layers": 2,
+    "patch_size": 2,
+}
 
 
 def latents(*shape):
@@ -45,7 +51,11 @@ def stable_diffusion():
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }
     model = UNet2DConditionModel(**_UNET, **blocks, cross_attention_dim=6, attention_head_dim=4)
-    return model, {"sample": latents(2, 4, 8, 8), "timestep": torch.tensor(7), "encoder_hidden_states": latents(2, 5, 6)}
+    return model, {
+        "sample": latents(2, 4, 8, 8),
+        "timestep": torch.tensor(7),
+        "encoder_hidden_states": latents(2, 5, 6),
+    }
 
 
 @listed
@@ -62,7 +72,11 @@ def sdxl():
         projection_class_embeddings_input_dim=6 * 8 + 10,
     )  # fmt: skip
     more = {"text_embeds": latents(2, 10), "time_ids": latents(2, 6)}
-    inputs = {"sample": latents(2, 4, 8, 8), "timestep": torch.tensor(7), "encoder_hidden_states": latents(2, 5, 6)}
+    inputs = {
+        "sample": latents(2, 4, 8, 8),
+        "timestep": torch.tensor(7),
+        "encoder_hidden_states": latents(2, 5, 6),
+    }
     return model, {**inputs, "added_cond_kwargs": more}
 
 
@@ -70,7 +84,10 @@ def sdxl():
 def unconditional():
     from diffusers import UNet2DModel
 
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    blocks = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
     model = UNet2DModel(**_UNET, **blocks, attention_head_dim=4)
     return model, {"sample": latents(2, 3, 8, 8), "timestep": torch.tensor(7)}
 
@@ -79,7 +96,9 @@ def unconditional():
 def dit():
     from diffusers import DiTTransformer2DModel
 
-    model = DiTTransformer2DModel(**_TRANSFORMER, out_channels=4, sample_size=8, num_embeds_ada_norm=4, norm_num_groups=4)
+    model = DiTTransformer2DModel(
+        **_TRANSFORMER, out_channels=4, sample_size=8, num_embeds_ada_norm=4, norm_num_groups=4
+    )
     steps, classes = torch.tensor([7, 7]), torch.tensor([0, 1])
     return model, {"hidden_states": latents(2, 4, 8, 8), "timestep": steps, "class_labels": classes}
 
@@ -104,7 +123,11 @@ def flux():
         patch_size=1, in_channels=8, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
     )  # fmt: skip
-    text = {"encoder_hidden_states": latents(2, 5, 12), "pooled_projections": latents(2, 10), "txt_ids": torch.zeros(5, 3)}
+    text = {
+        "encoder_hidden_states": latents(2, 5, 12),
+        "pooled_projections": latents(2, 10),
+        "txt_ids": torch.zeros(5, 3),
+    }
     when = {"timestep": torch.tensor([0.5, 0.5]), "guidance": torch.ones(2)}
     return model, {"hidden_states": latents(2, 16, 8), **text, **when, "img_ids": latents(16, 3)}
 
@@ -126,8 +149,16 @@ def pixart():
 def clip_text():
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = CLIPTextModel(CLIPTextConfig(**sizes, max_position_embeddings=8, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    model = CLIPTextModel(
+        CLIPTextConfig(**sizes, max_position_embeddings=8, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    )
     return model, {"input_ids": torch.tensor([[1, 5, 9, 2, 2, 2, 2, 2], [1, 7, 8, 6, 2, 2, 2, 2]])}
 
 

@@ -53,7 +53,9 @@ def adapted(case, family=None, **more):
     """An adapted model in float64 and in eval mode, away from its start, and an input for it."""
     usual, options = CASES[case]
     family = family or usual
-    model = medpeft.apply(make(family), _METHOD.get(case, case), head=FAMILIES[family].head, **{**options, **more})
+    model = medpeft.apply(
+        make(family), _METHOD.get(case, case), head=FAMILIES[family].head, **{**options, **more}
+    )
     return perturb(model).eval(), example(family)
 
 

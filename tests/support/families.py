@@ -100,7 +100,9 @@ def vit():
 
 @family(_TRANSFORMER, IMAGE)
 def deit_distilled():
-    return _timm("deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2)
+    return _timm(
+        "deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2
+    )
 
 
 @family(_TRANSFORMER, (2, 3, 28, 28))
@@ -115,7 +117,15 @@ def siglip():
 
 @family(_TRANSFORMER, IMAGE)
 def beit():
-    return _timm("beit_base_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2, init_values=0.1)
+    return _timm(
+        "beit_base_patch16_224",
+        img_size=32,
+        patch_size=8,
+        depth=2,
+        embed_dim=16,
+        num_heads=2,
+        init_values=0.1,
+    )
 
 
 @family(_TRANSFORMER, (2, 3, 28, 28))
@@ -125,22 +135,40 @@ def eva02():
 
 @family(_TRANSFORMER, IMAGE)
 def swin():
-    return _timm("swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 2), embed_dim=8, num_heads=(2, 2))
+    return _timm(
+        "swin_tiny_patch4_window7_224",
+        img_size=32,
+        window_size=4,
+        depths=(1, 2),
+        embed_dim=8,
+        num_heads=(2, 2),
+    )
 
 
 @family(_TRANSFORMER, IMAGE)
 def swinv2():
-    return _timm("swinv2_tiny_window8_256", img_size=32, window_size=4, depths=(1, 2), embed_dim=8, num_heads=(2, 2))
+    return _timm(
+        "swinv2_tiny_window8_256", img_size=32, window_size=4, depths=(1, 2), embed_dim=8, num_heads=(2, 2)
+    )
 
 
 @family(_TRANSFORMER | _CNN, (2, 3, 64, 64), dead=_POSITIONS)
 def maxvit():
-    return _timm("maxvit_rmlp_pico_rw_256", img_size=64, embed_dim=(32, 32), depths=(1, 1), block_type=("M", "M"), stem_width=8)
+    return _timm(
+        "maxvit_rmlp_pico_rw_256",
+        img_size=64,
+        embed_dim=(32, 32),
+        depths=(1, 1),
+        block_type=("M", "M"),
+        stem_width=8,
+    )
 
 
 @family(_TRANSFORMER | _CNN, (2, 3, 64, 64))
 def coatnet():
-    return _timm("coatnet_pico_rw_224", img_size=64, embed_dim=(8, 32, 32, 32), depths=(1, 1, 1, 1), stem_width=(8, 8))
+    return _timm(
+        "coatnet_pico_rw_224", img_size=64, embed_dim=(8, 32, 32, 32), depths=(1, 1, 1, 1), stem_width=(8, 8)
+    )
 
 
 @family({"norm", "batchnorm", "attention", "attention blocks", "head"}, (2, 3, 64, 64))
@@ -169,7 +197,13 @@ def torchvision_swin():
     return SwinTransformer([4, 4], 8, [1, 2], [2, 2], [4, 4], num_classes=CLASSES, stochastic_depth_prob=0.0)
 
 
-_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
+_SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+}
 
 
 @family(_TRANSFORMER, IMAGE, dead=_KEYS)
@@ -190,7 +224,9 @@ def hf_dinov2():
 def hf_swin():
     from transformers import SwinConfig, SwinForImageClassification
 
-    config = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 2], num_heads=[2, 2], window_size=4)
+    config = SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1, 2], num_heads=[2, 2], window_size=4
+    )
     config.num_labels = CLASSES
     return SwinForImageClassification(config)
 
@@ -199,7 +235,9 @@ def hf_swin():
 def hf_convnext():
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    config = ConvNextConfig(num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], image_size=32, num_labels=CLASSES)
+    config = ConvNextConfig(
+        num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], image_size=32, num_labels=CLASSES
+    )
     return ConvNextForImageClassification(config)
 
 
@@ -208,7 +246,15 @@ def hf_convnext():
 def monai_unet2d():
     from monai.networks.nets import UNet
 
-    return UNet(2, 1, CLASSES, channels=(4, 8, 8), strides=(2, 2), num_res_units=1, norm=("INSTANCE", {"affine": True}))
+    return UNet(
+        2,
+        1,
+        CLASSES,
+        channels=(4, 8, 8),
+        strides=(2, 2),
+        num_res_units=1,
+        norm=("INSTANCE", {"affine": True}),
+    )
 
 
 @family(_CNN, (2, 1, 8, 8, 8))
@@ -229,7 +275,15 @@ def monai_densenet():
 def monai_swin_unetr():
     from monai.networks.nets import SwinUNETR
 
-    return SwinUNETR(1, CLASSES, depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 2), feature_size=12, window_size=4, spatial_dims=2)
+    return SwinUNETR(
+        1,
+        CLASSES,
+        depths=(1, 1, 1, 1),
+        num_heads=(2, 2, 2, 2),
+        feature_size=12,
+        window_size=4,
+        spatial_dims=2,
+    )
 
 
 @family(_TRANSFORMER, (2, 1, 16, 16), dead=("*.norm_cross_attn.*",))

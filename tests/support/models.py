@@ -40,13 +40,17 @@ def randomise_adapters(model: nn.Module, size: float = 0.1, seed: int = 1) -> nn
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if name.startswith("adapters.") or ".adapters." in name:
-            p.add_(size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device, p.dtype))
+            p.add_(
+                size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.device, p.dtype)
+            )
     return model
 
 
 @cache
 def _made(name: str, dtype: torch.dtype) -> nn.Module:
-    with warnings.catch_warnings():  # What libraries warn about while they are imported and built is not ours.
+    with (
+        warnings.catch_warnings()
+    ):  # What libraries warn about while they are imported and built is not ours.
         warnings.simplefilter("ignore")
         return randomise(FAMILIES[name].build().to(dtype)).eval()
 

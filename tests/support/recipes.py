@@ -31,7 +31,10 @@ RECIPES = {
     "vpt_shallow": ("vpt_shallow", {"tokens": 3}),
     "vpt_deep": ("vpt_deep", {"tokens": 3}),
     "prefix": ("prefix", {"tokens": 3}),
-    "prompted": ({"vpt_deep": {}, "vpt_shallow": {}, "prefix": {}, "adaptformer": {}, "lora": {"rank": 2}}, {}),
+    "prompted": (
+        {"vpt_deep": {}, "vpt_shallow": {}, "prefix": {}, "adaptformer": {}, "lora": {"rank": 2}},
+        {},
+    ),
     "repadapter": ("repadapter", {"bottleneck": 4}),
     "vera": ("vera", {"rank": 6}),
     "ia3": ("ia3", {}),
@@ -40,7 +43,10 @@ RECIPES = {
     "difffit": ("difffit", {}),
     "oft": ("oft", {"block_size": 4}),
     "two kinds": ({"lora": {"rank": 2}, "adaptformer": {"bottleneck": 8}}, {}),
-    "on the input": ({"repadapter": {}, "lora": {"rank": 2, "parts": "qkv"}, "oft": {"block_size": 4}, "ssf": {}}, {}),
+    "on the input": (
+        {"repadapter": {}, "lora": {"rank": 2, "parts": "qkv"}, "oft": {"block_size": 4}, "ssf": {}},
+        {},
+    ),
     "union": ("ssf+lora+svdiff+bias", {"rank": 2}),
 }
 
@@ -80,11 +86,23 @@ SLOW = {
 
 
 # Variants that differ inside the adapter alone are tested on one family of each kind of layer.
-_KINDS = ("resnet", "efficientnet", "vit", "beit", "swinv2", "levit", "hf_vit", "multihead_attention", "transformer_encoder")
+_KINDS = (
+    "resnet",
+    "efficientnet",
+    "vit",
+    "beit",
+    "swinv2",
+    "levit",
+    "hf_vit",
+    "multihead_attention",
+    "transformer_encoder",
+)
 SOLE = dict.fromkeys(("pissa", "olora", "dora"), _KINDS)
 # Fused, fused and read by the parent, separate, `in_proj_weight`, and convolutions; a CNN that has none of these.
 _PROJECTIONS = ("vit", "beit", "hf_vit", "multihead_attention", "coatnet")
-SOLE |= dict.fromkeys(("repadapter", "ia3", "fact", "difffit"), (*_PROJECTIONS, "transformer_encoder", "resnet"))
+SOLE |= dict.fromkeys(
+    ("repadapter", "ia3", "fact", "difffit"), (*_PROJECTIONS, "transformer_encoder", "resnet")
+)
 SOLE |= dict.fromkeys(("vera", "oft"), (*_PROJECTIONS, "resnet"))
 SOLE |= {
     "houlsby": ("vit", "swinv2", "torchvision_vit", "hf_vit", "coatnet", "resnet"),
@@ -99,4 +117,8 @@ SOLE |= {
     "prefix": ("vit", "hf_vit", "multihead_attention", "transformer_encoder", "siglip", "resnet"),
     "prompted": ("vit", "torchvision_vit"),
 }
-SOLE |= {"fact tucker": ("vit", "hf_vit"), "two kinds": ("vit", "swinv2"), "on the input": ("vit", "beit", "hf_vit")}
+SOLE |= {
+    "fact tucker": ("vit", "hf_vit"),
+    "two kinds": ("vit", "swinv2"),
+    "on the input": ("vit", "beit", "hf_vit"),
+}

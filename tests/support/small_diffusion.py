@@ -57,5 +57,7 @@ def images_of(pipeline, **options):
 
 
 def captioned(texts, seed=0):
-    pixels = torch.randint(0, 256, (len(texts), 3, SIDE, SIDE), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    pixels = torch.randint(
+        0, 256, (len(texts), 3, SIDE, SIDE), generator=torch.Generator().manual_seed(seed)
+    ).to(torch.uint8)
     return Captioned(pixels, list(texts), list(texts), np.arange(len(texts)), SIDE)

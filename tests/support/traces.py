@@ -14,6 +14,11 @@ def same(first, second):
 def trace(model):
     """Everything about a model but the values of its tensors."""
     return {
-        name: (type(m), m.training, sorted(vars(m)), *({k: list(v) for k, v in vars(m).items() if "hooks" in k}.items()))
+        name: (
+            type(m),
+            m.training,
+            sorted(vars(m)),
+            *({k: list(v) for k, v in vars(m).items() if "hooks" in k}.items()),
+        )
         for name, m in model.named_modules()
     } | {f"{name} (parameter)": (id(p), p.requires_grad) for name, p in model.named_parameters()}

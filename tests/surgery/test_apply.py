@@ -84,11 +84,15 @@ def test_an_adapted_model_is_not_adapted_again():
         "This VisionTransformer is adapted already, by 'bias+norm': remove or merge that first, or apply both at once, as in "
         "'lora+bias'."
     )
-    with pytest.raises(medpeft.MedpeftError, match=r"This Sequential \(0\) is adapted already, by 'bias\+norm'"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"This Sequential \(0\) is adapted already, by 'bias\+norm'"
+    ):
         medpeft.apply(nn.Sequential(model), "lora", head=None)
 
 
-@pytest.mark.filterwarnings("ignore:.*jit.*is deprecated:DeprecationWarning")  # torch 2.11's own inductor, when first imported.
+@pytest.mark.filterwarnings(
+    "ignore:.*jit.*is deprecated:DeprecationWarning"
+)  # torch 2.11's own inductor, when first imported.
 def test_a_compiled_model_is_refused():
     with pytest.raises(medpeft.MedpeftError, match=r"is compiled, .*: apply first, then compile"):
         medpeft.apply(torch.compile(make("vit")), "lora")
@@ -124,7 +128,9 @@ def test_what_is_no_module_is_refused():
 
 @pytest.mark.parametrize("call", [medpeft.remove, medpeft.merge, medpeft.report])
 def test_calls_that_need_an_adapted_model_say_so(call):
-    with pytest.raises(medpeft.MedpeftError, match=r"This Linear is not adapted: call medpeft\.apply\(model, method\) first"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"This Linear is not adapted: call medpeft\.apply\(model, method\) first"
+    ):
         call(nn.Linear(2, 2))
 
 
@@ -133,7 +139,9 @@ def test_apply_leaves_the_random_state_of_torch_alone(init):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    medpeft.apply(make("vit"), {"lora": {"init": init}, "ssf": {"init": "official"}, "adaptformer": {}, "svdiff": {}})
+    medpeft.apply(
+        make("vit"), {"lora": {"init": init}, "ssf": {"init": "official"}, "adaptformer": {}, "svdiff": {}}
+    )
 
     assert torch.equal(torch.rand(3), expected)
 
@@ -159,7 +167,9 @@ def test_the_seed_fixes_the_initial_values_whatever_else_is_applied():
 def test_values_that_were_given_up_cannot_be_brought_back(call):
     model = medpeft.apply(make("vit"), "full")
 
-    with pytest.raises(medpeft.MedpeftError, match="needs the original values, which 'full' gave up: pass keep_base=True"):
+    with pytest.raises(
+        medpeft.MedpeftError, match="needs the original values, which 'full' gave up: pass keep_base=True"
+    ):
         call(model)
     assert medpeft.report(model).method == "full"
 
@@ -200,7 +210,12 @@ def test_the_trained_values_cannot_be_replaced_while_others_are_in_their_place(w
     model, x = medpeft.apply(make("vit"), "lora+bias"), example("vit")
     adapted = output(randomise_adapters(model), x)
 
-    with within(model), pytest.raises(medpeft.MedpeftError, match=r"does not work inside disabled\(model\) or merged\(model\)"):
+    with (
+        within(model),
+        pytest.raises(
+            medpeft.MedpeftError, match=r"does not work inside disabled\(model\) or merged\(model\)"
+        ),
+    ):
         OTHER_VALUES[action](model)
 
     assert torch.equal(output(model, x), adapted)
@@ -216,7 +231,10 @@ def test_the_base_cannot_be_shown_while_the_adapters_are_merged():
 def test_disabling_a_part_leaves_the_model_adapted_elsewhere():
     model = medpeft.apply(make("vit"), "lora")
 
-    with pytest.raises(medpeft.MedpeftError, match="This Block is not adapted"), medpeft.disabled(model.blocks[0]):
+    with (
+        pytest.raises(medpeft.MedpeftError, match="This Block is not adapted"),
+        medpeft.disabled(model.blocks[0]),
+    ):
         pass
 
 
@@ -226,7 +244,10 @@ def test_a_shared_layer_is_adapted_once_and_stays_shared():
     medpeft.apply(model, "ssf", head=None)
 
     assert model["a"][0] is model["b"][0]
-    assert len([name for name, _ in model.named_modules(remove_duplicate=False) if name.endswith("adapters")]) == 2
+    assert (
+        len([name for name, _ in model.named_modules(remove_duplicate=False) if name.endswith("adapters")])
+        == 2
+    )
     assert len([name for name, _ in model.named_modules() if name.endswith("adapters")]) == 1
     assert wiring_of(shared) is not None
     assert medpeft.report(model).trainable == 8

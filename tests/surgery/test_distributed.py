@@ -44,9 +44,15 @@ class Reader(nn.Module):
         return self.head(self.attn(x, x, x)[0].mean(1))
 
 
-READERS = {"read": ("lora", {"rank": 2, "target": "*"}), "read svdiff": ("svdiff", {"target": "*", "keep_svd": True})}
+READERS = {
+    "read": ("lora", {"rank": 2, "target": "*"}),
+    "read svdiff": ("svdiff", {"target": "*", "keep_svd": True}),
+}
 CASES = [*METHODS, *READERS]
-REMOVED = ("adaptformer", "bn")  # In place of merging: the one cannot be merged, the other has nothing to merge.
+REMOVED = (
+    "adaptformer",
+    "bn",
+)  # In place of merging: the one cannot be merged, the other has nothing to merge.
 
 
 def adapted(case):
@@ -186,7 +192,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("case", "run"), [(case, run) for case in CASES for run in ("ddp", "swapped", *layouts(case))])
+@pytest.mark.parametrize(
+    ("case", "run"), [(case, run) for case in CASES for run in ("ddp", "swapped", *layouts(case))]
+)
 def test_two_processes_train_what_one_does_and_their_checkpoint_loads_into_a_plain_model(case, run, folder):
     alone, before = adapted(case), adapted(case)
     train(alone, *batch())
@@ -197,7 +205,9 @@ def test_two_processes_train_what_one_does_and_their_checkpoint_loads_into_a_pla
     for name, tensor in expected.items():
         assert torch.allclose(found[name], tensor, rtol=1e-9, atol=1e-11), name
     moved = {n for n, t in before.state_dict().items() if not torch.equal(t, expected[n])}
-    assert moved >= {n for n, p in alone.named_parameters() if p.requires_grad} - {"head.bias"}, "training changed nothing"
+    assert moved >= {n for n, p in alone.named_parameters() if p.requires_grad} - {"head.bias"}, (
+        "training changed nothing"
+    )
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in REMOVED])

@@ -39,7 +39,9 @@ def test_a_selective_method_merges_into_what_it_trained():
 
 
 def test_a_bias_that_is_created_is_named_in_a_warning():
-    model = randomise_adapters(medpeft.apply(nn.Sequential(nn.Linear(3, 4, bias=False)).double(), "ssf", head=None))
+    model = randomise_adapters(
+        medpeft.apply(nn.Sequential(nn.Linear(3, 4, bias=False)).double(), "ssf", head=None)
+    )
     x = torch.randn(2, 3, dtype=torch.float64)
     adapted = model(x)
 
@@ -89,7 +91,9 @@ def test_tsa_beside_a_dilated_convolution_whose_taps_miss_the_centre_is_refused(
     model = nn.Sequential(nn.Conv2d(2, 3, 2, padding=1, dilation=2)).double()
     randomise_adapters(medpeft.apply(model, "tsa", head=None, target="*"))
 
-    with pytest.raises(medpeft.MedpeftError, match=r"0: no tap of a kernel of \(2, 2\) with padding \(1, 1\) sees what"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"0: no tap of a kernel of \(2, 2\) with padding \(1, 1\) sees what"
+    ):
         medpeft.merge(model)
 
 
@@ -100,14 +104,20 @@ def test_a_padding_by_input_size_has_no_fixed_tap():
     randomise_adapters(medpeft.apply(model, "tsa", head=None, target="*"))
 
     assert not torch.equal(model(x), base)
-    with pytest.raises(medpeft.MedpeftError, match=r"no tap of a kernel of \(3, 3\) with padding by input size"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"no tap of a kernel of \(3, 3\) with padding by input size"
+    ):
         medpeft.merge(model)
 
 
 @pytest.mark.parametrize(
     ("kind", "method"),
     [
-        *((kind, method) for kind in (ScaledStdConv2d, StdConv2d) for method in ("lora", "ssf", "svdiff", "tsa")),
+        *(
+            (kind, method)
+            for kind in (ScaledStdConv2d, StdConv2d)
+            for method in ("lora", "ssf", "svdiff", "tsa")
+        ),
         *((Conv2dSame, method) for method in ("lora", "ssf", "svdiff")),
     ],
 )
@@ -122,7 +132,8 @@ def test_convolutions_of_timm_that_pad_or_standardise_merge_or_say_why_not(kind,
 
     if kind is not Conv2dSame and method in ("ssf", "tsa"):
         with pytest.raises(
-            medpeft.MedpeftError, match=f"0: {kind.__name__} standardises its weight, which undoes what is merged"
+            medpeft.MedpeftError,
+            match=f"0: {kind.__name__} standardises its weight, which undoes what is merged",
         ):
             medpeft.merge(model)
     else:
@@ -138,7 +149,9 @@ def test_an_update_that_rounding_would_lose_is_refused_with_the_share_that_stays
     randomise_adapters(model, size=1e-3)
     before, about = tensors(model), trace(model)
 
-    with pytest.raises(medpeft.MedpeftError, match=r"0: torch\.(bfloat16|float16) would keep \d+% of the update"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"0: torch\.(bfloat16|float16) would keep \d+% of the update"
+    ):
         medpeft.merge(model)
     assert same(tensors(model), before)
     assert trace(model) == about
@@ -162,7 +175,9 @@ def test_an_example_compares_the_outputs_before_the_model_changes(caplog):
     randomise_adapters(model).train()
     before, about = tensors(model), trace(model)
 
-    with pytest.raises(medpeft.MedpeftError, match=r"The merged outputs would differ by .* more than tolerance=0\.00e\+00"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"The merged outputs would differ by .* more than tolerance=0\.00e\+00"
+    ):
         medpeft.merge(model, example_input=x, tolerance=0.0)
     assert same(tensors(model), before)
     assert trace(model) == about
@@ -187,7 +202,9 @@ def test_a_weight_that_is_tied_to_another_layer_is_not_merged():
     medpeft.apply(model, "lora", head=None, target="out")
     randomise_adapters(model)
 
-    with pytest.raises(medpeft.MedpeftError, match=r"out: its weight is tied to embed\.weight, which has no such adapter"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"out: its weight is tied to embed\.weight, which has no such adapter"
+    ):
         medpeft.merge(model)
     assert model["out"].weight is model["embed"].weight
 
