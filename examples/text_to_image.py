@@ -35,6 +35,7 @@ from diffusion.loop import (
 from diffusion.pipelines import generate, image_size, noise_schedule, open_pipeline
 from diffusion.pretrain import tiny_pipeline
 from diffusion.scores import find_extractor, score
+from diffusion.svd_cache import caching
 from diffusion.tiny import TINY_SIZE
 from lightning.fabric import Fabric
 from trainer.errors import TrainerError
@@ -42,7 +43,6 @@ from trainer.flags import settings_of
 from trainer.metrics import without_nan
 
 import medpeft
-from medpeft.formulas.svd import caching
 from medpeft.interchange import to_diffusers
 
 

@@ -277,12 +277,12 @@ def cast(x: Tensor, parameter: Tensor) -> Tensor:
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a device type; the meta device has none, and torch raises when asked."""
-    return device != "meta" and torch.is_autocast_enabled(device)
+    return device != "meta" and torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device)
 
 
 def along(values: Tensor, y: Tensor, axis: int) -> Tensor:
     """View one value a channel, (C,), so that it broadcasts along an axis of `y`."""
-    if axis == -1:
+    if axis == -1 or y.ndim == 1:
         return values  # (C,) broadcasts along the last axis as it is.
     shape = [1] * y.ndim
     shape[axis] = -1

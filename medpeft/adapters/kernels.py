@@ -97,7 +97,9 @@ def add_low_rank(
         channels.addmm_(up, hidden, alpha=scale)
         return y
     sizes = [part.size for part in parts]
-    for part, up_of_part, hidden_of_part in zip(parts, up.split(sizes), hidden.chunk(len(parts)), strict=True):
+    for part, up_of_part, hidden_of_part in zip(
+        parts, up.split(sizes), hidden.chunk(len(parts)), strict=True
+    ):
         channels.narrow(0, part.start, part.size).addmm_(up_of_part, hidden_of_part, alpha=scale)
     return y
 

@@ -93,7 +93,9 @@ class LoRA(Adapter):
             inner = set(site.parts) & set("qkv")
             if inner and not inner & set(parts):
                 continue
-            by_default = inner or ("o" in site.parts and "o" in parts) or (convolutional and site.kind == "conv")
+            by_default = (
+                inner or ("o" in site.parts and "o" in parts) or (convolutional and site.kind == "conv")
+            )
             if targeted or by_default:
                 yield site.with_parts(parts)
 
@@ -130,7 +132,9 @@ class LoRA(Adapter):
             "transposed or standardised convolution, or a weight that its parent reads): use dropout=0.",
         )
         in_a_row = all(part.groups == 1 for part in self.rows) and (site.kind == "linear" or not self.rows)
-        self.simple = in_a_row and not grouped and not self.starts_from_weight and writes_fresh_output(site.layer)
+        self.simple = (
+            in_a_row and not grouped and not self.starts_from_weight and writes_fresh_output(site.layer)
+        )
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + s·B·A·drop(x), in the channels of the chosen parts."""
@@ -218,15 +222,18 @@ def _scale(rank: int, alpha: float | None, rslora: bool) -> float:
     """α/r, or α/√r."""
     if alpha is None:
         alpha = rank
+    divisor: float = rank
     if rslora:
-        return alpha / rank**0.5
-    return alpha / rank
+        divisor = rank**0.5
+    return alpha / divisor
 
 
 def _leading_factors(matrix: Tensor, rank: int, init: str) -> tuple[Tensor, Tensor]:
     """B and A from the leading singular triplets ("pissa"), or from the first columns of Q and rows of R ("olora")."""
     if rank > min(matrix.shape):
-        raise MedpeftError(f"rank={rank} is more than a weight of {tuple(matrix.shape)} has: use init='kaiming'.")
+        raise MedpeftError(
+            f"rank={rank} is more than a weight of {tuple(matrix.shape)} has: use init='kaiming'."
+        )
     if init == "olora":
         q, r = torch.linalg.qr(matrix)
         return q[:, :rank], r[:rank]

@@ -1,13 +1,13 @@
 """Selective methods: predicates over the parameters a model already has.
 
-Bias: Ben Zaken, Goldberg & Ravfogel, "BitFit" (2022), arXiv 2106.10199; Cai et al., "TinyTL" (2020), arXiv
-    2007.11622.
-Norms: Frankle, Schwab & Morcos, "Training BatchNorm and Only BatchNorm" (2021), arXiv 2003.00152; Basu et
-    al., "Strong
-Baselines for Parameter Efficient Few-Shot Fine-tuning" (2024), arXiv 2304.01917, for LayerNorm. Attention:
-Touvron et al., "Three things everyone should know about Vision Transformers" (2022), arXiv 2203.09795. Unions
-and the paper's text-to-image
-strategies: Dutt et al. (2024), arXiv 2305.08252.
+- Bias: Ben Zaken, Goldberg & Ravfogel, "BitFit" (2022), arXiv 2106.10199; Cai et al., "TinyTL" (2020),
+  arXiv 2007.11622.
+- Norms: Frankle, Schwab & Morcos, "Training BatchNorm and Only BatchNorm" (2021), arXiv 2003.00152; for
+  LayerNorm, Basu et al., "Strong Baselines for Parameter Efficient Few-Shot Fine-tuning" (2024), arXiv
+  2304.01917.
+- Attention: Touvron et al., "Three things everyone should know about Vision Transformers" (2022), arXiv
+  2203.09795.
+- Unions, and the strategies for text-to-image: Dutt et al. (2024), arXiv 2305.08252.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def norm(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
 def attention(name: str, parameter: nn.Parameter, layer: Layer, *, scope: str = "layer") -> bool:
     """Every attention layer whole (scope="layer"), or the block around it (scope="block", diffusers' `attentions`)."""
     require_choice("scope", scope, ("layer", "block"))
-    return bool(layer.attention if scope == "layer" else layer.attention_block)
+    if scope == "layer":
+        return layer.attention != ""
+    return layer.attention_block != ""
 
 
 @register("bias", hint="it trains biases. Try 'ssf' or 'lora'.")
@@ -62,7 +64,8 @@ def bias(name: str, parameter: nn.Parameter, layer: Layer, *, tables: bool = Fal
     """Every bias, norms' included; relative position tables too with tables=True (bias tuning)."""
     last = name.rpartition(".")[2]
     if last == "bias" or last.endswith("_bias") or last in ("bias_k", "bias_v"):
-        return parameter.numel() == max(parameter.shape, default=1) or tables
+        is_vector = parameter.numel() == max(parameter.shape, default=1)
+        return is_vector or tables
     return tables and "bias" in last
 
 

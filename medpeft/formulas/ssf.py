@@ -19,8 +19,13 @@ from ..architecture.network import Network
 from ..architecture.site import Site
 from ..errors import require_choice
 
-_KINDS = {"all": ("linear", "conv", "transposed", "norm"), "norm": ("norm",), "linear": ("linear",)}
-_KINDS["conv"] = ("conv", "transposed")
+# Kinds of layers by the option `sites`.
+_KINDS = {
+    "all": ("linear", "conv", "transposed", "norm"),
+    "norm": ("norm",),
+    "linear": ("linear",),
+    "conv": ("conv", "transposed"),
+}
 
 
 @register(
@@ -35,9 +40,9 @@ class SSF(Adapter):
         site: A linear, convolution or norm layer; γ and β have one element per output channel. There is no β
             where a parent reads the layer's weight and brings a bias of its own, as timm's BEiT does.
         init: "identity" (γ = 1, β = 0), or "official" (γ from N(1, 0.02²), β from N(0, 0.02²)).
-        keep_outputs: Keep y for backward. False finds y again from y·γ + β, which takes half the memory, and
-            does not work in a model that changes a layer's output in place. None is True where a module of
-            the model has `inplace=True`.
+        keep_outputs: Keep y for backward. False recomputes y from y·γ + β, which takes half the memory, and
+            does not work in a model that changes a layer's output in place. None is True in a model with a
+            module that has `inplace=True`.
     """
 
     def __init__(self, site: Site, *, init: str = "identity", keep_outputs: bool | None = None) -> None:
@@ -45,54 +50,71 @@ class SSF(Adapter):
         require_choice("init", init, ("identity", "official"))
         channels = _channels(site)
         self.scale = nn.Parameter(torch.ones(channels))
-        self.shift = nn.Parameter(torch.zeros(channels)) if site.bias else None
+        self.shift: nn.Parameter | None = None
+        if site.bias:
+            self.shift = nn.Parameter(torch.zeros(channels))
         if init == "official":
-            nn.init.normal_(self.scale, 1.0, 0.02, generator=site.generator)
-            if self.shift is not None:
-                nn.init.normal_(self.shift, 0.0, 0.02, generator=site.generator)
+            self._draw(site.generator)
         self.axis = channel_axis(site.layer)
-        keeps = site.draft.overwritten if keep_outputs is None else keep_outputs
-        self.inverts = writes_fresh_output(site.layer) and not keeps
-        self.groups = getattr(site.layer, "groups", 1) if site.kind == "transposed" else 0
-        # Inside a norm's own affine it costs nothing, and comes before the activation that timm fuses into
-        # some norms.
+        self.transposed, self.groups = site.kind == "transposed", getattr(site.layer, "groups", 1)
+        if keep_outputs is None:
+            keep_outputs = site.draft.overwritten
+        self.writes_in_place = writes_fresh_output(site.layer) and not keep_outputs
+        # A norm's own weight and bias take it for nothing, before the activation that timm fuses into some norms.
         if site.kind == "norm":
             self.acts_on = ON_WEIGHT
 
+    def _draw(self, generator: torch.Generator | None) -> None:
+        """Draw γ and β near the identity, as the official code does."""
+        nn.init.normal_(self.scale, 1.0, 0.02, generator=generator)
+        if self.shift is not None:
+            nn.init.normal_(self.shift, 0.0, 0.02, generator=generator)
+
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, sites: str = "all") -> Iterator[Site]:
-        """Linear, convolution and norm layers; not those whose scale a batch or instance norm right after them undoes."""
+        """Yield linear, convolution and norm layers, but those whose scale a norm right after them undoes."""
         require_choice("sites", sites, tuple(_KINDS))
         for site in network.sites(*_KINDS[sites]):
-            if site.kind == "norm" and not (is_scaling_norm(site.layer) and _channels(site)):
-                continue
-            if site.kind != "norm" and network.erased(site):
-                continue
-            yield site
+            if _fits(network, site):
+                yield site
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y·γ + β on the channel axis of `y`."""
+        """Compute y·γ + β on the channel axis of `y`."""
         scale, shift = self.scale, self.shift
-        if self.inverts and in_place(y):
+        assert shift is not None  # It is None only where a parent reads the weight.
+        if self.writes_in_place and in_place(y):
             return scale_shift(y, scale, shift, self.axis)
         return (y * along(scale, y, self.axis) + along(shift, y, self.axis)).to(y.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """W·γ over the output channels, b·γ + β."""
-        scaled = self.scale if weight is None else self._scaled(weight)
-        return scaled, self.shift if bias is None or self.shift is None else bias * self.scale + self.shift
+        """Compute W·γ over the output channels, and b·γ + β."""
+        scale, shift = self.scale, self.shift
+        if bias is not None and shift is not None:
+            return self._scaled(weight, scale), bias * scale + shift
+        return self._scaled(weight, scale), shift
 
-    def _scaled(self, weight: Tensor) -> Tensor:
-        if self.groups:  # A transposed convolution's weight is (in, out / groups, …).
-            split = weight.unflatten(0, (self.groups, -1))
-            scale = self.scale.view(self.groups, 1, -1, *[1] * (weight.ndim - 2))
-            scaled: Tensor = (split * scale).flatten(0, 1)
-            return scaled
-        return weight * self.scale.view(-1, *[1] * (weight.ndim - 1))
+    def _scaled(self, weight: Tensor | None, scale: Tensor) -> Tensor:
+        if weight is None:
+            return scale
+        if not self.transposed:
+            return weight * along(scale, weight, 0)
+        by_group = weight.unflatten(0, (self.groups, -1))  # (I, O / G, …) → (G, I / G, O / G, …)
+        by_output = scale.view(self.groups, 1, -1, *[1] * (weight.ndim - 2))  # (O,) → (G, 1, O / G, 1, …)
+        scaled: Tensor = (by_group * by_output).flatten(0, 1)  # (G, I / G, O / G, …) → (I, O / G, …)
+        return scaled
+
+
+def _fits(network: Network, site: Site) -> bool:
+    """Whether a scale and a shift act in a layer and on what comes after it."""
+    if site.kind == "norm":
+        return is_scaling_norm(site.layer) and _channels(site) > 0
+    return not network.erased(site)
 
 
 def _channels(site: Site) -> int:
+    """Count the channels of a layer's output; 0 where a norm does not tell."""
     if site.kind == "norm":
         return norm_channels(site.layer)
-    host = site.host
-    return host.shape[1] * getattr(site.layer, "groups", 1) if site.kind == "transposed" else host.shape[0]
+    if site.kind == "transposed":
+        return site.host.shape[1] * getattr(site.layer, "groups", 1)
+    return site.host.shape[0]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
-from ..adapters.adapter import ON_WEIGHT, FlexibleAdapter, cast
+from ..adapters.adapter import ON_WEIGHT, FlexibleAdapter, along, cast
 from ..adapters.kernels import eager, writes_fresh_output
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry
@@ -23,8 +23,25 @@ from ..architecture.network import Network
 from ..architecture.site import Site
 from .svd import decompose
 
+Form = Literal["weight", "output", "compute"]
+
 # Positions for which the form in inference is chosen: 16 × 16, a usual number of tokens.
 _POSITIONS = 256
+
+
+class _Marks(NamedTuple):
+    """What tells weights apart: their sum and their norm."""
+
+    total: float
+    norm: float
+
+
+class _Comparison(NamedTuple):
+    """The weight that was compared last, by its place and version in memory, and the verdict."""
+
+    pointer: int
+    version: int
+    is_decomposed: bool
 
 
 @register(
@@ -43,116 +60,142 @@ class SVDiff(FlexibleAdapter):
         keep_svd: Keep U, σ and V in the checkpoint; else they are computed anew when it is loaded.
     """
 
-    def __init__(self, site: Site, *, scale: float = 1.0, keep_svd: bool = False) -> None:
-        super().__init__(site)
-        host = site.host
-        left, values, right = decompose(host.flatten(1) if host.ndim > 1 else host[None])
-        self.delta = nn.Parameter(torch.zeros(values.shape[0], device=values.device, dtype=values.dtype))
-        self.scale = scale
-        # By these it notices that the weight is no longer the one that it took apart.
-        self.marks, self.compared = _marks(host), (0, 0, False)
-        self.acts_on = ON_WEIGHT
-        self.geometry = Geometry.of(site.layer) if site.kind == "conv" else None  # type: ignore[arg-type]  # a convolution
-        # The forms cost differently at different numbers of tokens; a weight that a parent reads leaves no
-        # choice.
-        plain = not site.readers and writes_fresh_output(site.layer)
-        self.chooses = plain and (
-            site.kind == "linear" or (self.geometry is not None and self.geometry.groups == 1)
-        )
-        for name, tensor in (("left", left), ("values", values), ("right", right)):
-            self.register_buffer(name, tensor.contiguous(), persistent=keep_svd)
-
     left: Tensor
     values: Tensor
     right: Tensor
 
+    def __init__(self, site: Site, *, scale: float = 1.0, keep_svd: bool = False) -> None:
+        super().__init__(site)
+        left, values, right = decompose(_as_matrix(site.host))
+        self.delta = nn.Parameter(torch.zeros_like(values))
+        self.scale = scale
+        self.register_buffer("left", left.contiguous(), persistent=keep_svd)
+        self.register_buffer("values", values.contiguous(), persistent=keep_svd)
+        self.register_buffer("right", right.contiguous(), persistent=keep_svd)
+        # By these it notices that the weight is no longer the one that was decomposed.
+        self.marks = _marks(site.host)
+        self.compared = _Comparison(0, 0, is_decomposed=False)
+        self.geometry: Geometry | None = None
+        if site.kind == "conv":
+            self.geometry = Geometry.of(site.layer)  # type: ignore[arg-type]  # by its kind
+        # A weight that a parent reads leaves no choice, and U and V as layers know no groups.
+        ungrouped = self.geometry is not None and self.geometry.groups == 1
+        plain = not site.readers and writes_fresh_output(site.layer)
+        self.chooses = plain and (site.kind == "linear" or ungrouped)
+        self.acts_on = ON_WEIGHT
+
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, norms: bool = False) -> Iterator[Site]:
-        """Linear and convolution layers; norms too with norms=True; embeddings where a target picks them."""
-        kinds = (
-            "linear",
-            "conv",
-            "transposed",
-            *(("norm",) if norms else ()),
-            *(("embedding",) if targeted else ()),
-        )
+        """Yield linear and convolution layers, norms with `norms`, and embeddings where a target picks them."""
+        kinds = ["linear", "conv", "transposed"]
+        if norms:
+            kinds.append("norm")
+        if targeted:
+            kinds.append("embedding")
         for site in network.sites(*kinds):
             if site.tensor(site.weight) is not None:
                 yield site
 
-    def _shift(self) -> Tensor:
-        return (self.values + self.scale * self.delta).relu() - self.values
-
-    def form(self, x: Tensor, weight: Tensor | None) -> Literal["weight", "output", "compute"]:
+    def form(self, x: Tensor, weight: Tensor | None) -> Form:
         """Choose the form with the fewest operations: U and V as two layers, or a weight built of them.
 
-        Without gradients U·diag(…)·Vᵀ comes on top of W, so that nothing but the shift is rounded. The choice
-        then depends on the layer alone, so that an image gives the same in a batch of any size.
+        Without gradients U·diag(…)·Vᵀ comes on top of W, so that nothing but the shift is rounded.
         """
         if not self.chooses:
             return "weight"
-        outputs, columns, rank = len(self.left), self.right.shape[1], len(self.values)
         if not torch.is_grad_enabled() or torch._C._is_tracing():
-            return "output" if _POSITIONS * (outputs + columns) < outputs * columns else "weight"
-        rows = x.shape[:-1].numel()
+            return self._form_in_inference()
+        return self._form_in_training(x, weight)
+
+    def _form_in_inference(self) -> Form:
+        """Choose by the layer alone, so that an image gives the same in a batch of any size."""
+        outputs, columns = len(self.left), self.right.shape[1]
+        if _POSITIONS * (outputs + columns) < outputs * columns:
+            return "output"
+        return "weight"
+
+    def _form_in_training(self, x: Tensor, weight: Tensor | None) -> Form:
+        outputs, columns, rank = len(self.left), self.right.shape[1], len(self.values)
+        positions = self._positions(x)
+        # The weight's own gradient comes on top, and its product with U.
+        built = (3 * positions + 2 * rank) * outputs * columns
+        factors = 2 * positions * rank * (outputs + columns)
+        # A built weight's gradient needs x, which a convolution's neighbours keep anyway. The factors keep Vᵀ·x.
+        margin = 1.0
         if self.geometry is not None:
-            rows = x.shape[0] * x.shape[2:].numel() // math.prod(self.geometry.stride)
-        # In training the weight's own gradient comes on top, and its product with U.
-        built = (3 * rows + 2 * rank) * outputs * columns
-        # A built weight's gradient needs x, which a convolution's neighbours keep anyway; the factors keep
-        # Vᵀ·x.
-        margin = 1.0 if self.geometry is None else 1.25
-        if margin * 2 * rows * rank * (outputs + columns) < built and self._stands_for(weight, x):
+            margin = 1.25
+        if margin * factors < built and self._stands_for(weight, x):
             return "compute"
-        return "output" if 2 * rows * (outputs * columns + rank * (outputs + columns)) < built else "weight"
+        if 2 * positions * outputs * columns + factors < built:
+            return "output"
+        return "weight"
+
+    def _positions(self, x: Tensor) -> int:
+        """Count the positions of the output: tokens, or pixels."""
+        if self.geometry is None:
+            return x.shape[:-1].numel()
+        return x.shape[0] * x.shape[2:].numel() // math.prod(self.geometry.stride)
 
     def _stands_for(self, weight: Tensor | None, x: Tensor) -> bool:
-        """Whether U·diag(σ)·Vᵀ is the weight, to within rounding: nobody trains it, casts it, or has loaded another since."""
-        if (
-            weight is None
-            or weight.requires_grad
-            or not eager(x)
-            or not weight.dtype == x.dtype == self.left.dtype
-        ):
+        """Whether U·diag(σ)·Vᵀ is the weight up to rounding: not trained, not cast, and not another one by now."""
+        if weight is None or weight.requires_grad or not eager(x):
+            return False
+        if weight.dtype != x.dtype or x.dtype != self.left.dtype:
             return False
         if weight.is_meta or is_fake(weight):
             return True
-        now = weight.data_ptr(), weight._version
-        if now != self.compared[:2]:
-            found, (total, norm) = _marks(weight), self.marks
-            self.compared = *now, max(abs(found[0] - total), abs(found[1] - norm)) <= 1e-6 * norm
-        return self.compared[2]
+        compared = self.compared
+        if (weight.data_ptr(), weight._version) != (compared.pointer, compared.version):
+            total, norm = _marks(weight)
+            distance = max(abs(total - self.marks.total), abs(norm - self.marks.norm))
+            is_decomposed = distance <= 1e-6 * self.marks.norm
+            compared = self.compared = _Comparison(weight.data_ptr(), weight._version, is_decomposed)
+        return compared.is_decomposed
+
+    def _spectrum(self) -> Tensor:
+        """relu(σ + s·δ), (k,)."""
+        return (self.values + self.scale * self.delta).relu()
+
+    def _shift(self) -> Tensor:
+        """relu(σ + s·δ) − σ, (k,)."""
+        return self._spectrum() - self.values
 
     def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Compute U·diag(relu(σ + s·δ))·(Vᵀ·x) + b without the layer."""
-        spectrum = (self.values + self.scale * self.delta).relu()
-        if self.geometry is None:
-            return F.linear(F.linear(x, self.right) * spectrum, self.left, bias)
-        dims = self.geometry.dims
-        kernel = self.right.view(len(self.values), -1, *self.geometry.kernel)  # (k, I·k₁·…) → (k, I, k₁, …)
-        hidden = self.geometry.convolve(x, kernel) * spectrum.view(-1, *[1] * dims)
-        return self.geometry.pointwise(hidden, self.left, strided=False, bias=bias)
+        return self._between_factors(x, self._spectrum(), bias)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + ((x·V)·diag(relu(σ + s·δ) − σ))·Uᵀ; a convolution with V, then a 1×1 with U."""
-        if self.geometry is not None:
-            kernel = self.right.view(len(self.values), -1, *self.geometry.kernel)
-            hidden = self.geometry.convolve(cast(x, kernel), kernel)
-            shift = self._shift().view(-1, *[1] * self.geometry.dims)
-            return y + self.geometry.pointwise(hidden * shift, self.left, strided=False).to(y.dtype)
-        return y + F.linear(F.linear(cast(x, self.right), self.right) * self._shift(), self.left).to(y.dtype)
+        """Compute y + U·diag(relu(σ + s·δ) − σ)·(Vᵀ·x)."""
+        return y + self._between_factors(cast(x, self.right), self._shift()).to(y.dtype)
+
+    def _between_factors(self, x: Tensor, diagonal: Tensor, bias: Tensor | None = None) -> Tensor:
+        """U·diag(…)·(Vᵀ·x); of a convolution, Vᵀ is one of its kind and U is a 1×1."""
+        if self.geometry is None:
+            return F.linear(F.linear(x, self.right) * diagonal, self.left, bias)
+        kernel = self.right.view(len(diagonal), -1, *self.geometry.kernel)  # (k, I·k₁·…) → (k, I, k₁, …)
+        hidden = self.geometry.convolve(x, kernel)
+        return self.geometry.pointwise(
+            hidden * along(diagonal, hidden, 1), self.left, strided=False, bias=bias
+        )
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """W + U·diag(relu(σ + s·δ) − σ)·Vᵀ."""
+        """Compute W + U·diag(relu(σ + s·δ) − σ)·Vᵀ."""
         if weight is None:
             return None, bias
-        matrix = (weight.flatten(1) if weight.ndim > 1 else weight[None]).to(self.left.dtype)
+        matrix = _as_matrix(weight).to(self.left.dtype)
         return torch.addmm(matrix, self.left * self._shift(), self.right).view(weight.shape), bias
 
 
-def _marks(weight: Tensor) -> tuple[float, float]:
-    """Sum and norm; 0 of a weight without values."""
+def _as_matrix(weight: Tensor) -> Tensor:
+    """View a weight as (out, −1), and a norm's as (1, D)."""
+    if weight.ndim == 1:
+        return weight[None]
+    return weight.flatten(1)
+
+
+def _marks(weight: Tensor) -> _Marks:
+    """Measure a weight; one without values has the marks 0."""
     if weight.is_meta or is_fake(weight):
-        return 0.0, 0.0
+        return _Marks(0.0, 0.0)
     wide = weight.detach().double()
-    return float(wide.sum()), float(wide.norm())
+    return _Marks(float(wide.sum()), float(wide.norm()))

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from diffusion import svd_cache
+from diffusion.svd_cache import caching, read, read_or_compute
 from torch import nn
 
 import medpeft
-from medpeft.formulas import svd as svdcache
-from medpeft.formulas.svd import caching, current, decompose, stored
+from medpeft.formulas import svd
+from medpeft.formulas.svd import decompose
 
 SHAPES = [(6, 4), (4, 6), (1, 5)]
 
@@ -23,8 +25,14 @@ def files(directory):
 @pytest.fixture
 def computed(monkeypatch):
     """The weights that were decomposed anew."""
-    seen, svd = [], svdcache._svd
-    monkeypatch.setattr(svdcache, "_svd", lambda matrix: (seen.append(tuple(matrix.shape)), svd(matrix))[1])
+    seen, compute = [], svd.compute
+
+    def noted(weight):
+        seen.append(tuple(weight.shape))
+        return compute(weight)
+
+    monkeypatch.setattr(svd, "compute", noted)
+    monkeypatch.setattr(svd_cache, "compute", noted)
     return seen
 
 
@@ -32,8 +40,8 @@ def computed(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_weight_is_decomposed_once_and_read_the_second_time(shape, dtype, tmp_path, computed):
     w = weight(shape, dtype)
-    left, values, right = decompose(w, tmp_path)
-    again = decompose(w.clone(), tmp_path)
+    left, values, right = read_or_compute(w, tmp_path)
+    again = read_or_compute(w.clone(), tmp_path)
 
     assert computed == [shape]
     assert all(torch.equal(a, b) for a, b in zip(again, (left, values, right), strict=True))
@@ -45,7 +53,7 @@ def test_a_weight_is_decomposed_once_and_read_the_second_time(shape, dtype, tmp_
 def test_other_values_another_shape_and_another_dtype_have_files_of_their_own(tmp_path, computed):
     zeros = torch.zeros(2, 6)
     for w in (weight(), weight(seed=1), weight(dtype=torch.float64), zeros, zeros.view(3, 4)):
-        decompose(w, tmp_path)
+        read_or_compute(w, tmp_path)
 
     assert len(computed) == len(files(tmp_path)) == 5
 
@@ -61,12 +69,13 @@ def test_without_a_directory_nothing_is_kept(tmp_path, monkeypatch, computed):
 
 def test_caching_names_the_directory_for_what_is_decomposed_within(tmp_path, computed):
     with caching(tmp_path / "new" / "cache") as directory:
-        assert current() == directory
+        assert directory == tmp_path / "new" / "cache"
+        assert svd._supply.get() is not None
         decompose(weight())
         decompose(weight())
     decompose(weight())
 
-    assert current() is None
+    assert svd._supply.get() is None
     assert len(computed) == 2
     assert len(files(directory)) == 1
 
@@ -110,7 +119,7 @@ def _cut(path):
 def _replace(path):
     other = path.parent / "other"
     other.mkdir()
-    decompose(weight(seed=1), other)
+    read_or_compute(weight(seed=1), other)
     next(other.iterdir()).replace(path)
     other.rmdir()
 
@@ -123,14 +132,14 @@ def _scramble(path):
 
 @pytest.mark.parametrize("damage", [_cut, _replace, _scramble])
 def test_a_damaged_file_is_computed_anew_with_a_warning_and_replaced(damage, tmp_path):
-    good = decompose(weight(), tmp_path)
+    good = read_or_compute(weight(), tmp_path)
     damage(next(tmp_path.iterdir()))
 
     with pytest.warns(UserWarning, match="computed anew"):
-        again = decompose(weight(), tmp_path)
+        again = read_or_compute(weight(), tmp_path)
 
     assert all(torch.equal(a, b) for a, b in zip(again, good, strict=True))
-    assert stored(weight(), tmp_path) is not None
+    assert read(weight(), tmp_path) is not None
 
 
 @pytest.mark.parametrize("shape", [(12, 100), (100, 12), (30, 40)])
