@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture.layers import own_tensor
-from .kernels import eager, sum_to_bias
+from .in_place import eager
+from .kernels import sum_to_bias
 from .stand_in import run_with
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -148,7 +148,8 @@ def _run_flexibly(
     """Run a layer among whose adapters there is one that chooses how to act on this input."""
     flexible: Any = adapters._modules[adapters.flexible]
     form = flexible.form(x, own_tensor(layer, flexible._weight))
-    if form == "output":
+    # Another adapter that comes after it on the weight, as DoRA, must see the weight that it has changed.
+    if form == "output" and adapters.on_weight[-1] == adapters.flexible:
         tensors = adapted_tensors(layer, adapters, x, but=flexible)
         output = _run(layer, wiring, tensors, args, kwargs)
         return flexible(x, output)

@@ -1,16 +1,9 @@
 """Kernels: an adapter writes into its layer's fresh output, and keeps for backward no more than it must.
 
-A frozen layer does not need its own output again, so an adapter may write into it, unless
+Where it may not (`in_place.py`), the methods compute the plain expression, which gives the same numbers.
 
-- the layer has a forward of its own, whose output somebody else may hold (`writes_fresh_output`),
-- the step that made the output needs it again in backward,
-- `torch.compile` fuses steps by itself, or `torch.jit.trace` records them, which it cannot of such a function,
-- a transform of functorch, or autocast, is at work (`in_place`).
-
-There the methods compute the plain expression, which gives the same numbers.
-
-Each kernel is one function. Where something needs a gradient it calls a `torch.autograd.Function`, whose call costs 5 to
-10 µs; elsewhere, as in inference, it does the same without.
+Each kernel is one function. Where something needs a gradient it calls a `torch.autograd.Function`, whose call
+costs 5 to 10 µs; elsewhere, as in inference, it does the same without.
 """
 
 from __future__ import annotations
@@ -19,49 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
-from torch.compiler import is_compiling
 
 from ..architecture.rows import Rows
 from ..errors import MedpeftError
 from .adapter import along
-
-# Looked up once: these are asked in every forward of every adapted layer.
-_is_tracing = torch._C._is_tracing
-_transforms = torch._C._functorch.peek_interpreter_stack
-_autocasts_anywhere = torch._C._is_any_autocast_enabled
-
-_FULL_PRECISION = (torch.float32, torch.float64)
-_STOCK = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-
-
-def writes_fresh_output(layer: nn.Module) -> bool:
-    """Whether the layer's forward is torch's own: nobody else holds its output, and its backward does not need it."""
-    return type(layer).forward in _STOCK
-
-
-def in_place(y: Tensor) -> bool:
-    """Whether a kernel may write into `y`: in eager mode, and if the step that made `y` does not need it again."""
-    if not eager(y):
-        return False
-    step = y.grad_fn
-    return step is None or not _keeps_its_output(step)
-
-
-def eager(x: Tensor) -> bool:
-    """Whether what is done to `x` is done as it is written: not compiled, traced, transformed or cast by autocast."""
-    if is_compiling() or _is_tracing() or _transforms() is not None or x.dtype not in _FULL_PRECISION:
-        return False
-    # To ask about one kind of device costs as much as a small operation.
-    return not _autocasts_anywhere() or not torch.is_autocast_enabled(x.device.type)
-
-
-def _keeps_its_output(step: Any) -> bool:
-    """Whether a step needs its own output in backward, as SSF does where it comes before another adapter."""
-    # torch's own steps, sigmoid for one, name it `result`.
-    return hasattr(type(step), "_saved_result") or getattr(step, "invertible", False)
 
 
 def _any_needs_gradient(*tensors: Tensor) -> bool:
@@ -87,7 +44,7 @@ def add_low_rank(
         down: A, (r, I); of parts one after the other, (parts·r, I).
         up: B, (O, r); of parts one after the other, (channels of the parts, r).
         scale: s.
-        parts: Parts of a fused projection, of which each has its own A and B; without any, all of `y` is added to.
+        parts: Parts of a fused projection, each with its own A and B; without any, all of `y` changes.
     """
     if torch.is_grad_enabled() and _any_needs_gradient(y, x, down, up):
         return _add_low_rank_with_gradients(y, x, down, up, scale, parts)
@@ -119,7 +76,8 @@ def _add_low_rank_with_gradients(
 class AddLowRank(torch.autograd.Function):
     """`add_low_rank` with gradients, for one part; keeps x and A·xᵀ.
 
-    The product is made as (r, N): skinny matrix products over N run several times faster along their long side.
+    The product is made as (r, N): skinny matrix products over N run several times faster along their long
+    side.
     """
 
     @staticmethod
@@ -264,7 +222,7 @@ def _by_channel(y: Tensor, axis: int) -> Tensor:
 
 
 def _is_above(scale: Tensor, smallest: float) -> bool:
-    """Whether every |γ| is at least `smallest`; assumed of a γ without values, on meta or while costs are counted."""
+    """Whether every |γ| is at least `smallest`; assumed of a γ without values (meta, or fake)."""
     return scale.is_meta or is_fake(scale) or bool(scale.detach().abs().min() >= smallest)
 
 
@@ -280,8 +238,8 @@ def _saved_by(ctx: Any) -> tuple[Tensor, Tensor, Tensor]:
         if "inplace" not in str(error):
             raise
         raise MedpeftError(
-            "The model changed the output of a layer that 'ssf' adapts in place, and its gradient needs it: pass "
-            f"keep_outputs=True to 'ssf'. torch says: {error}"
+            "The model changed the output of a layer that 'ssf' adapts in place, and its gradient needs it: "
+            f"pass keep_outputs=True to 'ssf'. torch says: {error}"
         ) from error
     return kept, scale, shift
 

@@ -73,14 +73,16 @@ class ConvAdapter(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute y + α ⊙ up(relu(down(x))), or of y where the form is sequential."""
-        source = cast(x if self.form == "parallel" else y, self.down)
-        hidden = self.geometry.convolve(source, self.down, groups=len(self.down)).relu()
+        source = x
+        if self.form == "sequential":
+            source = y
+        hidden = self.geometry.convolve(cast(source, self.down), self.down, groups=len(self.down)).relu()
         change = self.geometry.pointwise(hidden, self.scale[:, None] * self.up, strided=False)
         return y + change.to(y.dtype)
 
 
 def _keeping_size(geometry: Geometry) -> Geometry:
-    """The geometry of a convolution with the same kernel that slides over its input step by step and keeps its size."""
+    """Make the geometry of a convolution with the same kernel that goes step by step and keeps the size."""
     ones = (1,) * geometry.dims
     before = tuple((size - 1) // 2 for size in geometry.kernel)
     after = tuple(size // 2 for size in geometry.kernel)

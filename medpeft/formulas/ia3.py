@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import ON_INPUT, ON_OUTPUT, ON_WEIGHT, Adapter, along
-from ..adapters.kernels import in_place, scale_shift, writes_fresh_output
+from ..adapters.adapter import ON_INPUT, ON_OUTPUT, Adapter, along
+from ..adapters.in_place import in_place, writes_fresh_output
+from ..adapters.kernels import scale_shift
 from ..adapters.registry import register
 from ..architecture.blocks import feed_forwards
 from ..architecture.layers import channel_axis
@@ -37,18 +38,21 @@ class IA3(Adapter):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.rows = site.rows
-        self.scales_input = not set(site.parts) & set("kv")
-        if self.acts_on != ON_WEIGHT:
-            self.acts_on = ON_INPUT if self.scales_input else ON_OUTPUT
         self.axis, self.groups = channel_axis(site.layer), getattr(site.layer, "groups", 1)
+        self.scales_input = not set(site.parts) & set("kv")
         outputs, inputs = site.host.shape[:2]
-        channels = inputs * self.groups if self.scales_input else sum(part_sizes(site.rows, outputs))
+        if self.scales_input:
+            place, channels = ON_INPUT, inputs * self.groups
+        else:
+            place, channels = ON_OUTPUT, sum(part_sizes(site.rows, outputs))
+        if not site.only_weight:
+            self.acts_on = place
         self.scale = nn.Parameter(torch.ones(channels))
         self.fresh = writes_fresh_output(site.layer) and not site.draft.overwritten
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
-        """Yield what makes keys or values, and the last layer of every MLP; with a target, any linear layer or convolution."""
+        """Yield what makes keys or values, and the last layer of every MLP; with a target, any other layer too."""
         last_layers = {mlp.last for mlp in feed_forwards(network)}
         for site in network.sites("linear", "conv"):
             # A batch norm right after it would undo the scale.
@@ -71,7 +75,7 @@ class IA3(Adapter):
         return (y * along(scale, y, self.axis)).to(y.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Compute W·diag(l) of what is scaled at its input; else diag(l)·W and l ⊙ b in the rows of keys and values."""
+        """Compute W·diag(l) where the input is scaled; else diag(l)·W and l ⊙ b, in the rows of keys and values."""
         assert weight is not None
         if self.scales_input:
             by_group = weight.unflatten(0, (self.groups, -1))  # (O, I / G, …) → (G, O / G, I / G, …)

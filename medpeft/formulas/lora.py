@@ -1,6 +1,8 @@
 """LoRA: a low-rank change of the weight.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022), arXiv 2106.09685, Eq. 3. Options from:
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (ICLR 2022), arXiv 2106.09685, Eq. 3.
+
+Options from:
 
 - Kalajdzievski, rsLoRA (2023), arXiv 2312.03732
 - Liu et al., DoRA (2024), arXiv 2402.09353, Eq. 5 and 11
@@ -18,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapter import ON_WEIGHT, Adapter, cast
-from ..adapters.kernels import add_low_rank, add_pointwise, in_place, writes_fresh_output
+from ..adapters.in_place import in_place, writes_fresh_output
+from ..adapters.kernels import add_low_rank, add_pointwise
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry, slides_plainly
 from ..architecture.network import Network
@@ -36,16 +39,18 @@ from ..errors import MedpeftError, require, require_choice, require_positive
 class LoRA(Adapter):
     """A low-rank change of the weight: W + (α/r)·B·A, by default of every query and value projection.
 
-    A is (r, fan-in) and B (out, r), on the weight taken as a matrix. In a fused projection every adapted part has its own.
-    A convolution runs as two: A at the host's stride, padding and dilation on each of its groups, then B as 1×1.
+    A is (r, fan-in) and B (out, r), on the weight taken as a matrix. In a fused projection every adapted part
+    has its own. A convolution runs as two: A at the host's stride, padding and dilation on each of its groups,
+    then B as 1×1.
 
     Args:
         site: A linear, convolution or embedding layer, or the `in_proj_weight` of an attention.
         rank: r.
         alpha: α; r if None.
         dropout: Probability of dropping an element of the input of A.
-        init: "kaiming": A from Kaiming-uniform(√5) and B zero. "pissa" and "olora": both from W's singular vectors or its QR
-            decomposition. Their product is then subtracted, so that the base weight keeps its bits.
+        init: "kaiming": A from Kaiming-uniform(√5) and B zero. "pissa", "olora": both from W's singular
+            vectors or its QR decomposition. Their product is then subtracted, so that the base weight keeps
+            its bits.
         rslora: Scale by α/√r.
         dora: Learn the norm of every output row apart from its direction; the norm is a constant in backward.
         freeze_a: Train B alone.
@@ -86,7 +91,7 @@ class LoRA(Adapter):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, parts: str = "qv") -> Iterator[Site]:
-        """The chosen parts (of q, k, v and the output projection o) of every attention; every convolution of a CNN."""
+        """Yield the chosen parts (of q, k, v, and the output o) of every attention; every convolution of a CNN."""
         require(bool(parts) and set(parts) <= set("qkvo"), f"parts={parts!r} must be letters of 'qkvo'.")
         convolutional = not network.attentions
         for site in network.sites("linear", "conv", "transposed", "embedding"):
@@ -123,7 +128,8 @@ class LoRA(Adapter):
         """Choose between the output and the weight, and whether the output is written into."""
         grouped = self.geometry is not None and self.geometry.groups > 1
         slides_oddly = site.kind == "conv" and not slides_plainly(site.layer)
-        # A grouped convolution's weight is small. A on every group costs ten times the step of a depthwise network.
+        # A grouped convolution's weight is small. A on every group costs ten times the step of a depthwise
+        # network.
         if dora or site.kind == "transposed" or slides_oddly or (grouped and not self.drops):
             self.acts_on = ON_WEIGHT
         require(
@@ -229,7 +235,7 @@ def _scale(rank: int, alpha: float | None, rslora: bool) -> float:
 
 
 def _leading_factors(matrix: Tensor, rank: int, init: str) -> tuple[Tensor, Tensor]:
-    """B and A from the leading singular triplets ("pissa"), or from the first columns of Q and rows of R ("olora")."""
+    """B and A from the leading singular triplets, or from the first columns of Q and rows of R ("olora")."""
     if rank > min(matrix.shape):
         raise MedpeftError(
             f"rank={rank} is more than a weight of {tuple(matrix.shape)} has: use init='kaiming'."

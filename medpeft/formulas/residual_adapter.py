@@ -18,6 +18,8 @@ from ..architecture.site import Site
 from ..errors import require_choice
 from .tsa import TSA, fits_beside
 
+_TSA_FORMS = {"parallel": "matrix", "series": "series"}
+
 
 @register(
     "residual_adapter",
@@ -35,7 +37,7 @@ class ResidualAdapter(TSA):
     """
 
     def __init__(self, site: Site, *, form: str = "parallel") -> None:
-        super().__init__(site, form="matrix" if form == "parallel" else "series")
+        super().__init__(site, form=_TSA_FORMS[form])
         self.bias = None
 
     @classmethod

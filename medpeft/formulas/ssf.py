@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import ON_WEIGHT, Adapter, along
-from ..adapters.kernels import in_place, scale_shift, writes_fresh_output
+from ..adapters.in_place import in_place, writes_fresh_output
+from ..adapters.kernels import scale_shift
 from ..adapters.registry import register
 from ..architecture.layers import channel_axis, is_scaling_norm, norm_channels
 from ..architecture.network import Network

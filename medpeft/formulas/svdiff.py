@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from ..adapters.adapter import ON_WEIGHT, FlexibleAdapter, along, cast
-from ..adapters.kernels import eager, writes_fresh_output
+from ..adapters.in_place import eager, writes_fresh_output
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry
 from ..architecture.network import Network

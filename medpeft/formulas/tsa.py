@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import ON_WEIGHT, Adapter, cast
-from ..adapters.kernels import in_place, writes_fresh_output
+from ..adapters.adapter import ON_WEIGHT, Adapter, along, cast
+from ..adapters.in_place import in_place, writes_fresh_output
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry
 from ..architecture.layers import CONVS, in_body
@@ -44,58 +44,74 @@ class TSA(Adapter):
         self.geometry = Geometry.of(site.layer)  # type: ignore[arg-type]  # its sites are convolutions
         self.form, self.dense = form, dense and self.geometry.groups > 1
         outputs, inputs = site.host.shape[:2]
-        self.alpha = nn.Parameter(self._initial_alpha(outputs, inputs, init, dense))
-        self.bias = nn.Parameter(torch.zeros(outputs)) if form == "series" else None
+        self.alpha = nn.Parameter(torch.zeros(self._shape_of_alpha(outputs, inputs)))
+        if init == "eye":
+            self._start_at_identity(1e-4)
+        self.bias: nn.Parameter | None = None
+        if form == "series":
+            self.bias = nn.Parameter(torch.zeros(outputs))
         # Beside a 1×1 convolution, one convolution with W + α costs less than two.
         beside_1x1 = form == "matrix" and set(self.geometry.kernel) == {1} and not self.dense
         if beside_1x1 and self.geometry.centre is not None:
             self.acts_on = ON_WEIGHT
         self.fresh = writes_fresh_output(site.layer)
 
-    def _initial_alpha(self, outputs: int, inputs: int, init: str, dense: bool) -> Tensor:
-        """Zeros, or the official 1e-4 where an output channel meets its own input channel."""
-        small = 1e-4 if init == "eye" else 0.0
+    def _shape_of_alpha(self, outputs: int, inputs: int) -> tuple[int, ...]:
         match self.form:
             case "vector":
-                return torch.full((outputs,), small)
+                return (outputs,)
             case "series":
-                return torch.zeros(outputs, outputs)
-        groups = 1 if dense else self.geometry.groups
-        columns = inputs * self.geometry.groups if dense else inputs
-        return small * _eye(torch.zeros(outputs, columns), groups)
+                return (outputs, outputs)
+        if self.dense:
+            return (outputs, inputs * self.geometry.groups)
+        return (outputs, inputs)
+
+    @torch.no_grad()
+    def _start_at_identity(self, size: float) -> None:
+        """Set α to `size` where an output channel meets its own input channel; a series stays at zero."""
+        if self.form == "vector":
+            self.alpha.fill_(size)
+        if self.form == "matrix":
+            self.alpha.add_(size * _eye(self.alpha, self._groups))
+
+    @property
+    def _groups(self) -> int:
+        """Groups of channels in α."""
+        if self.dense:
+            return 1
+        return self.geometry.groups
 
     @classmethod
     def sites(
         cls, network: Network, *, targeted: bool = False, sites: str = "body", form: str = "matrix"
     ) -> Iterator[Site]:
-        """Yield the convolutions of residual blocks without shortcuts ("body"), the 3×3 of them ("3x3"), or all."""
+        """Yield the convolutions of residual blocks ("body"), the 3×3 of them ("3x3"), or all."""
         require_choice("sites", sites, ("body", "3x3", "all"))
         require_choice("form", form, ("matrix", "vector", "series"))
         for site in network.sites("conv"):
             if not isinstance(site.layer, CONVS) or not fits_beside(site.layer, form):
                 continue
-            wanted = targeted or sites == "all" or in_body(site.name, network.modules)
-            if wanted and (sites != "3x3" or set(site.layer.kernel_size) == {3}):
+            anywhere = targeted or sites == "all"
+            if not anywhere and not in_body(site.name, network.modules):
+                continue
+            if sites != "3x3" or set(site.layer.kernel_size) == {3}:
                 yield site
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute y + α∗x, or y + A·y + b in a series, (N, O, …)."""
+        channel_axis = -1 - self.geometry.dims
         if self.form == "vector":
             seen = self.geometry.subsample(cast(x, self.alpha))
-            return y + (seen * self._per_channel(self.alpha)).to(y.dtype)
+            return y + (seen * along(self.alpha, seen, channel_axis)).to(y.dtype)
         if self.form == "series":
             change = self.geometry.pointwise(cast(y, self.alpha), self.alpha, strided=False)
             if self.bias is not None:
-                change = change + self._per_channel(self.bias)
+                change = change + along(self.bias, change, channel_axis)
             return y + change.to(y.dtype)
-        groups = 1 if self.dense else self.geometry.groups
-        change = self.geometry.pointwise(cast(x, self.alpha), self.alpha, groups).to(y.dtype)
+        change = self.geometry.pointwise(cast(x, self.alpha), self.alpha, self._groups).to(y.dtype)
         if self.fresh and in_place(y):
             return y.add_(change)
         return y + change
-
-    def _per_channel(self, values: Tensor) -> Tensor:
-        return values.view(-1, *[1] * self.geometry.dims)  # (C,) → (C, 1, …)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Add α to W at the tap that sees what α sees; in a series, W + A·W and b + A·b + shift."""

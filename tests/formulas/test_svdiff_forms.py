@@ -1,5 +1,8 @@
 """An adapter computes the same in each of its forms, and switches only where they are the same."""
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,9 +33,29 @@ def adapted(kind, method="svdiff", **options):
     return model, x
 
 
+FACES = {"weight": "merged", "output": "forward", "compute": "compute"}
+
+
 def form(model, x):
-    layer, adapters = next((layer, adapters) for _, layer, adapters in adapted_layers(model))
-    return [form for _, form in adapters.forms(layer, x)]
+    """How each adapter of the adapted layer acts on `x`, by the faces that its forward calls, in order."""
+    acted = []
+
+    def noted(form, face):
+        def call(*args):
+            acted.append(form)
+            return face(*args)
+
+        return call
+
+    _, layer, adapters = next(iter(adapted_layers(model)))
+    with contextlib.ExitStack() as stack:
+        for _, adapter in adapters.adapters():
+            for form, name in FACES.items():
+                if hasattr(adapter, name):
+                    face = noted(form, getattr(adapter, name))
+                    stack.enter_context(mock.patch.object(adapter, name, face))
+        layer(x)
+    return acted
 
 
 def gradients(y, *inputs):
@@ -44,7 +67,7 @@ def test_factors_give_the_output_and_gradients_of_the_written_out_formula(kind):
     model, x = adapted(kind)
     layer = model[0]
     adapter = layer.adapters["svdiff"]
-    assert form(model, x) == ["factors"]
+    assert form(model, x) == ["compute"]
 
     y = layer(x)
 
@@ -81,7 +104,7 @@ def test_factors_keep_less_for_backward_than_a_weight_built_of_them():
 
 def test_a_weight_that_was_loaded_after_apply_is_not_taken_for_its_old_factors():
     model, x = adapted("linear")
-    assert form(model, x) == ["factors"]
+    assert form(model, x) == ["compute"]
 
     with torch.no_grad():
         model[0].weight.add_(torch.randn(20, 12, dtype=torch.float64))
@@ -108,9 +131,26 @@ def test_another_adapter_on_the_weight_rules_factors_out():
     assert (model(x) - expected).abs().max() < 1e-12
 
 
+def test_a_later_adapter_sees_the_changed_weight_in_training_in_inference_and_merged():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(600, 600).double())
+    medpeft.apply(model, "svdiff+lora", target="0", head=None, rank=2, dora=True)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".adapters." in name:
+                p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(3, 600, dtype=torch.float64)
+    trained = model(x)
+    with torch.no_grad():
+        assert form(model, x) == ["weight", "weight"]
+        assert (model(x) - trained).abs().max() < 1e-10
+        with medpeft.merged(model):
+            assert (model(x) - trained).abs().max() < 1e-10
+
+
 def test_an_adapter_on_the_output_follows_the_factors():
     model, x = adapted("linear", "svdiff+ssf")
-    assert form(model, x) == ["factors", "output"]
+    assert form(model, x) == ["compute", "output"]
     with torch.no_grad():
         expected = model(x)
     assert (model(x) - expected).abs().max() < 1e-12
@@ -130,11 +170,11 @@ def test_copies_and_moves_keep_the_factors():
 
     model, x = adapted("linear")
     twin = copy.deepcopy(model)
-    assert form(twin, x) == ["factors"]
+    assert form(twin, x) == ["compute"]
     assert torch.equal(twin(x), model(x))
 
 
 def test_an_input_that_its_maker_needs_again_is_no_obstacle():
     model, x = adapted("conv")
-    assert form(model, torch.relu(x)) == ["factors"]
-    assert form(model, torch.sigmoid(x)) == ["factors"]
+    assert form(model, torch.relu(x)) == ["compute"]
+    assert form(model, torch.sigmoid(x)) == ["compute"]

@@ -1,0 +1,52 @@
+"""May an adapter write into its layer's output?
+
+A frozen layer does not need its own output again, so it may, unless
+
+- the layer has a forward of its own, whose output somebody else may hold,
+- the step that made the output needs it again in backward,
+- `torch.compile` fuses steps by itself, or `torch.jit.trace` records them, which it cannot of our kernels,
+- a transform of functorch or autocast changes what the steps do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+# Looked up once: these are asked in every forward of every adapted layer.
+_is_tracing = torch._C._is_tracing
+_transforms = torch._C._functorch.peek_interpreter_stack
+_autocasts_anywhere = torch._C._is_any_autocast_enabled
+
+_FULL_PRECISION = (torch.float32, torch.float64)
+_STOCK = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+def writes_fresh_output(layer: nn.Module) -> bool:
+    """Whether the layer's forward is torch's own, whose output nobody else holds and its backward does not need."""
+    return type(layer).forward in _STOCK
+
+
+def in_place(y: Tensor) -> bool:
+    """Whether a kernel may write into `y` at this moment: see above for all but the layer."""
+    if not eager(y):
+        return False
+    step = y.grad_fn
+    return step is None or not _keeps_its_output(step)
+
+
+def eager(x: Tensor) -> bool:
+    """Whether what is done to `x` is done as written: not compiled, traced, transformed or cast by autocast."""
+    if is_compiling() or _is_tracing() or _transforms() is not None or x.dtype not in _FULL_PRECISION:
+        return False
+    # To ask about one kind of device costs as much as a small operation.
+    return not _autocasts_anywhere() or not torch.is_autocast_enabled(x.device.type)
+
+
+def _keeps_its_output(step: Any) -> bool:
+    """Whether a step needs its own output in backward, as SSF does where it comes before another adapter."""
+    # torch's own steps, sigmoid for one, name it `result`.
+    return hasattr(type(step), "_saved_result") or getattr(step, "invertible", False)
