@@ -27,12 +27,16 @@ _STOCK = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.for
 
 def writes_fresh_output(layer: nn.Module) -> bool:
     """Whether the layer's forward is torch's own, whose output nobody else holds and its backward does not need."""
-    return type(layer).forward in _STOCK
+    if type(layer).forward not in _STOCK:
+        return False
+    # accelerate keeps the layer's own forward aside; any other forward on the instance may keep its output.
+    return "forward" not in layer.__dict__ or "_old_forward" in layer.__dict__
 
 
 def in_place(y: Tensor) -> bool:
     """Whether a kernel may write into `y` at this moment: see above for all but the layer."""
-    if not eager(y):
+    # A full backward hook on an adapter hands it views, which torch lets nobody write into.
+    if not eager(y) or y._is_view():
         return False
     step = y.grad_fn
     return step is None or not _keeps_its_output(step)
