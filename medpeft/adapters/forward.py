@@ -205,6 +205,8 @@ def _run(
     kwargs: dict[str, Any],
 ) -> Any:
     """Run the layer's plain forward, on changed tensors of its own and of the layers whose weights it reads."""
+    if not tensors and wiring.is_plain:
+        return type(layer).forward(layer, *args, **kwargs)
     changes: dict[str, Mapping[str, Any]] = {}
     if tensors or wiring.overrides:
         changes[""] = {**tensors, **wiring.overrides}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd.function import once_differentiable
 
-from ..architecture.rows import Rows
+from ..architecture.rows import EvenRows, Rows
 from ..errors import MedpeftError
 from .adapter import along
 
@@ -34,7 +34,13 @@ def _sum_but(grad: Tensor, axis: int) -> Tensor:
 
 
 def add_low_rank(
-    y: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float, parts: tuple[Rows, ...] = ()
+    y: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    parts: tuple[Rows, ...] = (),
+    even: EvenRows | None = None,
 ) -> Tensor:
     """Add s·(x·Aᵀ)·Bᵀ to `y` in place.
 
@@ -44,11 +50,14 @@ def add_low_rank(
         down: A, (r, I); of parts one after the other, (parts·r, I).
         up: B, (O, r); of parts one after the other, (channels of the parts, r).
         scale: s.
-        parts: Parts of a fused projection, each with its own A and B; without any, all of `y` changes.
+        parts: Parts of a fused projection, each with its own A and B; without any, all of `y` is added to.
+        even: The same parts, where they are of one size at even distances: one product then does for all.
     """
     if torch.is_grad_enabled() and _any_needs_gradient(y, x, down, up):
         return _add_low_rank_with_gradients(y, x, down, up, scale, parts)
     hidden = F.linear(down, x.reshape(-1, x.shape[-1]))  # (parts·r, I), (N, I) → (parts·r, N)
+    if even is not None:
+        return _add_low_rank_to_even_parts(y, hidden, up, scale, even)
     channels = y.view(-1, y.shape[-1]).t()  # (…, O) → (O, N)
     if not parts:
         channels.addmm_(up, hidden, alpha=scale)
@@ -58,6 +67,19 @@ def add_low_rank(
         parts, up.split(sizes), hidden.chunk(len(parts)), strict=True
     ):
         channels.narrow(0, part.start, part.size).addmm_(up_of_part, hidden_of_part, alpha=scale)
+    return y
+
+
+def _add_low_rank_to_even_parts(
+    y: Tensor, hidden: Tensor, up: Tensor, scale: float, even: EvenRows
+) -> Tensor:
+    channels, tokens, rank = y.shape[-1], hidden.shape[1], up.shape[1]
+    # (…, O) → (parts, size, N): the channels of every part, with the tokens along the last axis
+    parts = y.as_strided(
+        (even.parts, even.size, tokens), (even.distance, 1, channels), y.storage_offset() + even.start
+    )
+    ups = up.view(even.parts, even.size, rank)  # (parts·size, r) → (parts, size, r)
+    parts.baddbmm_(ups, hidden.view(even.parts, rank, tokens), alpha=scale)  # (parts·r, N) → (parts, r, N)
     return y
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,27 @@ class Rows:
             first = group * total + self.start
             indices += range(first, first + self.size)
         return indices
+
+
+class EvenRows(NamedTuple):
+    """Parts of one size at even distances: the first channel, the distance, the size, and how many there are."""
+
+    start: int
+    distance: int
+    size: int
+    parts: int
+
+
+def evenly_spaced(rows: tuple[Rows, ...]) -> EvenRows | None:
+    """Describe two or more parts by their distance; None where they are of several sizes or distances."""
+    if len(rows) < 2:
+        return None
+    distance = rows[1].start - rows[0].start
+    for i, row in enumerate(rows):
+        is_even = row.start == rows[0].start + i * distance and row.size == rows[0].size and row.groups == 1
+        if not is_even:
+            return None
+    return EvenRows(rows[0].start, distance, rows[0].size, len(rows))
 
 
 def part_sizes(rows: tuple[Rows, ...], channels: int) -> list[int]:

@@ -25,7 +25,7 @@ from ..adapters.kernels import add_low_rank, add_pointwise
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry, slides_plainly
 from ..architecture.network import Network
-from ..architecture.rows import part_sizes, place_channels, replace_rows, take_rows
+from ..architecture.rows import evenly_spaced, part_sizes, place_channels, replace_rows, take_rows
 from ..architecture.site import Site
 from ..errors import MedpeftError, require, require_choice, require_positive
 
@@ -76,6 +76,7 @@ class LoRA(Adapter):
         require_choice("init", init, ("kaiming", "pissa", "olora"))
         require(0.0 <= dropout < 1.0, f"dropout={dropout!r} must be at least 0 and below 1.")
         self.rank, self.kind, self.rows = rank, site.kind, site.rows
+        self.even_rows = evenly_spaced(site.rows)
         self.scale = _scale(rank, alpha, rslora)
         self.drops, self.dropout = dropout > 0, nn.Dropout(dropout)
         self.geometry: Geometry | None = None
@@ -144,11 +145,12 @@ class LoRA(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + s·B·A·drop(x), in the channels of the chosen parts."""
-        if self.simple and x.dtype == y.dtype == self.down.dtype and in_place(y):
-            return self._add_in_place(x, y)
+        down, up = self.down, self.up
+        if self.simple and x.dtype == y.dtype == down.dtype and in_place(y):
+            return self._add_in_place(x, y, down, up)
         if self.kind != "embedding":
-            x = self.dropout(cast(x, self.down))
-        change = self._change(x, self.down, self.up, y.dtype)
+            x = self.dropout(cast(x, down))
+        change = self._change(x, down, up, y.dtype)
         if self.starts_from_weight:
             change = change - self._change(x, self.down_start, self.up_start, y.dtype)
         channel_axis = -1
@@ -156,14 +158,14 @@ class LoRA(Adapter):
             channel_axis = 1
         return y + place_channels(change, self.rows, y, channel_axis)
 
-    def _add_in_place(self, x: Tensor, y: Tensor) -> Tensor:
+    def _add_in_place(self, x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """Add the change to `y`, part by part."""
         if self.drops:
             x = self.dropout(x)
         if self.geometry is not None:
-            hidden = self.geometry.convolve(x, self._as_kernel(self.down))
-            return add_pointwise(y, hidden, self.up, self.scale)
-        return add_low_rank(y, x, self.down, self.up, self.scale, self.rows)
+            hidden = self.geometry.convolve(x, self._as_kernel(down))
+            return add_pointwise(y, hidden, up, self.scale)
+        return add_low_rank(y, x, down, up, self.scale, self.rows, self.even_rows)
 
     def _change(self, x: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
         """s·B·A·x, the channels of the parts one after the other."""
