@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, Handover, SecondPlace
+from ..adapters.adapter import Adapter, SecondPlace
+from ..adapters.handover import Handover
 from ..adapters.registry import register
 from ..architecture.blocks import branches
 from ..architecture.network import Network
