@@ -1,4 +1,4 @@
-"""How a convolution slides: what its adapter must repeat, and where a 1×1 kernel falls in the layer's own."""
+"""Geometry of a convolution: its adapter must slide likewise, and a 1×1 kernel falls on one of its taps."""
 
 from __future__ import annotations
 

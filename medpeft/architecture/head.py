@@ -63,7 +63,7 @@ def _by_name(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _by_timm(model: nn.Module) -> tuple[str, ...]:
-    """The classifiers that timm's `get_classifier` gives, and what belongs to them."""
+    """Name the classifiers from timm's `get_classifier`, and their parts."""
     classifiers = model.get_classifier()  # type: ignore[operator]  # find_head has seen that it can be called
     if not isinstance(classifiers, (tuple, list, nn.ModuleList)):
         classifiers = (classifiers,)
@@ -110,7 +110,7 @@ def _children(model: nn.Module) -> str:
 
 
 def _with_parameters(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of the names that are modules of the model with parameters."""
+    """Keep the names of modules that exist in the model and have parameters."""
     return tuple(name for name in names if _has_parameters(model, name))
 
 

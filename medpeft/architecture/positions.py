@@ -116,7 +116,7 @@ def _from_inside(path: str, module: nn.Module, block: nn.Module) -> str:
 
 
 def _from_around(network: Network, name: str, given_rotations: bool) -> str:
-    """Reason in what a block is given, or holds itself, of biases and rotations."""
+    """Reason in the biases and rotations that a block is given or holds itself."""
     can_rotate = _leaves_added_tokens_unrotated(network.modules[name], given_rotations)
     for path in (name, *parents(name), ""):
         by = path or "the model"

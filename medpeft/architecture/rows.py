@@ -1,4 +1,7 @@
-"""The channels of some parts of a fused projection: take them out of its weight, put them back, add to them in its output."""
+"""Channels of some parts of a fused projection.
+
+They are taken out of its weight, put back into it, or changed in its output.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Grid(NamedTuple):
-    """How the patches of an image lie among the tokens: after how many others, and on what grid."""
+    """Position of an image's patches among the tokens: the number of tokens before them, and their grid."""
 
     prefix: int
     sizes: tuple[int, ...]
@@ -41,7 +41,7 @@ class Grid(NamedTuple):
 class Convpass(Adapter, TwoMatrices):
     """A convolution over the tokens beside every attention and MLP: y + s·up(act(conv(act(down(x))))).
 
-    x is what enters the attention or the MLP, (B, …, D), after the norm. The tokens of the patches are
+    x is the input of the attention or the MLP, (B, …, D), after the norm. The tokens of the patches are
     convolved as the image that they came from, 3 × 3 (3 × 3 × 3 in volumes); class and register tokens each
     as an image of one pixel.
 
@@ -62,7 +62,9 @@ class Convpass(Adapter, TwoMatrices):
         self.conv_bias = nn.Parameter(torch.zeros(bottleneck))
         self.add_up(bottleneck, self.layout.outputs)
         nn.init.xavier_uniform_(self.down, generator=site.generator)
-        nn.init.eye_(self._centre.detach())  # In the authors' code too, where it passes on what `down` gives.
+        nn.init.eye_(
+            self._centre.detach()
+        )  # In the authors' code too, where it passes on the output of `down`.
         self.dropout = nn.Dropout(dropout)
 
     @classmethod

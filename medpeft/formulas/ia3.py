@@ -24,14 +24,13 @@ from ..architecture.site import Site
 
 @register("ia3", hint="it scales the keys, values and MLPs of transformers. Try 'ssf' or 'lora'.")
 class IA3(Adapter):
-    """A scale of every key and value, and of every hidden channel of the MLP: l ⊙ K, l ⊙ V, and W₂·(l ⊙ γ(W₁·x)).
+    """A scale of keys, values and hidden channels of the MLP: l ⊙ K, l ⊙ V, and W₂·(l ⊙ γ(W₁·x)).
 
-    Where a parent adds a bias of its own to keys or values, as timm's BEiT does, the scale leaves that out. l
-    starts at one.
+    l starts at one. A bias that the parent adds to keys or values, as in timm's BEiT, is not scaled.
 
     Args:
-        site: A layer that makes keys or values, whose output is scaled; any other linear layer or
-            convolution: its input is.
+        site: A layer that makes keys or values, whose output is scaled, or any other linear layer or
+            convolution, whose input is scaled.
     """
 
     def __init__(self, site: Site) -> None:
@@ -48,7 +47,10 @@ class IA3(Adapter):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
-        """Yield what makes keys or values, and the last layer of every MLP; with a target, any linear layer or convolution."""
+        """Yield the projections of keys and values, and the last layer of every MLP.
+
+        With a target, yield every linear layer and convolution.
+        """
         last_layers = {mlp.last for mlp in feed_forwards(network)}
         for site in network.sites("linear", "conv"):
             # A batch norm right after it would undo the scale.
@@ -72,7 +74,7 @@ class IA3(Adapter):
         return (y * along(scale, y, self.axis)).to(y.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Compute W·diag(l) of what is scaled at its input; else diag(l)·W and l ⊙ b in the rows of keys and values."""
+        """Compute W·diag(l) for a scaled input, else diag(l)·W and l ⊙ b in the rows of keys and values."""
         assert weight is not None
         if self.scales_input:
             by_group = weight.unflatten(0, (self.groups, -1))  # (O, I / G, …) → (G, O / G, I / G, …)

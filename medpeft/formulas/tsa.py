@@ -32,7 +32,7 @@ class TSA(Adapter):
     Args:
         site: A convolution of I to O channels in G groups.
         form: "matrix" (α is (O, I / G), grouped like its host), "vector" (α is (O,), each channel onto
-            itself, for O = I), or "series" (y + A·y + b after the convolution, A being (O, O)).
+            itself, for O = I), or "series" (y + A·y + b after the convolution, where A is (O, O)).
         init: "zero", or "eye" for the official 1e-4·I; a series is the identity at either.
         dense: Let α of a grouped host mix all I channels; merging would make the host's weight dense, so it
             is refused.
@@ -68,14 +68,14 @@ class TSA(Adapter):
     def sites(
         cls, network: Network, *, targeted: bool = False, sites: str = "body", form: str = "matrix"
     ) -> Iterator[Site]:
-        """Yield the convolutions of residual blocks without shortcuts ("body"), the 3×3 of them ("3x3"), or all."""
+        """Yield the convolutions of residual blocks without shortcuts ("body"), only the 3×3 ones, or all."""
         require_choice("sites", sites, ("body", "3x3", "all"))
         require_choice("form", form, ("matrix", "vector", "series"))
         for site in network.sites("conv"):
             if not isinstance(site.layer, CONVS) or not fits_beside(site.layer, form):
                 continue
-            wanted = targeted or sites == "all" or in_body(site.name, network.modules)
-            if wanted and (sites != "3x3" or set(site.layer.kernel_size) == {3}):
+            in_scope = targeted or sites == "all" or in_body(site.name, network.modules)
+            if in_scope and (sites != "3x3" or set(site.layer.kernel_size) == {3}):
                 yield site
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class TSA(Adapter):
 
 
 def _eye(like: Tensor, groups: int) -> Tensor:
-    """Make a matrix (O, I / groups) with a one where an output channel meets the input channel of its number."""
+    """Make a matrix (O, I / groups) with a one where output and input channel have the same number."""
     outputs, columns = like.shape
     rows = torch.arange(outputs, device=like.device)
     group = rows // (outputs // groups)

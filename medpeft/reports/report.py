@@ -1,4 +1,4 @@
-"""What trains, in numbers: a table per method and per layer type."""
+"""Numbers of trainable parameters: a table per method and per layer type."""
 
 from __future__ import annotations
 
