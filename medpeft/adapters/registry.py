@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ..errors import MedpeftError, did_you_mean
+from ..errors import MedpeftError, did_you_mean, require
 from .adapter import Adapter
 
 Selector = Callable[..., bool]
@@ -47,6 +47,13 @@ class Method:
     decays: bool = True
     identity: bool = True
     unmergeable: str = ""
+
+    def __post_init__(self) -> None:
+        stray = [option for option in self.search if option not in self.options]
+        if stray:
+            raise MedpeftError(
+                f"{self.define.__name__} would search {', '.join(stray)}, which is none of its options."
+            )
 
     @property
     def summary(self) -> str:
@@ -100,8 +107,7 @@ def register(
         unmergeable: Reason why no weight ever computes the same, for the error of `merge`.
 
     Raises:
-        MedpeftError: the name is taken or cannot be written in `"a+b"`, or the object is neither kind or does
-            nothing.
+        MedpeftError: the name is taken or no identifier, or the object is no method or does nothing.
 
     Examples:
         >>> import medpeft
@@ -112,22 +118,15 @@ def register(
         >>> medpeft.methods()["first_layer"]
         'Everything in the module called `0`.'
     """
-    if not name.isidentifier():
-        raise MedpeftError(f"{name!r} cannot name a method: use letters, digits and underscores.")
+    require(name.isidentifier(), f"{name!r} cannot name a method: use letters, digits and underscores.")
 
     def add(define: Registered) -> Registered:
-        if name in _METHODS:
-            raise MedpeftError(f"A method called {name!r} is registered already: choose another name.")
+        taken = f"A method called {name!r} is registered already: choose another name."
+        require(name not in _METHODS, taken)
         site_options, adapter_options = _options_of(define)
-        options = {**site_options, **adapter_options}
-        stray = [option for option in search or {} if option not in options]
-        if stray:
-            raise MedpeftError(
-                f"{define.__name__} would search {', '.join(stray)}, which is none of its options."
-            )
         _METHODS[name] = Method(
-            name, define, options, frozenset(site_options), frozenset(adapter_options), hint,
-            search or {}, selects, fast, decays, identity, unmergeable,
+            name, define, {**site_options, **adapter_options}, frozenset(site_options),
+            frozenset(adapter_options), hint, search or {}, selects, fast, decays, identity, unmergeable,
         )  # fmt: skip
         return define
 

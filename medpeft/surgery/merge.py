@@ -91,12 +91,16 @@ def merge(
         forget(model)
     created = [item.full_name for item in merged_tensors if item.own is None]
     if created:
-        warnings.warn(
-            f"merge created {', '.join(created)}: the unadapted model has no such keys, so load this state "
-            f"into one that has (load_state_dict with strict=False would drop them).",
-            stacklevel=2,
-        )
+        warnings.warn(_warning_of_created(created), stacklevel=2)
     return model
+
+
+def _warning_of_created(names: list[str]) -> str:
+    """Write the warning that merging created tensors."""
+    return (
+        f"merge created {', '.join(names)}: the unadapted model has no such keys, so load this state "
+        f"into one that has (load_state_dict with strict=False would drop them)."
+    )
 
 
 def _put(item: Merged) -> None:
