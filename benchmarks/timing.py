@@ -118,7 +118,7 @@ def bytes_kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
 
 
 def where(args: argparse.Namespace, image_sizes: object = None) -> str:
-    """Describe in one line what the figures were measured on."""
+    """Describe the settings, the machine and the version of torch in one line."""
     machine = f"{platform.machine()} CPU, {args.threads} threads"
     if args.device != "cpu":
         machine = torch.cuda.get_device_name()

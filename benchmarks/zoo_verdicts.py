@@ -46,7 +46,7 @@ def verdicts(
         together = _attempt(model, example, "+".join(["full", *additive]))
         if together == {}:
             return by_method, []
-    # Full fine-tuning adds nothing: what is silent there, such as a mask token, is so without medpeft.
+    # Full fine-tuning adds nothing: a tensor without effect there, such as a mask token, has none anyway.
     unused = _attempt(model, example, "full")
     if isinstance(unused, str):
         return dict.fromkeys(methods, ("crashed", unused)), []

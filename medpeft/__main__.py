@@ -70,7 +70,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             warnings.showwarning = _warn
             answer: Answer = options.run(options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        # A MedpeftError, or what torch and timm make of an option.
+        # A MedpeftError, or an error of torch or timm about an option.
         print(f"medpeft: {error}", file=sys.stderr)
         return 1
     if options.json:

@@ -79,8 +79,8 @@ class Adapter(nn.Module):
     def sites(cls, network: Any, *, targeted: bool = False) -> Iterable[Any]:
         """Yield the sites that the method fits in a `Network`; options that choose sites come as keywords.
 
-        Without a target, the paper's sites; with one (`targeted`), every layer that fits, of which the target
-        then chooses.
+        Without a target these are the paper's sites. With one (`targeted`) they are all layers that fit, and
+        the target then chooses among them.
         """
         for site in network.sites():
             if isinstance(site.layer, cls.layers):

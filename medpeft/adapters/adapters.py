@@ -1,4 +1,4 @@
-"""The adapters of one layer: in which order they act, and in which they are merged."""
+"""The adapters of one layer, and their order in a forward and in merging."""
 
 from __future__ import annotations
 

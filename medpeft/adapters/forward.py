@@ -1,4 +1,4 @@
-"""How adapters get into a forward pass: an adapted layer's own `forward` does it all.
+"""Adapters in a forward pass: an adapted layer's own `forward` does it all.
 
 `layer.forward` is an attribute of the instance, a `functools.partial` of `adapted_forward`. The layer keeps
 its class, its parameters and every key of its `state_dict`.
@@ -151,7 +151,7 @@ def _run_flexibly(
     flexible: Any = adapters._modules[adapters.flexible]
     form = flexible.form(x, own_tensor(layer, flexible._weight))
     if form == "output":
-        tensors = adapted_tensors(layer, adapters, x, but=flexible)
+        tensors = adapted_tensors(layer, adapters, x, without=flexible)
         output = _run(layer, wiring, tensors, args, kwargs)
         return flexible(x, output)
     # The layer cannot be left out where another adapter changes its weight.
@@ -161,7 +161,7 @@ def _run_flexibly(
 
 
 def adapted_tensors(
-    layer: nn.Module, adapters: Adapters, x: Any = None, *, but: Adapter | None = None
+    layer: nn.Module, adapters: Adapters, x: Any = None, *, without: Adapter | None = None
 ) -> dict[str, Tensor]:
     """Compute the tensors of a layer that the adapters on its weight change, in the layer's own dtype.
 
@@ -169,11 +169,11 @@ def adapted_tensors(
         layer: The layer.
         adapters: Its adapters.
         x: Its input, if that is known.
-        but: An adapter to leave out, because it acts on the output this time.
+        without: An adapter to leave out, because it acts on the output this time.
     """
     on_weight: list[Any] = [adapters._modules[name] for name in adapters.on_weight]
-    if but is not None:
-        on_weight.remove(but)
+    if without is not None:
+        on_weight.remove(without)
     dtype, device = _dtype_and_device(layer, x)
     if autocasts(device):
         # A weight is adapted in its own precision, as merging does.

@@ -89,7 +89,7 @@ def wiring_of(layer: nn.Module) -> Wiring | None:
 
 
 def is_wired(layer: nn.Module) -> bool:
-    """Whether the layer's adapters reach its forward. A forward that someone wrapped around ours counts too."""
+    """Whether the layer's adapters reach its forward. A forward wrapped around ours counts too."""
     return wiring_of(layer) is not None or callable(layer.__dict__.get("forward"))
 
 

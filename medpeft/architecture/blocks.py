@@ -56,7 +56,7 @@ class Branches:
 
     @property
     def layout(self) -> Layout:
-        """Layout of what enters and leaves the block."""
+        """Layout of the block's input and output."""
         if channels_first(type(self.module)):  # type: ignore[arg-type]  # a class is hashable
             return replace(self.stream, axis=1)
         return self.stream
@@ -171,7 +171,7 @@ def _attention_ends(attention: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 
 def _layout(network: Network, name: str, sequence: int, first: nn.Module, last: nn.Module) -> Layout:
-    """Layout of what enters `first` and leaves `last`, two layers of the module of that name."""
+    """Layout of the input of `first` and the output of `last`, two layers of the named module."""
     inputs = _weight(first).shape[1]
     # The first convolution of the model, which cuts the image into patches, tells about images.
     embedding = next((module for module in network.modules.values() if is_conv(module)), None)

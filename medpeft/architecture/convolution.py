@@ -80,7 +80,7 @@ class Geometry:
 
     @property
     def centre(self) -> tuple[int, ...] | None:
-        """Tap of the kernel that sees what a 1×1 kernel of the same stride sees; None if no tap does."""
+        """Tap of the kernel where a 1×1 kernel of the same stride would lie; None if no tap does."""
         if not self.before:
             return (0,) * self.dims if set(self.kernel) == {1} else None
         taps = []

@@ -43,7 +43,7 @@ def find_head(model: nn.Module, head: Head = "auto") -> tuple[str, ...]:
         return _by_timm(model)
     match _library(model):
         case "diffusers" | "open_clip" | "timm":
-            # timm's classifiers have `get_classifier`: what has none is an encoder.
+            # timm's classifiers have `get_classifier`; a model without it is an encoder.
             return ()
         case "transformers":
             return _with_parameters(model, _TRANSFORMERS)
@@ -120,7 +120,7 @@ def _has_parameters(model: nn.Module, name: str) -> bool:
 
 
 def _library(model: nn.Module) -> str:
-    """The known library that the model's class, or the nearest of its bases, comes from; "" for none."""
+    """Name of the known library of the model's class, or of the nearest of its bases; "" for none."""
     for cls in type(model).__mro__:
         package = cls.__module__.partition(".")[0]
         if package in _LIBRARIES:

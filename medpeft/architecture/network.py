@@ -62,7 +62,7 @@ class TransformerBlock:
 
 
 class Network:
-    """Answers of a model to what methods ask about it, each found once.
+    """A model, with answers to the questions of methods about it. Each answer is found once.
 
     Attributes:
         model: The model.
@@ -148,7 +148,7 @@ class Network:
         return tuple(sorted(readers, key=lambda reader: (len(reader.name), reader.name)))
 
     def sites(self, *kinds: str) -> Iterator[Site]:
-        """Every place outside the head with a weight of one of these kinds, in the order of the model."""
+        """Yield every place outside the head with a weight of one of these kinds, in model order."""
         for name, module in self.modules.items():
             if self.inside(name, self.head):
                 continue
@@ -245,7 +245,7 @@ class Network:
         return {name: (_nearest(name, layers), _nearest(name, blocks)) for name in self.modules}
 
     def has_role(self, name: str, role: str) -> bool:
-        """Whether the layer has one of `ROLES`, itself or by what it belongs to."""
+        """Whether the layer has one of `ROLES`, itself or through a module around it."""
         if role == "attention":
             return bool(self.layer(name).attention)
         if role == "mlp":
@@ -264,7 +264,7 @@ def _nearest(name: str, places: set[str]) -> str:
 
 
 def _works_in_place(module: nn.Module) -> bool:
-    """Whether a module may change its input in place, by its own attribute or by what its `forward` does."""
+    """Whether a module may change its input in place, by its attribute `inplace` or its source."""
     inplace = getattr(module, "inplace", None)
     if inplace is not None:
         return inplace is True

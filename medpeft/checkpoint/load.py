@@ -193,7 +193,7 @@ def _record(model: nn.Module, header: Header, *, head: str, keep_base: bool | No
 
 
 def _new_record(model: nn.Module, header: Header, *, head: str, keep_base: bool | None) -> Applied:
-    """Complete the record in the file by what it says of this model."""
+    """Complete the record in the file by facts about this model."""
     record = saved_record(header)
     skipped = _skipped(record, head)
     record.selected = outside(record.selected, skipped)
@@ -219,7 +219,7 @@ def _expected(
         saved = Adapted.of(model).saved
         return saved, saved
     trained = dict(trained_tensors(model, record))
-    # Only shapes until the file was found to have them: its options may ask for any size.
+    # Only shapes, because the options in an unchecked file may ask for any size.
     with _options_from_file(record):
         shapes = dict(state_of_built(build(model, planned.sites, record, shapes_only=True)))
     return {**trained, **shapes}, trained

@@ -1,4 +1,4 @@
-"""Where a checkpoint is read from: a path or bytes."""
+"""The source of a checkpoint: a path or bytes."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def _since_apply(adapted: Adapted, optimizer: torch.optim.Optimizer | None) -> l
 
 
 def _without_effect(model: nn.Module, example: Any) -> tuple[list[WithoutEffect], list[str]]:
-    """Find the trainable tensors without effect, and what is worth a note."""
+    """Find the trainable tensors without effect, and make notes on the model."""
     without, notes = [], []
     is_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     try:

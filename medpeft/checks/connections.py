@@ -156,7 +156,7 @@ class Dataflow(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> Any:
-    """What holds the values of a tensor: its storage, or itself if it is sparse and has none."""
+    """Memory of a tensor: its storage, or the tensor itself if it is sparse and has none."""
     return tensor.untyped_storage() if tensor.layout == torch.strided else tensor
 
 

@@ -24,7 +24,7 @@ from .copies import cast_floats, copied, mapped, run, seed_everything, trainable
 # Relative effects too small to tell from rounding: in units of the output's precision, and in float64.
 _ROUNDING = 1e3
 _ZERO = 1e-11
-# Weights all below this shrink what comes before them to next to nothing.
+# Weights all below this shrink everything before them to next to nothing.
 _SMALL = 1e-3
 # Stochastic depth may skip a branch; four times in a row is not chance.
 _TRIES = 4
@@ -186,7 +186,7 @@ def _confirmed(model: nn.Module, example: Any, suspects: NamesByMode) -> list[Wi
 def _explained(trial: Trial, suspects: NamesByMode) -> list[WithoutEffect]:
     """Confirm suspects, then take one possible cause after the other away and see which let them act."""
     small, zeros = _shut_gates(trial.model)
-    # What acts behind a LayerScale of 1e-6 acts, but may be too small to tell.
+    # Behind a LayerScale of 1e-6 an effect may be too small to measure.
     _open(trial.model, small)
     confirmed = trial.remaining_without_effect(suspects)
     _open(trial.model, zeros)

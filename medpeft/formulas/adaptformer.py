@@ -100,7 +100,7 @@ class AdaptFormer(Adapter, TwoMatrices):
 
 
 class Entrance(SecondPlace):
-    """Second place of AdaptFormer: the norm before the MLP, or the MLP, whose input is the adapter's x."""
+    """Second place of AdaptFormer: the norm before the MLP, or the MLP. Its input is the adapter's x."""
 
     @property
     def first(self) -> AdaptFormer:

@@ -90,7 +90,7 @@ class Convpass(Adapter, TwoMatrices):
                     yield Site(branch.name, branch.module, "", "", layout=branch.layout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Compute y + s·up(act(conv(act(down(x))))), act being x·sigmoid(1.702·x)."""
+        """Compute y + s·up(act(conv(act(down(x))))), where act(x) = x·sigmoid(1.702·x)."""
         axis = self.layout.axis
         hidden = _act(self.narrow(x, axis))
         hidden = self.dropout(_act(self._convolved(hidden)))

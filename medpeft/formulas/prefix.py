@@ -177,7 +177,7 @@ def _is_sequence_like(x: Tensor, value: Any) -> bool:
 
 
 class Keys(SecondPlace):
-    """Second place of a prefix: a projection of keys, of values, or of both, into whose output it goes."""
+    """Second place of a prefix: a projection of keys, values or both, whose output receives the prefix."""
 
     def __init__(self, site: Site, first: Prefix) -> None:
         super().__init__(site, first)

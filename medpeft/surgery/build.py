@@ -92,8 +92,8 @@ def _require_acting(method: Method, site: Site, adapter: Adapter) -> None:
         reader = site.readers[0].name if site.readers else ""
         raise MedpeftError(
             f"{method.name!r} acts on the output of {site.name}, but {reader or 'its parent'} reads the "
-            "layer's weight without calling it, so the output never is: exclude it, or use a method that acts on "
-            "weights, such as 'lora'."
+            "layer's weight without calling it, so the output never is: exclude it, or use a method that "
+            "acts on weights, such as 'lora'."
         )
     replaced = site.layer.__dict__.get("forward")
     acts_on_weight = "weight" in adapter.acts_on

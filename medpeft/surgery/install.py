@@ -69,14 +69,14 @@ def _wirings(model: nn.Module, built: list[Built]) -> Iterator[tuple[nn.Module, 
             if reader.path not in paths_of_reader:
                 paths_of_reader.append(reader.path)
     apart = {module for module in modules.values() if trains_apart(module)}
-    slow = {
+    unfused = {
         module
         for name, module in modules.items()
         if has_fused_path(module) and _bypasses(module, name, built)
     }
-    for module in [*reads, *(apart | slow).difference(reads)]:
+    for module in [*reads, *(apart | unfused).difference(reads)]:
         paths = tuple(reads.get(module, ()))
-        overrides = _WITH_A_HOOK if module in slow else {}
+        overrides = _WITH_A_HOOK if module in unfused else {}
         yield module, Wiring(module is model, paths, overrides=overrides, apart=module in apart)
 
 
