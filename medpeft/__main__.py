@@ -1,7 +1,7 @@
 """The command `medpeft`: answers about a timm architecture or a checkpoint, without a script.
 
 Exit codes:
-0  it succeeded, also if the reader of the output closed it early (`medpeft methods | head -1`);
+0  what was asked for holds, also if the reader of the output closed it early (`medpeft methods | head -1`);
 1  it failed, and the reason is on stderr;
 2  the command cannot be understood.
 """

@@ -62,7 +62,7 @@ class Adapters(nn.ModuleDict):
         inputs = [name for name in self.entering if name not in self.leaving and name not in self.on_weight]
         by_name = dict(self.adapters())
         in_order = [by_name[name] for name in (*self.on_weight, *self.leaving, *reversed(inputs))]
-        # The second place of an adapter has no weight to change: the first says whether it can be merged.
+        # A second place has no weight to change: the first place decides whether it can be merged.
         return [adapter for adapter in in_order if not isinstance(adapter, SecondPlace)]
 
     def adapted_tensors(self, layer: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Tensor]:

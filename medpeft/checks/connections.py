@@ -24,7 +24,7 @@ _REENTRANT = (
     "reentrant checkpointing gives no gradient to what it runs on frozen inputs; use "
     "checkpoint(…, use_reentrant=False), or let its input require a gradient"
 )
-# What torch warns of.
+# Part of the warning that torch gives for reentrant checkpointing.
 _REENTRANT_WARNING = "None of the inputs have requires_grad=True"
 
 Modes = tuple[str, ...]

@@ -141,7 +141,7 @@ class Trial:
         except Exception as error:
             kind, reason = type(self.model).__name__, f"{type(error).__name__}: {error}"
             raise MedpeftError(f"{kind} does not run on example_input in {mode} mode: {reason}") from error
-        # On a GPU it may have drawn there.
+        # Draws from a GPU's generator do not change the CPU's, so with CUDA they are assumed.
         if torch.cuda.is_initialized() or not torch.equal(before, torch.get_rng_state()):
             self.draws = True
         self.precision = max(torch.finfo(output.dtype).eps for output in outputs)

@@ -121,7 +121,7 @@ class Convpass(Adapter, TwoMatrices):
     def _in_row(self, hidden: Tensor) -> Tensor:
         """Convolve the patches, and apart from them every other token: (B, N, h) → (B, N, h)."""
         grid = self._find_grid(hidden.shape[1])
-        # Of a kernel on an image of one pixel, all but the centre sees padding.
+        # On an image of one pixel, all of the kernel but its centre meets padding.
         alone = F.linear(hidden[:, : grid.prefix], self._centre, self.conv_bias)
         if not grid.sizes:
             return alone

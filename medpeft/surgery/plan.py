@@ -195,7 +195,7 @@ def _all_sites(network: Network, method: Method, options: dict[str, Any]) -> dic
     assert method.adapter is not None
     sites: dict[tuple[str, str], Site] = {}
     for targeted in (False, True):
-        # With a target a method may fit more layers, and without one others.
+        # A method may fit layers only with a target, and others only without one.
         for site in method.adapter.sites(network, targeted=targeted, **method.options_of_sites(options)):
             if isinstance(site, Site):
                 sites[site.name, site.weight] = site
