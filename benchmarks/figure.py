@@ -1,4 +1,4 @@
-"""Draw what peers.py measured: for every task the time of a step and the memory kept, as ratios to the floor.
+"""Draw the results of peers.py: time of a step and memory kept for every task, as ratios to the floor.
 
 python benchmarks/peers.py --json peers.json
 python benchmarks/figure.py peers.json docs/images/peers.svg

@@ -1,4 +1,4 @@
-"""The models that are measured, each with the shape of its input, by name; any other name is timm's."""
+"""Models to measure by name, each with the shape of its input. Any other name is timm's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +58,10 @@ def example(name: str, batch: int, size: int, device: str = "cpu") -> tuple[Tens
 
 
 def forward(model: Callable[..., Any], inputs: tuple[Tensor, ...], grad: bool = False) -> Tensor:
-    """Compute the model's output; with `grad`, the first input and so every activation asks for a gradient."""
+    """Compute the model's output.
+
+    With `grad`, the first input asks for a gradient, and so does every activation.
+    """
     first = inputs[0].detach().requires_grad_(grad)
     output = model(first, *inputs[1:])
     if isinstance(output, Tensor):

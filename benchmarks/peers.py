@@ -1,4 +1,4 @@
-"""The same work with medpeft, its peers and the expression that an original implementation uses, interleaved.
+"""Time the same work with medpeft, its peers, and the expression of an original implementation, interleaved.
 
     python benchmarks/peers.py
     python benchmarks/peers.py --task "LoRA, every linear layer" --repeats 9 --json peers.json
@@ -41,7 +41,7 @@ VIT, RESNET = "vit_small_patch16_224", "resnet50"
 
 @dataclass(frozen=True)
 class Task:
-    """A model, and what adapts it, by name of the library; the floor comes first."""
+    """A model, and functions that adapt it, by name of the library; the floor comes first."""
 
     model: str
     builders: dict[str, Builder]
@@ -93,7 +93,10 @@ def build_all(task: Task, args: argparse.Namespace) -> dict[str, nn.Module]:
 
 
 def ready(model: nn.Module) -> nn.Module:
-    """Put a model in train mode, BatchNorm apart, and move what trains from zero, so that every gradient flows."""
+    """Put a model in train mode, BatchNorm apart.
+
+    Trainable values move away from zero, so that every gradient flows.
+    """
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

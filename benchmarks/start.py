@@ -1,4 +1,4 @@
-"""What comes before and after training, in milliseconds: import, apply, save, load, swap, merge, remove.
+"""Milliseconds before and after training: import, apply, save, load, swap, merge, remove.
 
 python benchmarks/start.py
 python benchmarks/start.py --model vit_large_patch16_224 --method lora --method ssf

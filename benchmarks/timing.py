@@ -1,4 +1,4 @@
-"""Timing several steps in turn, so that what disturbs the machine disturbs them all.
+"""Timing several steps in turn, so that a disturbance of the machine hits all of them.
 
 Every round gives each step's ratio to the first step of the same round.
 """
@@ -98,7 +98,7 @@ def ratios(seconds: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
 
 
 def bytes_kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
-    """Count the bytes of distinct storages that autograd keeps for backward, but for the model's own tensors."""
+    """Count the bytes that autograd keeps for backward, without the model's own tensors."""
     of_model = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     storages: dict[int, int] = {}
     kept_alive = []
@@ -118,7 +118,7 @@ def bytes_kept(model: nn.Module, loss: Callable[[], Tensor]) -> int:
 
 
 def where(args: argparse.Namespace, image_sizes: object = None) -> str:
-    """Describe in one line what the figures were measured on."""
+    """Describe the settings, the machine and the version of torch in one line."""
     machine = f"{platform.machine()} CPU, {args.threads} threads"
     if args.device != "cpu":
         machine = torch.cuda.get_device_name()

@@ -162,7 +162,7 @@ def examine(candidate: Candidate, methods: list[str], *, like: bool, alone: bool
 
 
 def kind_of(model: nn.Module) -> str:
-    """Digest what decides how methods fit: the modules' classes, their switches and parameters."""
+    """Digest the facts that decide how methods fit: the modules' classes, switches and parameters."""
     kinds = set()
     for module in model.modules():
         switches = []
@@ -175,7 +175,7 @@ def kind_of(model: nn.Module) -> str:
 
 
 def skip_initialisation() -> None:
-    """Leave out the initialisation of weights, most of the time it takes to build a model on the meta device."""
+    """Leave out the initialisation of weights: most of the time of building a model on the meta device."""
     import timm.layers.weight_init as timm_init
 
     def untouched(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models of transformers, MONAI, open_clip and diffusers in small configurations, each with an input for it."""
+"""Small models of transformers, MONAI, open_clip and diffusers, each with an input."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from zoo_libraries import (
 
 @dataclass(frozen=True)
 class Candidate:
-    """An architecture: where it comes from, and what builds it and an input for it."""
+    """An architecture: its library, and a function that builds it and an input."""
 
     library: str
     family: str

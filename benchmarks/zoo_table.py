@@ -1,4 +1,7 @@
-"""The zoo's results as tables: on how many architectures of each family a method works, and why on no others."""
+"""The zoo's results as tables.
+
+They count the architectures of each family on which a method works, and give the reasons for the others.
+"""
 
 from __future__ import annotations
 
@@ -118,19 +121,21 @@ _PAGE = """\
 **{works:,} combinations work, {refused:,} are refused with a reason,
 {silent} are silent, {crashed} crash.**
 
-A method *works* if every tensor that it trains reaches the output of the model, in train and in eval mode. A method
-that fits nothing is *refused* by a `MedpeftError` that says why, and leaves the model untouched. *Silent* would be a
-tensor that trains and reaches nothing: what this project is there to make impossible.
+A method *works* if every tensor that it trains reaches the output of the model, in train and in eval mode. A
+method that fits nothing is *refused* by a `MedpeftError` that says why, and leaves the model untouched.
+*Silent* would be a tensor that trains and reaches nothing: what this project is there to make impossible.
 
 Made by `python benchmarks/zoo.py --markdown docs/zoo.md --json docs/zoo.json` with
 {versions}.
-Models are built on the meta device, without weights. An architecture is *run* on fake tensors, or *planned* alone if
-a smaller one of its kind (the same classes of modules with the same switches) was run. `--all` runs every one.
+Models are built on the meta device, without weights. An architecture is *run* on fake tensors, or *planned*
+alone if a smaller one of its kind (the same classes of modules with the same switches) was run. `--all` runs
+every one.
 
 {tried}
 
-A number counts the architectures of the family on which the method works; *of n* means that it is refused on the
-others, a dash that it is refused on all, ✓ that it works on the only one tried. An empty cell was not tried.
+A number counts the architectures of the family on which the method works; *of n* means that it is refused on
+the others, a dash that it is refused on all, ✓ that it works on the only one tried. An empty cell was not
+tried.
 {tables}
 ## Reasons for refusals
 
@@ -138,9 +143,9 @@ others, a dash that it is refused on all, ✓ that it works on the only one trie
 
 ## Parameters that a model does not use
 
-Some architectures own parameters that do not reach the output in train or in eval mode, whatever trains them: mask
-tokens, auxiliary heads in eval mode, norms that a pooling leaves out. They do not count above; `medpeft.check` names
-them.
+Some architectures own parameters that do not reach the output in train or in eval mode, whatever trains them:
+mask tokens, auxiliary heads in eval mode, norms that a pooling leaves out. They do not count above;
+`medpeft.check` names them.
 
 {unused}
 """

@@ -1,4 +1,4 @@
-"""What a method does to a model: works, is refused, is silent, or crashed."""
+"""The verdict on a method and a model: works, refused, silent, or crashed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def verdicts(
         together = _attempt(model, example, "+".join(["full", *additive]))
         if together == {}:
             return by_method, []
-    # Full fine-tuning adds nothing: what is silent there, such as a mask token, is so without medpeft.
+    # Full fine-tuning adds nothing: a tensor without effect there, such as a mask token, has none anyway.
     unused = _attempt(model, example, "full")
     if isinstance(unused, str):
         return dict.fromkeys(methods, ("crashed", unused)), []
@@ -69,22 +69,22 @@ def planned(model: nn.Module, method: str, *, build: bool = False) -> Verdict:
 
 def _by_itself(model: nn.Module, example: Any, method: str, unused: Mapping[str, str]) -> Verdict:
     """Judge one method that planning found no fault with, on a model that runs without it."""
-    silent = _attempt(model, example, method)
-    if isinstance(silent, Refusal):
-        return "refused", str(silent)
-    if isinstance(silent, str):
-        return "crashed", silent
-    faults = _faults(silent, unused)
+    outcome = _attempt(model, example, method)
+    if isinstance(outcome, Refusal):
+        return "refused", str(outcome)
+    if isinstance(outcome, str):
+        return "crashed", outcome
+    faults = _faults(outcome, unused)
     if faults:
         return "silent", f"{len(faults)} tensors, such as {faults[0]}"
     return "works", ""
 
 
-def _faults(silent: Mapping[str, str], unused: Mapping[str, str]) -> list[str]:
-    """List what is silent in layers that the model itself does use."""
+def _faults(without_effect: Mapping[str, str], unused: Mapping[str, str]) -> list[str]:
+    """List the tensors without effect in layers that the model itself uses."""
     idle = {name.rpartition(".")[0] for name in unused}
     faults = []
-    for name, text in silent.items():
+    for name, text in without_effect.items():
         if name not in unused and name.partition(".adapters.")[0] not in idle:
             faults.append(text)
     return faults
@@ -95,7 +95,7 @@ def _attempt(model: nn.Module, example: Any, methods: str) -> dict[str, str] | s
     try:
         medpeft.apply(model, methods, batchnorm="frozen", keep_base=False)
         try:
-            return {silent.name: str(silent) for silent in connected(model, example).without_effect}
+            return {tensor.name: str(tensor) for tensor in connected(model, example).without_effect}
         finally:
             forget(model)
     except medpeft.MedpeftError as error:

@@ -1,4 +1,4 @@
-"""The command `medpeft`: what the library says about a timm architecture or a checkpoint, without a script.
+"""The command `medpeft`: answers about a timm architecture or a checkpoint, without a script.
 
 Exit codes:
 0  what was asked for holds, also if the reader of the output closed it early (`medpeft methods | head -1`);
@@ -30,7 +30,7 @@ from medpeft.errors import MedpeftError, require
 
 
 class Answer(NamedTuple):
-    """What a command prints: values for `--json`, and a text for people."""
+    """Output of a command: values for `--json`, and a text for people."""
 
     values: Any
     text: str
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _discard_output() -> None:
-    """Lead what is still to be written nowhere: Python tries once more at its end, and would complain."""
+    """Discard unwritten output: Python tries to write it once more at its end, and would complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -70,7 +70,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             warnings.showwarning = _warn
             answer: Answer = options.run(options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        # A MedpeftError, or what torch and timm make of an option.
+        # A MedpeftError, or an error of torch or timm about an option.
         print(f"medpeft: {error}", file=sys.stderr)
         return 1
     if options.json:
@@ -132,7 +132,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _add_merge(command: argparse.ArgumentParser) -> None:
-    """Declare what merging takes and writes."""
+    """Declare the arguments of merging."""
     command.add_argument("file", type=Path)
     command.add_argument("--arch", required=True, help="the timm architecture that was adapted")
     command.add_argument("--output", required=True, type=Path, help="safetensors file to write")
@@ -256,7 +256,7 @@ def _outputs(header: Header) -> int:
 
 
 def _request(options: argparse.Namespace) -> dict[str, Any]:
-    """Collect what `apply` and `plan` take beside the method."""
+    """Collect the arguments of `apply` and `plan` beside the method."""
     return {"target": options.target, "exclude": options.exclude, **dict(options.option)}
 
 

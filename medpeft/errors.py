@@ -1,4 +1,4 @@
-"""What medpeft raises, and how its messages list names.
+"""Errors of medpeft, and how their messages list names.
 
 ValueError
 └── MedpeftError         a call that cannot be carried out

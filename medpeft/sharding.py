@@ -1,4 +1,4 @@
-"""Models sharded by FSDP2: every rank holds a part of each tensor, and whole ones only while a module runs."""
+"""Models sharded by FSDP2: every rank holds a part of each tensor, and the whole only in a forward."""
 
 from __future__ import annotations
 

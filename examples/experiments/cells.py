@@ -16,7 +16,7 @@ from trainer.flags import FREE, make_parser, parse, settings_of
 from trainer.models import build_model
 
 import medpeft
-from medpeft.adapters.registry import resolve
+from medpeft.adapters.requests import resolve
 
 # They change where a run is, how it is fed, and what it prints, but not what comes out of it; patience does. A file's settings
 # are in the other flags once they are read.

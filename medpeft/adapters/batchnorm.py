@@ -1,4 +1,4 @@
-"""BatchNorm statistics of a frozen backbone stay as they are, also when the user calls `model.train()`."""
+"""Frozen BatchNorm statistics: they stay as they are, also when the user calls `model.train()`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..architecture.layers import is_batchnorm
 
 
 class StaysInEval:
-    """Takes the place of a BatchNorm's `train`: notes the mode that is asked for and stays in eval."""
+    """A BatchNorm's `train` that notes the requested mode and keeps the layer in eval mode."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer, self.asked = layer, layer.training
 
     def __call__(self, mode: bool = True) -> nn.Module:
-        """`layer.train(mode)`, which leaves it in eval."""
+        """Note the mode, pass it on to the layer's children, and keep the layer in eval mode."""
         self.asked = mode
         for child in self.layer.children():
             child.train(mode)
@@ -25,10 +25,19 @@ class StaysInEval:
 
 
 def with_statistics(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every BatchNorm with running statistics, by name."""
+    """Yield every BatchNorm with running statistics, by name."""
     for name, module in model.named_modules():
         if is_batchnorm(module) and getattr(module, "running_mean", None) is not None:
             yield name, module
+
+
+def statistics_names(model: nn.Module) -> list[str]:
+    """List the names of the buffers of every BatchNorm with running statistics."""
+    names = []
+    for layer_name, layer in with_statistics(model):
+        for buffer_name, _ in layer.named_buffers(recurse=False):
+            names.append(f"{layer_name}.{buffer_name}".lstrip("."))
+    return names
 
 
 def freeze_statistics(model: nn.Module) -> None:
@@ -39,7 +48,7 @@ def freeze_statistics(model: nn.Module) -> None:
 
 
 def release_statistics(model: nn.Module) -> None:
-    """Undo `freeze_statistics`: every BatchNorm is in the mode that was last asked for."""
+    """Undo `freeze_statistics`: put every BatchNorm in the mode that was last requested."""
     for layer in model.modules():
         stay = layer.__dict__.get("train")
         if isinstance(stay, StaysInEval):

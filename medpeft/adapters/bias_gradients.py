@@ -1,8 +1,8 @@
-"""A convolution's bias that trains while the weight is frozen gets its gradient by a sum.
+"""The gradient of a convolution's bias without the gradient of its weight: a sum over the output's gradient.
 
-torch's kernel on a CPU computes a bias's gradient together with the weight's, which nobody wants: training
-the biases of a UNet took as long as training all of it. So the layer computes with its bias cut off from
-autograd, and the output hands its gradient on to the bias.
+On a CPU, torch's kernel computes both gradients together, also if the weight is frozen: training the biases
+of a UNet took as long as training all of it. So the layer runs with a bias that is detached from autograd,
+and the output passes its gradient on to the bias.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def trains_apart(layer: nn.Module) -> bool:
 
 
 def run_apart(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a convolution, its bias apart where that spares the weight's gradient."""
+    """Run a convolution, with its bias apart if that saves the weight's gradient."""
     x = args[0] if args else next(iter(kwargs.values()), None)
     bias = _lone_bias(layer) if _costs_the_weight(x) else None
     if bias is None:
@@ -46,5 +46,5 @@ def _lone_bias(layer: nn.Module) -> Tensor | None:
 
 
 def _costs_the_weight(x: Any) -> bool:
-    """Whether torch would compute the weight's gradient too for this input: eager mode on a CPU, in full precision."""
+    """Whether torch would compute the weight's gradient too: in eager mode on a CPU, in full precision."""
     return isinstance(x, Tensor) and x.device.type == "cpu" and torch.is_grad_enabled() and eager(x)

@@ -1,13 +1,13 @@
-"""How adapters get into a forward pass: an adapted layer's own `forward` does it all.
+"""Adapters in a forward pass: an adapted layer's own `forward` does it all.
 
-`layer.forward` is an attribute of the instance, a `functools.partial` of `adapted_forward`; the layer keeps
-its class, its parameters and every key of its `state_dict`. A changed weight is never put into the layer: the
-layer's forward runs on a stand-in, an object of the same class that shares everything with the layer but the
-changed tensors, and that lives for this one call. So nothing is left behind after an interrupt, and threads,
-processes, and calls within calls do not meet.
+`layer.forward` is an attribute of the instance, a `functools.partial` of `adapted_forward`. The layer keeps
+its class, its parameters and every key of its `state_dict`.
 
-What is put on a layer must survive deepcopy and pickle, so it is made of module-level functions and plain
-data.
+A changed weight is never put into the layer. The plain forward runs on a stand-in instead: an object of the
+same class, made for this one call, that shares everything with the layer but the changed tensors. So an
+interrupt leaves nothing behind, and threads, processes and nested calls do not disturb each other.
+
+The forward must survive deepcopy and pickle, so it is made of module-level functions and plain data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ..architecture.layers import own_tensor
 from . import running
-from .adapter import Adapter, Adapters, autocasts
+from .adapter import Adapter, autocasts
+from .adapters import Adapters
 from .bias_gradients import run_apart
 from .sharing import share_within_replica
 from .stand_in import run_with
@@ -30,7 +31,7 @@ from .wiring import Wiring, acting
 
 
 def adapted_forward(layer: nn.Module, wiring: Wiring, /, *args: Any, **kwargs: Any) -> Any:
-    """Compute what an adapted layer does: its input changed, itself with its weight changed, its output changed."""
+    """Run an adapted layer: change its input, run it with changed weights, change its output."""
     if not wiring.root or torch.compiler.is_compiling():
         return _adapted(layer, wiring, args, kwargs)
     if "_is_replica" in layer.__dict__:
@@ -52,18 +53,19 @@ def _adapted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
     if not adapters.handovers:
         return _through(layer, adapters, wiring, args, kwargs)
     if layer.training and getattr(layer, "gradient_checkpointing", False):
-        # transformers checkpoints the forward of the class. What is left in it for an adapter must be
-        # recomputed with it.
+        # transformers checkpoints the forward of the class. Backward then recomputes it, and must find the
+        # handed over value again, so the checkpoint goes around the adapters.
         inside = replace(wiring, overrides={**wiring.overrides, "gradient_checkpointing": False})
         recomputed = functools.partial(_handing_over, layer, adapters, inside, kwargs)
-        return layer._gradient_checkpointing_func(recomputed, *args)  # type: ignore[operator]  # transformers' own
+        checkpoint: Any = layer._gradient_checkpointing_func
+        return checkpoint(recomputed, *args)
     return _handing_over(layer, adapters, wiring, kwargs, *args)
 
 
 def _handing_over(
     layer: nn.Module, adapters: Adapters, wiring: Wiring, kwargs: dict[str, Any], *args: Any
 ) -> Any:
-    """Pass an input through a layer inside which something is left for one of its adapters."""
+    """Pass an input through a layer while its adapters can be handed a value from inside."""
     receivers: list[Any] = [adapters._modules[name] for name in adapters.handovers]
     for adapter in receivers:
         adapter.handover.open()
@@ -77,7 +79,7 @@ def _handing_over(
 def _through(
     layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Pass an input through the adapters that change it, the layer, and the adapters that change its output."""
+    """Pass an input through the input adapters, the layer, and the output adapters."""
     if adapters.entering:
         args, kwargs = _enter(adapters, wiring, args, kwargs)
     x: Any = None
@@ -123,14 +125,14 @@ def _enter(
 
 
 def _names_of(args: tuple[Any, ...], wiring: Wiring) -> list[str]:
-    """Names of all positional inputs but the first; numbers where the forward has no names for them."""
+    """Names of all positional inputs but the first; numbers for inputs without a name."""
     names = list(wiring.inputs[1 : len(args)])
     names += [str(number) for number in range(len(names) + 1, len(args))]
     return names
 
 
 def _first_name(kwargs: dict[str, Any], wiring: Wiring) -> str:
-    """Name of the layer's first input, where all are given by keyword, in whatever order."""
+    """Name of the layer's first input, if all come by keyword, in any order."""
     for name in wiring.inputs:
         if name in kwargs:
             return name
@@ -145,12 +147,12 @@ def _run_flexibly(
     kwargs: dict[str, Any],
     x: Tensor,
 ) -> Any:
-    """Run a layer among whose adapters there is one that chooses how to act on this input."""
+    """Run a layer that has a flexible adapter, in the form that the adapter chooses for this input."""
     flexible: Any = adapters._modules[adapters.flexible]
     form = flexible.form(x, own_tensor(layer, flexible._weight))
     # Another adapter that comes after it on the weight, as DoRA, must see the weight that it has changed.
     if form == "output" and adapters.on_weight[-1] == adapters.flexible:
-        tensors = adapted_tensors(layer, adapters, x, but=flexible)
+        tensors = adapted_tensors(layer, adapters, x, without=flexible)
         output = _run(layer, wiring, tensors, args, kwargs)
         return flexible(x, output)
     # The layer cannot be left out where another adapter changes its weight.
@@ -160,19 +162,19 @@ def _run_flexibly(
 
 
 def adapted_tensors(
-    layer: nn.Module, adapters: Adapters, x: Any = None, *, but: Adapter | None = None
+    layer: nn.Module, adapters: Adapters, x: Any = None, *, without: Adapter | None = None
 ) -> dict[str, Tensor]:
-    """Compute a layer's tensors as the adapters on its weight change them, in the layer's own precision and dtype.
+    """Compute the tensors of a layer that the adapters on its weight change, in the layer's own dtype.
 
     Args:
         layer: The layer.
         adapters: Its adapters.
         x: Its input, if that is known.
-        but: An adapter that acts in another way this time.
+        without: An adapter to leave out, because it acts on the output this time.
     """
     on_weight: list[Any] = [adapters._modules[name] for name in adapters.on_weight]
-    if but is not None:
-        on_weight.remove(but)
+    if without is not None:
+        on_weight.remove(without)
     dtype, device = _dtype_and_device(layer, x)
     if autocasts(device):
         # A weight is adapted in its own precision, as merging does.
@@ -188,7 +190,7 @@ def adapted_tensors(
 
 
 def _dtype_and_device(layer: nn.Module, x: Any) -> tuple[torch.dtype | None, str]:
-    """Find in which dtype and on which kind of device a layer computes; a norm without parameters does as its input."""
+    """Find the dtype and the device type of a layer. A norm without parameters has those of its input."""
     for parameter in layer._parameters.values():
         if parameter is not None:
             return parameter.dtype, parameter.device.type

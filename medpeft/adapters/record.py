@@ -1,4 +1,4 @@
-"""What `apply` leaves on a model besides the adapters: a record of what was done, and one look at all."""
+"""The record that `apply` leaves on a model, and one look at everything in an adapted model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MedpeftError
-from .adapter import Adapters, state_of
+from .adapter import state_of
+from .adapters import Adapters
 
 _NAME = "_medpeft"
 
 
 @dataclass
 class Applied:
-    """Record of what was applied to a model.
+    """Record of the methods applied to a model, and of their effects on it.
 
     Attributes:
         methods: Every method with its options, defaults filled in.
@@ -27,10 +28,10 @@ class Applied:
         batchnorm: "frozen" or "adapt".
         statistics: Names of the BatchNorm buffers that adapt.
         trained_before: Whether each parameter required a gradient before `apply`.
-        base: The selected parameters and adapting buffers as they were, on the CPU; None if given up.
+        base: Original values of the selected parameters and adapting buffers, on the CPU; None if not kept.
         seed: Seed of the adapters' initial values.
         dtype: dtype asked for the adapters, None for the default.
-        enabled: False within `disabled`, where the base's values are in place.
+        enabled: False within `disabled`, when the original values are in place.
     """
 
     methods: dict[str, dict[str, Any]]
@@ -51,10 +52,10 @@ class Applied:
         return "+".join(self.methods)
 
     def to_json(self) -> dict[str, Any]:
-        """Describe what was applied by the fields that all models adapted in the same way have in common.
+        """Describe the record by the fields that are the same in every model adapted in this way.
 
         Returns:
-            JSON, but for the options of the methods, which stay as they are.
+            JSON, except for the options of the methods, which stay as they are.
         """
         dtype = None
         if self.dtype is not None:
@@ -72,7 +73,7 @@ class Applied:
 
     @classmethod
     def from_json(cls, description: Mapping[str, Any]) -> Applied:
-        """Read what `to_json` returned; a site that stands there twice is taken once."""
+        """Read the output of `to_json`. A site that is listed twice is taken once."""
         dtype = None
         if description["dtype"] is not None:
             dtype = getattr(torch, description["dtype"])
@@ -94,7 +95,7 @@ class Applied:
 
 
 def applied(model: nn.Module) -> Applied | None:
-    """Return the record of what was applied to the model, None if nothing was."""
+    """Return the model's record, None if nothing was applied to it."""
     record = model.__dict__.get(_NAME)
     if isinstance(record, Applied):
         return record
@@ -102,10 +103,10 @@ def applied(model: nn.Module) -> Applied | None:
 
 
 def require_applied(model: nn.Module) -> Applied:
-    """Return the record of what was applied to the model.
+    """Return the model's record.
 
     Raises:
-        MedpeftError: nothing was.
+        MedpeftError: nothing was applied to it.
     """
     record = applied(model)
     if record is not None:
@@ -118,7 +119,7 @@ def require_applied(model: nn.Module) -> Applied:
 
 
 def adapted_inside(model: nn.Module) -> str | None:
-    """Return the name of the first module of the model to which something was applied, None without one."""
+    """Return the name of the first adapted module in the model, None without one."""
     for name, module in model.named_modules():
         if applied(module) is not None:
             return str(name)
@@ -126,7 +127,7 @@ def adapted_inside(model: nn.Module) -> str | None:
 
 
 def set_applied(model: nn.Module, record: Applied | None) -> None:
-    """Leave the record on the model, or take it off."""
+    """Put a record on the model, or take it off with None."""
     if record is None:
         model.__dict__.pop(_NAME, None)
     else:
@@ -134,7 +135,10 @@ def set_applied(model: nn.Module, record: Applied | None) -> None:
 
 
 def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the model's own parameters and persistent buffers, each once by its first name; no adapter's."""
+    """Yield the model's own parameters and persistent buffers, each once by its first name.
+
+    Those of adapters are left out.
+    """
     seen: set[int] = set()
     for prefix, module in _own_modules(model, ""):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -187,7 +191,7 @@ def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
 def own_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and persistent buffers of all adapters, each once, by their names in a file.
 
-    A name is LAYER.adapters.METHOD.KEY. What several adapters share is named as if the first of them held it.
+    A name is LAYER.adapters.METHOD.KEY. A shared tensor has its name in the first adapter that uses it.
     """
     yielded: set[int] = set()
     for layer_name, _, adapters in adapted_layers(model):
@@ -200,11 +204,11 @@ def own_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Adapted:
-    """One look at an adapted model: what was applied to it, and every tensor that this brought or changes.
+    """One look at an adapted model: its record, its adapters, and every tensor that trains.
 
     Attributes:
         model: The model.
-        record: What was applied to it.
+        record: The record of what was applied.
         layers: Every layer that has adapters.
         own: Parameters and persistent buffers of the adapters, by their names in a file.
         trained: The model's own tensors that training changes: selected parameters and BatchNorm buffers.
@@ -229,7 +233,7 @@ class Adapted:
 
     @property
     def saved(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds, by name: the adapters' tensors and the model's trained ones."""
+        """All tensors of a checkpoint, by name: those of the adapters and the trained ones of the model."""
         return {**self.own, **self.trained}
 
     @property

@@ -1,6 +1,6 @@
-"""Forwards that are running: who switches a model's adapters on or off waits for them, and they wait for the switch.
+"""Running forwards: a switch of a model's adapters waits for their end, and new ones wait for the switch.
 
-Without that, a forward in another thread would meet half of its layers adapted and half not.
+Otherwise a forward in another thread could find half of its layers adapted and half not.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from ..errors import MedpeftError
 
 
 class Token:
-    """One running forward. It is held by that forward alone, so that even an interrupted one leaves nothing counted."""
+    """One running forward. Only the forward holds it, so it is not counted any more after an interrupt."""
 
     __slots__ = ("__weakref__",)
 
 
 _changed = threading.Condition(threading.RLock())
-# By model and token, the thread that runs the forward.
+# Thread of every running forward, by model and token.
 _running: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Token, int]] = WeakKeyDictionary()
 
 
 def _after_fork() -> None:
-    """Forget the forwards of threads that a child process does not have, and a lock that one of them may have held."""
+    """Forget running forwards, and a lock that may be held: a forked process has no other threads."""
     global _changed
     _changed = threading.Condition(threading.RLock())
     _running.clear()
@@ -39,7 +39,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def begin(model: nn.Module, token: Token) -> None:
-    """Count a forward of a model as running, as soon as nobody switches the model."""
+    """Wait until nobody switches the model, then count a forward of it as running."""
     with _changed:
         if model not in _running:
             _running[model] = WeakKeyDictionary()
@@ -47,7 +47,7 @@ def begin(model: nn.Module, token: Token) -> None:
 
 
 def end(model: nn.Module, token: Token) -> None:
-    """Count it no longer."""
+    """Stop counting a forward as running."""
     with _changed:
         tokens = _running.get(model)
         if tokens is not None:
@@ -60,16 +60,16 @@ def switching(model: nn.Module, action: str) -> Iterator[None]:
     """Wait until no other thread runs the model, and let none begin for the duration of a `with` block.
 
     Raises:
-        MedpeftError: a forward of this very thread is running, and so are others, which could wait for each
-            other.
+        MedpeftError: this thread is inside a forward of the model, and so is another one: they could wait
+            for each other for ever.
     """
-    here = threading.get_ident()
+    this_thread = threading.get_ident()
     with _changed:
         while True:
             threads = set(_running.get(model, {}).values())
-            if not threads - {here}:
+            if not threads - {this_thread}:
                 break
-            if here in threads:
+            if this_thread in threads:
                 raise MedpeftError(
                     f"{action} within a forward of the model, while another thread runs it, would wait for "
                     f"ever: call it before or after the forward."

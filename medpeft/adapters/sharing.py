@@ -1,4 +1,7 @@
-"""Modules that several adapters share: registered once, held by all, and found again in the replicas of `nn.DataParallel`."""
+"""Modules that several adapters share: registered once, and held by all of them.
+
+A replica of `nn.DataParallel` gets replicas of the shared modules too.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from .adapter import Adapter, Adapters
+from .adapter import Adapter
+from .adapters import Adapters
 
 SHARED = "shared"
-"""Name of the shared modules among the adapters of the module that registers them."""
+"""Name under which an `Adapters` registers shared modules."""
 
 
 def register_shared(model: nn.Module, adapters: list[tuple[nn.Module, Adapter]]) -> None:
-    """Register what adapters share, once: on the model, which FSDP2 gathers before all of its layers.
+    """Register every shared module once, on the model: FSDP2 gathers the model before all of its layers.
 
     Args:
-        model: The model. Where it is a container, whose children are its layers, the first layer that shares
-            takes its place.
+        model: The model. If it is a container, its children are its layers, and the first layer that shares
+            a module registers it instead.
         adapters: Every adapter with its layer.
     """
     names: dict[nn.Module, str] = {}
@@ -41,8 +45,8 @@ def _shared_modules(home: nn.Module) -> nn.ModuleDict:
 
 
 def share_within_replica(model: nn.Module) -> None:
-    """Let the adapters of a replica of the model hold the replica's shared modules in place of the original's."""
-    # A replica has the very dicts of hooks that its original has.
+    """Replace the original's shared modules in the adapters of a replica by the replica's."""
+    # A replica has the very same dicts of hooks as its original, which identify it.
     replicas = {id(module._forward_hooks): module for module in model.modules()}
     for module in model.modules():
         if isinstance(module, Adapter):

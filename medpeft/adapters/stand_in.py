@@ -1,4 +1,4 @@
-"""Run a layer's own forward with other tensors in the place of its own, without touching the layer."""
+"""A layer's plain forward on other tensors than its own, without touching the layer."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def run_with(
 
     Args:
         layer: The layer.
-        changes: The tensors; empty for the layer as it is.
-        replaced: A forward that someone else has put on the layer, None for that of its class.
+        changes: The tensors; empty to run the layer as it is.
+        replaced: A forward that someone else has put on the layer, None for the forward of its class.
         args: Inputs by position.
         kwargs: Inputs by keyword.
     """
@@ -41,7 +41,7 @@ def run_with(
         output = type(layer).forward(copy, *args, **kwargs)
     else:
         bound = rebound(replaced, layer, copy)
-        assert bound is not None  # Building an adapter refuses the others.
+        assert bound is not None  # Building an adapter refuses a forward that cannot be bound.
         output = bound(*args, **kwargs)
     if not type(layer).__module__.startswith("torch.") and not torch.compiler.is_compiling():
         _keep_notes(layer, copy, changes)
@@ -49,9 +49,9 @@ def run_with(
 
 
 def stand_in(module: nn.Module, changes: Changes) -> nn.Module:
-    """Make an object of the module's class that shares everything with it but some tensors.
+    """Make an object of the module's class that shares everything with the module but some tensors.
 
-    The tensors are its own, or those of layers below it, for which stand-ins are made too.
+    If a tensor belongs to a layer below the module, that layer gets a stand-in too.
     """
     copy: nn.Module = object.__new__(type(module))
     copy.__dict__.update(module.__dict__)
@@ -73,7 +73,10 @@ def stand_in(module: nn.Module, changes: Changes) -> nn.Module:
 
 
 def _stand_in_below(module: nn.Module, changes: Changes) -> nn.Module:
-    """Make a stand-in of a layer whose weight is read; called, it need not adapt a weight that is adapted already."""
+    """Make a stand-in of a layer whose weight a parent reads.
+
+    If everything that its forward would adapt is adapted already, a call runs the plain forward.
+    """
     copy = stand_in(module, changes)
     wiring = wiring_of(module)
     adapters = acting(module)
@@ -84,7 +87,7 @@ def _stand_in_below(module: nn.Module, changes: Changes) -> nn.Module:
 
 
 def rebound(replaced: Callable[..., Any], layer: nn.Module, copy: nn.Module) -> Callable[..., Any] | None:
-    """Bind a forward that was put on a layer to a stand-in; None if that is not possible, as with a closure."""
+    """Bind a forward that was put on a layer to a stand-in; None if that is impossible, as for a closure."""
     if isinstance(replaced, MethodType) and replaced.__self__ is layer:
         return MethodType(replaced.__func__, copy)
     if isinstance(replaced, functools.partial) and replaced.args and replaced.args[0] is layer:
@@ -93,7 +96,7 @@ def rebound(replaced: Callable[..., Any], layer: nn.Module, copy: nn.Module) -> 
 
 
 def _keep_notes(layer: nn.Module, copy: nn.Module, changes: Changes) -> None:
-    """Bring attributes that a forward has set on the stand-in to the layer, such as an attention map for a figure."""
+    """Copy attributes that a forward set on the stand-in, such as an attention map, to the layer."""
     changed = changes.get("", {})
     for name, value in copy.__dict__.items():
         if name not in changed and name != "_modules" and layer.__dict__.get(name, changed) is not value:

@@ -16,7 +16,7 @@ class TokenSpan:
     """Place of an adapter's tokens in a sequence.
 
     Attributes:
-        count: How many tokens the adapter adds, n.
+        count: Number of tokens that the adapter adds, n.
         start: Number of the tokens before them.
         axis: Axis of the tokens: 1, or 0 if the batch comes second.
     """
@@ -45,8 +45,8 @@ class TokenSpan:
         Args:
             value: An input of the layer beside its tokens.
             name: Its name; a number if the layer's forward has none for it.
-            tokens: How many tokens the mask speaks of, N.
-            seen: What a mask of truth values says of a token that is attended to.
+            tokens: Number of tokens in the mask, N.
+            seen: Value of a boolean mask for a token that is attended to.
         """
         if not _is_mask(value, name, tokens):
             return value
@@ -76,7 +76,7 @@ class TokenSpan:
 
 
 def _is_mask(value: Any, name: str, tokens: int) -> bool:
-    """Whether an input says something of every token, by its shape and, if it has a name, by that."""
+    """Whether an input has a value for every token, by its shape and, if it has one, its name."""
     if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[-1] != tokens:
         return False
     return name.isdigit() or "mask" in name or "bias" in name

@@ -1,4 +1,7 @@
-"""What is put on a layer so that its forward adapts: one attribute of the instance, which survives deepcopy and pickle."""
+"""Wiring: put an adapting forward on a layer, and take it off again.
+
+The forward is an attribute of the instance that survives deepcopy and pickle.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,19 @@ from typing import Any
 
 from torch import nn
 
-from .adapter import Adapters
+from .adapters import Adapters
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """What an adapting forward knows of its layer.
+    """Facts about a layer that its adapting forward needs.
 
     Attributes:
         root: Whether the layer is the model that was adapted.
         reads: Paths of layers below it whose weights it reads without calling them.
-        inputs: Names of the inputs of its forward, in order, as far as they have names.
-        replaced: The `forward` that someone else had put on the instance before; None for the class's own.
-        overrides: Attributes that its plain forward shall see in place of its own.
+        inputs: Names of the positional inputs of its forward, in order.
+        replaced: A `forward` that someone else had put on the instance before, None for the class's own.
+        overrides: Attributes of the stand-in on which its plain forward runs.
         apart: Whether its bias trains apart from its weight; see `bias_gradients.py`.
     """
 
@@ -41,7 +44,7 @@ class Wiring:
 
 
 def acting(layer: nn.Module) -> Adapters | None:
-    """Return the layer's adapters, None where it has none or they are switched off."""
+    """Return the layer's adapters, None if it has none or they are switched off."""
     adapters = layer._modules.get("adapters")
     if isinstance(adapters, Adapters) and adapters.enabled:
         return adapters
@@ -49,13 +52,12 @@ def acting(layer: nn.Module) -> Adapters | None:
 
 
 def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
-    """Put a forward in the place of the layer's, inside of what accelerate may have put there.
+    """Replace the layer's forward, inside the one that accelerate may have put around it.
 
     Args:
         layer: The layer.
         forward: A function of a module, `(layer, wiring, *args, **kwargs)`.
-        wiring: What it knows of the layer; the names of its inputs and the forward that was there before are
-            filled in.
+        wiring: Facts about the layer. `inputs` and `replaced` are filled in.
     """
     slot = _slot(layer)
     replaced = layer.__dict__.get("forward") if slot == "forward" else None
@@ -65,7 +67,10 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
 
 
 def unwire(layer: nn.Module) -> None:
-    """Give the layer its own forward back; one that someone wrapped around ours later stays, and ours passes on."""
+    """Give the layer its own forward back.
+
+    A forward that someone wrapped around ours later stays; ours then runs the plain forward.
+    """
     layer.__dict__.pop("_replicate_for_data_parallel", None)
     wiring = wiring_of(layer)
     if wiring is None:
@@ -80,7 +85,7 @@ def unwire(layer: nn.Module) -> None:
 
 
 def wiring_of(layer: nn.Module) -> Wiring | None:
-    """Return what was put on a layer, None where that is nothing or lies within someone else's function."""
+    """Return the wiring of a layer, None if it has none or someone else's function hides it."""
     forward = layer.__dict__.get(_slot(layer))
     if not isinstance(forward, functools.partial) or len(forward.args) != 2 or forward.args[0] is not layer:
         return None
@@ -89,7 +94,7 @@ def wiring_of(layer: nn.Module) -> Wiring | None:
 
 
 def is_wired(layer: nn.Module) -> bool:
-    """Whether the layer's adapters reach its forward, as far as can be seen: someone's closure may hold ours."""
+    """Whether the layer's adapters reach its forward. A forward wrapped around ours counts too."""
     return wiring_of(layer) is not None or callable(layer.__dict__.get("forward"))
 
 
@@ -107,7 +112,7 @@ def replicated(layer: nn.Module) -> nn.Module:
 
 
 def _slot(layer: nn.Module) -> str:
-    """Name of the attribute that holds the innermost forward; accelerate keeps it aside and later puts it back."""
+    """Name of the attribute with the innermost forward, which accelerate moves aside and later puts back."""
     if "_old_forward" in layer.__dict__ and "_hf_hook" in layer.__dict__:
         return "_old_forward"
     return "forward"
@@ -116,13 +121,13 @@ def _slot(layer: nn.Module) -> str:
 def _bound(forward: Callable[..., Any], layer: nn.Module, wiring: Wiring) -> Any:
     bound = functools.partial(forward, layer, wiring)
     if wiring.root:
-        # Trainers and exporters ask the model's forward for the names of its inputs.
-        bound.__signature__ = _signature(layer, wiring)  # type: ignore[attr-defined]  # what `inspect` looks for
+        # Trainers and exporters inspect the model's forward for the names of its inputs.
+        bound.__dict__["__signature__"] = _signature(layer, wiring)
     return bound
 
 
 def _signature(layer: nn.Module, wiring: Wiring) -> inspect.Signature | None:
-    """The signature of the plain forward without annotations, of which some cannot be pickled."""
+    """Signature of the plain forward, without annotations: some of them cannot be pickled."""
     plain = wiring.replaced or MethodType(type(layer).forward, layer)
     try:
         signature = inspect.signature(plain)

@@ -56,7 +56,7 @@ class Branches:
 
     @property
     def layout(self) -> Layout:
-        """Layout of what enters and leaves the block."""
+        """Layout of the block's input and output."""
         if channels_first(type(self.module)):  # type: ignore[arg-type]  # a class is hashable
             return replace(self.stream, axis=1)
         return self.stream
@@ -171,9 +171,9 @@ def _attention_ends(attention: nn.Module) -> tuple[nn.Module, nn.Module] | None:
 
 
 def _layout(network: Network, name: str, sequence: int, first: nn.Module, last: nn.Module) -> Layout:
-    """Layout of what enters `first` and leaves `last`, two layers of the module of that name."""
+    """Layout of the input of `first` and the output of `last`, two layers of the named module."""
     inputs = _weight(first).shape[1]
-    # The first convolution of the model, which cuts the image into patches, tells about images.
+    # The first convolution of the model cuts the image into patches, so it shows the image's axes.
     embedding = next((module for module in network.modules.values() if is_conv(module)), None)
     dims, patch = 2, inputs
     if embedding is not None:
@@ -230,7 +230,7 @@ def _grid(network: Network, name: str) -> tuple[int, ...]:
         grid = getattr(embedding, "grid_size", None)
         if isinstance(grid, tuple) and all(isinstance(size, int) for size in grid):
             return grid
-        # XCiT's says only how many there are.
+        # XCiT's patch embedding has only the number of patches.
         patches = getattr(embedding, "num_patches", 0)
         if isinstance(patches, int) and patches > 0:
             side = math.isqrt(patches)

@@ -1,4 +1,4 @@
-"""How a convolution slides: what its adapter must repeat, and where a 1×1 kernel falls in the layer's own."""
+"""Geometry of a convolution: its adapter must slide likewise, and a 1×1 kernel falls on one of its taps."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Geometry:
 
     @property
     def centre(self) -> tuple[int, ...] | None:
-        """Tap of the kernel that sees what a 1×1 kernel of the same stride sees; None if no tap does."""
+        """Tap of the kernel where a 1×1 kernel of the same stride would lie; None if no tap does."""
         if not self.before:
             return (0,) * self.dims if set(self.kernel) == {1} else None
         taps = []

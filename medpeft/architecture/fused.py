@@ -17,7 +17,7 @@ from .rows import Rows
 
 @dataclass(frozen=True)
 class Split:
-    """How the output channels of a fused projection are split.
+    """Split of the output channels of a fused projection into its parts.
 
     Attributes:
         sizes: Channels of each part within a group.
@@ -46,7 +46,7 @@ class Split:
 
 @dataclass(frozen=True)
 class FusedLayout:
-    """How one family of attentions orders the output channels of a fused projection.
+    """Order of the output channels of fused projections in one family of attentions.
 
     Attributes:
         families: Models with such attentions.

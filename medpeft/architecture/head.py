@@ -43,7 +43,7 @@ def find_head(model: nn.Module, head: Head = "auto") -> tuple[str, ...]:
         return _by_timm(model)
     match _library(model):
         case "diffusers" | "open_clip" | "timm":
-            # timm's classifiers have `get_classifier`: what has none is an encoder.
+            # timm's classifiers have `get_classifier`; a model without it is an encoder.
             return ()
         case "transformers":
             return _with_parameters(model, _TRANSFORMERS)
@@ -63,7 +63,7 @@ def _by_name(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _by_timm(model: nn.Module) -> tuple[str, ...]:
-    """The classifiers that timm's `get_classifier` gives, and what belongs to them."""
+    """Name the classifiers from timm's `get_classifier`, and their parts."""
     classifiers = model.get_classifier()  # type: ignore[operator]  # find_head has seen that it can be called
     if not isinstance(classifiers, (tuple, list, nn.ModuleList)):
         classifiers = (classifiers,)
@@ -110,7 +110,7 @@ def _children(model: nn.Module) -> str:
 
 
 def _with_parameters(model: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """Those of the names that are modules of the model with parameters."""
+    """Keep the names of modules that exist in the model and have parameters."""
     return tuple(name for name in names if _has_parameters(model, name))
 
 
@@ -120,7 +120,7 @@ def _has_parameters(model: nn.Module, name: str) -> bool:
 
 
 def _library(model: nn.Module) -> str:
-    """The known library that the model's class, or the nearest of its bases, comes from; "" for none."""
+    """Name of the known library of the model's class, or of the nearest of its bases; "" for none."""
     for cls in type(model).__mro__:
         package = cls.__module__.partition(".")[0]
         if package in _LIBRARIES:

@@ -1,4 +1,4 @@
-"""What a layer is, and where it lies in a model: decided here once for all methods, by type and structure."""
+"""Kind of a layer, and its place in a model: decided here for all methods, by type and structure."""
 
 from __future__ import annotations
 

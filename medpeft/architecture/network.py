@@ -1,4 +1,4 @@
-"""A model with what the methods ask about it: attentions, transformer blocks, and places for adapters."""
+"""Answers about a model: its attentions, its transformer blocks, and places for adapters."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TransformerBlock:
 
 
 class Network:
-    """A model with what the methods ask about it, each found once.
+    """A model, with answers to the questions of methods about it. Each answer is found once.
 
     Attributes:
         model: The model.
@@ -124,13 +124,13 @@ class Network:
 
     @cached_property
     def _readers(self) -> dict[tuple[int, str], list[Reader]]:
-        """Modules that read a tensor without calling its layer, by identity of the layer and name of the tensor.
+        """Modules that read a tensor without calling its layer, by `id` of the layer and name of the tensor.
 
-        By identity, since a layer that several modules share stands in the model under several names.
+        A layer that several modules share has several names in the model, but one `id`.
         """
         readers: dict[tuple[int, str], list[Reader]] = {}
         for name, module in self.modules.items():
-            for path in reads(type(module)):  # type: ignore[arg-type]  # mypy does not see that a class is hashable
+            for path in reads(type(module)):  # type: ignore[arg-type]  # a class is hashable
                 for layer, layer_path, tensor in _resolve(module, path):
                     readers.setdefault((id(layer), tensor), []).append(Reader(name, layer_path))
         return readers
@@ -148,7 +148,7 @@ class Network:
         return tuple(sorted(readers, key=lambda reader: (len(reader.name), reader.name)))
 
     def sites(self, *kinds: str) -> Iterator[Site]:
-        """Every place outside the head with a weight of one of these kinds, in the order of the model."""
+        """Yield every place outside the head with a weight of one of these kinds, in model order."""
         for name, module in self.modules.items():
             if self.inside(name, self.head):
                 continue
@@ -245,7 +245,7 @@ class Network:
         return {name: (_nearest(name, layers), _nearest(name, blocks)) for name in self.modules}
 
     def has_role(self, name: str, role: str) -> bool:
-        """Whether the layer has one of `ROLES`, itself or by what it belongs to."""
+        """Whether the layer has one of `ROLES`, itself or through a module around it."""
         if role == "attention":
             return bool(self.layer(name).attention)
         if role == "mlp":
@@ -264,7 +264,7 @@ def _nearest(name: str, places: set[str]) -> str:
 
 
 def _works_in_place(module: nn.Module) -> bool:
-    """Whether a module may change its input in place, by its own attribute or by what its `forward` does."""
+    """Whether a module may change its input in place, by its attribute `inplace` or its source."""
     inplace = getattr(module, "inplace", None)
     if inplace is not None:
         return inplace is True
@@ -272,7 +272,10 @@ def _works_in_place(module: nn.Module) -> bool:
 
 
 def _resolve(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, str]]:
-    """Yield each layer that a path below `module` names, `*` being any index; its own path; and the tensor's name."""
+    """Yield each layer that a path below `module` names, with its path and the tensor's name.
+
+    `*` in the path stands for any index.
+    """
     *steps, tensor = path.split(".")
     places = [("", module)]
     for step in steps:

@@ -23,7 +23,7 @@ from .attention import is_attention
 from .layers import is_conv, parents
 from .network import Network
 
-# Names of what holds a bias for each pair of positions, and of what makes rotations.
+# Names of modules with a bias for each pair of positions, and of modules that make rotations.
 _BIAS = re.compile(
     r"rel_?pos|relative_position|relative_coords|pos_bias|position_bias|attention_bias"
     r"|cpb_mlp|rpb|pos_proj"
@@ -91,7 +91,7 @@ def _biases_positions(module: nn.Module, block: nn.Module) -> bool:
     return any(map(_BIAS.search, _holds(module)))
 
 
-# What may not be inside a block, the first that holds being the reason.
+# Contents of a block that rule out extra tokens. The first that holds is the reason.
 _REASONS_INSIDE = (
     (_convolves, "convolves the grid of its tokens ({path}), in which added tokens have no place"),
     (_lacks_a_softmax, "does not compare tokens with one another by a softmax ({path}: {cls})"),
@@ -116,7 +116,7 @@ def _from_inside(path: str, module: nn.Module, block: nn.Module) -> str:
 
 
 def _from_around(network: Network, name: str, given_rotations: bool) -> str:
-    """Reason in what a block is given, or holds itself, of biases and rotations."""
+    """Reason in the biases and rotations that a block is given or holds itself."""
     can_rotate = _leaves_added_tokens_unrotated(network.modules[name], given_rotations)
     for path in (name, *parents(name), ""):
         by = path or "the model"
@@ -139,7 +139,7 @@ def _leaves_added_tokens_unrotated(module: nn.Module, given_rotations: bool) -> 
 
 @cache
 def _rotation(cls: type[nn.Module]) -> str:
-    """How an attention keeps rotations off the tokens before the patches, by its source; "" if unknown.
+    """Way in which an attention keeps the tokens before the patches unrotated; "" if its source shows none.
 
     "given": it rotates the tokens after `num_prefix_tokens` by rotations that it is given, as in timm.
     "patches": it rotates as many of the last tokens as there are rotations, as Hugging Face's DINOv3.

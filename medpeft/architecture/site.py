@@ -1,4 +1,4 @@
-"""A place in a model where an adapter goes: a layer, one of its weights, and what surrounds it."""
+"""A place in a model for an adapter: a layer, one of its weights, and its surroundings."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Site:
-    """Where an adapter goes.
+    """A place for an adapter.
 
     Attributes:
         name: Name of the layer in the model, as in `model.named_modules()`.
@@ -107,7 +107,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """Kind of weight: "linear", "conv", "transposed", "norm", "embedding", or "block" for a whole block."""
+        """Kind of weight: "linear", "conv", "transposed", "norm" or "embedding"; "block" for a block."""
         if self.weight == "weight":
             return kind_of(self.layer)
         if self.weight == "":
@@ -130,7 +130,7 @@ class Site:
 
     @property
     def only_weight(self) -> bool:
-        """Whether nothing but the weight can be adapted: a parent reads it, or it is one of several of the layer."""
+        """Whether only the weight can be adapted: a parent reads it, or the layer has several weights."""
         return bool(self.readers) or self.weight not in ("weight", "")
 
     def with_parts(self, parts: str) -> Site:
@@ -146,7 +146,7 @@ class Site:
 
     @property
     def host(self) -> Tensor:
-        """The layer's weight, detached; a `MedpeftError` where it has none."""
+        """The layer's weight, detached. It is a `MedpeftError` if there is none."""
         weight = self.tensor(self.weight)
         if weight is None:
             raise MedpeftError(f"{self.name} ({type(self.layer).__name__}) has no {self.weight} to adapt.")
@@ -179,7 +179,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Partner:
-    """A second place where an adapter acts: an adapter of its own, without parameters, that works with the first.
+    """A second place where an adapter acts, through another adapter without parameters.
 
     Attributes:
         site: The second place.

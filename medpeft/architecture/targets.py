@@ -79,7 +79,7 @@ class Selection:
 
     @classmethod
     def of(cls, target: Target, exclude: Target = None) -> Selection:
-        """Make a selection from what `medpeft.apply` takes."""
+        """Make a selection from the arguments of `medpeft.apply`."""
         return cls(tuple(patterns(target)), tuple(patterns(exclude)))
 
     def picks(self, network: Network, name: str) -> bool:

@@ -85,7 +85,7 @@ def _definitions(cls: type[nn.Module], name: str) -> Iterator[FunctionType]:
 
 
 def _names(code: CodeType) -> set[str]:
-    """Every attribute and global named in a function, those in its inner functions included."""
+    """Names of the attributes and globals in a function, its inner functions included."""
     names = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

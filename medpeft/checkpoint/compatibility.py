@@ -23,35 +23,35 @@ Described = TypeVar("Described")
 
 @dataclass(frozen=True)
 class Wording:
-    """How a line says that only one side has a name, or that both describe it in another way."""
+    """Texts of a line for a name that only one side has, or that both describe differently."""
 
-    only_saved: str
-    only_here: str
+    only_in_file: str
+    only_in_model: str
     changed: str = ""
 
 
 _OPTIONS = Wording("{} is only in the file", "{} is only here", "{}={!r} in the file, {!r} here")
 _PLACES = Wording("{}: only in the file", "{}: only here")
 _BASES = Wording(
-    only_saved="{!r} is not in this model",
-    only_here="{!r} is not in the file's base",
+    only_in_file="{!r} is not in this model",
+    only_in_model="{!r} is not in the file's base",
     changed="{!r} is {} in the file's base, {} here",
 )
 _TENSORS = Wording(
-    only_saved="{!r}: in the file, the model has no such tensor",
-    only_here="{!r}: in the model, missing in the file",
+    only_in_file="{!r}: in the file, the model has no such tensor",
+    only_in_model="{!r}: in the model, missing in the file",
     changed="{!r}: {} in the file, {} in the model",
 )
 
 
-def differences(saved: Mapping[str, object], here: Mapping[str, object], wording: Wording) -> list[str]:
+def differences(in_file: Mapping[str, object], in_model: Mapping[str, object], wording: Wording) -> list[str]:
     """Compare the descriptions of the file and of the model: a line for each name on which they differ."""
-    lines = [wording.only_here.format(name) for name in here if name not in saved]
-    for name, description in saved.items():
-        if name not in here:
-            lines.append(wording.only_saved.format(name))
-        elif description != here[name]:
-            lines.append(wording.changed.format(name, description, here[name]))
+    lines = [wording.only_in_model.format(name) for name in in_model if name not in in_file]
+    for name, description in in_file.items():
+        if name not in in_model:
+            lines.append(wording.only_in_file.format(name))
+        elif description != in_model[name]:
+            lines.append(wording.changed.format(name, description, in_model[name]))
     return lines
 
 
@@ -108,16 +108,16 @@ def saved_record(header: Header) -> Applied:
     return record
 
 
-def require_same_methods(header: Header, model: nn.Module, here: Applied, skipped: Sequence[str]) -> None:
+def require_same_methods(header: Header, model: nn.Module, record: Applied, skipped: Sequence[str]) -> None:
     """Raise `CheckpointError`, with what differs, unless the model was adapted as the file says."""
     saved = saved_record(header)
-    if saved.methods.keys() != here.methods.keys():
-        lines = [f"method: {saved.name} in the file, {here.name} here"]
+    if saved.methods.keys() != record.methods.keys():
+        lines = [f"method: {saved.name} in the file, {record.name} here"]
     else:
-        lines = differences(_options(saved), _options(here), _OPTIONS)
-        lines += differences(_places(saved, skipped), _places(here, skipped), _PLACES)
-    if saved.batchnorm != here.batchnorm:
-        lines.append(f"batchnorm: {saved.batchnorm!r} in the file, {here.batchnorm!r} here")
+        lines = differences(_options(saved), _options(record), _OPTIONS)
+        lines += differences(_places(saved, skipped), _places(record, skipped), _PLACES)
+    if saved.batchnorm != record.batchnorm:
+        lines.append(f"batchnorm: {saved.batchnorm!r} in the file, {record.batchnorm!r} here")
     if lines:
         raise CheckpointError(
             f"{header.name} does not fit this {type(model).__name__}, which is adapted in another way:\n  "
@@ -146,9 +146,9 @@ def _places(record: Applied, skipped: Sequence[str]) -> dict[str, None]:
 def require_base(header: Header, model: nn.Module, record: Applied, skipped: Sequence[str]) -> None:
     """Raise `CheckpointError`, with what differs, unless the frozen weights are those of its base."""
     trained = {*record.selected, *record.statistics}
-    here = identify(model, lambda name: name not in trained and not within(name, skipped))
+    base = identify(model, lambda name: name not in trained and not within(name, skipped))
     saved = {**header.document["base"], "tensors": outside(header.document["base"]["tensors"], skipped)}
-    difference = _base_difference(saved, here)
+    difference = _base_difference(saved, base)
     if difference:
         raise CheckpointError(
             f"{header.name} was trained on another base than this {class_of(model).__name__}:\n  "
@@ -157,20 +157,20 @@ def require_base(header: Header, model: nn.Module, record: Applied, skipped: Seq
         )
 
 
-def _base_difference(saved: dict[str, Any], here: dict[str, Any]) -> str:
+def _base_difference(saved: dict[str, Any], base: dict[str, Any]) -> str:
     """Describe the first of class, shapes and values in which two bases differ; "" if in none."""
-    if saved["class"] != here["class"]:
-        return f"architecture: {label(saved)} in the file, {label(here)} here"
-    apart = differences(_shapes(saved), _shapes(here), _BASES)
+    if saved["class"] != base["class"]:
+        return f"architecture: {label(saved)} in the file, {label(base)} here"
+    apart = differences(_shapes(saved), _shapes(base), _BASES)
     if apart:
         return f"shapes: {_first(apart)}"
-    changed = [repr(name) for name, text in here["tensors"].items() if saved["tensors"][name] != text]
+    changed = [repr(name) for name, text in base["tensors"].items() if saved["tensors"][name] != text]
     if not changed:
         return ""
     labels = ""
-    if label(saved) != label(here):
-        labels = f" ({label(saved)} in the file, {label(here)} here)"
-    count = f"{len(changed)} of {len(here['tensors'])}"
+    if label(saved) != label(base):
+        labels = f" ({label(saved)} in the file, {label(base)} here)"
+    count = f"{len(changed)} of {len(base['tensors'])}"
     return f"values: {count} frozen tensors are not those of its base{labels}: {_first(changed)}"
 
 
@@ -190,7 +190,7 @@ def require_fit(
     header: Header,
     model: nn.Module,
     record: Applied,
-    here: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
     exact: Collection[str],
     skipped: Sequence[str],
 ) -> set[str]:
@@ -200,8 +200,8 @@ def require_fit(
         header: The file's.
         model: The model.
         record: What is, or will be, applied to it.
-        here: The tensors that a file for the model holds; of adapters not built yet, on the meta device.
-        exact: Names of those whose dtype must keep every digit.
+        expected: The tensors that a file for the model holds; of adapters not built yet, on the meta device.
+        exact: Names of tensors whose dtype must keep every digit.
         skipped: Names of the modules whose tensors are left alone.
 
     Returns:
@@ -210,11 +210,11 @@ def require_fit(
     Raises:
         CheckpointError: some do not fit; the differences are named.
     """
-    here, saved = outside(here, skipped), outside(header.tensors, skipped)
+    expected, saved = outside(expected, skipped), outside(header.tensors, skipped)
     in_file = {name: entry.shape for name, entry in saved.items()}
-    in_model = {name: tuple(tensor.shape) for name, tensor in here.items()}
+    in_model = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     lines = differences(in_file, in_model, _TENSORS)
-    for name, tensor in here.items():
+    for name, tensor in expected.items():
         if name in saved and not _keeps(saved[name].dtype, tensor.dtype, every_digit=name in exact):
             dtypes = short(saved[name].dtype), short(tensor.dtype)
             lines.append(_TENSORS.changed.format(name, *dtypes))
@@ -225,24 +225,26 @@ def require_fit(
     if lines:
         shown = as_lines(lines) + _class_hint(in_file, in_model, record.head)
         raise CheckpointError(f"{header.name} does not fit this {class_of(model).__name__}:\n  {shown}")
-    return set(here)
+    return set(expected)
 
 
-def _keeps(saved: torch.dtype, own: torch.dtype, *, every_digit: bool) -> bool:
+def _keeps(source: torch.dtype, destination: torch.dtype, *, every_digit: bool) -> bool:
     """Whether values can be copied from one dtype into the other."""
-    if saved == own:
+    if source == destination:
         return True
-    if saved.is_floating_point != own.is_floating_point:
+    if source.is_floating_point != destination.is_floating_point:
         return False
-    return own.is_floating_point and (not every_digit or torch.promote_types(saved, own) == own)
+    return destination.is_floating_point and (
+        not every_digit or torch.promote_types(source, destination) == destination
+    )
 
 
 def _class_hint(
-    saved: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]], head: Sequence[str]
+    in_file: Mapping[str, tuple[int, ...]], in_model: Mapping[str, tuple[int, ...]], head: Sequence[str]
 ) -> str:
     """Say what to do about a head of another size; "" if it has the same."""
-    for name, shape in saved.items():
-        if within(name, head) and shape and name in here and here[name] != shape:
+    for name, shape in in_file.items():
+        if within(name, head) and shape and name in in_model and in_model[name] != shape:
             classes = f"Build the model with num_classes={shape[0]}"
             return f"\n  {classes}, or pass head='skip' or head='reinit' for another task."
     return ""

@@ -55,7 +55,7 @@ _ENTRY = fields(
 
 @dataclass(frozen=True)
 class Entry:
-    """What the header says of one tensor.
+    """Description of one tensor in the header.
 
     Attributes:
         dtype: Its dtype.
@@ -73,7 +73,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the header says of the file.
+    """Description of the whole file in the header.
 
     Attributes:
         tensors: The tensors by name.
@@ -93,7 +93,8 @@ def short(dtype: torch.dtype) -> str:
 
 def memory(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor in CPU memory, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
+    flat = tensor.reshape(-1).view(torch.uint8)  # (…,) → (bytes,)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
 
 
 def digest(data: bytes | memoryview, size: int = 16) -> str:

@@ -19,7 +19,7 @@ SAMPLES = 256
 
 
 def identify(model: nn.Module, frozen: Callable[[str], bool]) -> dict[str, Any]:
-    """Describe a base, as JSON, by what tells it from others.
+    """Describe a base, as JSON, so that another base has another description.
 
     `SAMPLES` elements of every frozen tensor, spread over all of it, are hashed. This costs far less than
     reading the weights from disk, and finds other pretrained weights, another seed, a fine-tuned copy and

@@ -1,4 +1,4 @@
-"""A checkpoint's header: what was done to which base, as one JSON document with a digest of itself."""
+"""A checkpoint's header: one JSON document about the methods and the base, with a digest of itself."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _FIELDS = {
 }
 
 _DEFAULTS: dict[str, Any] = {}
-"""What a field means in the files of earlier versions, which do not have it. A new field goes here and into `_FIELDS`."""
+"""Values of fields that files of earlier versions do not have. A new field goes here and into `_FIELDS`."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint says of itself. Print it.
+    """Header of a checkpoint. Print it.
 
     Attributes:
         name: Name of the file.
@@ -82,7 +82,7 @@ class Header:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What was given to `save` as `metadata`."""
+        """The `metadata` given to `save`."""
         return dict(self.document["metadata"])
 
     @property

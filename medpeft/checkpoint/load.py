@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.batchnorm import statistics_names
 from ..adapters.record import Adapted, Applied, adapted_inside, applied, own_tensors, trained_tensors
 from ..errors import CheckpointError, MedpeftError, require_choice
 from ..sharding import is_sharded, overwrite, reshard
 from ..surgery.apply import carry_out, forget
 from ..surgery.build import build, state_of_built
 from ..surgery.install import Built
-from ..surgery.plan import Plan, plan_from, statistics_names
+from ..surgery.plan import Plan, plan_from
 from .compatibility import (
     outside,
     require_base,
@@ -35,12 +36,12 @@ from .source import Source, name_of, opened
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Everything that loading a file will do to a model.
+    """Plan of everything that loading a file does to a model.
 
     Attributes:
         planned: The plan by which the model is adapted first, None if it is adapted already.
         built: The planned adapters.
-        values: What is then copied into the model, by name.
+        values: Tensors that are then copied into the model, by name.
     """
 
     planned: Plan | None
@@ -49,7 +50,7 @@ class _Prepared:
 
 
 def inspect(path: Source) -> Header:
-    """Read what a checkpoint says of itself, from its header alone. Print it.
+    """Read the header of a checkpoint, without its tensors. Print it.
 
     Args:
         path: As for `load`.
@@ -131,8 +132,8 @@ def _prepare(
             if applied(model) is None:
                 with _options_from_file(record):
                     planned = plan_from(model, record)
-            here, exact = _expected(model, record, planned)
-            names = require_fit(header, model, record, here, exact if check_base else (), skipped)
+            expected, exact = _expected(model, record, planned)
+            names = require_fit(header, model, record, expected, exact if check_base else (), skipped)
             values = {name: value for name, value in read_values(file, header).items() if name in names}
             if head == "reinit":
                 values |= _draw_head(model, record)
@@ -155,7 +156,7 @@ def settle(planned: Plan, built: list[Built], values: dict[str, Tensor]) -> None
 
 
 def _copy(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copy the values into what a file holds of the model; after an error all are as before."""
+    """Copy the values into the model's tensors; after an error all are as before."""
     reshard(model)
     pairs = []
     for name, tensor in Adapted.of(model).saved.items():  # One order for all ranks of a sharded model.
@@ -192,7 +193,7 @@ def _record(model: nn.Module, header: Header, *, head: str, keep_base: bool | No
 
 
 def _new_record(model: nn.Module, header: Header, *, head: str, keep_base: bool | None) -> Applied:
-    """Complete the record in the file by what it says of this model."""
+    """Complete the record in the file by facts about this model."""
     record = saved_record(header)
     skipped = _skipped(record, head)
     record.selected = outside(record.selected, skipped)
@@ -213,12 +214,12 @@ def _new_record(model: nn.Module, header: Header, *, head: str, keep_base: bool 
 def _expected(
     model: nn.Module, record: Applied, planned: Plan | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return what a file for the model holds, and the part of it that has its dtype already."""
+    """Return the tensors of a file for the model, and those of them that have their dtype already."""
     if planned is None:
         saved = Adapted.of(model).saved
         return saved, saved
     trained = dict(trained_tensors(model, record))
-    # Only shapes until the file was found to have them: its options may ask for any size.
+    # Only shapes, because the options in an unchecked file may ask for any size.
     with _options_from_file(record):
         shapes = dict(state_of_built(build(model, planned.sites, record, shapes_only=True)))
     return {**trained, **shapes}, trained

@@ -63,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
 
 
 def _document(adapted: Adapted, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Describe everything that the header holds but the digests."""
+    """Describe the content of the header, without the digests."""
     record = adapted.record
     methods = {
         name: _as_json(options, f"the options of {name!r}") for name, options in record.methods.items()
@@ -114,7 +114,8 @@ def _as_json(value: Any, where: str, depth: int = 4) -> Any:
         return [_as_json(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
     raise CheckpointError(
         f"{where} cannot be saved: {type(value).__name__} {str(value)[:60]!r}. It must be JSON: text, finite "
-        f"numbers, True, False, None, and lists and dicts (keys are text) of these, at most {MAX_DEPTH - 4} deep."
+        f"numbers, True, False, None, and lists and dicts (keys are text) of these, at most {MAX_DEPTH - 4} "
+        "deep."
     )
 
 

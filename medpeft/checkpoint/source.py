@@ -1,4 +1,4 @@
-"""Where a checkpoint is read from: a path or bytes."""
+"""The source of a checkpoint: a path or bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 
 def name_of(source: Source) -> str:
-    """Return what messages call the file."""
+    """Return the name of the file for messages."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"the file given as {len(source):,} bytes"
     return os.fspath(source)

@@ -1,1 +1,1 @@
-"""The proof that what trains acts."""
+"""The proof that every trained tensor has an effect."""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.adapter import Adapters, parameters_of
+from ..adapters.adapter import parameters_of
+from ..adapters.adapters import Adapters
 from ..adapters.batchnorm import with_statistics
 from ..adapters.record import Adapted
 from ..adapters.wiring import is_wired
@@ -33,7 +34,7 @@ class Checked:
         tensors: Number of trainable tensors that act in train and in eval mode.
         parameters: Number of their elements.
         exempt: Names of trainable tensors that do not act, harmlessly, with the reason.
-        notes: What could not be shown, and what else is worth knowing.
+        notes: Sentences on tensors whose effect could not be shown, and other remarks.
 
     Examples:
         >>> import torch, medpeft
@@ -111,7 +112,7 @@ def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimi
 
 
 def _since_apply(adapted: Adapted, optimizer: torch.optim.Optimizer | None) -> list[Finding]:
-    """Find what became of the model since `apply`."""
+    """Find changes of the model since `apply` that break its adapters."""
     findings = list(_lost_forwards(adapted))
     findings += _misplaced_gradients(adapted)
     findings += _replaced_layers(adapted)
@@ -122,7 +123,7 @@ def _since_apply(adapted: Adapted, optimizer: torch.optim.Optimizer | None) -> l
 
 
 def _without_effect(model: nn.Module, example: Any) -> tuple[list[WithoutEffect], list[str]]:
-    """Find the trainable tensors without effect, and what is worth a note."""
+    """Find the trainable tensors without effect, and make notes on the model."""
     without, notes = [], []
     is_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     try:
@@ -183,10 +184,10 @@ def _is_cancelled_by_softmax(network: Network, layer: str) -> bool:
 def _misplaced_gradients(adapted: Adapted) -> Iterator[Finding]:
     """Find parameters that train although frozen, or are frozen although they should train, or are gone."""
     selected, trained_before = adapted.record.selected, adapted.record.trained_before
-    # By identity: a file names what adapters share by the first of them, the model by where it is registered.
-    own = {id(tensor) for tensor in adapted.own.values()}
+    # By `id`: a shared tensor has another name in a file (its first adapter's) than in the model.
+    added = {id(tensor) for tensor in adapted.own.values()}
     for name, parameter in adapted.model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in own and name not in selected:
+        if parameter.requires_grad and id(parameter) not in added and name not in selected:
             reason = "it was not there at apply"
             if name in trained_before:
                 reason = "apply froze it"
@@ -222,7 +223,7 @@ def _trains(adapters: Adapters) -> bool:
 
 
 def _lost_forwards(adapted: Adapted) -> Iterator[Finding]:
-    """Find layers whose adapters are not brought in, by their own forward or by that of a module that reads their weight."""
+    """Find layers whose adapters no forward runs: neither the layer's nor that of a reader of its weight."""
     network = Network(adapted.model, adapted.record.head)
     hint = "was the layer converted, or its forward deleted?"
     for name, layer, adapters in adapted.layers:

@@ -24,7 +24,7 @@ _REENTRANT = (
     "reentrant checkpointing gives no gradient to what it runs on frozen inputs; use "
     "checkpoint(…, use_reentrant=False), or let its input require a gradient"
 )
-# What torch warns of.
+# Part of the warning that torch gives for reentrant checkpointing.
 _REENTRANT_WARNING = "None of the inputs have requires_grad=True"
 
 Modes = tuple[str, ...]
@@ -156,7 +156,7 @@ class Dataflow(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> Any:
-    """What holds the values of a tensor: its storage, or itself if it is sparse and has none."""
+    """Memory of a tensor: its storage, or the tensor itself if it is sparse and has none."""
     return tensor.untyped_storage() if tensor.layout == torch.strided else tensor
 
 

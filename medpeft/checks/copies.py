@@ -45,11 +45,11 @@ def on_fakes(step: Callable[[nn.Module, Any], Result], model: nn.Module, example
     Raises:
         MedpeftError: the model cannot be copied, or asks for values; the message says which.
     """
-    # Some tensors a model holds out of sight, as in a closure: they take part as they are.
+    # A model may hold tensors where a copy does not reach, as in a closure. They stay real.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake_model = _copy(model, lambda tensor: _fake(tensor, mode))
     inputs = mapped(example, lambda tensor: _fake(tensor, mode))
-    # torch would log what is raised here, and where fake tensors fail, real ones are tried.
+    # torch would log an error that is raised again here, or after which real tensors are tried.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True
     try:
@@ -67,7 +67,7 @@ def on_fakes(step: Callable[[nn.Module, Any], Result], model: nn.Module, example
 
 def _copy(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     """Copy a model with every tensor changed."""
-    # By deepcopy's memo, because it refuses tensors that a forward computed, which a model may keep.
+    # deepcopy refuses tensors that a forward computed, and a model may keep some: its memo has copies.
     tensors = {id(tensor): tensor for tensor in _tensors_of(model)}
     memo: dict[int, Any] = {}
     for key, tensor in tensors.items():
@@ -212,8 +212,8 @@ def _empty_caches(model: nn.Module) -> None:
 
 
 def _closure(function: Any) -> list[Any]:
-    """List what a function holds from the one that made it: transformers' decorator hides a cache there."""
-    # Not isinstance: it asks a lazy import, of which MONAI has many, for its class, and that raises.
+    """List the values in a function's closure: a decorator of transformers hides a cache there."""
+    # isinstance would ask a lazy import for its class, which raises. MONAI has many.
     if type(function) is not FunctionType:
         return []
     contents = []

@@ -24,7 +24,7 @@ from .copies import cast_floats, copied, mapped, run, seed_everything, trainable
 # Relative effects too small to tell from rounding: in units of the output's precision, and in float64.
 _ROUNDING = 1e3
 _ZERO = 1e-11
-# Weights all below this shrink what comes before them to next to nothing.
+# Weights all below this shrink everything before them to next to nothing.
 _SMALL = 1e-3
 # Stochastic depth may skip a branch; four times in a row is not chance.
 _TRIES = 4
@@ -46,7 +46,7 @@ def effects(model: nn.Module, example_input: Any, names: list[str]) -> tuple[lis
     suspects["eval"] = trial.without_effect("eval", names)
     if any(suspects.values()):
         # A constant input may be a mask of ones; noise in its place would block attention.
-        suspects = Trial(copied(model, share_frozen=True), example).still_without_effect(suspects)
+        suspects = Trial(copied(model, share_frozen=True), example).remaining_without_effect(suspects)
     without = _confirmed(model, varied, suspects) if any(suspects.values()) else []
     in_inference = trial.flowing_in_inference()
     for name in names:
@@ -102,8 +102,8 @@ class Trial:
                 break
         return names
 
-    def still_without_effect(self, suspects: NamesByMode) -> NamesByMode:
-        """List the suspects of each mode that have no effect here either."""
+    def remaining_without_effect(self, suspects: NamesByMode) -> NamesByMode:
+        """List the suspects of each mode that have no effect in this trial either."""
         remaining = dict(suspects)
         for mode, names in suspects.items():
             if names:
@@ -141,7 +141,7 @@ class Trial:
         except Exception as error:
             kind, reason = type(self.model).__name__, f"{type(error).__name__}: {error}"
             raise MedpeftError(f"{kind} does not run on example_input in {mode} mode: {reason}") from error
-        # On a GPU it may have drawn there.
+        # Draws from a GPU's generator do not change the CPU's, so with CUDA they are assumed.
         if torch.cuda.is_initialized() or not torch.equal(before, torch.get_rng_state()):
             self.draws = True
         self.precision = max(torch.finfo(output.dtype).eps for output in outputs)
@@ -186,15 +186,15 @@ def _confirmed(model: nn.Module, example: Any, suspects: NamesByMode) -> list[Wi
 def _explained(trial: Trial, suspects: NamesByMode) -> list[WithoutEffect]:
     """Confirm suspects, then take one possible cause after the other away and see which let them act."""
     small, zeros = _shut_gates(trial.model)
-    # What acts behind a LayerScale of 1e-6 acts, but may be too small to tell.
+    # Behind a LayerScale of 1e-6 an effect may be too small to measure.
     _open(trial.model, small)
-    confirmed = trial.still_without_effect(suspects)
+    confirmed = trial.remaining_without_effect(suspects)
     _open(trial.model, zeros)
     behind_open = confirmed
     if zeros:
-        behind_open = trial.still_without_effect(confirmed)
+        behind_open = trial.remaining_without_effect(confirmed)
     _bypass_norms(trial.model)
-    behind_norms = trial.still_without_effect(behind_open)
+    behind_norms = trial.remaining_without_effect(behind_open)
     without = []
     for name in dict.fromkeys([*confirmed["train"], *confirmed["eval"]]):
         modes = _modes(name, confirmed)
@@ -241,17 +241,17 @@ def _bypass_norms(model: nn.Module) -> None:
 
 
 def _cancels_constants(layer: nn.Module) -> bool:
-    """Whether what is constant over space, or over space and batch, does not get past the layer."""
+    """Whether the layer cancels an input that is constant over space, or over space and batch."""
     return erases_scale(layer) or isinstance(layer, nn.GroupNorm)
 
 
 def _zero_reason(model: nn.Module, name: str, zeros: list[str]) -> str:
     gate = _nearest(model, name, zeros)
-    what = "zero-initialised"
+    cause = "zero-initialised"
     if is_norm(model.get_submodule(gate.rpartition(".")[0])):
-        what = "a zero-initialised norm"
+        cause = "a zero-initialised norm"
     hint = "load pretrained weights, or initialise the model without (timm: zero_init_last=False)"
-    return f"{gate} is frozen and all zeros ({what}, as in a fresh model); {hint}"
+    return f"{gate} is frozen and all zeros ({cause}, as in a fresh model); {hint}"
 
 
 def _norm_reason(model: nn.Module, name: str) -> str:

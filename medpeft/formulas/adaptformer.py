@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, Handover, SecondPlace
+from ..adapters.adapter import Adapter, SecondPlace
+from ..adapters.handover import Handover
 from ..adapters.registry import register
 from ..architecture.blocks import branches
 from ..architecture.network import Network
@@ -99,7 +100,7 @@ class AdaptFormer(Adapter, TwoMatrices):
 
 
 class Entrance(SecondPlace):
-    """Second place of AdaptFormer: the norm before the MLP, or the MLP, whose input is the adapter's x."""
+    """Second place of AdaptFormer: the norm before the MLP, or the MLP. Its input is the adapter's x."""
 
     @property
     def first(self) -> AdaptFormer:

@@ -59,7 +59,7 @@ class Bottleneck(nn.Module, TwoMatrices):
 class Houlsby(Adapter):
     """A bottleneck after the attention and another after the MLP of every block: y + up(gelu(down(y))).
 
-    y is what the attention or the MLP gives, (B, …, D), before LayerScale, drop-path and the sum with the
+    y is the output of the attention or the MLP, (B, …, D), before LayerScale, drop-path and the sum with the
     residual stream.
 
     Args:

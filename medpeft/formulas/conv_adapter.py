@@ -26,19 +26,20 @@ from ..errors import require_choice, require_positive
     hint="it adapts convolutions of residual blocks wider than 1×1. Try 'adaptformer' or 'convpass'.",
     search={"reduction": (1, 2, 4, 8), "form": ("parallel", "sequential")},
     unmergeable=(
-        "there is a nonlinearity between the two convolutions of its bottleneck, which no weight of the layer can replace"
+        "there is a nonlinearity between the two convolutions of its bottleneck, "
+        "which no weight of the layer can replace"
     ),
 )
 class ConvAdapter(Adapter):
-    """A depthwise-separable bottleneck beside the convolutions of residual blocks: conv(x) + α ⊙ up(relu(down(x))).
+    """A separable bottleneck beside the convolutions of residual blocks: conv(x) + α ⊙ up(relu(down(x))).
 
-    x is (B, I, …). `down` is a convolution of I to I / γ channels in I / γ groups, which slides as its host
-    does, so that both see the same field; `up` is a 1×1 convolution; α has one value per channel and starts
-    at 1.
+    x is (B, I, …). `down` is a depthwise-separable convolution of I to I / γ channels in I / γ groups. It
+    slides as the adapted convolution does, so that both see the same field. `up` is a 1×1 convolution. α has
+    one value per channel and starts at 1.
 
     Args:
         site: A convolution.
-        reduction: γ; the next smaller width that divides I is taken where γ does not.
+        reduction: γ. If it does not divide I, the next smaller width that does is taken.
         form: "parallel" beside the convolution, "sequential" after it, on its output.
     """
 
@@ -63,7 +64,7 @@ class ConvAdapter(Adapter):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
-        """Yield the convolutions of residual blocks whose kernel is larger than 1; with a target, any convolution."""
+        """Yield the convolutions of residual blocks wider than 1×1; with a target, any convolution."""
         for site in network.sites("conv"):
             if not isinstance(site.layer, CONVS):
                 continue
@@ -90,7 +91,7 @@ def _keeping_size(geometry: Geometry) -> Geometry:
 
 
 def _width(inputs: int, reduction: int) -> int:
-    """The bottleneck's channels: `inputs` over the reduction, or the next smaller divisor of `inputs`."""
+    """Width of the bottleneck: `inputs` over the reduction, or the next smaller divisor of `inputs`."""
     width = max(inputs // reduction, 1)
     while inputs % width:
         width -= 1

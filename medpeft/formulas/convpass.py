@@ -26,7 +26,7 @@ _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Grid(NamedTuple):
-    """How the patches of an image lie among the tokens: after how many others, and on what grid."""
+    """Position of an image's patches among the tokens: the number of tokens before them, and their grid."""
 
     prefix: int
     sizes: tuple[int, ...]
@@ -41,7 +41,7 @@ class Grid(NamedTuple):
 class Convpass(Adapter, TwoMatrices):
     """A convolution over the tokens beside every attention and MLP: y + s·up(act(conv(act(down(x))))).
 
-    x is what enters the attention or the MLP, (B, …, D), after the norm. The tokens of the patches are
+    x is the input of the attention or the MLP, (B, …, D), after the norm. The tokens of the patches are
     convolved as the image that they came from, 3 × 3 (3 × 3 × 3 in volumes); class and register tokens each
     as an image of one pixel.
 
@@ -62,7 +62,9 @@ class Convpass(Adapter, TwoMatrices):
         self.conv_bias = nn.Parameter(torch.zeros(bottleneck))
         self.add_up(bottleneck, self.layout.outputs)
         nn.init.xavier_uniform_(self.down, generator=site.generator)
-        nn.init.eye_(self._centre.detach())  # In the authors' code too, where it passes on what `down` gives.
+        nn.init.eye_(
+            self._centre.detach()
+        )  # In the authors' code too, where it passes on the output of `down`.
         self.dropout = nn.Dropout(dropout)
 
     @classmethod
@@ -88,7 +90,7 @@ class Convpass(Adapter, TwoMatrices):
                     yield Site(branch.name, branch.module, "", "", layout=branch.layout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Compute y + s·up(act(conv(act(down(x))))), act being x·sigmoid(1.702·x)."""
+        """Compute y + s·up(act(conv(act(down(x))))), where act(x) = x·sigmoid(1.702·x)."""
         axis = self.layout.axis
         hidden = _act(self.narrow(x, axis))
         hidden = self.dropout(_act(self._convolved(hidden)))
@@ -119,7 +121,7 @@ class Convpass(Adapter, TwoMatrices):
     def _in_row(self, hidden: Tensor) -> Tensor:
         """Convolve the patches, and apart from them every other token: (B, N, h) → (B, N, h)."""
         grid = self._find_grid(hidden.shape[1])
-        # Of a kernel on an image of one pixel, all but the centre sees padding.
+        # On an image of one pixel, all of the kernel but its centre meets padding.
         alone = F.linear(hidden[:, : grid.prefix], self._centre, self.conv_bias)
         if not grid.sizes:
             return alone

@@ -30,9 +30,9 @@ def trains(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
     "difffit", hint="it scales the branches of transformer blocks. Try 'bias+norm' or 'ssf'.", selects=trains
 )
 class DiffFit(Adapter):
-    """A scale of what every attention and every MLP gives, γ ⊙ y, beside every bias and every norm of the model.
+    """A scale of the output of every attention and MLP, γ ⊙ y, beside every bias and norm of the model.
 
-    γ has one element a channel and starts at one.
+    γ has one element per channel and starts at one.
 
     Args:
         site: The last layer of an attention or MLP, linear or a convolution.

@@ -40,7 +40,7 @@ class Factors(nn.Module):
     search={"scale": (0.01, 0.1, 1.0, 10.0, 100.0), "rank": (4, 8, 16, 32)},
 )
 class FacT(Adapter):
-    """The change of every weight as d×d blocks V·Σᵢ·Uᵀ, of which all layers share U and V: W + s·[V·Σᵢ·Uᵀ].
+    """A change of every weight by d×d blocks whose factors U and V all layers share: W + s·[V·Σᵢ·Uᵀ].
 
     d is the smaller side of the weight. A query, key or value is one block; an MLP's layer of 4d is four,
     one above the other or side by side. Blocks that jut out are cut off. V starts at zero.

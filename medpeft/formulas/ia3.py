@@ -25,14 +25,13 @@ from ..architecture.site import Site
 
 @register("ia3", hint="it scales the keys, values and MLPs of transformers. Try 'ssf' or 'lora'.")
 class IA3(Adapter):
-    """A scale of every key and value, and of every hidden channel of the MLP: l ⊙ K, l ⊙ V, and W₂·(l ⊙ γ(W₁·x)).
+    """A scale of keys, values and hidden channels of the MLP: l ⊙ K, l ⊙ V, and W₂·(l ⊙ γ(W₁·x)).
 
-    Where a parent adds a bias of its own to keys or values, as timm's BEiT does, the scale leaves that out. l
-    starts at one.
+    l starts at one. A bias that the parent adds to keys or values, as in timm's BEiT, is not scaled.
 
     Args:
-        site: A layer that makes keys or values, whose output is scaled; any other linear layer or
-            convolution: its input is.
+        site: A layer that makes keys or values, whose output is scaled, or any other linear layer or
+            convolution, whose input is scaled.
     """
 
     def __init__(self, site: Site) -> None:

@@ -66,9 +66,9 @@ class Place:
 class Prefix(Adapter):
     """Learned keys and values in every attention: softmax(q·[P_k; k]ᵀ / √d)·[P_v; v].
 
-    Tokens of zeros enter the attention. The prefix replaces what its projections make of them, and what
-    leaves for them is taken off. So the attention computes in its own way, fused or not, and normalises,
-    masks and drops the new keys as the others. `nn.MultiheadAttention` has slots for such keys, its
+    Tokens of zeros enter the attention. The prefix replaces their keys and values, and their outputs are
+    taken off. So the attention computes in its own way, fused or not, and treats the new keys like all
+    others: it normalises, masks and drops them. `nn.MultiheadAttention` has slots for such keys, its
     `bias_k` and `bias_v`. The model is not the base at first: even a fresh prefix takes part in every
     softmax.
 
@@ -152,7 +152,7 @@ class Prefix(Adapter):
         return value
 
     def put_in(self, projection: str, y: Tensor) -> Tensor:
-        """Replace what a projection made of the zeros by the prefix: (B, N + n, D) → (B, N + n, D)."""
+        """Replace a projection's output for the zeros by the prefix: (B, N + n, D) → (B, N + n, D)."""
         rows = []
         for place in self.places[projection]:
             prefix = self.k if place.rows.part == "k" else self.v
@@ -177,7 +177,7 @@ def _is_sequence_like(x: Tensor, value: Any) -> bool:
 
 
 class Keys(SecondPlace):
-    """Second place of a prefix: a projection of keys, of values, or of both, into whose output it goes."""
+    """Second place of a prefix: a projection of keys, values or both, whose output receives the prefix."""
 
     def __init__(self, site: Site, first: Prefix) -> None:
         super().__init__(site, first)
@@ -189,7 +189,7 @@ class Keys(SecondPlace):
         return self.shared["first"]  # type: ignore[return-value]  # as it was made
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return `y` with the prefix in place of what was made of the zeros."""
+        """Return `y` with the prefix in place of the outputs for the zeros."""
         return self.first.put_in(self.name, y)
 
 

@@ -110,7 +110,7 @@ class RepAdapter(Adapter):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
-        """Yield what makes q, k and v, and the first layers of MLPs; with a target, all layers that fit."""
+        """Yield the projections of q, k and v, and the first layers of MLPs; with a target, all that fit."""
         first: set[str] = set()
         for mlp in feed_forwards(network):
             first.update(mlp.first)

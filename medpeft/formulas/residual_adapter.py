@@ -27,13 +27,13 @@ _TSA_FORMS = {"parallel": "matrix", "series": "series"}
     search={"form": ("parallel", "series")},
 )
 class ResidualAdapter(TSA):
-    """A 1×1 convolution α beside or after the 3×3 convolutions of residual blocks: conv(x) + α∗x, or y + α∗y.
+    """A 1×1 convolution beside or after the 3×3 ones of residual blocks: conv(x) + α∗x, or y + α∗y.
 
     The papers give each domain its own BatchNorms as well: join it with "bn" for those.
 
     Args:
         site: A convolution of I to O channels in G groups.
-        form: "parallel", α being (O, I / G) and grouped like its host, or "series", α being (O, O).
+        form: "parallel", where α is (O, I / G) and grouped like its host, or "series", where it is (O, O).
     """
 
     def __init__(self, site: Site, *, form: str = "parallel") -> None:
@@ -44,7 +44,10 @@ class ResidualAdapter(TSA):
     def sites(  # type: ignore[override]  # its options are its own
         cls, network: Network, *, targeted: bool = False, form: str = "parallel"
     ) -> Iterator[Site]:
-        """Yield the 3×3 convolutions (3×3×3 in volumes) of residual blocks; with a target, any that a 1×1 fits beside."""
+        """Yield the 3×3 convolutions (3×3×3 in volumes) of residual blocks.
+
+        With a target, yield every convolution that a 1×1 fits beside.
+        """
         require_choice("form", form, ("parallel", "series"))
         for site in network.sites("conv"):
             if not isinstance(site.layer, CONVS) or not fits_beside(site.layer, form):

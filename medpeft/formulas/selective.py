@@ -46,13 +46,13 @@ def ln(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
 
 @register("norm", hint="it trains normalisation layers that have parameters. Try 'bias' or 'lora'.")
 def norm(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
-    """Parameters of every normalisation layer, of whatever kind."""
+    """Parameters of every normalisation layer of any kind."""
     return is_norm(layer.module)
 
 
 @register("attention", hint="it trains attention layers. Try 'ssf', 'lora' or 'norm'.")
 def attention(name: str, parameter: nn.Parameter, layer: Layer, *, scope: str = "layer") -> bool:
-    """Every attention layer whole (scope="layer"), or the block around it (scope="block", diffusers' `attentions`)."""
+    """Every attention layer as a whole; with scope="block" the block around it (diffusers' `attentions`)."""
     require_choice("scope", scope, ("layer", "block"))
     if scope == "layer":
         return layer.attention != ""

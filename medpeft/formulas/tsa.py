@@ -32,7 +32,7 @@ class TSA(Adapter):
     Args:
         site: A convolution of I to O channels in G groups.
         form: "matrix" (α is (O, I / G), grouped like its host), "vector" (α is (O,), each channel onto
-            itself, for O = I), or "series" (y + A·y + b after the convolution, A being (O, O)).
+            itself, for O = I), or "series" (y + A·y + b after the convolution, where A is (O, O)).
         init: "zero", or "eye" for the official 1e-4·I; a series is the identity at either.
         dense: Let α of a grouped host mix all I channels; merging would make the host's weight dense, so it
             is refused.
@@ -140,7 +140,7 @@ class TSA(Adapter):
 
 
 def _eye(like: Tensor, groups: int) -> Tensor:
-    """Make a matrix (O, I / groups) with a one where an output channel meets the input channel of its number."""
+    """Make a matrix (O, I / groups) with a one where output and input channel have the same number."""
     outputs, columns = like.shape
     rows = torch.arange(outputs, device=like.device)
     group = rows // (outputs // groups)

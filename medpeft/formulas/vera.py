@@ -61,7 +61,7 @@ def _draw(rows: int, columns: int, seed: int) -> Tensor:
     search={"rank": (64, 256, 1024), "d_initial": (0.01, 0.1, 1.0)},
 )
 class VeRA(Adapter):
-    """Frozen random matrices common to all layers, scaled by two vectors a layer: W + diag(b)·B·diag(d)·A.
+    """Frozen random matrices for all layers, scaled by two vectors per layer: W + diag(b)·B·diag(d)·A.
 
     A is (r, fan-in) and B (out, r), on the weight taken as a matrix. All weights with as many columns share
     A, all with as many rows share B. In a fused projection every adapted part has its own b and d. b starts

@@ -85,8 +85,8 @@ class VPTDeep(Adapter):
     def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
         """Put the prompts into `x`, and make room for them in rotations and masks.
 
-        Rotations leave the prompts as they are, and all tokens see them. That keeps a causal mask causal:
-        what leaves a block for the prompts is taken off.
+        Rotations leave the prompts as they are, and all tokens see them. A causal mask stays
+        causal, because the outputs for the prompts are taken off.
         """
         span = self.prompts.span
         for name, value in others.items():

@@ -91,7 +91,7 @@ def from_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component:
 
 
 def _read_file(model: nn.Module, path: str, component: str) -> LoRAFile:
-    """Read what a file has for a component; all of it, if its keys name no component."""
+    """Read the tensors of a component from a file; all of them if its keys name no component."""
     tensors, metadata = read(path)
     prefix = f"{component}."
     if not any(key.startswith(prefix) for key in tensors):

@@ -30,7 +30,7 @@ _PREFIX = "base_model.model."
 _TENSORS = "adapter_model.safetensors"
 _CONFIGURATION = "adapter_config.json"
 
-# Options of peft with which it computes what no LoRA of ours does.
+# Options with which peft computes something that `lora` does not.
 _REFUSED = (
     "use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "target_parameters",
     "trainable_token_indices", "use_qalora", "use_bdlora", "alora_invocation_tokens", "megatron_config",
@@ -151,7 +151,7 @@ def _write_json(path: str, content: Mapping[str, Any]) -> None:
 def from_peft(
     model: nn.Module, directory: str | os.PathLike[str], *, head: Head = "auto", dropout: float | None = None
 ) -> nn.Module:
-    """Apply `lora` to a base and load what peft saved: adapter_model.safetensors and adapter_config.json.
+    """Apply `lora` to a base and load a LoRA of peft: adapter_model.safetensors and adapter_config.json.
 
     A layer's own factor is multiplied into B, and smaller ranks are filled up, so that all layers have one
     rank and one factor. Where q, k and v are one layer, each part gets its own copy of A.

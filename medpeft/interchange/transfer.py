@@ -55,7 +55,7 @@ def export_factors(adapted: Adapted, *, with_head: bool) -> dict[str, Factors]:
 
 
 def _inexpressible_options(record: Applied, with_head: bool) -> list[str]:
-    """List what was applied beside LoRA and has no place in the file."""
+    """List the methods and options beside LoRA that have no place in the file."""
     problems = []
     if "lora" not in record.methods or not set(record.methods) <= {"lora", "linear_probe"}:
         problems.append(f"the methods {'+'.join(record.methods)}: these files hold LoRA alone")
@@ -91,7 +91,7 @@ def apply_file(model: nn.Module, file: LoRAFile, *, head: Head, dropout: float) 
 
 
 def _without_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out what the model holds already, frozen and with the same values."""
+    """Leave out tensors that the model already has, frozen and with the same values."""
     changed = dict(tensors)
     for name, tensor in own_tensors(model):
         frozen = not tensor.requires_grad or not tensor.is_floating_point()

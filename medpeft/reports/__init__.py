@@ -1,1 +1,1 @@
-"""The numbers: what trains, and what a step costs."""
+"""The numbers: parameters that train, and costs of a step."""

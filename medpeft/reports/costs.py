@@ -23,7 +23,7 @@ class Costs:
         forward_flops: Operations of the forward: two for each multiply-add of a matrix product, convolution
             or attention.
         training_flops: Operations of forward and backward.
-        saved_bytes: Bytes kept from forward to backward. Parameters and buffers do not count: they are there
+        saved_bytes: Bytes kept from forward to backward. Parameters and buffers do not count: they exist
             anyway.
     """
 

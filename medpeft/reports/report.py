@@ -1,4 +1,4 @@
-"""What trains, in numbers: a table per method and per layer type."""
+"""Numbers of trainable parameters: a table per method and per layer type."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Report:
 
 
 def report(model: nn.Module, example_input: Any = None) -> Report:
-    """Count what an adapted model trains, per method and per layer type, the head apart.
+    """Count the parameters that an adapted model trains, per method and layer type, the head apart.
 
     Args:
         model: A model after `apply`.

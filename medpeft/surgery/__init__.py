@@ -1,1 +1,1 @@
-"""Changing a model and changing it back; no formula is known here."""
+"""Changing a model and changing it back, without knowing any formula."""

@@ -1,4 +1,4 @@
-"""What a user does to a model: apply, disabled, remove."""
+"""Apply methods to a model, switch them off for a while, and remove them."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def apply(
 
 
 def carry_out(planned: Plan, built: list[Built] | None = None) -> nn.Module:
-    """Do what a plan says, with adapters that were built for it if there are any."""
+    """Carry out a plan, with the adapters that were built for it, or else with new ones."""
     model, record = planned.model, planned.record
     if built is None:
         built = build(model, planned.sites, record)
@@ -137,10 +137,9 @@ def forget(model: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Give the base, bit for bit, for the duration of a `with` block.
+    """Make the model the base, bit for bit, for the duration of a `with` block.
 
-    A forward that another thread is running is waited for; those that begin inside the block compute the
-    base.
+    It waits for running forwards of other threads. Forwards that begin inside the block compute the base.
 
     Raises:
         MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the
@@ -181,13 +180,13 @@ def _switch(adapted: Adapted, values: dict[str, Tensor], *, enabled: bool) -> No
 
 
 def _put(adapted: Adapted, values: dict[str, Tensor]) -> None:
-    """Give the tensors that training changes other values."""
+    """Copy values into the tensors that training changes."""
     reshard(adapted.model)
     overwrite((tensor, values[name]) for name, tensor in trained_tensors(adapted.model, adapted.record))
 
 
 def require_acting(adapted: Adapted, action: str) -> None:
-    """Raise `MedpeftError` inside `disabled` or `merged`, where other values than the trained ones are in place."""
+    """Raise `MedpeftError` inside `disabled` or `merged`, where the trained values are not in place."""
     require(
         adapted.acting, f"{action} does not work inside disabled(model) or merged(model): leave that first."
     )

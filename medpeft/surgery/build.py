@@ -1,4 +1,4 @@
-"""Build the adapters of a plan, or their shapes alone; nothing in the model changes."""
+"""Build the adapters of a plan, or only their shapes, without changing the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .install import Built
 
 
 class Planned(NamedTuple):
-    """A method, and a site of one of its adapters."""
+    """A method, and the site of one of its adapters."""
 
     method: Method
     site: Site
@@ -31,7 +31,7 @@ class Planned(NamedTuple):
 def build(
     model: nn.Module, sites: list[Planned], record: Applied, *, shapes_only: bool = False
 ) -> list[Built]:
-    """Build an adapter for every site, on its layer's device; with `shapes_only`, without values.
+    """Build an adapter for every site, on its layer's device, or with `shapes_only` on the meta device.
 
     Raises:
         MedpeftError: an option is wrong, or an adapter could not act at its site.
@@ -51,7 +51,7 @@ def _build_at(
     *,
     shapes_only: bool,
 ) -> list[Built]:
-    """Build the adapter of one site, and those of its partners."""
+    """Build the adapter of one site and the adapters of its partners."""
     method, site = planned
     device, dtype = _place(site, model)
     if shapes_only or device.type == "meta":
@@ -67,7 +67,9 @@ def _build_at(
         shared=shared.setdefault((method.name, device), {}),
     )
     with torch.device(built_on):
-        adapter = method.define(replace(site, draft=draft), **method.own(record.methods[method.name]))
+        adapter = method.define(
+            replace(site, draft=draft), **method.options_of_adapter(record.methods[method.name])
+        )
     assert isinstance(adapter, Adapter)
     _require_acting(method, site, adapter)
     built = [Built(method, site, adapter)]
@@ -84,14 +86,14 @@ def _build_at(
 
 
 def _require_acting(method: Method, site: Site, adapter: Adapter) -> None:
-    """Raise where an adapter has no face that could act at its site."""
+    """Raise if no face of an adapter can act at its site."""
     can_merge = type(adapter).merged is not Adapter.merged
     if adapter.acts_on == ON_WEIGHT and not can_merge:
         reader = site.readers[0].name if site.readers else ""
         raise MedpeftError(
-            f"{method.name!r} acts on the output of {site.name}, but {reader or 'its parent'} reads the layer's "
-            "weight without calling it, so the output never is: exclude it, or use a method that acts on "
-            "weights, such as 'lora'."
+            f"{method.name!r} acts on the output of {site.name}, but {reader or 'its parent'} reads the "
+            "layer's weight without calling it, so the output never is: exclude it, or use a method that "
+            "acts on weights, such as 'lora'."
         )
     replaced = site.layer.__dict__.get("forward")
     acts_on_weight = "weight" in adapter.acts_on
@@ -104,17 +106,17 @@ def _require_acting(method: Method, site: Site, adapter: Adapter) -> None:
 
 
 def _place(site: Site, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Choose an adapter's device, which is its layer's, and dtype: float32, or the layer's if that is wider."""
-    own = site.tensor(site.weight) if site.weight else None
-    # A norm without weights is where the rest of the model is.
-    for tensor in chain((own,), site.layer.parameters(), model.parameters()):
+    """Choose an adapter's device, its layer's, and its dtype: float32, or the layer's if that is wider."""
+    weight = site.tensor(site.weight) if site.weight else None
+    # A norm without weights computes on the device of the rest of the model.
+    for tensor in chain((weight,), site.layer.parameters(), model.parameters()):
         if tensor is not None and tensor.is_floating_point():
             return tensor.device, torch.promote_types(tensor.dtype, torch.float32)
     return torch.device("cpu"), torch.float32
 
 
 def count_new(adapter: Adapter, counted: set[nn.Parameter]) -> int:
-    """Count an adapter's trainable parameters that no adapter before has counted."""
+    """Count an adapter's trainable parameters, those in `counted` left out, and add them to it."""
     total = 0
     for _, parameter in parameters_of(adapter):
         if parameter.requires_grad and parameter not in counted:
@@ -124,7 +126,7 @@ def count_new(adapter: Adapter, counted: set[nn.Parameter]) -> int:
 
 
 def state_of_built(built: Iterable[Built]) -> Iterator[tuple[str, Tensor]]:
-    """Yield what `own_state` will yield of adapters that are not in the model yet, shared tensors once."""
+    """Yield the tensors of adapters that are not in the model yet, as `own_state` will once they are."""
     yielded: set[int] = set()
     for item in built:
         for key, tensor in state_of(item.adapter).items():

@@ -1,4 +1,4 @@
-"""Bring adapters into a model, and take them out again."""
+"""Put adapters into a model, and take them out again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..adapters.adapter import Adapter, Adapters
+from ..adapters.adapter import Adapter
+from ..adapters.adapters import Adapters
 from ..adapters.bias_gradients import trains_apart
 from ..adapters.forward import adapted_forward
 from ..adapters.registry import Method
@@ -19,13 +20,13 @@ from ..architecture.weight_reads import has_fused_path
 
 @dataclass(frozen=True)
 class Built:
-    """An adapter that is built and not yet in the model.
+    """An adapter that is built but not yet in the model.
 
     Attributes:
         method: Its method.
-        site: Where it goes.
+        site: Its site.
         adapter: The adapter.
-        first: The adapter that this one is the second place of; None for an adapter of its own.
+        first: The first place, if this adapter is a second place; else None.
     """
 
     method: Method
@@ -41,12 +42,12 @@ class Built:
         return f"{self.method.name}_partner"
 
 
-# torch takes its fused path only where nothing has hooks. This one is never called.
+# torch takes a fused path only for a module without hooks. This hook is never called.
 _WITH_A_HOOK = {"_forward_hooks": {0: None}}
 
 
 def install(model: nn.Module, built: list[Built]) -> None:
-    """Register each adapter at its site, and wire its layer, the readers of its weight, and the model itself."""
+    """Register every adapter, and wire its layer, the readers of its weight, and the model."""
     by_layer: dict[nn.Module, list[Built]] = {}
     for item in built:
         by_layer.setdefault(item.site.layer, []).append(item)
@@ -58,7 +59,7 @@ def install(model: nn.Module, built: list[Built]) -> None:
 
 
 def _wirings(model: nn.Module, built: list[Built]) -> Iterator[tuple[nn.Module, Wiring]]:
-    """Yield every module to be wired with what its forward has to know."""
+    """Yield every module to be wired, with its wiring."""
     modules = dict(model.named_modules())
     reads: dict[nn.Module, list[str]] = {model: []}
     for item in built:
@@ -68,19 +69,22 @@ def _wirings(model: nn.Module, built: list[Built]) -> Iterator[tuple[nn.Module, 
             if reader.path not in paths_of_reader:
                 paths_of_reader.append(reader.path)
     apart = {module for module in modules.values() if trains_apart(module)}
-    slow = {
+    unfused = {
         module
         for name, module in modules.items()
-        if has_fused_path(module) and _passes_by(module, name, built)
+        if has_fused_path(module) and _bypasses(module, name, built)
     }
-    for module in [*reads, *(apart | slow).difference(reads)]:
+    for module in [*reads, *(apart | unfused).difference(reads)]:
         paths = tuple(reads.get(module, ()))
-        overrides = _WITH_A_HOOK if module in slow else {}
+        overrides = _WITH_A_HOOK if module in unfused else {}
         yield module, Wiring(module is model, paths, overrides=overrides, apart=module in apart)
 
 
-def _passes_by(module: nn.Module, name: str, built: list[Built]) -> bool:
-    """Whether a module, computed by one fused kernel, would miss an adapter: one that is not on a weight that it reads."""
+def _bypasses(module: nn.Module, name: str, built: list[Built]) -> bool:
+    """Whether a module's fused kernel would bypass an adapter inside it.
+
+    The kernel takes the weights that the module reads, so it meets adapters on those alone.
+    """
     for item in built:
         inside = f"{item.site.name}.".startswith(f"{name}.".lstrip(".")) and item.site.layer is not module
         reads = any(reader.name == name for reader in item.site.readers)
@@ -90,7 +94,7 @@ def _passes_by(module: nn.Module, name: str, built: list[Built]) -> bool:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Take every adapter and every wiring of medpeft's out of the model."""
+    """Take every adapter and every wiring out of the model."""
     for module in list(model.modules()):
         unwire(module)
         if isinstance(module._modules.get("adapters"), Adapters):

@@ -1,4 +1,4 @@
-"""Merging: put what `Adapter.merged` returns into the layers' own parameters. No method has merge code of its own."""
+"""Merging: fold every adapter into its layer's own parameters, by `Adapter.merged` alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapters
+from ..adapters.adapters import Adapters
 from ..adapters.record import Adapted
 from ..adapters.registry import find
 from ..adapters.running import switching
@@ -29,14 +29,14 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Merged:
-    """A layer's tensor with everything folded in.
+    """A tensor of a layer after merging.
 
     Attributes:
         layer_name: Name of the layer.
         layer: The layer.
         name: Name of the tensor in the layer.
-        own: The layer's own tensor, None where merging creates one.
-        value: The merged tensor, sharded as the own one is.
+        own: The layer's own tensor, None if merging creates it.
+        value: The merged tensor, sharded as the layer's own.
     """
 
     layer_name: str
@@ -54,9 +54,9 @@ class Merged:
 def merge(
     model: nn.Module, *, example_input: Any = None, tolerance: float = 1e-4, min_kept: float = 0.9
 ) -> nn.Module:
-    """Fold every adapter into its layer, for good: a plain model with plain keys and no inference cost.
+    """Fold every adapter into its layer for good: the result is a plain model without any cost at inference.
 
-    Everything is computed in float32 or wider and checked before the model is touched.
+    The merged tensors are computed in float32 or wider, and checked before the model is touched.
 
     Args:
         model: A model after `apply`.
@@ -91,16 +91,20 @@ def merge(
         forget(model)
     created = [item.full_name for item in merged_tensors if item.own is None]
     if created:
-        warnings.warn(
-            f"merge created {', '.join(created)}: the unadapted model has no such keys, so load this state "
-            f"into one that has (load_state_dict with strict=False would drop them).",
-            stacklevel=2,
-        )
+        warnings.warn(_warning_of_created(created), stacklevel=2)
     return model
 
 
+def _warning_of_created(names: list[str]) -> str:
+    """Write the warning that merging created tensors."""
+    return (
+        f"merge created {', '.join(names)}: the unadapted model has no such keys, so load this state "
+        f"into one that has (load_state_dict with strict=False would drop them)."
+    )
+
+
 def _put(item: Merged) -> None:
-    """Write into the layer's own tensor, or give it the parameter it lacked."""
+    """Write a merged tensor into the layer's own one, or register it if the layer has none."""
     if item.own is None:
         item.layer.register_parameter(item.name, nn.Parameter(item.value))
         return
@@ -110,9 +114,9 @@ def _put(item: Merged) -> None:
 
 @contextmanager
 def merged(model: nn.Module, *, min_kept: float = 0.9) -> Iterator[nn.Module]:
-    """Fold every adapter into its layer for the duration of a `with` block; then the model is as before, bit for bit.
+    """Fold every adapter into its layer for the duration of a `with` block.
 
-    A forward that another thread is running is waited for.
+    It waits for running forwards of other threads. After the block the model is as before, bit for bit.
 
     Args:
         model: A model after `apply`.
@@ -138,10 +142,10 @@ def merged(model: nn.Module, *, min_kept: float = 0.9) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def _merged_tensors(adapted: Adapted, min_kept: float) -> list[Merged]:
-    """Compute the merged tensors of every layer; nothing in the model changes.
+    """Compute the merged tensors of every layer, without changing the model.
 
     Raises:
-        MedpeftError: something cannot be merged; every layer is named with the reason.
+        MedpeftError: a layer cannot be merged; every such layer is named with the reason.
     """
     require_acting(adapted, "merging")
     reshard(adapted.model)
@@ -170,7 +174,7 @@ def _merged_into(layer: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
     """Compute the changed tensors of one layer.
 
     Raises:
-        MedpeftError: no weight of the layer computes what an adapter does.
+        MedpeftError: an adapter has no equivalent weight.
     """
     in_order = adapters.in_merging_order()
     if standardises(layer) and (adapters.leaving or adapters.entering):
@@ -178,8 +182,8 @@ def _merged_into(layer: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
             f"{type(layer).__name__} standardises its weight, which undoes what is merged into it"
         )
     for adapter in in_order:
-        never = find(adapter.method).unmergeable
-        require(not never, never)
+        reason = find(adapter.method).unmergeable
+        require(not reason, reason)
     shared = [module for adapter in in_order for module in adapter.shared.values()]
     inside = [module for owner in (adapters, *shared) for module in owner.modules()]
     with gathered([layer, *inside]):
@@ -187,7 +191,7 @@ def _merged_into(layer: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
 
 
 def _fitted(value: Tensor, layer: nn.Module, own: Tensor | None) -> Tensor:
-    """Cast and shard a merged tensor as the layer's own one, or cast it as the layer's others where it has none."""
+    """Give a merged tensor the dtype and shards of the layer's own, or the dtype of its other tensors."""
     if own is not None:
         return like(value, own)
     for parameter in layer.parameters(recurse=False):
@@ -196,7 +200,7 @@ def _fitted(value: Tensor, layer: nn.Module, own: Tensor | None) -> Tensor:
 
 
 def _problem(item: Merged, value: Tensor, names_of: dict[int, list[str]], min_kept: float) -> str:
-    """Reason why a merged tensor cannot take the place of the layer's own, "" if it can."""
+    """Reason why a merged tensor cannot replace the layer's own, "" if it can."""
     own = item.own
     if own is None:
         if any(is_sharded(parameter) for parameter in item.layer.parameters(recurse=False)):
@@ -224,7 +228,7 @@ def _cannot_merge(adapted: Adapted, problems: list[str]) -> str:
 
 
 def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
-    """Map each parameter, by identity, to its names in distinct modules: several if it is tied."""
+    """Map the `id` of each parameter to its names in distinct modules: several if it is tied."""
     names: dict[int, list[str]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -247,7 +251,7 @@ def _share_kept(own: Tensor, value: Tensor) -> float:
 
 @contextmanager
 def _swapped(adapted: Adapted, merged_tensors: list[Merged]) -> Iterator[None]:
-    """Put merged tensors in the place of the layers' own, and switch the adapters off, for a while."""
+    """Replace the layers' own tensors by merged ones, and switch the adapters off, for a `with` block."""
     before: list[tuple[dict[str, Any], str, Any]] = []
     sharded: list[tuple[Tensor, Tensor]] = []
     unmerged: list[tuple[Tensor, Tensor]] = []
@@ -256,7 +260,7 @@ def _swapped(adapted: Adapted, merged_tensors: list[Merged]) -> Iterator[None]:
             reshard(adapted.model)
             for item in merged_tensors:
                 if item.own is not None and is_sharded(item.own):
-                    # FSDP2 has a hold of its own on it, and puts it back whenever the layer runs.
+                    # FSDP2 keeps a reference to it, and puts it back whenever the layer runs.
                     sharded.append((item.own, item.value))
                     continue
                 is_buffer = item.name in item.layer._buffers
@@ -283,7 +287,7 @@ def _enable(adapted: Adapted, enabled: bool) -> None:
 def _require_same_outputs(
     model: nn.Module, merged_tensors: list[Merged], example_input: Any, tolerance: float
 ) -> None:
-    """Raise `MedpeftError` if the merged model would compute something else on the input."""
+    """Raise `MedpeftError` if the outputs of the merged model differ by more than the tolerance."""
     before = outputs_of(model, example_input)
     with _swapped(Adapted.of(model), merged_tensors):
         after = outputs_of(model, example_input)

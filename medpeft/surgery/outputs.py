@@ -1,4 +1,4 @@
-"""What a model gives on an example, to compare before and after merging."""
+"""Outputs of a model on an example, compared before and after merging."""
 
 from __future__ import annotations
 

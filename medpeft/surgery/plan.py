@@ -1,37 +1,38 @@
-"""Plan what `apply` would do: the sites and parameters that a request picks, found before anything changes."""
+"""Plan what `apply` would do, before anything changes: the adapters, and the parameters that would train."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..adapters.batchnorm import with_statistics
+from ..adapters.batchnorm import statistics_names
 from ..adapters.record import Applied
-from ..adapters.registry import Method, Methods, Request, find, resolve
+from ..adapters.registry import Method, Methods, find
+from ..adapters.requests import Request, resolve
 from ..architecture.head import Head, find_head
 from ..architecture.network import Network
-from ..architecture.site import Site, Unfit
-from ..architecture.targets import Target, choose, patterns
-from ..errors import MedpeftError, listed, require, require_choice
+from ..architecture.site import Site
+from ..architecture.targets import Target
+from ..errors import listed, require, require_choice
 from ..table import Row, Table
 from .build import Planned, build, count_new
+from .pick import pick
 from .refusals import refuse
 
 
 @dataclass
 class Plan:
-    """What `apply` would do: every site and every parameter that would train. Print it.
+    """A plan of what `apply` would do: every adapter, and every parameter that would train. Print it.
 
     Attributes:
         model: The model, untouched.
         methods: Every method with its options.
         sites: Method and site of every adapter.
-        selected: Existing parameters that would train, by name, with their method; "head" for the head's.
-        record: What `apply` would leave on the model.
+        selected: Method of every existing parameter that would train, by its name; "head" for the head's.
+        record: The record that `apply` would leave on the model.
 
     Examples:
         >>> import medpeft, torch
@@ -55,7 +56,7 @@ class Plan:
     record: Applied
 
     def table(self) -> Table:
-        """List one row per adapter and per layer with selected parameters: method, layer, type, parameters."""
+        """List one row per adapter and per selected parameter."""
         rows = []
         counted: set[nn.Parameter] = set()
         for item in build(self.model, self.sites, self.record, shapes_only=True):
@@ -73,7 +74,7 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        """Parameters that would train, the head's included."""
+        """Number of parameters that would train, the head's included."""
         return sum(row.parameters for row in self.table().rows)
 
     def __str__(self) -> str:
@@ -110,7 +111,7 @@ def plan(
     sites: list[Planned] = []
     selected: dict[str, str] = {}
     for request in requests:
-        picked = _pick(network, request, target, exclude)
+        picked = pick(network, request, target, exclude)
         sites += [Planned(request.method, site) for site in picked.sites]
         for name in picked.parameters:
             selected.setdefault(name, request.method.name)
@@ -136,9 +137,9 @@ def _record(
     batchnorm: str | None,
     keep_base: bool | None,
 ) -> Applied:
-    """Write down what `apply` would leave on the model, with the defaults of a choice that was not made.
+    """Make the record that `apply` would leave on the model, with defaults for `batchnorm` and `keep_base`.
 
-    Full fine-tuning adapts the statistics of BatchNorms and keeps no second copy of everything.
+    By default full fine-tuning adapts the statistics of BatchNorms, and keeps no second copy of everything.
     """
     is_full = any(request.method.name == "full" for request in requests)
     if batchnorm is None:
@@ -159,10 +160,10 @@ def _record(
 
 
 def plan_from(model: nn.Module, record: Applied) -> Plan:
-    """Plan what a record describes, its sites found by layer and weight, whatever target picked them once.
+    """Plan what a record describes. Its sites are found by layer and weight, without the original target.
 
     Raises:
-        MedpeftError: a method, an option, or a site is unknown here; or as `apply`.
+        MedpeftError: a method, an option or a site is unknown here; or as `apply`.
     """
     refuse(model)
     network = Network(model, record.head)
@@ -189,98 +190,20 @@ def plan_from(model: nn.Module, record: Applied) -> Plan:
 
 
 def _all_sites(network: Network, method: Method, options: dict[str, Any]) -> dict[tuple[str, str], Site]:
-    """Map every site that the method fits, with a target or without, by layer and weight."""
+    """Map every site that the method fits, with or without a target, by layer and weight."""
     require(method.adapter is not None, f"{method.name!r} adds no adapters.")
     assert method.adapter is not None
     sites: dict[tuple[str, str], Site] = {}
     for targeted in (False, True):
-        # With a target a method may fit more layers, and without one others.
+        # A method may fit layers only with a target, and others only without one.
         for site in method.adapter.sites(network, targeted=targeted, **method.options_of_sites(options)):
             if isinstance(site, Site):
                 sites[site.name, site.weight] = site
     return sites
 
 
-class _Picked(NamedTuple):
-    """Sites of a method's adapters, and names of the existing parameters that it trains."""
-
-    sites: list[Site]
-    parameters: list[str]
-
-
-def _pick(network: Network, request: Request, target: Target, exclude: Target) -> _Picked:
-    """Find what a method adapts and trains, and keep what the target picks and the exclusion does not.
-
-    Raises:
-        MedpeftError: nothing is left.
-    """
-    method = request.method
-    target = request.places.get("target", target)
-    exclude = request.places.get("exclude", exclude)
-    offers: list[Site | Unfit] = []
-    if method.adapter is not None:
-        site_options = method.options_of_sites(request.options)
-        offers = list(method.adapter.sites(network, targeted=bool(patterns(target)), **site_options))
-    owner_of = {name: name.rpartition(".")[0] for name in _selected(network, request)}
-    places = list(dict.fromkeys([*(offer.name for offer in offers), *owner_of.values()]))
-    if places or patterns(target):
-        chosen = choose(network, places, target, exclude, method.name)
-        offers = [offer for offer in offers if offer.name in chosen]
-        owner_of = {name: owner for name, owner in owner_of.items() if owner in chosen}
-    sites = [offer for offer in offers if isinstance(offer, Site)]
-    unfit = next((offer for offer in offers if isinstance(offer, Unfit)), None)
-    something = sites if method.adapter is not None else owner_of
-    if not something and method.name != "linear_probe":
-        raise MedpeftError(_fits_nothing(network, method, target, unfit))
-    return _Picked(sites, list(owner_of))
-
-
-def _selected(network: Network, request: Request) -> Iterator[str]:
-    """Yield the names of the existing parameters that a method trains."""
-    method = request.method
-    predicate: Any = method.define
-    options = method.own(request.options)
-    if method.adapter is not None:
-        if method.selects is None:
-            return
-        predicate, options = method.selects, {}
-    for name, parameter in network.model.named_parameters():
-        owner = name.rpartition(".")[0]
-        if not (parameter.is_floating_point() or parameter.is_complex()):
-            continue  # Integers have no gradient.
-        if network.inside(owner, network.head):
-            continue
-        if predicate(name, parameter, network.layer(owner), **options):
-            yield name
-
-
-def _fits_nothing(network: Network, method: Method, target: Target, unfit: Unfit | None) -> str:
-    """The message for a method that fits no layer of a model."""
-    counts: dict[str, int] = {}
-    for module in network.modules.values():
-        if any(True for _ in module.parameters(recurse=False)):
-            type_name = type(module).__name__
-            counts[type_name] = counts.get(type_name, 0) + 1
-    most = sorted(counts, key=lambda name: -counts[name])[:6]
-    reason = f"{unfit.name} {unfit.reason}; " if unfit is not None else ""
-    hint = method.hint or "see its docstring for the layers that it adapts."
-    return (
-        f"{method.name!r} found nothing to train in {type(network.model).__name__} (target={target!r}): "
-        f"{reason}{hint} This model has {', '.join(most) or 'no parameters'}."
-    )
-
-
-def statistics_names(model: nn.Module) -> list[str]:
-    """List the names of the buffers of every BatchNorm with running statistics."""
-    names = []
-    for layer_name, layer in with_statistics(model):
-        for buffer_name, _ in layer.named_buffers(recurse=False):
-            names.append(f"{layer_name}.{buffer_name}".lstrip("."))
-    return names
-
-
 def _with_added_tokens(sites: list[Planned]) -> list[Planned]:
-    """Note at every site how many tokens the adapters of others insert there before the patches."""
+    """Note at every site how many tokens other adapters insert there before the patches."""
     added = [0] * len(sites)
     for planned in sites:
         layout = planned.site.layout
@@ -301,7 +224,10 @@ def _with_added_tokens(sites: list[Planned]) -> list[Planned]:
 
 
 def _region(site: Site) -> str:
-    """Name of the module within which the tokens of a site's adapter travel: up to a partner outside, where they leave."""
+    """Name of the module inside which the tokens of a site's adapter are present.
+
+    It is the site's layer, or the module around it if a partner outside the layer takes the tokens off.
+    """
     for partner in site.partners:
         if not f"{partner.site.name}.".startswith(f"{site.name}."):
             return site.name.rpartition(".")[0]

@@ -9,18 +9,22 @@ from ..adapters.record import applied
 from ..errors import MedpeftError
 
 _SYNCHRONISED = ("DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel")
-"""Classes of torch that look for a model's parameters once, when they get it."""
+"""Classes of torch that list a model's parameters once, when they wrap it."""
 
 
 def refuse(model: nn.Module) -> None:
-    """Raise where adapters would not be seen or would be seen twice, or where ranks would train adapters each for itself."""
+    """Raise if adapters cannot be added to a model.
+
+    Either they would have no effect (compiled), or be added twice, or differ between ranks (synchronised).
+    """
     if not isinstance(model, nn.Module):
         raise MedpeftError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself.")
     _refuse_adapted(model)
     for name, module in model.named_modules():
         _refuse_compiled(model, name, module)
         _refuse_synchronised(model, name, module)
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin)
+        if lazy and module.has_uninitialized_params():
             raise MedpeftError(f"{name} has no shape yet: run the model once, then apply.")
         if hasattr(module, "adapters") and any(True for _ in module.parameters(recurse=False)):
             raise MedpeftError(

@@ -12,7 +12,7 @@ from recipes import NEEDS, RECIPES, SLOW, SOLE
 from traces import same, tensors, trace
 
 import medpeft
-from medpeft.adapters.registry import resolve
+from medpeft.adapters.requests import resolve
 
 
 def _pairs(fitting, recipes=RECIPES):

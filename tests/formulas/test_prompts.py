@@ -11,7 +11,7 @@ from prompted import SIZES, embedded, prompts_of, put_in, taken_off, vit
 from torch import nn
 
 import medpeft
-from medpeft.adapters.adapter import Adapters
+from medpeft.adapters.adapters import Adapters
 from medpeft.adapters.registry import find
 
 VARIANTS = {

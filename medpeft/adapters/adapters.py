@@ -1,0 +1,83 @@
+"""The adapters of one layer, and their order in a forward and in merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..architecture.layers import own_tensor
+from .adapter import Adapter, FlexibleAdapter, SecondPlace
+
+
+class Adapters(nn.ModuleDict):
+    """The adapters of one layer, in the order in which they act.
+
+    On the model itself it also holds the modules that adapters share.
+
+    Attributes:
+        enabled: Whether they act: False within `disabled` and `merged`.
+        entering: Names of the adapters that change the input, in order. One that also changes the output
+            goes in first and comes out last, like brackets.
+        on_weight: Names of the adapters that change the weight, in order.
+        flexible: Name of the `FlexibleAdapter` in `on_weight`, "" for none.
+        leaving: Names of the adapters that change the output, in order.
+        handovers: Names of the adapters for which another place leaves a value.
+    """
+
+    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
+        # An input adapter computes W'·R·x. Merging gives the same only if additive changes of W come first:
+        # (W + ΔW)·R. The second place of an adapter of another layer comes after the layer's own adapters.
+        def order(name: str) -> tuple[bool, bool, bool]:
+            adapter = adapters[name]
+            second = isinstance(adapter, SecondPlace)
+            return "output" in adapter.acts_on, second, type(adapter).enter is not Adapter.enter
+
+        names = sorted(adapters, key=order)
+        super().__init__({name: adapters[name] for name in names})
+        self.enabled = True
+        self.on_weight = [name for name in names if "weight" in adapters[name].acts_on]
+        self.flexible = next(
+            (name for name in self.on_weight if isinstance(adapters[name], FlexibleAdapter)), ""
+        )
+        self.leaving = [name for name in names if "output" in adapters[name].acts_on]
+        inputs = [name for name in names if "input" in adapters[name].acts_on]
+        brackets = [name for name in inputs if name in self.leaving]
+        self.entering = [name for name in inputs if name not in brackets] + brackets[::-1]
+        self.handovers = [name for name in names if hasattr(adapters[name], "handover")]
+
+    def forward(self, x: Any) -> Any:
+        """Return `x`: an adapted `nn.Sequential` runs its adapters as if they were its last layer."""
+        return x
+
+    def adapters(self) -> Iterator[tuple[str, Adapter]]:
+        """Yield every adapter by name, without the shared modules."""
+        for name, module in self._modules.items():
+            if isinstance(module, Adapter):
+                yield name, module
+
+    def in_merging_order(self) -> list[Adapter]:
+        """List all adapters in merging order. Input adapters are merged last to first."""
+        inputs = [name for name in self.entering if name not in self.leaving and name not in self.on_weight]
+        by_name = dict(self.adapters())
+        in_order = [by_name[name] for name in (*self.on_weight, *self.leaving, *reversed(inputs))]
+        # A second place has no weight to change: the first place decides whether it can be merged.
+        return [adapter for adapter in in_order if not isinstance(adapter, SecondPlace)]
+
+    def adapted_tensors(self, layer: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Tensor]:
+        """Compute the tensors of the layer that adapters change, by name.
+
+        Raises:
+            MedpeftError: an adapter cannot act on the weight; the message gives its reason.
+        """
+        changed: dict[str, Tensor] = {}
+        for adapter in adapters:
+            weight = changed.get(adapter._weight, own_tensor(layer, adapter._weight))
+            bias = changed.get(adapter._bias, own_tensor(layer, adapter._bias))
+            new_weight, new_bias = adapter.merged(weight, bias)
+            if new_weight is not None and new_weight is not weight:
+                changed[adapter._weight] = new_weight
+            if new_bias is not None and new_bias is not bias:
+                changed[adapter._bias] = new_bias
+        return changed

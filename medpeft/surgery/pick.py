@@ -1,0 +1,82 @@
+"""Pick the sites and parameters of a method: all that it fits, narrowed by the target and the exclusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ..adapters.registry import Method
+from ..adapters.requests import Request
+from ..architecture.network import Network
+from ..architecture.site import Site, Unfit
+from ..architecture.targets import Target, choose, patterns
+from ..errors import MedpeftError
+
+
+class Picked(NamedTuple):
+    """Sites of a method's adapters, and names of the existing parameters that it trains."""
+
+    sites: list[Site]
+    parameters: list[str]
+
+
+def pick(network: Network, request: Request, target: Target, exclude: Target) -> Picked:
+    """Pick the sites and parameters of a method by the target and the exclusion.
+
+    Raises:
+        MedpeftError: nothing is left.
+    """
+    method = request.method
+    target = request.places.get("target", target)
+    exclude = request.places.get("exclude", exclude)
+    offers: list[Site | Unfit] = []
+    if method.adapter is not None:
+        site_options = method.options_of_sites(request.options)
+        offers = list(method.adapter.sites(network, targeted=bool(patterns(target)), **site_options))
+    owner_of = {name: name.rpartition(".")[0] for name in _selected(network, request)}
+    places = list(dict.fromkeys([*(offer.name for offer in offers), *owner_of.values()]))
+    if places or patterns(target):
+        chosen = choose(network, places, target, exclude, method.name)
+        offers = [offer for offer in offers if offer.name in chosen]
+        owner_of = {name: owner for name, owner in owner_of.items() if owner in chosen}
+    sites = [offer for offer in offers if isinstance(offer, Site)]
+    unfit = next((offer for offer in offers if isinstance(offer, Unfit)), None)
+    picked = sites if method.adapter is not None else owner_of
+    if not picked and method.name != "linear_probe":
+        raise MedpeftError(_fits_nothing(network, method, target, unfit))
+    return Picked(sites, list(owner_of))
+
+
+def _selected(network: Network, request: Request) -> Iterator[str]:
+    """Yield the names of the existing parameters that a method trains."""
+    method = request.method
+    predicate: Any = method.define
+    options = method.options_of_adapter(request.options)
+    if method.adapter is not None:
+        if method.selects is None:
+            return
+        predicate, options = method.selects, {}
+    for name, parameter in network.model.named_parameters():
+        owner = name.rpartition(".")[0]
+        if not (parameter.is_floating_point() or parameter.is_complex()):
+            continue  # Integers have no gradient.
+        if network.inside(owner, network.head):
+            continue
+        if predicate(name, parameter, network.layer(owner), **options):
+            yield name
+
+
+def _fits_nothing(network: Network, method: Method, target: Target, unfit: Unfit | None) -> str:
+    """Write the message for a method that fits no layer of a model."""
+    counts: dict[str, int] = {}
+    for module in network.modules.values():
+        if any(True for _ in module.parameters(recurse=False)):
+            type_name = type(module).__name__
+            counts[type_name] = counts.get(type_name, 0) + 1
+    most = sorted(counts, key=lambda name: -counts[name])[:6]
+    reason = f"{unfit.name} {unfit.reason}; " if unfit is not None else ""
+    hint = method.hint or "see its docstring for the layers that it adapts."
+    return (
+        f"{method.name!r} found nothing to train in {type(network.model).__name__} (target={target!r}): "
+        f"{reason}{hint} This model has {', '.join(most) or 'no parameters'}."
+    )
