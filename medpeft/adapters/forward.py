@@ -206,7 +206,7 @@ def _run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run the layer's plain forward, on changed tensors of its own and of the layers whose weights it reads."""
+    """Run the layer's plain forward on changed tensors: its own, and those that it reads below."""
     if not tensors and wiring.is_plain:
         return type(layer).forward(layer, *args, **kwargs)
     changes: dict[str, Mapping[str, Any]] = {}

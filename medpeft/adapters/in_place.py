@@ -26,7 +26,7 @@ _STOCK = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.for
 
 
 def writes_fresh_output(layer: nn.Module) -> bool:
-    """Whether the layer's forward is torch's own, whose output nobody else holds and its backward does not need."""
+    """Whether the layer's forward is torch's own: nobody else holds its output or needs it in backward."""
     if type(layer).forward not in _STOCK:
         return False
     # accelerate keeps the layer's own forward aside; any other forward on the instance may keep its output.
@@ -43,7 +43,7 @@ def in_place(y: Tensor) -> bool:
 
 
 def eager(x: Tensor) -> bool:
-    """Whether what is done to `x` is done as written: not compiled, traced, transformed or cast by autocast."""
+    """Whether operations on `x` run as written: not compiled, traced, transformed or cast by autocast."""
     if is_compiling() or _is_tracing() or _transforms() is not None or x.dtype not in _FULL_PRECISION:
         return False
     # To ask about one kind of device costs as much as a small operation.

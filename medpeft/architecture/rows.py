@@ -17,7 +17,8 @@ class Rows:
         part: Letter of the part: q, k, v or o.
         start: First channel of the part in each group.
         size: Channels of the part in each group.
-        groups: Groups of channels, each with all of the parts; heads, where every head has its own q, k and v.
+        groups: Groups of channels, each with all of the parts; heads, where every head has its own q, k and
+            v.
     """
 
     part: str
@@ -41,7 +42,7 @@ class Rows:
 
 
 class EvenRows(NamedTuple):
-    """Parts of one size at even distances: the first channel, the distance, the size, and how many there are."""
+    """Parts of one size at even distances: first channel, distance, size, and number of parts."""
 
     start: int
     distance: int

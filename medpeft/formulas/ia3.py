@@ -51,7 +51,10 @@ class IA3(Adapter):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
-        """Yield what makes keys or values, and the last layer of every MLP; with a target, any other layer too."""
+        """Yield the projections of keys and values, and the last layer of every MLP.
+
+        With a target, yield every linear layer and convolution.
+        """
         last_layers = {mlp.last for mlp in feed_forwards(network)}
         for site in network.sites("linear", "conv"):
             # A batch norm right after it would undo the scale.
@@ -74,7 +77,7 @@ class IA3(Adapter):
         return (y * along(scale, y, self.axis)).to(y.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Compute W·diag(l) where the input is scaled; else diag(l)·W and l ⊙ b, in the rows of keys and values."""
+        """Compute W·diag(l) for a scaled input, else diag(l)·W and l ⊙ b in the rows of keys and values."""
         assert weight is not None
         if self.scales_input:
             by_group = weight.unflatten(0, (self.groups, -1))  # (O, I / G, …) → (G, O / G, I / G, …)

@@ -40,8 +40,8 @@ class LoRA(Adapter):
     """A low-rank change of the weight: W + (α/r)·B·A, by default of every query and value projection.
 
     A is (r, fan-in) and B (out, r), on the weight taken as a matrix. In a fused projection every adapted part
-    has its own. A convolution runs as two: A at the host's stride, padding and dilation on each of its groups,
-    then B as 1×1.
+    has its own. A convolution runs as two: A at the host's stride, padding and dilation on each of its
+    groups, then B as 1×1.
 
     Args:
         site: A linear, convolution or embedding layer, or the `in_proj_weight` of an attention.
@@ -92,7 +92,7 @@ class LoRA(Adapter):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, parts: str = "qv") -> Iterator[Site]:
-        """Yield the chosen parts (of q, k, v, and the output o) of every attention; every convolution of a CNN."""
+        """Yield the chosen parts of every attention (q, k, v, and the output o); in a CNN, every convolution."""
         require(bool(parts) and set(parts) <= set("qkvo"), f"parts={parts!r} must be letters of 'qkvo'.")
         convolutional = not network.attentions
         for site in network.sites("linear", "conv", "transposed", "embedding"):
@@ -135,8 +135,9 @@ class LoRA(Adapter):
             self.acts_on = ON_WEIGHT
         require(
             self.acts_on != ON_WEIGHT or not self.drops,
-            f"dropout={self.dropout.p!r} cannot act at {site.name}, where LoRA changes the weight itself (dora=True, a "
-            "transposed or standardised convolution, or a weight that its parent reads): use dropout=0.",
+            f"dropout={self.dropout.p!r} cannot act at {site.name}, where LoRA changes the weight itself "
+            "(dora=True, a transposed or standardised convolution, or a weight that its parent reads): "
+            "use dropout=0.",
         )
         in_a_row = all(part.groups == 1 for part in self.rows) and (site.kind == "linear" or not self.rows)
         self.simple = (

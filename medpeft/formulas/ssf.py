@@ -61,7 +61,8 @@ class SSF(Adapter):
         if keep_outputs is None:
             keep_outputs = site.draft.overwritten
         self.writes_in_place = writes_fresh_output(site.layer) and not keep_outputs
-        # A norm's own weight and bias take it for nothing, before the activation that timm fuses into some norms.
+        # A norm's own weight and bias take it for nothing, before the activation that timm fuses into some
+        # norms.
         if site.kind == "norm":
             self.acts_on = ON_WEIGHT
 

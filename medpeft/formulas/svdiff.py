@@ -86,7 +86,7 @@ class SVDiff(FlexibleAdapter):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, norms: bool = False) -> Iterator[Site]:
-        """Yield linear and convolution layers, norms with `norms`, and embeddings where a target picks them."""
+        """Yield linear layers and convolutions; norms on request; embeddings where a target picks them."""
         kinds = ["linear", "conv", "transposed"]
         if norms:
             kinds.append("norm")
@@ -120,7 +120,8 @@ class SVDiff(FlexibleAdapter):
         # The weight's own gradient comes on top, and its product with U.
         built = (3 * positions + 2 * rank) * outputs * columns
         factors = 2 * positions * rank * (outputs + columns)
-        # A built weight's gradient needs x, which a convolution's neighbours keep anyway. The factors keep Vᵀ·x.
+        # A built weight's gradient needs x, which a convolution's neighbours keep anyway. The factors keep
+        # Vᵀ·x.
         margin = 1.0
         if self.geometry is not None:
             margin = 1.25
@@ -137,7 +138,7 @@ class SVDiff(FlexibleAdapter):
         return x.shape[0] * x.shape[2:].numel() // math.prod(self.geometry.stride)
 
     def _stands_for(self, weight: Tensor | None, x: Tensor) -> bool:
-        """Whether U·diag(σ)·Vᵀ is the weight up to rounding: not trained, not cast, and not another one by now."""
+        """Whether U·diag(σ)·Vᵀ is still the weight, up to rounding: not trained, not cast, not replaced."""
         if weight is None or weight.requires_grad or not eager(x):
             return False
         if weight.dtype != x.dtype or x.dtype != self.left.dtype:
