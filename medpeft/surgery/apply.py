@@ -80,17 +80,31 @@ def apply(
 def carry_out(planned: Plan, built: list[Built] | None = None) -> nn.Module:
     """Do what a plan says, with adapters that were built for it if there are any."""
     model, record = planned.model, planned.record
-    if built is None:
+    if built is None:  # What `load` has built may serve inference alone.
+        _require_trainable(model)
         built = build(model, planned.sites, record)
     if record.base is not None:
         record.base = {name: _kept(tensor) for name, tensor in trained_tensors(model, record)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.selected)
+        parameter.grad = None  # An optimizer would move even what is frozen by an old one.
     install(model, built)
     if record.batchnorm == "frozen":
         freeze_statistics(model)
     set_applied(model, record)
     return model
+
+
+def _require_trainable(model: nn.Module) -> None:
+    """Raise `MedpeftError` where autograd takes neither the model's tensors nor new ones."""
+    inside = torch.is_inference_mode_enabled()
+    for parameter in model.parameters():
+        inside = inside or parameter.is_inference()
+    require(
+        not inside,
+        "What is applied or made inside torch.inference_mode cannot train: make the model and call apply "
+        "outside of it (torch.no_grad does no harm).",
+    )
 
 
 def _kept(tensor: Tensor) -> Tensor:
