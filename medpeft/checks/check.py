@@ -164,7 +164,8 @@ def _exemption(network: Network, selected_by: str, tensor: WithoutEffect) -> str
     layer, _, last = tensor.name.replace(".adapters.ssf.shift", ".bias").rpartition(".")
     if last == "bias" and _is_cancelled_by_softmax(network, layer):
         return "the softmax of the attention cancels what is added to every key, or to every score"
-    if last == "bias" and selected_by and "normalises it away" in tensor.reason:
+    is_mere_shift = last == "bias" and (selected_by or tensor.name.endswith(".adapters.ssf.shift"))
+    if is_mere_shift and "normalises it away" in tensor.reason:
         return tensor.reason.partition(";")[0]
     return ""
 
@@ -194,6 +195,9 @@ def _misplaced_gradients(adapted: Adapted) -> Iterator[Finding]:
         if not parameter.requires_grad and name in selected:
             hint = "call requires_grad_(True) on it, or apply anew"
             yield Finding(name, f"is frozen, though apply chose it to train: {hint}")
+        if not parameter.requires_grad and parameter.grad is not None:
+            hint = "set its grad to None, or an optimizer over model.parameters() moves it"
+            yield Finding(name, f"is frozen, but has a gradient from before: {hint}")
     names = dict(adapted.model.named_parameters(remove_duplicate=False))
     for name in selected:
         if name not in names:
