@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ class Applied:
         seed: Seed of the adapters' initial values.
         dtype: dtype asked for the adapters, None for the default.
         enabled: False within `disabled`, where the base's values are in place.
+        samples: A sample of each tensor of the base that is neither selected nor adapts; see `samples.py`.
     """
 
     methods: dict[str, dict[str, Any]]
@@ -44,6 +45,7 @@ class Applied:
     seed: int = 0
     dtype: torch.dtype | None = None
     enabled: bool = True
+    samples: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -17,9 +17,10 @@ from torch import nn
 from ..adapters.adapter import Adapters, parameters_of
 from ..adapters.batchnorm import with_statistics
 from ..adapters.record import Adapted
+from ..adapters.samples import GONE, OTHER_VALUES, changes_since_apply, is_statistic, made_of_other_weights
 from ..adapters.wiring import is_wired
 from ..architecture.network import Network
-from ..errors import MedpeftError
+from ..errors import MedpeftError, listed
 from .connections import WithoutEffect, connected
 from .copies import copied, trainable, undisturbed
 from .effects import effects
@@ -97,8 +98,10 @@ def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimi
         4 trainable tensors (34 parameters) act in train and in eval mode
     """
     adapted = Adapted.of(model)
-    findings = _since_apply(adapted, optimizer)
+    changes = changes_since_apply(model, adapted.record) if adapted.acting else {}
+    findings = _since_apply(adapted, changes, optimizer)
     without_effect, notes = _without_effect(model, example_input)
+    notes += _changed_weights(changes)
     exempt = _exempt(adapted, without_effect)
     for tensor in without_effect:
         if tensor.name not in exempt:
@@ -110,12 +113,15 @@ def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimi
     return Checked(len(acting), sum(parameter.numel() for parameter in acting), exempt, notes)
 
 
-def _since_apply(adapted: Adapted, optimizer: torch.optim.Optimizer | None) -> list[Finding]:
+def _since_apply(
+    adapted: Adapted, changes: dict[str, str], optimizer: torch.optim.Optimizer | None
+) -> list[Finding]:
     """Find what became of the model since `apply`."""
     findings = list(_lost_forwards(adapted))
     findings += _misplaced_gradients(adapted)
     findings += _replaced_layers(adapted)
     findings += _changing_statistics(adapted)
+    findings += _changed_base(adapted, changes)
     if optimizer is not None:
         findings += _missing_in_optimizer(adapted.model, optimizer)
     return findings
@@ -223,6 +229,29 @@ def _trains(adapters: Adapters) -> bool:
             if parameter.requires_grad:
                 return True
     return False
+
+
+def _changed_base(adapted: Adapted, changes: dict[str, str]) -> Iterator[Finding]:
+    """Find what cannot go on with a base that has changed since `apply`."""
+    for name, change in changes.items():
+        if change == GONE:
+            hint = "was its layer re-parameterised or replaced? Change the model first, then apply"
+            yield Finding(name, f"{change}: {hint}")
+        elif all(map(is_statistic, changes)):
+            hint = "frozen statistics must not be reset or estimated anew; load them again, or apply anew"
+            yield Finding(name, f"{change}: {hint}")
+    for layer, method in made_of_other_weights(adapted, changes).items():
+        reason = f"has other weights than those that {method!r} took apart at apply"
+        yield Finding(layer, f"{reason}: load weights first, then apply")
+
+
+def _changed_weights(changes: dict[str, str]) -> list[str]:
+    """Write the note that the base is another one than at `apply`."""
+    names = [name for name, change in changes.items() if change == OTHER_VALUES]
+    if not names:
+        return []
+    effect = "the model trains beside them and is saved for them, but disabled and remove cannot give a base"
+    return [f"{listed(names, most=1)} {OTHER_VALUES}: {effect}"]
 
 
 def _lost_forwards(adapted: Adapted) -> Iterator[Finding]:

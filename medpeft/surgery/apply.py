@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.batchnorm import freeze_statistics, release_statistics
-from ..adapters.record import Adapted, Applied, require_applied, set_applied, trained_tensors
+from ..adapters.record import Adapted, require_applied, set_applied, trained_tensors
 from ..adapters.registry import Methods
 from ..adapters.running import switching
+from ..adapters.samples import changes_since_apply, sample_base
 from ..architecture.head import Head
 from ..architecture.targets import Target
-from ..errors import MedpeftError, require
+from ..errors import MedpeftError, listed, require
 from ..sharding import overwrite, reshard
 from .build import build
 from .install import Built, install, uninstall
@@ -85,6 +86,7 @@ def carry_out(planned: Plan, built: list[Built] | None = None) -> nn.Module:
         built = build(model, planned.sites, record)
     if record.base is not None:
         record.base = {name: _kept(tensor) for name, tensor in trained_tensors(model, record)}
+    record.samples = sample_base(model, record)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.selected)
         parameter.grad = None  # An optimizer would move even what is frozen by an old one.
@@ -132,7 +134,7 @@ def remove(model: nn.Module) -> nn.Module:
     """
     adapted = Adapted.of(model)
     require_acting(adapted, "remove")
-    base = _base(adapted.record, "remove")
+    base = _base(adapted, "remove")
     with switching(model, "remove"):
         _put(adapted, base)
         forget(model)
@@ -175,7 +177,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     was_enabled = record.enabled
     if was_enabled:
         require_acting(adapted, "disabled")
-    base = _base(record, "disabled")
+    base = _base(adapted, "disabled")
     with switching(model, "disabled"):
         reshard(model)
         trained = {name: tensor.detach().clone() for name, tensor in trained_tensors(model, record)}
@@ -207,11 +209,26 @@ def require_acting(adapted: Adapted, action: str) -> None:
     )
 
 
-def _base(record: Applied, action: str) -> dict[str, Tensor]:
-    """Return the original values that `apply` kept."""
+def _base(adapted: Adapted, action: str) -> dict[str, Tensor]:
+    """Return the original values that `apply` kept, if they still belong to the base."""
+    record = adapted.record
     if record.base is None:
         raise MedpeftError(
             f"{action} needs the original values, which {record.name!r} gave up: pass keep_base=True to "
             f"apply (the default of every method but 'full')."
         )
+    if record.base:
+        _require_same_base(adapted, action)
     return record.base
+
+
+def _require_same_base(adapted: Adapted, action: str) -> None:
+    """Raise `MedpeftError` if the base has changed so that the original values do not belong to it."""
+    changes = changes_since_apply(adapted.model, adapted.record)
+    require(
+        not changes,
+        f"{action} cannot give the base back: {listed(changes, most=1)} changed after apply (other weights "
+        f"loaded, layers quantised or re-parameterised?), and the original values of "
+        f"{listed(adapted.trained, most=1)} belong to what was before. Do that before apply; to keep what was "
+        f"trained, save it first, and load it into the changed base.",
+    )
