@@ -107,7 +107,7 @@ def _is_as_before(before: Tensor, tensor: Tensor) -> bool:
 def made_of_other_weights(adapted: Adapted, changes: dict[str, str]) -> dict[str, str]:
     """Find the layers with an adapter that was made of a weight which changed since `apply`.
 
-    What an adapter makes of its weight is a buffer that no file holds: loading makes it anew, of other weights.
+    What an adapter makes of its weight is a buffer that no file holds: loading makes it anew.
 
     Returns:
         By the layer's name the adapter's method.

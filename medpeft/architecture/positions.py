@@ -33,7 +33,7 @@ _ROTARY = re.compile(r"rope|rotary")
 # Classes of attentions that compare channels, or tokens without a softmax.
 _NO_SOFTMAX = re.compile(r"XCA|Channel|Covariance|Linear(Self)?Att|Lite|Efficient(Attn|Attention)")
 
-# Words of a forward that takes the outputs of several blocks: timm's `features_only`, Hugging Face's backbones.
+# Words of a forward that takes the outputs of several blocks: of timm's `features_only`, or a backbone.
 _TAKES_FEATURES = re.compile(
     r"\.forward_intermediates\(|\.get_intermediate_layers\("
     r"|feature_maps|out_indices|output_hidden_states=True"

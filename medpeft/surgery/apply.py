@@ -120,8 +120,8 @@ def remove(model: nn.Module) -> nn.Module:
     """Make the model the base again, bit for bit, with no trace of medpeft.
 
     Raises:
-        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the
-            model is disabled or merged for the moment.
+        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, other
+            weights were loaded since, or the model is disabled or merged for the moment.
 
     Examples:
         >>> import medpeft, torch
@@ -159,8 +159,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     base.
 
     Raises:
-        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the
-            model is merged for the moment.
+        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, other
+            weights were loaded since, or the model is merged for the moment.
 
     Examples:
         >>> import medpeft, torch
