@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,8 @@ class Applied:
         base: Original values of the selected parameters and adapting buffers, on the CPU; None if not kept.
         seed: Seed of the adapters' initial values.
         dtype: dtype asked for the adapters, None for the default.
-        enabled: False within `disabled`, when the original values are in place.
+        enabled: False within `disabled`, where the base's values are in place.
+        samples: A sample of each tensor of the base that is neither selected nor adapts; see `samples.py`.
     """
 
     methods: dict[str, dict[str, Any]]
@@ -45,6 +46,7 @@ class Applied:
     seed: int = 0
     dtype: torch.dtype | None = None
     enabled: bool = True
+    samples: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -37,7 +37,7 @@ class Wiring:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     apart: bool = False
 
-    @functools.cached_property
+    @property
     def is_plain(self) -> bool:
         """Whether the plain forward is the class's own, on the layer as it is."""
         return not self.reads and not self.overrides and self.replaced is None

@@ -33,6 +33,12 @@ _ROTARY = re.compile(r"rope|rotary")
 # Classes of attentions that compare channels, or tokens without a softmax.
 _NO_SOFTMAX = re.compile(r"XCA|Channel|Covariance|Linear(Self)?Att|Lite|Efficient(Attn|Attention)")
 
+# Words of a forward that takes the outputs of several blocks: of timm's `features_only`, or a backbone.
+_TAKES_FEATURES = re.compile(
+    r"\.forward_intermediates\(|\.get_intermediate_layers\("
+    r"|feature_maps|out_indices|output_hidden_states=True"
+)
+
 # Arguments of a forward that give the sizes of a grid.
 _SIZES = {"size", "feat_size", "hw_shape", "H", "W", "input_dimensions"}
 
@@ -57,10 +63,15 @@ def hands_out_blocks(network: Network, name: str) -> str:
     """Reason why extra tokens would leak into the outputs of intermediate blocks; "" if none is known."""
     row = name.rpartition(".")[0]
     owner = row.rpartition(".")[0]
-    if ".append(" not in _source(type(network.modules[owner]).forward):
+    by = None
+    if ".append(" in _source(type(network.modules[owner]).forward):
+        by = owner
+    for around in (*parents(name), ""):
+        if by is None and _TAKES_FEATURES.search(_source(type(network.modules[around]).forward)):
+            by = around
+    if by is None:
         return ""
-    by = owner or "the model"
-    return f"is one of the blocks whose outputs {by} hands out, with the added tokens in them"
+    return f"is one of the blocks whose outputs {by or 'the model'} hands out, with the added tokens in them"
 
 
 def _convolves(module: nn.Module, block: nn.Module) -> bool:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.record import own_tensors
+from ..adapters.samples import sample
 from ..sharding import whole
 from .file import digest, short
 from .messages import printable
-
-SAMPLES = 256
-"""Elements of each tensor that enter its digest."""
 
 
 def identify(model: nn.Module, frozen: Callable[[str], bool]) -> dict[str, Any]:
     """Describe a base, as JSON, so that another base has another description.
 
-    `SAMPLES` elements of every frozen tensor, spread over all of it, are hashed. This costs far less than
+    A sample of every frozen tensor, spread over all of it, is hashed. This costs far less than
     reading the weights from disk, and finds other pretrained weights, another seed, a fine-tuned copy and
     another dtype, which change almost every element. It can miss a change of a few elements of a large
     tensor.
@@ -84,17 +81,4 @@ def _shape(tensor: Tensor) -> str:
 
 def _sample(tensor: Tensor) -> str:
     """Digest of elements from all over the tensor."""
-    full = whole(tensor)
-    if full.element_size() == 1:
-        full = full.view(torch.uint8)  # torch can take elements of few types of that size; not of float8.
-    taken = torch.take(full, _positions(full.numel()).to(full.device)).cpu()
-    return digest(taken.view(torch.uint8).numpy().tobytes(), size=8)
-
-
-@lru_cache(maxsize=256)
-def _positions(numel: int) -> Tensor:
-    """Indices spread evenly by multiples of the golden ratio: a constant step could stay in one column."""
-    if numel <= SAMPLES:
-        return torch.arange(numel)
-    golden = 0x9E3779B97F4A7C15  # 2⁶⁴ over the golden ratio
-    return torch.tensor([(i * golden % 2**64) * numel >> 64 for i in range(SAMPLES)])
+    return digest(sample(whole(tensor)).view(torch.uint8).numpy().tobytes(), size=8)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import weight_name
 from ..adapters.record import Adapted
+from ..adapters.samples import changes_since_apply, made_of_other_weights
 from ..errors import CheckpointError, listed
 from ..sharding import is_first, reshard, whole
 from .compatibility import require_nothing_else_trains, require_values
@@ -100,6 +101,12 @@ def _require_savable(adapted: Adapted) -> None:
         )
     require_nothing_else_trains(adapted.model, record)
     require_values(adapted.model)
+    outdated = made_of_other_weights(adapted, changes_since_apply(adapted.model, record))
+    if outdated:
+        raise CheckpointError(
+            f"{listed(outdated, most=1)} has other weights than those that {record.name!r} took apart at "
+            f"apply, and loading would take apart these: load weights first, then apply."
+        )
 
 
 def _as_json(value: Any, where: str, depth: int = 4) -> Any:

@@ -6,7 +6,7 @@ for models without values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import starmap
 from typing import Any
@@ -14,16 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.adapter import parameters_of
-from ..adapters.adapters import Adapters
-from ..adapters.batchnorm import with_statistics
 from ..adapters.record import Adapted
-from ..adapters.wiring import is_wired
+from ..adapters.samples import changes_since_apply
 from ..architecture.network import Network
 from ..errors import MedpeftError
 from .connections import WithoutEffect, connected
-from .copies import copied, trainable, undisturbed
+from .copies import trainable, undisturbed
 from .effects import effects
+from .since_apply import Finding, findings_since_apply, notes_since_apply, statistics
 
 
 @dataclass
@@ -61,14 +59,6 @@ class Checked:
         return "\n  ".join(lines)
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something to say of the layer or tensor of this name."""
-
-    name: str
-    text: str
-
-
 def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimizer | None = None) -> Checked:
     """Prove that every trainable tensor of an adapted model acts on its output, in train and in eval mode.
 
@@ -98,8 +88,10 @@ def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimi
         4 trainable tensors (34 parameters) act in train and in eval mode
     """
     adapted = Adapted.of(model)
-    findings = _since_apply(adapted, optimizer)
+    changes = changes_since_apply(model, adapted.record) if adapted.acting else {}
+    findings = findings_since_apply(adapted, changes, optimizer)
     without_effect, notes = _without_effect(model, example_input)
+    notes += notes_since_apply(changes)
     exempt = _exempt(adapted, without_effect)
     for tensor in without_effect:
         if tensor.name not in exempt:
@@ -109,17 +101,6 @@ def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimi
         raise MedpeftError(_message(model, findings))
     acting = [parameter for name, parameter in trainable(model).items() if name not in exempt]
     return Checked(len(acting), sum(parameter.numel() for parameter in acting), exempt, notes)
-
-
-def _since_apply(adapted: Adapted, optimizer: torch.optim.Optimizer | None) -> list[Finding]:
-    """Find changes of the model since `apply` that break its adapters."""
-    findings = list(_lost_forwards(adapted))
-    findings += _misplaced_gradients(adapted)
-    findings += _replaced_layers(adapted)
-    findings += _changing_statistics(adapted)
-    if optimizer is not None:
-        findings += _missing_in_optimizer(adapted.model, optimizer)
-    return findings
 
 
 def _without_effect(model: nn.Module, example: Any) -> tuple[list[WithoutEffect], list[str]]:
@@ -139,7 +120,7 @@ def _without_effect(model: nn.Module, example: Any) -> tuple[list[WithoutEffect]
         del connected_names[tensor.name]
     with undisturbed():
         more, changed_buffers = effects(model, example, list(connected_names))
-    adapting = _statistics(model)
+    adapting = statistics(model)
     for name in changed_buffers:
         if name in adapting:
             continue
@@ -165,7 +146,8 @@ def _exemption(network: Network, selected_by: str, tensor: WithoutEffect) -> str
     layer, _, last = tensor.name.replace(".adapters.ssf.shift", ".bias").rpartition(".")
     if last == "bias" and _is_cancelled_by_softmax(network, layer):
         return "the softmax of the attention cancels what is added to every key, or to every score"
-    if last == "bias" and selected_by and "normalises it away" in tensor.reason:
+    is_mere_shift = last == "bias" and (selected_by or tensor.name.endswith(".adapters.ssf.shift"))
+    if is_mere_shift and "normalises it away" in tensor.reason:
         return tensor.reason.partition(";")[0]
     return ""
 
@@ -179,100 +161,6 @@ def _is_cancelled_by_softmax(network: Network, layer: str) -> bool:
         if network.inside(layer, [core]):
             return True
     return False
-
-
-def _misplaced_gradients(adapted: Adapted) -> Iterator[Finding]:
-    """Find parameters that train although frozen, or are frozen although they should train, or are gone."""
-    selected, trained_before = adapted.record.selected, adapted.record.trained_before
-    # By `id`: a shared tensor has another name in a file (its first adapter's) than in the model.
-    added = {id(tensor) for tensor in adapted.own.values()}
-    for name, parameter in adapted.model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in added and name not in selected:
-            reason = "it was not there at apply"
-            if name in trained_before:
-                reason = "apply froze it"
-            yield Finding(name, f"would train, though {reason}: freeze it, or apply anew")
-        if not parameter.requires_grad and name in selected:
-            hint = "call requires_grad_(True) on it, or apply anew"
-            yield Finding(name, f"is frozen, though apply chose it to train: {hint}")
-    names = dict(adapted.model.named_parameters(remove_duplicate=False))
-    for name in selected:
-        if name not in names:
-            hint = "was its layer replaced? Change the model first, then apply"
-            yield Finding(name, f"was chosen by apply and is no longer there: {hint}")
-
-
-def _replaced_layers(adapted: Adapted) -> Iterator[Finding]:
-    """Find layers whose adapters are gone or frozen."""
-    adapters = {name: adapters for name, _, adapters in adapted.layers}
-    for method, layer, _ in adapted.record.sites:
-        if layer not in adapters:
-            hint = "was the layer replaced? Change the model first, then apply"
-            yield Finding(layer, f"has lost its adapter ({method}): {hint}")
-        elif not _trains(adapters[layer]):
-            yield Finding(layer, f"has an adapter ({method}) that is frozen: call requires_grad_(True) on it")
-
-
-def _trains(adapters: Adapters) -> bool:
-    """Whether any parameter of a layer's adapters trains."""
-    for _, adapter in adapters.adapters():
-        for _, parameter in parameters_of(adapter):
-            if parameter.requires_grad:
-                return True
-    return False
-
-
-def _lost_forwards(adapted: Adapted) -> Iterator[Finding]:
-    """Find layers whose adapters no forward runs: neither the layer's nor that of a reader of its weight."""
-    network = Network(adapted.model, adapted.record.head)
-    hint = "was the layer converted, or its forward deleted?"
-    for name, layer, adapters in adapted.layers:
-        wired = [layer] if any(True for _ in adapters.adapters()) else []
-        if adapters.on_weight:
-            wired += [network.modules[reader.name] for reader in network.readers(layer, *layer._parameters)]
-        if not all(map(is_wired, wired)):
-            yield Finding(name, f"has lost the forward of its adapters ({hint}); convert first, then apply")
-        if not adapters.enabled:
-            yield Finding(
-                name, "has its adapters switched off; leave `with medpeft.disabled(…)` or `merged(…)` first"
-            )
-
-
-def _changing_statistics(adapted: Adapted) -> Iterator[Finding]:
-    """Find BatchNorms whose statistics training would change, though they are not to adapt."""
-    training = copied(adapted.model, share_frozen=True).train()
-    for name, layer in with_statistics(training):
-        if layer.training and not _statistics(layer, name) <= set(adapted.record.statistics):
-            hint = "convert (to SyncBatchNorm) first, then apply, or pass batchnorm='adapt'"
-            kind = type(layer).__name__
-            yield Finding(name, f"({kind}) would change its frozen statistics in training: {hint}")
-
-
-def _statistics(model: nn.Module, prefix: str = "") -> set[str]:
-    """Names of the buffers of all BatchNorms."""
-    names = set()
-    for name, layer in with_statistics(model):
-        for buffer, _ in layer.named_buffers(f"{prefix}.{name}".strip("."), recurse=False):
-            names.add(buffer)
-    return names
-
-
-def _missing_in_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Finding]:
-    """Find trainable parameters that the optimizer lacks, and tell where it holds a replaced one."""
-    ids = set(map(id, model.parameters()))
-    held, replaced_shapes = set(), set()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            held.add(id(parameter))
-            if id(parameter) not in ids:
-                replaced_shapes.add(parameter.shape)
-    for name, parameter in trainable(model).items():
-        if id(parameter) not in held:
-            replaced = ""
-            if parameter.shape in replaced_shapes:
-                replaced = " (it holds a replaced one of the same shape)"
-            hint = "build it after apply, from medpeft.parameter_groups(model, lr=…)"
-            yield Finding(name, f"is not in the optimizer{replaced}: {hint}")
 
 
 def _grouped(findings: Iterable[Finding]) -> dict[str, list[str]]:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.batchnorm import freeze_statistics, release_statistics
-from ..adapters.record import Adapted, Applied, require_applied, set_applied, trained_tensors
+from ..adapters.record import Adapted, require_applied, set_applied, trained_tensors
 from ..adapters.registry import Methods
 from ..adapters.running import switching
+from ..adapters.samples import changes_since_apply, sample_base
 from ..architecture.head import Head
 from ..architecture.targets import Target
-from ..errors import MedpeftError, require
+from ..errors import MedpeftError, listed, require
 from ..sharding import overwrite, reshard
 from .build import build
 from .install import Built, install, uninstall
@@ -80,17 +81,32 @@ def apply(
 def carry_out(planned: Plan, built: list[Built] | None = None) -> nn.Module:
     """Carry out a plan, with the adapters that were built for it, or else with new ones."""
     model, record = planned.model, planned.record
-    if built is None:
+    if built is None:  # What `load` has built may serve inference alone.
+        _require_trainable(model)
         built = build(model, planned.sites, record)
     if record.base is not None:
         record.base = {name: _kept(tensor) for name, tensor in trained_tensors(model, record)}
+    record.samples = sample_base(model, record)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.selected)
+        parameter.grad = None  # An optimizer would move even what is frozen by an old one.
     install(model, built)
     if record.batchnorm == "frozen":
         freeze_statistics(model)
     set_applied(model, record)
     return model
+
+
+def _require_trainable(model: nn.Module) -> None:
+    """Raise `MedpeftError` where autograd takes neither the model's tensors nor new ones."""
+    inside = torch.is_inference_mode_enabled()
+    for parameter in model.parameters():
+        inside = inside or parameter.is_inference()
+    require(
+        not inside,
+        "What is applied or made inside torch.inference_mode cannot train: make the model and call apply "
+        "outside of it (torch.no_grad does no harm).",
+    )
 
 
 def _kept(tensor: Tensor) -> Tensor:
@@ -104,8 +120,8 @@ def remove(model: nn.Module) -> nn.Module:
     """Make the model the base again, bit for bit, with no trace of medpeft.
 
     Raises:
-        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the
-            model is disabled or merged for the moment.
+        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, other
+            weights were loaded since, or the model is disabled or merged for the moment.
 
     Examples:
         >>> import medpeft, torch
@@ -118,7 +134,7 @@ def remove(model: nn.Module) -> nn.Module:
     """
     adapted = Adapted.of(model)
     require_acting(adapted, "remove")
-    base = _base(adapted.record, "remove")
+    base = _base(adapted, "remove")
     with switching(model, "remove"):
         _put(adapted, base)
         forget(model)
@@ -142,8 +158,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     It waits for running forwards of other threads. Forwards that begin inside the block compute the base.
 
     Raises:
-        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, or the
-            model is merged for the moment.
+        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, other
+            weights were loaded since, or the model is merged for the moment.
 
     Examples:
         >>> import medpeft, torch
@@ -160,7 +176,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     was_enabled = record.enabled
     if was_enabled:
         require_acting(adapted, "disabled")
-    base = _base(record, "disabled")
+    base = _base(adapted, "disabled")
     with switching(model, "disabled"):
         reshard(model)
         trained = {name: tensor.detach().clone() for name, tensor in trained_tensors(model, record)}
@@ -192,11 +208,26 @@ def require_acting(adapted: Adapted, action: str) -> None:
     )
 
 
-def _base(record: Applied, action: str) -> dict[str, Tensor]:
-    """Return the original values that `apply` kept."""
+def _base(adapted: Adapted, action: str) -> dict[str, Tensor]:
+    """Return the original values that `apply` kept, if they still belong to the base."""
+    record = adapted.record
     if record.base is None:
         raise MedpeftError(
             f"{action} needs the original values, which {record.name!r} gave up: pass keep_base=True to "
             f"apply (the default of every method but 'full')."
         )
+    if record.base:
+        _require_same_base(adapted, action)
     return record.base
+
+
+def _require_same_base(adapted: Adapted, action: str) -> None:
+    """Raise `MedpeftError` if the base has changed so that the original values do not belong to it."""
+    changes = changes_since_apply(adapted.model, adapted.record)
+    require(
+        not changes,
+        f"{action} cannot give the base back: {listed(changes, most=1)} changed after apply (other weights "
+        f"loaded, layers quantised or re-parameterised?), and the original values of "
+        f"{listed(adapted.trained, most=1)} belong to what was before. Do that before apply; to keep what was "
+        f"trained, save it first, and load it into the changed base.",
+    )

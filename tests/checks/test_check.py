@@ -173,6 +173,15 @@ def test_a_selected_bias_that_a_norm_cancels_is_exempt():
     assert "exempt: conv1.bias: bn1" in str(found)
 
 
+@pytest.mark.parametrize(("method", "shift"), [("ssf", "0.adapters.ssf.shift"), ("bias", "0.bias")])
+def test_a_shift_that_a_groupnorm_of_single_channels_cancels_is_exempt(method, shift):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(8, 8), nn.ReLU(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(8, 2)
+    )
+    found = medpeft.check(medpeft.apply(model, method, head="5"), IMAGES)
+    assert found.exempt == {shift: "1 (GroupNorm) behind it normalises it away"}
+
+
 @pytest.mark.parametrize("method", ["bitfit", "ssf"])
 def test_the_bias_of_a_key_is_exempt_because_the_softmax_cancels_it(method):
     found = medpeft.check(

@@ -19,11 +19,11 @@ def test_an_input_without_variation_is_replaced_by_noise():
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("run", [None, lambda net, x: net.second(x) if bool(x.sum() < 1e9) else x])
 def test_a_caller_without_gradients_gets_the_same_verdicts(mode, run):
-    model = adapted(run)
+    model, lacking = adapted(run), adapted(unused)
     with mode():
         assert medpeft.check(model, X.clone()).tensors == 6
         assert "second.adapters.lora.up cannot act in train and eval mode: second never runs" in failure(
-            adapted(unused)
+            lacking
         )
 
 

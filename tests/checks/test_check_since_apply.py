@@ -1,8 +1,11 @@
 """`check` finds what became of an adapted model since `apply`: optimizers, conversions, lost forwards, replaced layers."""
 
+import timm
 import torch
 from checked import IMAGES, Net, Norms, X, adapted, failure
 from models import example, make
+from timm.utils import reparameterize_model
+from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 
 import medpeft
@@ -90,3 +93,25 @@ def test_switched_off_adapters_are_found():
 
 def test_an_unadapted_model_is_refused():
     assert "not adapted: call medpeft.apply(model, method) first" in failure(Net())
+
+
+def test_a_gradient_left_on_a_frozen_parameter_is_found():
+    model = adapted()
+    model.first.weight.grad = torch.ones_like(model.first.weight)
+    text = failure(model)
+    assert "first.weight is frozen, but has a gradient from before: set its grad to None" in text
+    model.first.weight.grad = None
+    assert medpeft.check(model, X).tensors == 6
+
+
+def test_layers_that_timm_fused_are_found():
+    model = medpeft.apply(timm.create_model("mobileone_s0", num_classes=3).eval(), "lora")
+    text = failure(reparameterize_model(model), torch.randn(2, 3, 64, 64))
+    assert "has lost its adapter (lora): was the layer replaced? Change the model first, then apply" in text
+
+
+def test_batchnorms_that_timm_replaced_are_found():
+    model = medpeft.apply(timm.create_model("resnet10t", num_classes=3), "ssf")
+    text = failure(freeze_batch_norm_2d(model), torch.randn(2, 3, 64, 64))
+    assert "bn1, layer1.0.bn1" in text
+    assert "has lost its adapter (ssf): was the layer replaced?" in text

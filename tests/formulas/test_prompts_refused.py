@@ -7,6 +7,7 @@ from layer_oracles import drawn
 from models import example, make
 from prompted import SIZES
 from torch import nn
+from transformers import Dinov2Backbone, Dinov2Config, Dinov2Model, DPTConfig, DPTForDepthEstimation
 
 import medpeft
 
@@ -123,3 +124,37 @@ def test_tokens_on_a_grid_are_refused_with_the_reason(name, reason):
 
     with pytest.raises(medpeft.MedpeftError, match=reason):
         medpeft.plan(model, "vpt_deep")
+
+
+_TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def _timm_features():
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, features_only=True, out_indices=(0, 1)
+    )
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        _timm_features,
+        lambda: Dinov2Backbone(Dinov2Config(**_TINY, out_indices=[1, 2])),
+        lambda: DPTForDepthEstimation(DPTConfig(**_TINY, backbone_out_indices=[0, 1, 1, 1])),
+    ],
+)
+def test_features_taken_from_several_blocks_are_for_deep_prompts_alone(build):
+    with pytest.raises(medpeft.MedpeftError, match="one of the blocks whose outputs the model hands out"):
+        medpeft.apply(build(), "vpt_shallow", head=None)
+    assert medpeft.plan(build(), "vpt_deep", head=None).trainable
+
+
+def test_a_transformer_whose_last_block_alone_is_used_takes_shallow_prompts():
+    assert medpeft.plan(Dinov2Model(Dinov2Config(**_TINY)), "vpt_shallow", head=None).trainable
