@@ -210,11 +210,18 @@ def _run(
     if not tensors and wiring.is_plain:
         return type(layer).forward(layer, *args, **kwargs)
     changes: dict[str, Mapping[str, Any]] = {}
-    if tensors or wiring.overrides:
-        changes[""] = {**tensors, **wiring.overrides}
+    # A switched-off model takes the very path of the base.
+    overrides = wiring.overrides if wiring.overrides and _any_acts_in(layer) else {}
+    if tensors or overrides:
+        changes[""] = {**tensors, **overrides}
     for path in wiring.reads:
         read = layer.get_submodule(path)
         adapters = acting(read)
         if adapters is not None and adapters.on_weight:
             changes[path] = adapted_tensors(read, adapters)
     return run_with(layer, changes, wiring.replaced, args, kwargs)
+
+
+def _any_acts_in(layer: nn.Module) -> bool:
+    """Whether any adapter acts in the layer or in a module inside it."""
+    return any(acting(module) is not None for module in layer.modules())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..architecture.weight_reads import sets_attributes
 from .wiring import acting, wiring_of
 
 Changes = Mapping[str, Mapping[str, Any]]
@@ -43,8 +44,9 @@ def run_with(
         bound = rebound(replaced, layer, copy)
         assert bound is not None  # Building an adapter refuses a forward that cannot be bound.
         output = bound(*args, **kwargs)
-    if not type(layer).__module__.startswith("torch.") and not torch.compiler.is_compiling():
-        _keep_notes(layer, copy, changes)
+    cls: Any = type(layer)  # mypy does not see that a class is hashable.
+    if not torch.compiler.is_compiling() and sets_attributes(cls):
+        _keep_attributes(layer, copy, changes)
     return output
 
 
@@ -54,6 +56,7 @@ def stand_in(module: nn.Module, changes: Changes) -> nn.Module:
     If a tensor belongs to a layer below the module, that layer gets a stand-in too.
     """
     copy: nn.Module = object.__new__(type(module))
+    # A plain attribute hides a registered tensor: nn.Module asks its own dicts only for what is not there.
     copy.__dict__.update(module.__dict__)
     below: dict[str, dict[str, Mapping[str, Any]]] = {}
     for path, tensors in changes.items():
@@ -95,9 +98,12 @@ def rebound(replaced: Callable[..., Any], layer: nn.Module, copy: nn.Module) -> 
     return None
 
 
-def _keep_notes(layer: nn.Module, copy: nn.Module, changes: Changes) -> None:
-    """Copy attributes that a forward set on the stand-in, such as an attention map, to the layer."""
-    changed = changes.get("", {})
+def _keep_attributes(layer: nn.Module, copy: nn.Module, changes: Changes) -> None:
+    """Bring attributes that a forward set on the stand-in, such as an attention map, to the layer."""
+    replaced = changes.get("", {})
+    missing = object()
     for name, value in copy.__dict__.items():
-        if name not in changed and name != "_modules" and layer.__dict__.get(name, changed) is not value:
+        if name in replaced or name == "_modules":
+            continue
+        if layer.__dict__.get(name, missing) is not value:
             layer.__dict__[name] = value

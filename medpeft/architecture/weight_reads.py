@@ -52,6 +52,17 @@ def overwrites(cls: type[nn.Module]) -> bool:
     return any(_overwrites(function.__code__) for function in _reachable(cls))
 
 
+@cache
+def sets_attributes(cls: type[nn.Module]) -> bool:
+    """Whether `cls.forward` sets an attribute, such as an attention map for a figure."""
+    for function in _reachable(cls):
+        if any(step.opname == "STORE_ATTR" for step in dis.get_instructions(function.__code__)):
+            return True
+        if "setattr" in function.__code__.co_names:
+            return True
+    return False
+
+
 def _overwrites(code: CodeType) -> bool:
     for name in code.co_names:
         if _IN_PLACE_METHOD.fullmatch(name) and name != "requires_grad_":

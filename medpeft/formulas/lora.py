@@ -92,7 +92,7 @@ class LoRA(Adapter):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False, parts: str = "qv") -> Iterator[Site]:
-        """Yield the chosen parts of every attention, of q, k, v and the output o; in a CNN, all convolutions."""
+        """Yield the chosen parts of every attention: q, k, v or the output o; in a CNN, all convolutions."""
         require(bool(parts) and set(parts) <= set("qkvo"), f"parts={parts!r} must be letters of 'qkvo'.")
         convolutional = not network.attentions
         for site in network.sites("linear", "conv", "transposed", "embedding"):

@@ -92,12 +92,14 @@ class SSF(Adapter):
         """Compute W·γ over the output channels, and b·γ + β."""
         scale, shift = self.scale, self.shift
         if bias is not None and shift is not None:
-            return self._scaled(weight, scale), bias * scale + shift
+            return self._scaled(weight, scale), torch.addcmul(shift, bias, scale)
         return self._scaled(weight, scale), shift
 
     def _scaled(self, weight: Tensor | None, scale: Tensor) -> Tensor:
         if weight is None:
             return scale
+        if weight.ndim == 1:
+            return weight * scale
         if not self.transposed:
             return weight * along(scale, weight, 0)
         by_group = weight.unflatten(0, (self.groups, -1))  # (I, O / G, …) → (G, I / G, O / G, …)
