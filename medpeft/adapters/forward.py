@@ -32,30 +32,44 @@ from .wiring import Wiring, acting
 
 def adapted_forward(layer: nn.Module, wiring: Wiring, /, *args: Any, **kwargs: Any) -> Any:
     """Run an adapted layer: change its input, run it with changed weights, change its output."""
-    if not wiring.root or torch.compiler.is_compiling():
-        return _adapted(layer, wiring, args, kwargs)
+    if wiring.root and not torch.compiler.is_compiling():
+        return _counted(layer, wiring, args, kwargs)
+    adapters = acting(layer)
+    if adapters is None:
+        return _without_adapters(layer, wiring, args, kwargs)
+    if adapters.handovers:
+        return _with_handovers(layer, adapters, wiring, args, kwargs)
+    return _through(layer, adapters, wiring, args, kwargs)
+
+
+def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the whole model, counted as running: a switch changes all its layers at once, and waits for it."""
     if "_is_replica" in layer.__dict__:
         share_within_replica(layer)
     token = running.Token()
     try:
         running.begin(layer, token)
-        return _adapted(layer, wiring, args, kwargs)
+        return adapted_forward(layer, replace(wiring, root=False), *args, **kwargs)
     finally:
         running.end(layer, token)
 
 
-def _adapted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    adapters = acting(layer)
-    if adapters is None:
-        if wiring.apart:
-            return run_apart(layer, args, kwargs)
-        return _run(layer, wiring, {}, args, kwargs)
-    if not adapters.handovers:
-        return _through(layer, adapters, wiring, args, kwargs)
+def _without_adapters(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a layer that was wired for another reason: as the model, as a reader, or for its bias."""
+    if wiring.apart:
+        return run_apart(layer, args, kwargs)
+    return _run(layer, wiring, {}, args, kwargs)
+
+
+def _with_handovers(
+    layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run a layer inside which something is left for one of its adapters."""
     if layer.training and getattr(layer, "gradient_checkpointing", False):
-        # transformers checkpoints the forward of the class. Backward then recomputes it, and must find the
-        # handed over value again, so the checkpoint goes around the adapters.
-        inside = replace(wiring, overrides={**wiring.overrides, "gradient_checkpointing": False})
+        # transformers checkpoints the forward of the class, and backward would recompute it when the handover
+        # is closed. So the checkpoint goes around the adapters, and the one inside is switched off.
+        overrides = {**wiring.overrides, "gradient_checkpointing": False}
+        inside = replace(wiring, overrides=overrides, plain=False)
         recomputed = functools.partial(_handing_over, layer, adapters, inside, kwargs)
         checkpoint: Any = layer._gradient_checkpointing_func
         return checkpoint(recomputed, *args)
@@ -87,7 +101,9 @@ def _through(
         x = args[0]
     elif kwargs:
         x = kwargs[_first_name(kwargs, wiring)]
-    if not adapters.on_weight:
+    if not adapters.on_weight and wiring.plain:
+        output = type(layer).forward(layer, *args, **kwargs)
+    elif not adapters.on_weight:
         output = _run(layer, wiring, {}, args, kwargs)
     elif not adapters.flexible or not isinstance(x, Tensor):
         tensors = adapted_tensors(layer, adapters, x)
@@ -207,8 +223,6 @@ def _run(
     kwargs: dict[str, Any],
 ) -> Any:
     """Run the layer's plain forward on changed tensors: its own, and those that it reads below."""
-    if not tensors and wiring.is_plain:
-        return type(layer).forward(layer, *args, **kwargs)
     changes: dict[str, Mapping[str, Any]] = {}
     # A switched-off model takes the very path of the base.
     overrides = wiring.overrides if wiring.overrides and _any_acts_in(layer) else {}

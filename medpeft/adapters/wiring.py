@@ -28,6 +28,7 @@ class Wiring:
         replaced: A `forward` that someone else had put on the instance before, None for the class's own.
         overrides: Attributes of the stand-in on which its plain forward runs.
         apart: Whether its bias trains apart from its weight; see `bias_gradients.py`.
+        plain: Whether its plain forward is the class's own, on the layer as it is.
     """
 
     root: bool = False
@@ -36,11 +37,7 @@ class Wiring:
     replaced: Callable[..., Any] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     apart: bool = False
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the plain forward is the class's own, on the layer as it is."""
-        return not self.reads and not self.overrides and self.replaced is None
+    plain: bool = False
 
 
 def acting(layer: nn.Module) -> Adapters | None:
@@ -57,12 +54,14 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
     Args:
         layer: The layer.
         forward: A function of a module, `(layer, wiring, *args, **kwargs)`.
-        wiring: Facts about the layer. `inputs` and `replaced` are filled in.
+        wiring: Facts about the layer. `inputs`, `replaced` and `plain` are filled in.
     """
     slot = _slot(layer)
     replaced = layer.__dict__.get("forward") if slot == "forward" else None
     inputs = _input_names(type(layer))  # type: ignore[arg-type]  # mypy does not see that a class is hashable
-    layer.__dict__[slot] = _bound(forward, layer, replace(wiring, inputs=inputs, replaced=replaced))
+    plain = replaced is None and not wiring.reads and not wiring.overrides
+    filled_in = replace(wiring, inputs=inputs, replaced=replaced, plain=plain)
+    layer.__dict__[slot] = _bound(forward, layer, filled_in)
     layer.__dict__["_replicate_for_data_parallel"] = functools.partial(replicated, layer)
 
 

@@ -228,6 +228,6 @@ def _require_same_base(adapted: Adapted, action: str) -> None:
         not changes,
         f"{action} cannot give the base back: {listed(changes, most=1)} changed after apply (other weights "
         f"loaded, layers quantised or re-parameterised?), and the original values of "
-        f"{listed(adapted.trained, most=1)} belong to what was before. Do that before apply; to keep what was "
-        f"trained, save it first, and load it into the changed base.",
+        f"{listed(adapted.trained, most=1)} belong to what was before. Do that before apply; to keep what "
+        f"was trained, save it first, and load it into the changed base.",
     )
