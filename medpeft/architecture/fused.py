@@ -1,6 +1,7 @@
 """Fused projections: one weight that makes several of queries, keys and values (q, k, v).
 
-`FUSED_LAYOUTS` lists how each family of models orders the output channels. To support another one, add a row.
+`FUSED_LAYOUTS` lists how each family of models orders the output channels. To support another order, add a
+row; for a layer of a new name, add the name in attention.py too.
 """
 
 from __future__ import annotations

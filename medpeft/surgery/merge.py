@@ -22,6 +22,7 @@ from ..errors import MedpeftError, require
 from ..sharding import gathered, is_sharded, like, overwrite, reshard, whole
 from .apply import forget, require_acting
 from .outputs import largest_difference, outputs_of
+from .unmergeable import Place, places, reason_against, require_floating
 
 _log = logging.getLogger("medpeft")
 _SHOWN = 10
@@ -86,8 +87,7 @@ def merge(
         _require_same_outputs(model, merged_tensors, example_input, tolerance)
     with switching(model, "merge"):
         reshard(model)
-        for item in merged_tensors:
-            _put(item)
+        _put(merged_tensors)
         forget(model)
     created = [item.full_name for item in merged_tensors if item.own is None]
     if created:
@@ -103,13 +103,21 @@ def _warning_of_created(names: list[str]) -> str:
     )
 
 
-def _put(item: Merged) -> None:
-    """Write a merged tensor into the layer's own one, or register it if the layer has none."""
-    if item.own is None:
-        item.layer.register_parameter(item.name, nn.Parameter(item.value))
-        return
-    with torch.no_grad():
-        item.own.copy_(item.value)
+def _put(merged_tensors: list[Merged]) -> None:
+    """Write the merged tensors into the layers' own ones, and register those that a layer does not have.
+
+    After an error all are as before.
+    """
+    created = [item for item in merged_tensors if item.own is None]
+    written = [(item.own, item.value) for item in merged_tensors if item.own is not None]
+    try:
+        for item in created:
+            item.layer.register_parameter(item.name, nn.Parameter(item.value))
+        overwrite(written)
+    except BaseException:
+        for item in created:
+            item.layer._parameters[item.name] = None
+        raise
 
 
 @contextmanager
@@ -151,9 +159,10 @@ def _merged_tensors(adapted: Adapted, min_kept: float) -> list[Merged]:
     reshard(adapted.model)
     merged_tensors: list[Merged] = []
     problems: list[str] = []
-    names_of = _names_by_parameter(adapted.model)
+    others = places(adapted.model)
     for layer_name, layer, adapters in adapted.layers:
         try:
+            require_floating(layer)
             tensors = _merged_into(layer, adapters)
         except MedpeftError as reason:
             problems.append(f"{layer_name}: {reason}")
@@ -161,7 +170,7 @@ def _merged_tensors(adapted: Adapted, min_kept: float) -> list[Merged]:
         for name, value in tensors.items():
             own = own_tensor(layer, name)
             item = Merged(layer_name, layer, name, own, _fitted(value, layer, own))
-            problem = _problem(item, value, names_of, min_kept)
+            problem = _problem(item, value, others, min_kept)
             if problem:
                 problems.append(f"{layer_name}: {problem}")
             merged_tensors.append(item)
@@ -199,16 +208,16 @@ def _fitted(value: Tensor, layer: nn.Module, own: Tensor | None) -> Tensor:
     return value
 
 
-def _problem(item: Merged, value: Tensor, names_of: dict[int, list[str]], min_kept: float) -> str:
+def _problem(item: Merged, value: Tensor, others: dict[str, Place], min_kept: float) -> str:
     """Reason why a merged tensor cannot replace the layer's own, "" if it can."""
     own = item.own
     if own is None:
         if any(is_sharded(parameter) for parameter in item.layer.parameters(recurse=False)):
             return f"it has no {item.name}, and a sharded layer can get none: merge the unsharded model"
         return ""
-    for name in names_of.get(id(own), []):
-        if name != item.full_name:
-            return f"its {item.name} is tied to {name}, which has no such adapter"
+    reason = reason_against(item.full_name, own, item.value, others)
+    if reason:
+        return reason
     kept = _share_kept(own, value)
     if kept < min_kept:
         return f"{own.dtype} would keep {kept:.0%} of the update"
@@ -225,16 +234,6 @@ def _cannot_merge(adapted: Adapted, problems: list[str]) -> str:
         "Nothing was changed. Run the adapted model as it is, call model.float() first if precision is the "
         "reason, or pass min_kept=0."
     )
-
-
-def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
-    """Map the `id` of each parameter to its names in distinct modules: several if it is tied."""
-    names: dict[int, list[str]] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                names.setdefault(id(parameter), []).append(f"{module_name}.{name}".lstrip("."))
-    return names
 
 
 def _share_kept(own: Tensor, value: Tensor) -> float:
