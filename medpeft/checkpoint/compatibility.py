@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters.record import Adapted, Applied, own_state, own_tensors
 from ..adapters.registry import find
+from ..architecture.layers import within
 from ..errors import CheckpointError, MedpeftError, listed
 from .file import short
 from .fingerprint import class_of, identify, label
@@ -53,11 +54,6 @@ def differences(in_file: Mapping[str, object], in_model: Mapping[str, object], w
         elif description != in_model[name]:
             lines.append(wording.changed.format(name, description, in_model[name]))
     return lines
-
-
-def within(name: str, modules: Sequence[str]) -> bool:
-    """Whether a tensor or module of that name lies in one of the modules."""
-    return any(name == module or name.startswith(module + ".") for module in modules)
 
 
 def outside(described: Mapping[str, Described], modules: Sequence[str]) -> dict[str, Described]:

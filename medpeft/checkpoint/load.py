@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters.batchnorm import statistics_names
 from ..adapters.record import Adapted, Applied, adapted_inside, applied, own_tensors, trained_tensors
+from ..architecture.layers import within
 from ..errors import CheckpointError, MedpeftError, require_choice
 from ..sharding import is_sharded, overwrite, reshard
 from ..surgery.apply import carry_out, forget
@@ -26,7 +27,6 @@ from .compatibility import (
     require_same_methods,
     require_values,
     saved_record,
-    within,
 )
 from .fingerprint import class_of
 from .header import Header, read, read_values

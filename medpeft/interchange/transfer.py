@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..adapters.record import Adapted, Applied, own_tensors, trained_tensors
 from ..architecture.head import Head
+from ..architecture.layers import within
 from ..architecture.network import Network
-from ..checkpoint.compatibility import require_nothing_else_trains, require_values, within
+from ..checkpoint.compatibility import require_nothing_else_trains, require_values
 from ..checkpoint.file import short
 from ..checkpoint.fingerprint import class_of
 from ..checkpoint.load import settle

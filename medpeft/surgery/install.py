@@ -14,6 +14,7 @@ from ..adapters.forward import adapted_forward
 from ..adapters.registry import Method
 from ..adapters.sharing import register_shared
 from ..adapters.wiring import Wiring, unwire, wire
+from ..architecture.layers import within
 from ..architecture.site import Site
 from ..architecture.weight_reads import has_fused_path
 
@@ -86,9 +87,9 @@ def _bypasses(module: nn.Module, name: str, built: list[Built]) -> bool:
     The kernel takes the weights that the module reads, so it meets adapters on those alone.
     """
     for item in built:
-        inside = f"{item.site.name}.".startswith(f"{name}.".lstrip(".")) and item.site.layer is not module
+        inside = not name or within(item.site.name, [name])
         reads = any(reader.name == name for reader in item.site.readers)
-        if inside and not reads:
+        if inside and item.site.layer is not module and not reads:
             return True
     return False
 

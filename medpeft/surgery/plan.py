@@ -13,6 +13,7 @@ from ..adapters.record import Applied
 from ..adapters.registry import Method, Methods, find
 from ..adapters.requests import Request, resolve
 from ..architecture.head import Head, find_head
+from ..architecture.layers import within
 from ..architecture.network import Network
 from ..architecture.site import Site
 from ..architecture.targets import Target
@@ -211,7 +212,7 @@ def _with_added_tokens(sites: list[Planned]) -> list[Planned]:
             continue
         region = _region(planned.site)
         for i, other in enumerate(sites):
-            inside = f"{other.site.name}.".startswith(f"{region}.".lstrip("."))
+            inside = not region or within(other.site.name, [region])
             if inside and other is not planned:
                 added[i] += layout.adds
     noted = []
@@ -229,6 +230,6 @@ def _region(site: Site) -> str:
     It is the site's layer, or the module around it if a partner outside the layer takes the tokens off.
     """
     for partner in site.partners:
-        if not f"{partner.site.name}.".startswith(f"{site.name}."):
+        if not within(partner.site.name, [site.name]):
             return site.name.rpartition(".")[0]
     return site.name
