@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MedpeftError
-from .adapter import state_of
+from .adapter import Adapter, state_of
 from .adapters import Adapters
 
 _NAME = "_medpeft"
@@ -191,17 +191,31 @@ def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
 
 
 def own_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and persistent buffers of all adapters, each once, by their names in a file.
+    """Yield the parameters and persistent buffers of all adapters, each once, by their names in a file."""
+    return named_state(_named_adapters(model))
 
-    A name is LAYER.adapters.METHOD.KEY. A shared tensor has its name in the first adapter that uses it.
-    """
-    yielded: set[int] = set()
+
+def _named_adapters(model: nn.Module) -> Iterator[tuple[str, str, Adapter]]:
+    """Yield every adapter of a model after the name of its layer and its own name there."""
     for layer_name, _, adapters in adapted_layers(model):
         for adapter_name, adapter in adapters.adapters():
-            for key, tensor in state_of(adapter).items():
-                if id(tensor) not in yielded:
-                    yielded.add(id(tensor))
-                    yield f"{layer_name}.adapters.{adapter_name}.{key}".lstrip("."), tensor
+            yield layer_name, adapter_name, adapter
+
+
+def named_state(adapters: Iterable[tuple[str, str, Adapter]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and persistent buffers of adapters, each once, by their names in a file.
+
+    A name is LAYER.adapters.NAME.KEY. A shared tensor has its name in the first adapter that uses it.
+
+    Args:
+        adapters: Each adapter after the name of its layer and its own name there.
+    """
+    yielded: set[int] = set()
+    for layer_name, adapter_name, adapter in adapters:
+        for key, tensor in state_of(adapter).items():
+            if id(tensor) not in yielded:
+                yielded.add(id(tensor))
+                yield f"{layer_name}.adapters.{adapter_name}.{key}".lstrip("."), tensor
 
 
 @dataclass(frozen=True)
@@ -244,3 +258,8 @@ class Adapted:
         if not self.record.enabled:
             return False
         return all(adapters.enabled for _, _, adapters in self.layers)
+
+    def enable(self, enabled: bool) -> None:
+        """Switch all adapters on or off."""
+        for _, _, adapters in self.layers:
+            adapters.enabled = enabled

@@ -189,10 +189,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _switch(adapted: Adapted, values: dict[str, Tensor], *, enabled: bool) -> None:
-    adapted.record.enabled = enabled
+    """Put values into the trained tensors, and switch the adapters on or off; a failure changes nothing."""
     _put(adapted, values)
-    for _, _, adapters in adapted.layers:
-        adapters.enabled = enabled
+    adapted.record.enabled = enabled
+    adapted.enable(enabled)
 
 
 def _put(adapted: Adapted, values: dict[str, Tensor]) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..adapters.adapter import ON_WEIGHT, Adapter, parameters_of, state_of
-from ..adapters.record import Applied
+from ..adapters.adapter import ON_WEIGHT, Adapter, parameters_of
+from ..adapters.record import Applied, named_state
 from ..adapters.registry import Method
 from ..adapters.stand_in import rebound
 from ..architecture.site import Draft, Site
@@ -127,9 +127,4 @@ def count_new(adapter: Adapter, counted: set[nn.Parameter]) -> int:
 
 def state_of_built(built: Iterable[Built]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of adapters that are not in the model yet, as `own_state` will once they are."""
-    yielded: set[int] = set()
-    for item in built:
-        for key, tensor in state_of(item.adapter).items():
-            if id(tensor) not in yielded:
-                yielded.add(id(tensor))
-                yield f"{item.site.name}.adapters.{item.name}.{key}".lstrip("."), tensor
+    return named_state((item.site.name, item.name, item.adapter) for item in built)

@@ -267,7 +267,7 @@ def _swapped(adapted: Adapted, merged_tensors: list[Merged]) -> Iterator[None]:
                 before.append((store, item.name, item.own))
                 store[item.name] = item.value if is_buffer else nn.Parameter(item.value, requires_grad=False)
             unmerged = overwrite(sharded)
-            _enable(adapted, False)
+            adapted.enable(False)
         yield
     finally:
         with switching(adapted.model, "merged"):
@@ -275,12 +275,7 @@ def _swapped(adapted: Adapted, merged_tensors: list[Merged]) -> Iterator[None]:
             overwrite(unmerged)
             for store, name, own in before:
                 store[name] = own
-            _enable(adapted, True)
-
-
-def _enable(adapted: Adapted, enabled: bool) -> None:
-    for _, _, adapters in adapted.layers:
-        adapters.enabled = enabled
+            adapted.enable(True)
 
 
 def _require_same_outputs(
