@@ -64,6 +64,7 @@ class Adapter(nn.Module):
         self.method = site.draft.method
         self.acts_on = self._places(only_weight=site.only_weight)
         self.shared: dict[str, nn.Module] = {}
+        # Names of the layer's tensors that it may change; "" for none.
         self._weight, self._bias = site.weight, site.bias
 
     @classmethod
@@ -113,7 +114,10 @@ class FlexibleAdapter(Adapter):
     """
 
     def form(self, x: Tensor, weight: Tensor | None) -> Literal["weight", "output", "compute"]:
-        """Choose the face that acts on the input `x`, in a layer with this weight."""
+        """Choose the face that acts on the input `x`, in a layer with this weight.
+
+        Only "weight" is right where the layer's forward is not torch's own, or a parent reads its weight.
+        """
         raise NotImplementedError
 
     def compute(self, x: Tensor, bias: Tensor | None) -> Tensor:

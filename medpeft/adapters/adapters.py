@@ -65,8 +65,8 @@ class Adapters(nn.ModuleDict):
         # A second place has no weight to change: the first place decides whether it can be merged.
         return [adapter for adapter in in_order if not isinstance(adapter, SecondPlace)]
 
-    def adapted_tensors(self, layer: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Tensor]:
-        """Compute the tensors of the layer that adapters change, by name.
+    def merged_tensors(self, layer: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Tensor]:
+        """Compute the tensors of the layer that `Adapter.merged` changes, by name.
 
         Raises:
             MedpeftError: an adapter cannot act on the weight; the message gives its reason.

@@ -7,6 +7,9 @@ A changed weight is never put into the layer. The plain forward runs on a stand-
 same class, made for this one call, that shares everything with the layer but the changed tensors. So an
 interrupt leaves nothing behind, and threads, processes and nested calls do not disturb each other.
 
+Most adapters change the output, LoRA among them, which is cheap. The weight is changed only where the output
+cannot be: by DoRA for one, or where a parent reads the weight without calling its layer.
+
 The forward must survive deepcopy and pickle, so it is made of module-level functions and plain data.
 """
 
@@ -36,15 +39,19 @@ def adapted_forward(layer: nn.Module, wiring: Wiring, /, *args: Any, **kwargs: A
         return _counted(layer, wiring, args, kwargs)
     adapters = acting(layer)
     if adapters is None:
-        return _without_adapters(layer, wiring, args, kwargs)
+        return _run_unadapted(layer, wiring, args, kwargs)
     if adapters.handovers:
-        return _with_handovers(layer, adapters, wiring, args, kwargs)
-    return _through(layer, adapters, wiring, args, kwargs)
+        return _run_with_handovers(layer, adapters, wiring, args, kwargs)
+    return _run_adapted(layer, adapters, wiring, args, kwargs)
 
 
 def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run the whole model, counted as running: a switch changes all its layers at once, and waits for it."""
-    if "_is_replica" in layer.__dict__:
+    """Run the whole model, counted as running.
+
+    A switch of all its layers waits until no other thread runs it; a forward that begins meanwhile waits for
+    the switch.
+    """
+    if "_is_replica" in layer.__dict__:  # torch sets this on a replica of `nn.DataParallel`.
         share_within_replica(layer)
     token = running.Token()
     try:
@@ -54,54 +61,59 @@ def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
         running.end(layer, token)
 
 
-def _without_adapters(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a layer that was wired for another reason: as the model, as a reader, or for its bias."""
-    if wiring.apart:
+def _run_unadapted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a layer of whose own adapters none acts.
+
+    It is wired as the model, to read adapted weights of layers below it, to keep off a fused kernel, or to
+    train its bias apart from its weight.
+    """
+    if wiring.apart:  # A convolution of torch's own, which reads nothing and has no other forward.
         return run_apart(layer, args, kwargs)
     return _run(layer, wiring, {}, args, kwargs)
 
 
-def _with_handovers(
+def _run_with_handovers(
     layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run a layer inside which something is left for one of its adapters."""
+    """Run a layer with an adapter whose second place, at a layer inside this one, leaves it a value."""
     if layer.training and getattr(layer, "gradient_checkpointing", False):
-        # transformers checkpoints the forward of the class, and backward would recompute it when the handover
-        # is closed. So the checkpoint goes around the adapters, and the one inside is switched off.
+        # Where transformers checkpoints inside the class's forward, backward would recompute that alone: the
+        # handover would be closed, and the adapter silently take its default. So the checkpoint goes around
+        # the open handovers here, and the one inside is switched off.
         overrides = {**wiring.overrides, "gradient_checkpointing": False}
-        inside = replace(wiring, overrides=overrides, plain=False)
-        recomputed = functools.partial(_handing_over, layer, adapters, inside, kwargs)
+        inside = replace(wiring, overrides=overrides, direct=False)
+        recomputed = functools.partial(_with_open_handovers, layer, adapters, inside, kwargs)
         checkpoint: Any = layer._gradient_checkpointing_func
         return checkpoint(recomputed, *args)
-    return _handing_over(layer, adapters, wiring, kwargs, *args)
+    return _with_open_handovers(layer, adapters, wiring, kwargs, *args)
 
 
-def _handing_over(
+def _with_open_handovers(
     layer: nn.Module, adapters: Adapters, wiring: Wiring, kwargs: dict[str, Any], *args: Any
 ) -> Any:
-    """Pass an input through a layer while its adapters can be handed a value from inside."""
+    """Run a layer while its adapters can be handed a value from inside."""
     receivers: list[Any] = [adapters._modules[name] for name in adapters.handovers]
     for adapter in receivers:
         adapter.handover.open()
     try:
-        return _through(layer, adapters, wiring, args, kwargs)
+        return _run_adapted(layer, adapters, wiring, args, kwargs)
     finally:
         for adapter in receivers:
             adapter.handover.close()
 
 
-def _through(
+def _run_adapted(
     layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Pass an input through the input adapters, the layer, and the output adapters."""
-    if adapters.entering:
+    if adapters.entering and (args or kwargs):
         args, kwargs = _enter(adapters, wiring, args, kwargs)
-    x: Any = None
+    x: Any = None  # The layer's first input, as the input adapters have left it.
     if args:
         x = args[0]
     elif kwargs:
         x = kwargs[_first_name(kwargs, wiring)]
-    if not adapters.on_weight and wiring.plain:
+    if not adapters.on_weight and wiring.direct:
         output = type(layer).forward(layer, *args, **kwargs)
     elif not adapters.on_weight:
         output = _run(layer, wiring, {}, args, kwargs)
@@ -142,14 +154,14 @@ def _enter(
 
 def _names_of(args: tuple[Any, ...], wiring: Wiring) -> list[str]:
     """Names of all positional inputs but the first; numbers for inputs without a name."""
-    names = list(wiring.inputs[1 : len(args)])
+    names = list(wiring.input_names[1 : len(args)])
     names += [str(number) for number in range(len(names) + 1, len(args))]
     return names
 
 
 def _first_name(kwargs: dict[str, Any], wiring: Wiring) -> str:
     """Name of the layer's first input, if all come by keyword, in any order."""
-    for name in wiring.inputs:
+    for name in wiring.input_names:
         if name in kwargs:
             return name
     return next(iter(kwargs))
@@ -166,12 +178,12 @@ def _run_flexibly(
     """Run a layer that has a flexible adapter, in the form that the adapter chooses for this input."""
     flexible: Any = adapters._modules[adapters.flexible]
     form = flexible.form(x, own_tensor(layer, flexible._weight))
-    # Another adapter that comes after it on the weight, as DoRA, must see the weight that it has changed.
+    # An adapter that follows it on the weight, such as DoRA, must see the weight that it has changed.
     if form == "output" and adapters.on_weight[-1] == adapters.flexible:
         tensors = adapted_tensors(layer, adapters, x, without=flexible)
         output = _run(layer, wiring, tensors, args, kwargs)
         return flexible(x, output)
-    # The layer cannot be left out where another adapter changes its weight.
+    # `compute` takes the place of the layer, which it cannot where another adapter changes the weight.
     if form == "compute" and len(adapters.on_weight) == 1:
         return flexible.compute(x, own_tensor(layer, flexible._bias))
     return _run(layer, wiring, adapted_tensors(layer, adapters, x), args, kwargs)
@@ -191,13 +203,13 @@ def adapted_tensors(
     on_weight: list[Any] = [adapters._modules[name] for name in adapters.on_weight]
     if without is not None:
         on_weight.remove(without)
-    dtype, device = _dtype_and_device(layer, x)
+    dtype, device = _dtype_and_device(layer, on_weight, x)
     if autocasts(device):
         # A weight is adapted in its own precision, as merging does.
         with torch.autocast(device, enabled=False):
-            tensors = adapters.adapted_tensors(layer, on_weight)
+            tensors = adapters.merged_tensors(layer, on_weight)
     else:
-        tensors = adapters.adapted_tensors(layer, on_weight)
+        tensors = adapters.merged_tensors(layer, on_weight)
     if dtype is not None:
         for name, tensor in tensors.items():
             if tensor.dtype != dtype:
@@ -205,11 +217,16 @@ def adapted_tensors(
     return tensors
 
 
-def _dtype_and_device(layer: nn.Module, x: Any) -> tuple[torch.dtype | None, str]:
-    """Find the dtype and the device type of a layer. A norm without parameters has those of its input."""
-    for parameter in layer._parameters.values():
-        if parameter is not None:
-            return parameter.dtype, parameter.device.type
+def _dtype_and_device(layer: nn.Module, on_weight: list[Adapter], x: Any) -> tuple[torch.dtype | None, str]:
+    """Find the dtype and the device type of the tensors that adapters change.
+
+    A norm without parameters has those of its input.
+    """
+    for adapter in on_weight:
+        for name in (adapter._weight, adapter._bias):
+            tensor = own_tensor(layer, name)
+            if tensor is not None:
+                return tensor.dtype, tensor.device.type
     if isinstance(x, Tensor):
         return (x.dtype if x.is_floating_point() else None), x.device.type
     return None, "cpu"
@@ -222,18 +239,18 @@ def _run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run the layer's plain forward on changed tensors: its own, and those that it reads below."""
+    """Run the layer's plain forward on changed tensors: its own, and those of layers below that it reads."""
     changes: dict[str, Mapping[str, Any]] = {}
-    # A switched-off model takes the very path of the base.
+    # With nothing switched on, the layer may take torch's fused kernel again, as the base does.
     overrides = wiring.overrides if wiring.overrides and _any_acts_in(layer) else {}
     if tensors or overrides:
         changes[""] = {**tensors, **overrides}
     for path in wiring.reads:
-        read = layer.get_submodule(path)
-        adapters = acting(read)
+        layer_below = layer.get_submodule(path)
+        adapters = acting(layer_below)
         if adapters is not None and adapters.on_weight:
-            changes[path] = adapted_tensors(read, adapters)
-    return run_with(layer, changes, wiring.replaced, args, kwargs)
+            changes[path] = adapted_tensors(layer_below, adapters)
+    return run_with(layer, changes, wiring.previous, args, kwargs)
 
 
 def _any_acts_in(layer: nn.Module) -> bool:

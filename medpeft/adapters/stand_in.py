@@ -14,13 +14,13 @@ from ..architecture.weight_reads import sets_attributes
 from .wiring import acting, wiring_of
 
 Changes = Mapping[str, Mapping[str, Any]]
-"""Tensors by the path of their layer ("" for the module itself) and by their own name."""
+"""Tensors, and other attributes, by the path of their layer ("" for the module itself) and their own name."""
 
 
 def run_with(
     layer: nn.Module,
     changes: Changes,
-    replaced: Callable[..., Any] | None,
+    previous: Callable[..., Any] | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -29,19 +29,19 @@ def run_with(
     Args:
         layer: The layer.
         changes: The tensors; empty to run the layer as it is.
-        replaced: A forward that someone else has put on the layer, None for the forward of its class.
+        previous: A forward that someone else has put on the layer, None for the forward of its class.
         args: Inputs by position.
         kwargs: Inputs by keyword.
     """
     if not changes:
-        if replaced is not None:
-            return replaced(*args, **kwargs)
+        if previous is not None:
+            return previous(*args, **kwargs)
         return type(layer).forward(layer, *args, **kwargs)
     copy = stand_in(layer, changes)
-    if replaced is None:
+    if previous is None:
         output = type(layer).forward(copy, *args, **kwargs)
     else:
-        bound = rebound(replaced, layer, copy)
+        bound = rebound(previous, layer, copy)
         assert bound is not None  # Building an adapter refuses a forward that cannot be bound.
         output = bound(*args, **kwargs)
     cls: Any = type(layer)  # mypy does not see that a class is hashable.
@@ -83,27 +83,27 @@ def _stand_in_below(module: nn.Module, changes: Changes) -> nn.Module:
     copy = stand_in(module, changes)
     wiring = wiring_of(module)
     adapters = acting(module)
-    covered = wiring is not None and wiring.replaced is None and set(wiring.reads) <= set(changes)
+    covered = wiring is not None and wiring.previous is None and set(wiring.reads) <= set(changes)
     if covered and (adapters is None or ("" in changes and not adapters.leaving and not adapters.entering)):
         copy.__dict__.pop("forward", None)
     return copy
 
 
-def rebound(replaced: Callable[..., Any], layer: nn.Module, copy: nn.Module) -> Callable[..., Any] | None:
+def rebound(forward: Callable[..., Any], layer: nn.Module, copy: nn.Module) -> Callable[..., Any] | None:
     """Bind a forward that was put on a layer to a stand-in; None if that is impossible, as for a closure."""
-    if isinstance(replaced, MethodType) and replaced.__self__ is layer:
-        return MethodType(replaced.__func__, copy)
-    if isinstance(replaced, functools.partial) and replaced.args and replaced.args[0] is layer:
-        return functools.partial(replaced.func, copy, *replaced.args[1:], **replaced.keywords)
+    if isinstance(forward, MethodType) and forward.__self__ is layer:
+        return MethodType(forward.__func__, copy)
+    if isinstance(forward, functools.partial) and forward.args and forward.args[0] is layer:
+        return functools.partial(forward.func, copy, *forward.args[1:], **forward.keywords)
     return None
 
 
 def _keep_attributes(layer: nn.Module, copy: nn.Module, changes: Changes) -> None:
     """Bring attributes that a forward set on the stand-in, such as an attention map, to the layer."""
-    replaced = changes.get("", {})
+    changed = changes.get("", {})
     missing = object()
     for name, value in copy.__dict__.items():
-        if name in replaced or name == "_modules":
+        if name in changed or name == "_modules":
             continue
         if layer.__dict__.get(name, missing) is not value:
             layer.__dict__[name] = value

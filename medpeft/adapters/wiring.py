@@ -24,24 +24,29 @@ class Wiring:
     Attributes:
         root: Whether the layer is the model that was adapted.
         reads: Paths of layers below it whose weights it reads without calling them.
-        inputs: Names of the positional inputs of its forward, in order.
-        replaced: A `forward` that someone else had put on the instance before, None for the class's own.
-        overrides: Attributes of the stand-in on which its plain forward runs.
+        input_names: Names of the positional inputs of its forward, in order.
+        previous: A `forward` that someone else had put on the instance before, None for the class's own.
+        overrides: Attributes, tensors apart, that the stand-in has in place of the layer's: a hook that keeps
+            torch off its fused kernel, for one.
         apart: Whether its bias trains apart from its weight; see `bias_gradients.py`.
-        plain: Whether its plain forward is the class's own, on the layer as it is.
+        direct: Whether the forward of its class can run on the layer itself: there is no previous forward, no
+            weight read below, no override.
     """
 
     root: bool = False
     reads: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()
-    replaced: Callable[..., Any] | None = None
+    input_names: tuple[str, ...] = ()
+    previous: Callable[..., Any] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     apart: bool = False
-    plain: bool = False
+    direct: bool = False
 
 
 def acting(layer: nn.Module) -> Adapters | None:
-    """Return the layer's adapters, None if it has none or they are switched off."""
+    """Return the layer's adapters, None if it has none or they are switched off.
+
+    Those of the model may be shared modules alone.
+    """
     adapters = layer._modules.get("adapters")
     if isinstance(adapters, Adapters) and adapters.enabled:
         return adapters
@@ -54,13 +59,13 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
     Args:
         layer: The layer.
         forward: A function of a module, `(layer, wiring, *args, **kwargs)`.
-        wiring: Facts about the layer. `inputs`, `replaced` and `plain` are filled in.
+        wiring: Facts about the layer. `input_names`, `previous` and `direct` are filled in.
     """
     slot = _slot(layer)
-    replaced = layer.__dict__.get("forward") if slot == "forward" else None
-    inputs = _input_names(type(layer))  # type: ignore[arg-type]  # mypy does not see that a class is hashable
-    plain = replaced is None and not wiring.reads and not wiring.overrides
-    filled_in = replace(wiring, inputs=inputs, replaced=replaced, plain=plain)
+    previous = layer.__dict__.get("forward") if slot == "forward" else None
+    input_names = _input_names(type(layer))  # type: ignore[arg-type]  # a class is hashable
+    direct = previous is None and not wiring.reads and not wiring.overrides
+    filled_in = replace(wiring, input_names=input_names, previous=previous, direct=direct)
     layer.__dict__[slot] = _bound(forward, layer, filled_in)
     layer.__dict__["_replicate_for_data_parallel"] = functools.partial(replicated, layer)
 
@@ -77,10 +82,10 @@ def unwire(layer: nn.Module) -> None:
     slot = _slot(layer)
     if slot == "_old_forward":
         layer.__dict__[slot] = MethodType(type(layer).forward, layer)
-    elif wiring.replaced is None:
+    elif wiring.previous is None:
         del layer.__dict__[slot]
     else:
-        layer.__dict__[slot] = wiring.replaced
+        layer.__dict__[slot] = wiring.previous
 
 
 def wiring_of(layer: nn.Module) -> Wiring | None:
@@ -127,7 +132,7 @@ def _bound(forward: Callable[..., Any], layer: nn.Module, wiring: Wiring) -> Any
 
 def _signature(layer: nn.Module, wiring: Wiring) -> inspect.Signature | None:
     """Signature of the plain forward, without annotations: some of them cannot be pickled."""
-    plain = wiring.replaced or MethodType(type(layer).forward, layer)
+    plain = wiring.previous or MethodType(type(layer).forward, layer)
     try:
         signature = inspect.signature(plain)
     except (TypeError, ValueError):

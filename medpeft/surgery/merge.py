@@ -196,7 +196,7 @@ def _merged_into(layer: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
     shared = [module for adapter in in_order for module in adapter.shared.values()]
     inside = [module for owner in (adapters, *shared) for module in owner.modules()]
     with gathered([layer, *inside]):
-        return adapters.adapted_tensors(layer, in_order)
+        return adapters.merged_tensors(layer, in_order)
 
 
 def _fitted(value: Tensor, layer: nn.Module, own: Tensor | None) -> Tensor:

@@ -301,20 +301,42 @@ def cloned(tensors, devices, detach=False):
     return [[tensor.detach().clone() if detach else tensor.clone() for tensor in tensors] for _ in devices]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("full", "linear_probe")])
-def test_replicas_of_dataparallel_compute_with_their_own_tensors(case):
+def replicas_of(model):
+    """Two replicas of `nn.DataParallel`, both on the CPU."""
     module = importlib.import_module("torch.nn.parallel.replicate")
-    model, x = adapted(case)
-    expected = output(model, x)
     with (
         mock.patch.object(module, "_broadcast_coalesced_reshape", cloned),
         mock.patch.object(module, "_get_device_index", lambda device, *_: device),
     ):
-        replicas = module.replicate(model, [torch.device("cpu")] * 2)
+        return module.replicate(model, [torch.device("cpu")] * 2)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("full", "linear_probe")])
+def test_replicas_of_dataparallel_compute_with_their_own_tensors(case):
+    model, x = adapted(case)
+    expected = output(model, x)
+    replicas = replicas_of(model)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else tensor
     for replica in replicas:
         torch.testing.assert_close(output(replica, x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_replica_keeps_the_dtype_of_a_weight_that_its_parent_reads():
+    attention = randomise(nn.MultiheadAttention(8, 2)).bfloat16()
+    medpeft.apply(attention, "lora", target="out_proj", head=None)
+    perturb(attention)
+    x = torch.randn(3, 1, 8, dtype=torch.bfloat16)
+    expected = attention(x, x, x)[0]
+    for replica in replicas_of(attention):
+        assert torch.equal(replica(x, x, x)[0], expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "oft", "ssf"])
+def test_a_call_without_input_fails_as_on_the_plain_layer(method):
+    layer = medpeft.apply(make("vit"), method, target="blocks.0.mlp.fc1").blocks[0].mlp.fc1
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        layer()
 
 
 def test_the_model_keeps_the_signature_of_its_forward():
