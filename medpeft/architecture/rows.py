@@ -73,14 +73,19 @@ def take_rows(weight: Tensor, rows: tuple[Rows, ...]) -> Tensor:
     """Take the rows of the parts, one part after the other; all of `weight` where there are no parts."""
     if not rows:
         return weight
-    return weight[_indices(weight, rows)]
+    taken = []
+    for part in rows:
+        grouped = weight.unflatten(0, (part.groups, -1))  # (O, …) → (groups, O / groups, …)
+        taken.append(grouped.narrow(1, part.start, part.size).flatten(0, 1))  # (groups, size, …) → (count, …)
+    return torch.cat(taken)
 
 
 def replace_rows(weight: Tensor, rows: tuple[Rows, ...], new: Tensor) -> Tensor:
     """Copy `weight` with other rows for the parts; `new` has them one part after the other."""
     if not rows:
         return new
-    return weight.to(new.dtype).index_copy(0, _indices(weight, rows), new)
+    places = take_rows(torch.arange(len(weight), device=weight.device), rows)
+    return weight.to(new.dtype).index_copy(0, places, new)
 
 
 def place_channels(values: Tensor, rows: tuple[Rows, ...], y: Tensor, axis: int, fill: float = 0.0) -> Tensor:
@@ -104,11 +109,3 @@ def place_channels(values: Tensor, rows: tuple[Rows, ...], y: Tensor, axis: int,
         place = grouped.narrow(inner, part.start, part.size)
         place.copy_(of_part.unflatten(axis, (part.groups, -1)))
     return spread
-
-
-def _indices(weight: Tensor, rows: tuple[Rows, ...]) -> Tensor:
-    """Number the rows of all parts, one part after the other."""
-    indices: list[int] = []
-    for part in rows:
-        indices += part.indices(len(weight))
-    return torch.tensor(indices, device=weight.device)
