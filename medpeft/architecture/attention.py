@@ -61,6 +61,10 @@ class Projection:
         """Letters of all that the weight makes."""
         return self.part or "".join(row.part for row in self.rows)
 
+    def layer_in(self, attention: str) -> str:
+        """Name of the layer that owns the weight, in a model that has the attention under a name."""
+        return f"{attention}.{self.path}".strip(".")
+
 
 def projections(attention: nn.Module) -> list[Projection]:
     """The query, key, value and output projections of an attention; empty for any other module."""
@@ -103,8 +107,6 @@ def _own_projections(attention: nn.Module) -> Iterator[Projection]:
 
 def _fused_projections(attention: nn.Module) -> Iterator[Projection]:
     for name, parts in _FUSED.items():
-        if name == "qkv" and _has_global_query(attention):
-            parts = "kv"
         for place in _places(attention, name):
             path = _matmul(attention, place)
             if path is None:

@@ -95,6 +95,14 @@ _TIMM = "https://github.com/huggingface/pytorch-image-models/blob/main/timm"
 # The first row that fits an attention holds.
 FUSED_LAYOUTS = (
     FusedLayout(
+        families="GCViT, where the queries come from outside the attention",
+        order="[k, v]",
+        link=f"{_TIMM}/models/gcvit.py",
+        attributes=("use_global",),
+        parts="kv",
+        split=lambda attention, parts, channels: equal_parts(parts, channels),
+    ),
+    FusedLayout(
         families="ViT-22B: timm's parallel blocks",
         order="[MLP, q, k, v]",
         link=f"{_TIMM}/models/vision_transformer.py",

@@ -152,6 +152,7 @@ def test_the_rows_of_a_fused_projection_are_each_in_one_part():
 def test_every_row_of_the_table_of_fused_layouts_is_that_of_some_attention_and_links_to_its_source():
     layers = [build() for build, *_ in LAYOUTS.values()]
     layers.append(mobilevit.MobileVitV2Block(8, transformer_dim=6, transformer_depth=1).transformer[0].attn)
+    layers.append(gcvit.WindowAttentionGlobal(8, 2, (4, 4), use_global=True))
     used = [next(row for row in fused.FUSED_LAYOUTS if row.fits(layer)) for layer in layers]
 
     for row in fused.FUSED_LAYOUTS:
