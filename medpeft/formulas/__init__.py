@@ -1,4 +1,4 @@
-"""The methods, one file each; importing one registers it."""
+"""The methods, one file each; importing one registers it. `residual_adapter` brings `tsa` before it."""
 
 from . import selective as selective  # isort: skip - the order here is the order of `medpeft.methods()`
 from . import adaptformer as adaptformer
