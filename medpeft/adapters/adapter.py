@@ -132,6 +132,11 @@ class SecondPlace(Adapter):
         super().__init__(site)
         self.shared["first"] = first
 
+    @property
+    def first(self) -> Adapter:
+        """The first place. A subclass says by an annotation of which class it is."""
+        return self.shared["first"]  # type: ignore[return-value]  # as it was made
+
 
 def weight_name(adapter: Adapter) -> str:
     """Name of the layer's weight at an adapter's site; "" for a whole block."""
@@ -178,3 +183,11 @@ def along(values: Tensor, y: Tensor, axis: int) -> Tensor:
     shape = [1] * y.ndim
     shape[axis] = -1
     return values.view(shape)  # (C,) → (1, …, C, …, 1)
+
+
+def scale_columns(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
+    """Scale a weight, (M, N / G, …), by one value for each of its N channels, group by group."""
+    by_group = weight.unflatten(0, (groups, -1))  # (M, N / G, …) → (G, M / G, N / G, …)
+    columns = scale.view(groups, 1, -1, *[1] * (weight.ndim - 2))  # (N,) → (G, 1, N / G, 1, …)
+    scaled: Tensor = (by_group * columns).flatten(0, 1)  # (G, M / G, N / G, …) → (M, N / G, …)
+    return scaled

@@ -39,8 +39,10 @@ class TokenSpan:
         before, _, after = x.tensor_split([self.start, self.start + self.count], self.axis)
         return torch.cat([before, after], self.axis)
 
-    def widen_mask(self, value: Any, name: str, tokens: int, *, seen: bool = True) -> Any:
-        """Make room for the added tokens, which all others see, in a mask; return anything else unchanged.
+    def widened(self, value: Any, name: str, tokens: int, *, seen: bool = True) -> Any:
+        """Make room for the added tokens, which all others see, in rotations or a mask.
+
+        Anything else is returned unchanged.
 
         Args:
             value: An input of the layer beside its tokens.
@@ -48,6 +50,8 @@ class TokenSpan:
             tokens: Number of tokens in the mask, N.
             seen: Value of a boolean mask for a token that is attended to.
         """
+        if name == "rope":
+            return self._widen_rotations(value)
         if not _is_mask(value, name, tokens):
             return value
         fill = int(seen)
@@ -65,7 +69,7 @@ class TokenSpan:
         shape[axis] = self.count
         return torch.cat([before, mask.new_full(shape, fill), after], axis)
 
-    def widen_rotations(self, rotations: Any) -> Any:
+    def _widen_rotations(self, rotations: Any) -> Any:
         """Prepend rotations by no angle to timm's rotations of the patches; return None unchanged."""
         if not isinstance(rotations, Tensor):
             return rotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from .attention import is_attention, projections
 from .layers import is_conv, own_tensor, parents
 from .network import Network, TransformerBlock
 from .site import Layout
+from .weight_reads import unpacks_input
 
 # Parameters that hold a token before the patches; CrossViT has one for each of its two rows of blocks.
 _PREFIX_TOKEN = re.compile(
@@ -43,10 +43,15 @@ class Branch:
 
 @dataclass(frozen=True)
 class Branches:
-    """A transformer block and its branches: the attentions, then the MLP."""
+    """A transformer block and its branches: the attentions, then the MLP.
+
+    `mlp` and `norm` are as in `TransformerBlock`.
+    """
 
     name: str
     module: nn.Module
+    mlp: str
+    norm: str
     branches: tuple[Branch, ...]
 
     @property
@@ -80,7 +85,7 @@ def branches(network: Network) -> Iterator[Branches]:
         members.append(_mlp_branch(network, f"{block.name}.{block.mlp}", sequence))
         of_known_width = [branch for branch in members if branch is not None]
         if len(of_known_width) == len(members):
-            yield Branches(block.name, block.module, tuple(of_known_width))
+            yield Branches(block.name, block.module, block.mlp, block.norm, tuple(of_known_width))
 
 
 def _batch_comes_first(block: nn.Module) -> bool:
@@ -125,17 +130,8 @@ def _second_half_name(block: str) -> str:
 @cache
 def channels_first(cls: type[nn.Module]) -> bool:
     """Whether `cls.forward` unpacks its input as (B, C, H, W), by its source, as DaViT's blocks do."""
-    try:
-        source = inspect.getsource(cls.forward)
-        parameters = list(inspect.signature(cls.forward).parameters)
-    except (OSError, TypeError, ValueError):
-        return False
-    if len(parameters) < 2:
-        return False
-    x = parameters[1]
     # Such as `B, C, H, W = x.shape` at the start of a line.
-    unpacking = rf"^\s*\w+, *[Cc]\w*, *\w+, *\w+ *= *{x}\.(shape|size\(\))"
-    return re.search(unpacking, source, flags=re.MULTILINE) is not None
+    return unpacks_input(cls, r"^\s*\w+, *[Cc]\w*, *\w+, *\w+ *= *{x}\.(shape|size\(\))")
 
 
 def attention_layout(network: Network, name: str) -> Layout | None:
@@ -243,7 +239,7 @@ def feed_forwards(network: Network) -> Iterator[FeedForward]:
     """Yield the matrix layers of every MLP outside the head."""
     for name, module in network.modules.items():
         is_torchs = isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
-        if is_torchs and not network.inside(name, network.head):
+        if is_torchs and not network.in_head(name):
             yield FeedForward((f"{name}.linear1".lstrip("."),), f"{name}.linear2".lstrip("."))
     names = {module: name for name, module in network.modules.items()}
     for block in network.blocks():

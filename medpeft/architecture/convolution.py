@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..errors import MedpeftError
 from .layers import CONVS, class_names
 
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _STANDARDISED = re.compile(r"StdConv|WeightStandardi|WSConv")
 
 
@@ -91,14 +91,18 @@ class Geometry:
             taps.append(tap)
         return tuple(taps)
 
+    def as_kernel(self, matrix: Tensor) -> Tensor:
+        """View a matrix as a kernel of this size: (O, I·k₁·…) → (O, I, k₁, …)."""
+        return matrix.view(len(matrix), -1, *self.kernel)
+
     def convolve(self, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
         """Convolve `x` with `weight` at the layer's stride, padding, padding mode and dilation."""
         before, after = (self.before, self.after) if self.before else self._padding_by_size(x)
         if self.mode == "zeros" and before == after:
-            return _CONVOLVE[self.dims](x, weight, None, self.stride, before, self.dilation, groups)
+            return CONVOLVE[self.dims](x, weight, None, self.stride, before, self.dilation, groups)
         mode = "constant" if self.mode == "zeros" else self.mode
         padded = F.pad(x, _pairs_for_pad(before, after), mode)
-        return _CONVOLVE[self.dims](padded, weight, None, self.stride, 0, self.dilation, groups)
+        return CONVOLVE[self.dims](padded, weight, None, self.stride, 0, self.dilation, groups)
 
     def _padding_by_size(self, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Padding as TensorFlow's "SAME": the output has the input's size over the stride, rounded up."""
@@ -124,7 +128,7 @@ class Geometry:
             raise MedpeftError(f"no tap of {kernel} sees what the 1×1 kernel sees")
         after = tuple(size - 1 - at for at, size in zip(tap, self.kernel, strict=True))
         # (O, I, 1, …, 1) → (O, I, *kernel)
-        return F.pad(self._as_kernel(matrix), _pairs_for_pad(tap, after))
+        return F.pad(self._as_1x1(matrix), _pairs_for_pad(tap, after))
 
     def subsample(self, x: Tensor) -> Tensor:
         """Take every `stride`-th position of `x`: those that a 1×1 kernel sees."""
@@ -141,9 +145,9 @@ class Geometry:
     ) -> Tensor:
         """Mix the channels of `x` by `weight`, (O, I / groups), at the layer's stride."""
         stride = self.stride if strided else 1
-        return _CONVOLVE[self.dims](x, self._as_kernel(weight), bias, stride, 0, 1, groups)
+        return CONVOLVE[self.dims](x, self._as_1x1(weight), bias, stride, 0, 1, groups)
 
-    def _as_kernel(self, matrix: Tensor) -> Tensor:
+    def _as_1x1(self, matrix: Tensor) -> Tensor:
         # (O, I) → (O, I, 1, …, 1)
         return matrix.view(*matrix.shape, *[1] * self.dims)
 

@@ -108,10 +108,10 @@ def is_norm(layer: nn.Module) -> bool:
         return False
     parameters = list(layer.parameters(recurse=False))
     has_nested_parameters = len(list(layer.parameters())) > len(parameters)
-    return bool(parameters) and not has_nested_parameters and all(map(_is_vector, parameters))
+    return bool(parameters) and not has_nested_parameters and all(map(is_vector, parameters))
 
 
-def _is_vector(tensor: Tensor) -> bool:
+def is_vector(tensor: Tensor) -> bool:
     """Whether one axis holds all elements, as in a scale of shape (1, C, 1, 1)."""
     return tensor.numel() == max(tensor.shape, default=1)
 

@@ -62,7 +62,9 @@ class TransformerBlock:
 
 
 class Network:
-    """A model, with answers to the questions of methods about it. Each answer is found once.
+    """A model, with answers to the questions of methods about it.
+
+    What takes a walk over the model is found once, but for sites, blocks and readers.
 
     Attributes:
         model: The model.
@@ -75,9 +77,9 @@ class Network:
         self.head = tuple(head)
         self.modules = dict(model.named_modules())
 
-    def inside(self, name: str, ancestors: Sequence[str]) -> bool:
-        """Whether a module is one of `ancestors` or lies in one."""
-        return within(name, ancestors)
+    def in_head(self, name: str) -> bool:
+        """Whether a module or parameter is the head or lies in it."""
+        return within(name, self.head)
 
     @cached_property
     def attentions(self) -> dict[str, list[Projection]]:
@@ -118,8 +120,7 @@ class Network:
         by_weight = {}
         for core, parts in self.attentions.items():
             for projection in parts:
-                layer = f"{core}.{projection.path}".strip(".")
-                by_weight[layer, projection.weight] = projection
+                by_weight[projection.layer_in(core), projection.weight] = projection
         return by_weight
 
     @cached_property
@@ -150,7 +151,7 @@ class Network:
     def sites(self, *kinds: str) -> Iterator[Site]:
         """Yield every place outside the head with a weight of one of these kinds, in model order."""
         for name, module in self.modules.items():
-            if self.inside(name, self.head):
+            if self.in_head(name):
                 continue
             for site in self._sites_of(name, module):
                 if not kinds or site.kind in kinds:
@@ -175,7 +176,7 @@ class Network:
         """Yield the blocks outside the head that have an attention, one MLP and a norm before it."""
         attention_layers = set(self.attention_layers.values())
         for name, module in self.modules.items():
-            if not name or self.inside(name, self.head):
+            if not name or self.in_head(name):
                 continue
             children = list(module._modules)
             attentions = tuple(child for child in children if f"{name}.{child}" in attention_layers)
@@ -192,9 +193,7 @@ class Network:
     def erased(self, site: Site) -> bool:
         """Whether a norm right after the site's layer undoes a scale and shift of its output."""
         norm = self._after.get(site.name)
-        channels = site.host.shape[0]
-        if site.kind == "transposed":
-            channels = site.host.shape[1] * getattr(site.layer, "groups", 1)
+        channels = site.output_channels
         return norm is not None and erases_scale(norm) and norm_channels(norm) == channels
 
     @cached_property

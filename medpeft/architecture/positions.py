@@ -22,6 +22,7 @@ from torch import nn
 from .attention import is_attention
 from .layers import is_conv, parents
 from .network import Network
+from .weight_reads import source_of, unpacks_input
 
 # Names of modules with a bias for each pair of positions, and of modules that make rotations.
 _BIAS = re.compile(
@@ -64,10 +65,10 @@ def hands_out_blocks(network: Network, name: str) -> str:
     row = name.rpartition(".")[0]
     owner = row.rpartition(".")[0]
     by = None
-    if ".append(" in _source(type(network.modules[owner]).forward):
+    if ".append(" in source_of(type(network.modules[owner]).forward):
         by = owner
     for around in (*parents(name), ""):
-        if by is None and _TAKES_FEATURES.search(_source(type(network.modules[around]).forward)):
+        if by is None and _TAKES_FEATURES.search(source_of(type(network.modules[around]).forward)):
             by = around
     if by is None:
         return ""
@@ -155,11 +156,11 @@ def _rotation(cls: type[nn.Module]) -> str:
     "given": it rotates the tokens after `num_prefix_tokens` by rotations that it is given, as in timm.
     "patches": it rotates as many of the last tokens as there are rotations, as Hugging Face's DINOv3.
     """
-    source = _source(cls.forward)
+    source = source_of(cls.forward)
     if "apply_rot_embed_cat" in source and "num_prefix_tokens" in source:
         return "given"
     rotate = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
-    if "apply_rotary_pos_emb" in source and "num_prefix_tokens" in _source(rotate):
+    if "apply_rotary_pos_emb" in source and "num_prefix_tokens" in source_of(rotate):
         return "patches"
     return ""
 
@@ -175,26 +176,12 @@ def _from_source(name: str, block: nn.Module) -> str:
 @cache
 def _unpacks_a_grid(cls: type[nn.Module]) -> bool:
     """Whether `cls.forward` asks for a grid's sizes or unpacks its input's shape into four or more."""
-    source = _source(cls.forward)
-    if not source:
+    if not source_of(cls.forward):
         return False
-    parameters = list(inspect.signature(cls.forward).parameters)
-    if _SIZES & set(parameters):
+    if _SIZES & set(inspect.signature(cls.forward).parameters):
         return True
-    if len(parameters) < 2:
-        return False
-    x = parameters[1]
     # Such as `B, H, W, C = x.shape`, `… = x.size()` or `… = shape` at the start of a line.
-    unpacking = rf"^\s*(\w+, *){{3,}}\w+ *= *({x}\.shape|{x}\.size\(\)|shape)(\[|\s*$)"
-    return re.search(unpacking, source, flags=re.MULTILINE) is not None
-
-
-def _source(function: object) -> str:
-    """Source code of a function; "" if it is not available."""
-    try:
-        return inspect.getsource(function)  # type: ignore[arg-type]  # what has no source raises TypeError
-    except (OSError, TypeError):
-        return ""
+    return unpacks_input(cls, r"^\s*(\w+, *){3,}\w+ *= *({x}\.shape|{x}\.size\(\)|shape)(\[|\s*$)")
 
 
 def _holds(module: nn.Module) -> Iterator[str]:

@@ -155,6 +155,13 @@ class Site:
         return weight.detach()
 
     @property
+    def output_channels(self) -> int:
+        """Channels of the layer's output, by its weight."""
+        if self.kind == "transposed":
+            return self.host.shape[1] * getattr(self.layer, "groups", 1)
+        return self.host.shape[0]
+
+    @property
     def generator(self) -> torch.Generator | None:
         """Source of the adapter's initial values."""
         return self.draft.generator

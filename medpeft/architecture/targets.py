@@ -127,7 +127,7 @@ def _no_hit(network: Network, names: Sequence[str], pattern: Pattern, method: st
     model = type(network.model).__name__
     fault = f"The pattern {pattern!r} picks no layer that {method!r} fits in {model}"
     for name in network.modules:
-        if network.inside(name, network.head) and picks(network, pattern, name):
+        if network.in_head(name) and picks(network, pattern, name):
             instead = "which is trained whole: pass head=None to adapt it instead"
             return f"{fault}: it names the head {name!r}, {instead}."
     if not names:

@@ -63,6 +63,25 @@ def sets_attributes(cls: type[nn.Module]) -> bool:
     return False
 
 
+def source_of(function: object) -> str:
+    """Source code of a function; "" if it is not available."""
+    try:
+        return inspect.getsource(function)  # type: ignore[arg-type]  # what has no source raises TypeError
+    except (OSError, TypeError):
+        return ""
+
+
+def unpacks_input(cls: type[nn.Module], pattern: str) -> bool:
+    """Whether a line of `cls.forward` fits a pattern, where `{x}` stands for the name of its input."""
+    source = source_of(cls.forward)
+    if not source:
+        return False
+    parameters = list(inspect.signature(cls.forward).parameters)
+    if len(parameters) < 2:
+        return False
+    return re.search(pattern.replace("{x}", parameters[1]), source, flags=re.MULTILINE) is not None
+
+
 def _overwrites(code: CodeType) -> bool:
     for name in code.co_names:
         if _IN_PLACE_METHOD.fullmatch(name) and name != "requires_grad_":

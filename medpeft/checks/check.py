@@ -16,6 +16,7 @@ from torch import nn
 
 from ..adapters.record import Adapted
 from ..adapters.samples import changes_since_apply
+from ..architecture.layers import within
 from ..architecture.network import Network
 from ..errors import MedpeftError
 from .connections import WithoutEffect, connected
@@ -156,9 +157,9 @@ def _is_cancelled_by_softmax(network: Network, layer: str) -> bool:
     """Whether a layer makes keys alone, or lies in an attention and projects nothing, as a position MLP."""
     for core, projections in network.attentions.items():
         for projection in projections:
-            if layer == f"{core}.{projection.path}".strip("."):
+            if layer == projection.layer_in(core):
                 return projection.parts == "k"
-        if network.inside(layer, [core]):
+        if within(layer, [core]):
             return True
     return False
 

@@ -75,21 +75,17 @@ class AdaptFormer(Adapter, TwoMatrices):
     def sites(cls, network: Network, *, targeted: bool = False, input: str = "residual") -> Iterator[Site]:
         """Yield the transformer blocks; x is the residual stream, or with input="norm" its norm."""
         require_choice("input", input, ("residual", "norm"))
-        with_branches = {block.name: block for block in branches(network)}
-        for block in network.blocks():
-            if block.name not in with_branches:
-                continue
+        for block in branches(network):
             # In a block that normalises after its MLP, the MLP runs first, and its input is the stream.
             entrances = [block.norm, block.mlp]
             if input == "norm":
                 entrances = [block.mlp]
-            stream, whole = with_branches[block.name].stream, with_branches[block.name].layout
             partners = []
             for path in entrances:
                 module = block.module.get_submodule(path)
-                place = Site(f"{block.name}.{path}", module, "", "", layout=stream)
+                place = Site(f"{block.name}.{path}", module, "", "", layout=block.stream)
                 partners.append(Partner(place, Entrance))
-            yield Site(block.name, block.module, "", "", layout=whole, partners=tuple(partners))
+            yield Site(block.name, block.module, "", "", layout=block.layout, partners=tuple(partners))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute y + s·up(drop(relu(down(x)))): `y` is the block's output, and an entrance has left x."""
@@ -102,10 +98,7 @@ class AdaptFormer(Adapter, TwoMatrices):
 class Entrance(SecondPlace):
     """Second place of AdaptFormer: the norm before the MLP, or the MLP. Its input is the adapter's x."""
 
-    @property
-    def first(self) -> AdaptFormer:
-        """The adapter of the block."""
-        return self.shared["first"]  # type: ignore[return-value]  # as it was made
+    first: AdaptFormer
 
     def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
         """Leave `x` for the adapter of the block, and return it unchanged."""

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter
 from ..adapters.registry import register
 from ..architecture.blocks import branches
+from ..architecture.convolution import CONVOLVE
 from ..architecture.network import Network
 from ..architecture.site import Site, Unfit
 from ..errors import MedpeftError, require_choice, require_positive
 from .two_matrices import TwoMatrices
-
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Grid(NamedTuple):
@@ -62,9 +61,8 @@ class Convpass(Adapter, TwoMatrices):
         self.conv_bias = nn.Parameter(torch.zeros(bottleneck))
         self.add_up(bottleneck, self.layout.outputs)
         nn.init.xavier_uniform_(self.down, generator=site.generator)
-        nn.init.eye_(
-            self._centre.detach()
-        )  # In the authors' code too, where it passes on the output of `down`.
+        # In the authors' code too, where it passes on the output of `down`.
+        nn.init.eye_(self._centre.detach())
         self.dropout = nn.Dropout(dropout)
 
     @classmethod
@@ -131,7 +129,7 @@ class Convpass(Adapter, TwoMatrices):
 
     def _on_grid(self, image: Tensor) -> Tensor:
         """Convolve an image, (B, H, W, h)."""
-        convolve = _CONVOLVE[self.layout.dims]
+        convolve = CONVOLVE[self.layout.dims]
         channels_first = image.movedim(-1, 1)  # (B, H, W, h) → (B, h, H, W)
         return convolve(channels_first, self.conv, self.conv_bias, padding=1).movedim(1, -1)
 

@@ -7,7 +7,6 @@ Fine-Tuning" (ICCV 2023), arXiv 2304.06648, Sec. 3.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ class DiffFit(Adapter):
             ends_a_branch = "o" in site.parts or site.name in last_layers
             # A batch norm right after it would undo the scale.
             if ends_a_branch and not network.erased(site):
-                yield replace(site, projection=None)
+                yield site
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute γ ⊙ y."""

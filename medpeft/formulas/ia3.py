@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import ON_INPUT, ON_OUTPUT, Adapter, along
+from ..adapters.adapter import ON_INPUT, ON_OUTPUT, Adapter, along, scale_columns
 from ..adapters.in_place import in_place, writes_fresh_output
 from ..adapters.kernels import scale_shift
 from ..adapters.registry import register
@@ -80,9 +80,7 @@ class IA3(Adapter):
         """Compute W·diag(l) for a scaled input, else diag(l)·W and l ⊙ b in the rows of keys and values."""
         assert weight is not None
         if self.scales_input:
-            by_group = weight.unflatten(0, (self.groups, -1))  # (O, I / G, …) → (G, O / G, I / G, …)
-            columns = self.scale.view(self.groups, 1, -1, *[1] * (weight.ndim - 2))
-            return (by_group * columns).flatten(0, 1), bias
+            return scale_columns(weight, self.scale, self.groups), bias
         matrix = weight.flatten(1)  # (O, I, …) → (O, I·…)
         scaled = take_rows(matrix, self.rows) * self.scale[:, None]
         new_weight = replace_rows(matrix, self.rows, scaled).view_as(weight)

@@ -164,7 +164,7 @@ class LoRA(Adapter):
         if self.drops:
             x = self.dropout(x)
         if self.geometry is not None:
-            hidden = self.geometry.convolve(x, self._as_kernel(down))
+            hidden = self.geometry.convolve(x, self.geometry.as_kernel(down))
             return add_pointwise(y, hidden, up, self.scale)
         return add_low_rank(y, x, down, up, self.scale, self.rows, self.even_rows)
 
@@ -192,18 +192,13 @@ class LoRA(Adapter):
         groups = geometry.groups
         if groups > 1:
             x = x.unflatten(1, (groups, -1)).flatten(0, 1)  # (N, G·C, …) → (N·G, C, …)
-        hidden = geometry.convolve(x, self._as_kernel(down))
+        hidden = geometry.convolve(x, geometry.as_kernel(down))
         if groups > 1:
             hidden = hidden.unflatten(0, (-1, groups)).flatten(1, 2)  # (N·G, r, …) → (N, G·r, …)
         if len(self.sizes) == 1:
             return geometry.pointwise(hidden, up, groups, strided=False)
         # (N, parts·r, …) → (N, …, parts·r), and back with the channels of the parts
         return self._projected(hidden.movedim(1, -1), up).movedim(-1, 1)
-
-    def _as_kernel(self, down: Tensor) -> Tensor:
-        """View A as the kernel of a convolution: (r, C·k₁·…) → (r, C, k₁, …)."""
-        assert self.geometry is not None
-        return down.view(len(down), -1, *self.geometry.kernel)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """W + s·B·A; with DoRA m·(W + s·B·A)/‖W + s·B·A‖, row by row."""

@@ -43,11 +43,6 @@ class Place:
     rows: Rows
     channels: int
 
-    @property
-    def width(self) -> int:
-        """Channels of a key or value, all heads together."""
-        return self.rows.groups * self.rows.size
-
     def scatter(self, prefix: Tensor) -> Tensor:
         """Put a prefix into the projection's channels, with zeros elsewhere: (n, width) → (n, channels)."""
         rows = self.rows
@@ -89,7 +84,6 @@ class Prefix(Adapter):
             self.acts_on = frozenset({"input", "weight"})
             widths = {"k": self.layout.inputs, "v": self.layout.inputs}
         else:
-            self.acts_on = frozenset({"input", "output"})
             self.places = _places(site)
             widths = _widths(self.places)
         self.k = nn.Parameter(torch.empty(tokens, widths["k"]))
@@ -102,7 +96,7 @@ class Prefix(Adapter):
         """Yield every attention of tokens with one another."""
         for name, parts in network.attentions.items():
             layout = attention_layout(network, name)
-            if layout is None or network.inside(name, network.head):
+            if layout is None or network.in_head(name):
                 continue
             if isinstance(network.modules[name], nn.MultiheadAttention):
                 yield _site_in_slots(network, name, layout)
@@ -117,18 +111,16 @@ class Prefix(Adapter):
         for name, value in others.items():
             if self.in_slots:
                 others[name] = self._beside_slots(name, value)
-            elif name == "rope":
-                others[name] = self.span.widen_rotations(value)
             else:
-                others[name] = self._widen_mask(x, name, value)
+                others[name] = self._widened(x, name, value)
         if self.in_slots:
             return x
         require_sequence(x, self.method, self.name)
         return self.span.insert(x, x.new_zeros(self.span.count, x.shape[-1]))
 
-    def _widen_mask(self, x: Tensor, name: str, value: Any) -> Any:
-        """Make room for the prefix in a mask, and refuse other tokens to attend to."""
-        widened = self.span.widen_mask(value, name, x.shape[self.span.axis])
+    def _widened(self, x: Tensor, name: str, value: Any) -> Any:
+        """Make room for the prefix in rotations or a mask, and refuse other tokens to attend to."""
+        widened = self.span.widened(value, name, x.shape[self.span.axis])
         if widened is value and _is_sequence_like(x, value):
             raise MedpeftError(
                 f"{self.method!r} adds keys for the tokens of {self.name}, which is given others, "
@@ -179,14 +171,11 @@ def _is_sequence_like(x: Tensor, value: Any) -> bool:
 class Keys(SecondPlace):
     """Second place of a prefix: a projection of keys, values or both, whose output receives the prefix."""
 
+    first: Prefix
+
     def __init__(self, site: Site, first: Prefix) -> None:
         super().__init__(site, first)
         self.name = site.name
-
-    @property
-    def first(self) -> Prefix:
-        """The adapter of the attention."""
-        return self.shared["first"]  # type: ignore[return-value]  # as it was made
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` with the prefix in place of the outputs for the zeros."""
@@ -201,7 +190,7 @@ def _places(site: Site) -> dict[str, list[Place]]:
         channels = len(weight)
         for rows in projection.rows or (Rows(projection.part, 0, channels),):
             if rows.part in ("k", "v"):
-                places.setdefault(_full_name(site.name, projection), []).append(Place(rows, channels))
+                places.setdefault(projection.layer_in(site.name), []).append(Place(rows, channels))
     return places
 
 
@@ -210,12 +199,8 @@ def _widths(places: dict[str, list[Place]]) -> dict[str, int]:
     widths = {}
     for of_projection in places.values():
         for place in of_projection:
-            widths[place.rows.part] = place.width
+            widths[place.rows.part] = place.rows.count
     return widths
-
-
-def _full_name(attention: str, projection: Projection) -> str:
-    return f"{attention}.{projection.path}".strip(".")
 
 
 def _makes_keys_or_values(projection: Projection) -> bool:
@@ -242,7 +227,7 @@ def _site_in_projections(
         return Unfit(name, reason)
     partners = []
     for projection in filter(_makes_keys_or_values, parts):
-        path = _full_name(name, projection)
+        path = projection.layer_in(name)
         partners.append(Partner(Site(path, network.modules[path], "", ""), Keys))
     return Site(name, network.modules[name], "", "", layout=layout, partners=tuple(partners))
 
@@ -261,7 +246,7 @@ def _without_place(network: Network, name: str, parts: list[Projection]) -> str:
     if len(widths) > 1 or getattr(attention, "is_cross_attention", False) or makers_of_keys > 1:
         return "attends to tokens other than its own"
     for projection in filter(_makes_keys_or_values, parts):
-        path = _full_name(name, projection)
+        path = projection.layer_in(name)
         if network.readers(network.modules[path], projection.weight, projection.bias):
             return f"reads the weight of {path} without calling it"
     return ""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..adapters.registry import register
-from ..architecture.layers import is_batchnorm, is_layernorm, is_norm
+from ..architecture.layers import is_batchnorm, is_layernorm, is_norm, is_vector
 from ..architecture.network import Layer
 from ..errors import require_choice
 
@@ -64,8 +64,7 @@ def bias(name: str, parameter: nn.Parameter, layer: Layer, *, tables: bool = Fal
     """Every bias, norms' included; relative position tables too with tables=True (bias tuning)."""
     last = name.rpartition(".")[2]
     if last == "bias" or last.endswith("_bias") or last in ("bias_k", "bias_v"):
-        is_vector = parameter.numel() == max(parameter.shape, default=1)
-        return is_vector or tables
+        return is_vector(parameter) or tables
     return tables and "bias" in last
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import ON_WEIGHT, Adapter, along
+from ..adapters.adapter import ON_WEIGHT, Adapter, along, scale_columns
 from ..adapters.in_place import in_place, writes_fresh_output
 from ..adapters.kernels import scale_shift
 from ..adapters.registry import register
@@ -43,7 +43,7 @@ class SSF(Adapter):
         init: "identity" (γ = 1, β = 0), or "official" (γ from N(1, 0.02²), β from N(0, 0.02²)).
         keep_outputs: Keep y for backward. False recomputes y from y·γ + β, which takes half the memory, and
             does not work in a model that changes a layer's output in place. None is True in a model with a
-            module that has `inplace=True`.
+            module that may work in place, by `inplace=True` or by the source of its forward.
     """
 
     def __init__(self, site: Site, *, init: str = "identity", keep_outputs: bool | None = None) -> None:
@@ -102,10 +102,7 @@ class SSF(Adapter):
             return weight * scale
         if not self.transposed:
             return weight * along(scale, weight, 0)
-        by_group = weight.unflatten(0, (self.groups, -1))  # (I, O / G, …) → (G, I / G, O / G, …)
-        by_output = scale.view(self.groups, 1, -1, *[1] * (weight.ndim - 2))  # (O,) → (G, 1, O / G, 1, …)
-        scaled: Tensor = (by_group * by_output).flatten(0, 1)  # (G, I / G, O / G, …) → (I, O / G, …)
-        return scaled
+        return scale_columns(weight, scale, self.groups)
 
 
 def _fits(network: Network, site: Site) -> bool:
@@ -119,6 +116,4 @@ def _channels(site: Site) -> int:
     """Count the channels of a layer's output; 0 where a norm does not tell."""
     if site.kind == "norm":
         return norm_channels(site.layer)
-    if site.kind == "transposed":
-        return site.host.shape[1] * getattr(site.layer, "groups", 1)
-    return site.host.shape[0]
+    return site.output_channels

@@ -173,8 +173,7 @@ class SVDiff(FlexibleAdapter):
         """U·diag(…)·(Vᵀ·x); of a convolution, Vᵀ is one of its kind and U is a 1×1."""
         if self.geometry is None:
             return F.linear(F.linear(x, self.right) * diagonal, self.left, bias)
-        kernel = self.right.view(len(diagonal), -1, *self.geometry.kernel)  # (k, I·k₁·…) → (k, I, k₁, …)
-        hidden = self.geometry.convolve(x, kernel)
+        hidden = self.geometry.convolve(x, self.geometry.as_kernel(self.right))
         return self.geometry.pointwise(
             hidden * along(diagonal, hidden, 1), self.left, strided=False, bias=bias
         )

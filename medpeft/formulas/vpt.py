@@ -90,10 +90,7 @@ class VPTDeep(Adapter):
         """
         span = self.prompts.span
         for name, value in others.items():
-            if name == "rope":
-                others[name] = span.widen_rotations(value)
-            else:
-                others[name] = span.widen_mask(value, name, x.shape[span.axis], seen=self.seen)
+            others[name] = span.widened(value, name, x.shape[span.axis], seen=self.seen)
         return self.prompts.put_in(x, self.method)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -137,10 +134,7 @@ class VPTShallow(Adapter):
 class Exit(SecondPlace):
     """Second place of vpt_shallow: the last block, after which the prompts are taken off."""
 
-    @property
-    def first(self) -> VPTShallow:
-        """The adapter that put the prompts in."""
-        return self.shared["first"]  # type: ignore[return-value]  # as it was made
+    first: VPTShallow
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` without the prompts."""

@@ -60,7 +60,7 @@ def _selected(network: Network, request: Request) -> Iterator[str]:
         owner = name.rpartition(".")[0]
         if not (parameter.is_floating_point() or parameter.is_complex()):
             continue  # Integers have no gradient.
-        if network.inside(owner, network.head):
+        if network.in_head(owner):
             continue
         if predicate(name, parameter, network.layer(owner), **options):
             yield name

@@ -117,7 +117,7 @@ def plan(
         for name in picked.parameters:
             selected.setdefault(name, request.method.name)
     for name, _ in model.named_parameters():
-        if network.inside(name, network.head):
+        if network.in_head(name):
             selected[name] = "head"
     require(
         bool(sites or selected),
