@@ -4,7 +4,7 @@ from . import formulas as _formulas  # noqa: F401 - registers the built-in metho
 from .adapters.adapter import Adapter as Adapter
 from .adapters.registry import methods as methods
 from .adapters.registry import register as register
-from .adapters.registry import search_space as search_space
+from .adapters.requests import search_space as search_space
 from .architecture.site import Site as Site
 from .checkpoint.header import Header as Header
 from .checkpoint.load import inspect as inspect

@@ -46,14 +46,19 @@ def require(condition: bool, message: str) -> None:
 def require_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise `MedpeftError` unless `value` is one of `choices`."""
     names = ", ".join(map(repr, choices))
-    require(value in choices, f"{option}={value!r} is not known: choose one of {names}.")
+    is_known = any(type(value) is type(choice) and value == choice for choice in choices)
+    require(is_known, f"{option}={value!r} is not known: choose one of {names}.")
 
 
-def require_positive(option: str, value: object) -> None:
-    """Raise `MedpeftError` unless `value` is a whole number above zero."""
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or value <= 0:  # type: ignore[operator]  # `is_whole` has shown that it is an int
-        raise MedpeftError(f"{option}={value!r} must be a whole number above 0.")
+def clipped(value: object) -> str:
+    """Show a value by the beginning of its `repr`, on one line."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a `__repr__` of the user's own
+        text = f"<{type(value).__name__}>"
+    if len(text) > 80:
+        return text[:80] + "…"
+    return text
 
 
 def listed(names: Iterable[object], *, most: int = 5) -> str:

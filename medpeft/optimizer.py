@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 from .adapters.adapter import parameters_of
+from .adapters.options import Must, require_options
 from .adapters.record import Adapted
 from .adapters.registry import find
 from .errors import require
 from .sharding import reshard
+
+_Rate = Annotated[float, Must("be a finite number, 0 or above", lambda rate: rate >= 0)]
+_RATES = {"lr": float, "weight_decay": _Rate, "head_lr": _Rate | None, "lora_plus": float}
 
 
 def parameter_groups(
@@ -49,7 +53,7 @@ def parameter_groups(
         [('body', 0.001), ('fast', 0.016), ('head', 0.001), ('head, not decayed', 0.001)]
         >>> optimizer = torch.optim.AdamW(groups)
     """
-    require(lr > 0 and lora_plus > 0, f"lr={lr!r} and lora_plus={lora_plus!r} must be above 0.")
+    _require_rates(lr=lr, weight_decay=weight_decay, head_lr=head_lr, lora_plus=lora_plus)
     adapted = Adapted.of(model)
     reshard(model)
     if head_lr is None:
@@ -63,6 +67,12 @@ def parameter_groups(
         {"params": parameters, "lr": rates[part], "weight_decay": decay, "name": _name(part, decay)}
         for (part, decay), parameters in groups.items()
     ]
+
+
+def _require_rates(*, lr: float, lora_plus: float, **others: float | None) -> None:
+    """Raise `MedpeftError` unless the rates are finite, and those that must be are above 0."""
+    require_options("", {"lr": lr, "lora_plus": lora_plus, **others}, _RATES)
+    require(lr > 0 and lora_plus > 0, f"lr={lr!r} and lora_plus={lora_plus!r} must be above 0.")
 
 
 def _name(part: str, decay: float) -> str:

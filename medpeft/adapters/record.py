@@ -104,12 +104,28 @@ def applied(model: nn.Module) -> Applied | None:
     return None
 
 
+def require_model(model: object, path: object = None) -> None:
+    """Raise `MedpeftError` unless the first argument of a public function is a model.
+
+    Args:
+        model: The argument.
+        path: The argument after it, where that is a path: the two may have changed places.
+    """
+    if isinstance(model, nn.Module):
+        return
+    fault = f"{type(model).__name__} is no torch.nn.Module: pass the model itself."
+    if isinstance(path, nn.Module):
+        fault = "The model comes first and the path second: exchange the two."
+    raise MedpeftError(fault)
+
+
 def require_applied(model: nn.Module) -> Applied:
     """Return the model's record.
 
     Raises:
-        MedpeftError: nothing was applied to it.
+        MedpeftError: nothing was applied to it, or it is no model.
     """
+    require_model(model)
     record = applied(model)
     if record is not None:
         return record

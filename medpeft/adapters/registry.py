@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from ..errors import MedpeftError, did_you_mean, require
+from ..errors import MedpeftError, clipped, did_you_mean, require
 from .adapter import Adapter
+from .options import annotations_of, require_options
 
 Selector = Callable[..., bool]
-Methods = str | Mapping[str, Mapping[str, Any] | None]
 Registered = TypeVar("Registered", bound=type[Adapter] | Selector)
 
 
@@ -26,6 +27,7 @@ class Method:
         options: Every option with its default; `...` for an option without one.
         site_options: Names of the options that choose the sites of an additive method.
         adapter_options: Names of the options of its adapter, or of the predicate.
+        annotations: What each option may be, as `medpeft.adapters.options` reads it.
         hint: Sentence for the error if the method fits nothing.
         search: Values worth trying, per option.
         selects: Predicate for existing parameters that an additive method trains too.
@@ -40,6 +42,7 @@ class Method:
     options: Mapping[str, Any]
     site_options: frozenset[str]
     adapter_options: frozenset[str]
+    annotations: Mapping[str, Any]
     hint: str = ""
     search: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     selects: Selector | None = None
@@ -67,6 +70,10 @@ class Method:
             return self.define
         return None
 
+    def require_options(self, options: Mapping[str, Any]) -> None:
+        """Raise `MedpeftError` where the value of an option is none that it may have."""
+        require_options(repr(self.name), options, self.annotations)
+
     def options_of_sites(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Pick the options that choose the sites."""
         return {name: value for name, value in options.items() if name in self.site_options}
@@ -75,6 +82,8 @@ class Method:
         """Pick the options of the adapter, or of the predicate."""
         return {name: value for name, value in options.items() if name in self.adapter_options}
 
+
+_ABOUT = {"hint": str, "unmergeable": str, "decays": bool, "identity": bool}
 
 _METHODS: dict[str, Method] = {}
 
@@ -118,23 +127,49 @@ def register(
         >>> medpeft.methods()["first_layer"]
         'Everything in the module called `0`.'
     """
-    require(name.isidentifier(), f"{name!r} cannot name a method: use letters, digits and underscores.")
+    _require_name(name)
+    about: dict[str, Any] = {"hint": hint, "unmergeable": unmergeable, "decays": decays, "identity": identity}
+    _require_description(search, selects, fast, about)
 
     def add(define: Registered) -> Registered:
         taken = f"A method called {name!r} is registered already: choose another name."
         require(name not in _METHODS, taken)
-        site_options, adapter_options = _options_of(define)
-        _METHODS[name] = Method(
-            name, define, {**site_options, **adapter_options}, frozenset(site_options),
-            frozenset(adapter_options), hint, search or {}, selects, fast, decays, identity, unmergeable,
-        )  # fmt: skip
+        method = _method(name, define)
+        _require_options_of(method, search or {})
+        _METHODS[name] = replace(method, search=search or {}, selects=selects, fast=fast, **about)
         return define
 
     return add
 
 
-def _options_of(define: type[Adapter] | Selector) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the options of a method from its signatures: those that choose its sites, and all others.
+def _require_name(name: object) -> None:
+    """Raise `MedpeftError` unless it can be written in a union such as "a+b"."""
+    is_name = isinstance(name, str) and name.isidentifier()
+    require(is_name, f"{clipped(name)} cannot name a method: use letters, digits and underscores.")
+
+
+def _require_description(search: object, selects: object, fast: object, about: Mapping[str, object]) -> None:
+    """Raise `MedpeftError` where an argument of `register` is of another type than it says."""
+    require_options("", about, _ABOUT)
+    require(selects is None or callable(selects), f"selects={clipped(selects)} must be a predicate.")
+    require(
+        isinstance(fast, tuple) and all(isinstance(parameter, str) for parameter in fast),
+        f"fast={clipped(fast)} must be a tuple of names.",
+    )
+    require(
+        search is None or isinstance(search, Mapping),
+        f"search={clipped(search)} must be the values worth trying by option, such as {{'rank': (4, 8)}}.",
+    )
+
+
+def _require_options_of(method: Method, search: Mapping[str, Any]) -> None:
+    """Raise `MedpeftError` where values are given for an option that a method does not have."""
+    stray = [option for option in search if option not in method.options]
+    require(not stray, f"{method.name!r} would search {', '.join(stray)}, which is none of its options.")
+
+
+def _method(name: str, define: type[Adapter] | Selector) -> Method:
+    """Make a method, its options read off the signatures of its class or predicate.
 
     Raises:
         MedpeftError: the object is no method, or does nothing.
@@ -143,12 +178,18 @@ def _options_of(define: type[Adapter] | Selector) -> tuple[dict[str, Any], dict[
         _require_a_face(define)
         site_options = _keyword_options(define.sites)
         site_options.pop("targeted", None)
-        return site_options, _keyword_options(define.__init__)
-    if isinstance(define, type) or not callable(define):
+        adapter_options = _keyword_options(define.__init__)
+        annotations = annotations_of(define.sites) | annotations_of(define.__init__)
+    elif isinstance(define, type) or not callable(define):
         raise MedpeftError(
-            f"{define!r} is no method: register a class derived from medpeft.Adapter or a predicate."
+            f"{clipped(define)} is no method: register a class derived from medpeft.Adapter or a predicate."
         )
-    return {}, _keyword_options(define)
+    else:
+        site_options = {}
+        adapter_options = _keyword_options(define)
+        annotations = annotations_of(define)
+    options = {**site_options, **adapter_options}
+    return Method(name, define, options, frozenset(site_options), frozenset(adapter_options), annotations)
 
 
 def _require_a_face(adapter: type[Adapter]) -> None:
@@ -182,32 +223,6 @@ def methods() -> dict[str, str]:
     return {name: method.summary for name, method in _METHODS.items()}
 
 
-def search_space(method: Methods) -> dict[str, tuple[Any, ...]]:
-    """List the values worth trying for the options of one or more methods.
-
-    Args:
-        method: `"lora"`, `"lora+ssf"`, or `{"lora": {"rank": 8}, "ssf": {}}`. Options that have a value here
-            are left out.
-
-    Returns:
-        The values by "method.option", for instance `{"lora.rank": (2, 4, 8, 16, 32), …}`.
-
-    Raises:
-        MedpeftError: an unknown method.
-
-    Examples:
-        >>> import medpeft
-        >>> medpeft.search_space({"lora": {"dora": False}})
-        {'lora.rank': (2, 4, 8, 16, 32)}
-    """
-    space: dict[str, tuple[Any, ...]] = {}
-    for name, options in options_by_method(method).items():
-        for option, values in find(name).search.items():
-            if option not in options:
-                space[f"{name}.{option}"] = values
-    return space
-
-
 def find(name: str) -> Method:
     """Return the method of that name.
 
@@ -216,18 +231,12 @@ def find(name: str) -> Method:
     """
     if name in _METHODS:
         return _METHODS[name]
-    raise MedpeftError(
-        f"Unknown method {name!r}.{did_you_mean(name, _METHODS)} Available: {', '.join(_METHODS)}."
-    )
+    raise MedpeftError(f"Unknown method {name!r}.{_nearest(name)} Available: {', '.join(_METHODS)}.")
 
 
-def options_by_method(requested: Methods) -> dict[str, dict[str, Any]]:
-    """Read `"lora+bias"` or `{"lora": {"rank": 8}, "bias": {}}`: the options of every method by its name."""
-    if isinstance(requested, str):
-        return {part.strip(): {} for part in requested.split("+")}
-    if isinstance(requested, Mapping) and requested:
-        return {name: dict(options or {}) for name, options in requested.items()}
-    raise MedpeftError(
-        f"{requested!r} names no method: give a name such as 'lora', a union such as 'bias+norm', or a dict "
-        "of options by name."
-    )
+def _nearest(name: str) -> str:
+    """Write which method or union was probably meant, as `did_you_mean` does."""
+    parts = re.findall(r"\w+", name)
+    if len(parts) > 1 and all(part in _METHODS for part in parts):
+        return f" Did you mean {'+'.join(parts)!r}?"
+    return did_you_mean(name.lower(), _METHODS)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from ..errors import MedpeftError
+from ..errors import MedpeftError, clipped
 from .layers import child_at
 
 Head = str | Sequence[str] | None
@@ -37,6 +37,8 @@ def find_head(model: nn.Module, head: Head = "auto") -> tuple[str, ...]:
     """
     if head is None:
         return ()
+    if not isinstance(head, (str, list, tuple)) or not all(isinstance(name, str) for name in head):
+        raise MedpeftError(f"head={clipped(head)} must be a module's name, several, 'auto' or None.")
     if head != "auto":
         return _by_name(model, (head,) if isinstance(head, str) else tuple(head))
     if callable(getattr(model, "get_classifier", None)):
@@ -99,9 +101,14 @@ def _by_convention(model: nn.Module) -> tuple[str, ...]:
     for name in _with_parameters(model, _TORCHVISION):
         if parameters[-1].startswith(f"{name}.") or _library(model) == "torchvision":
             return (name, *_with_parameters(model, _TORCHVISION_AUXILIARY))
+    names = [name for name, _ in model.named_children()]
+    fault = f"The head of {type(model).__name__} cannot be told from its class"
+    if len(names) == 1 and any(True for _ in model.get_submodule(names[0]).children()):
+        raise MedpeftError(
+            f"{fault}, which wraps one module, {names[0]!r}: apply to that, or pass head='name'."
+        )
     raise MedpeftError(
-        f"The head of {type(model).__name__} cannot be told from its class: pass head='name' (children: "
-        f"{_children(model) or 'none'}), or head=None if it has none."
+        f"{fault}: pass head='name' (children: {_children(model) or 'none'}), or head=None if it has none."
     )
 
 

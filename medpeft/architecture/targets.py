@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..errors import MedpeftError
+from ..errors import MedpeftError, clipped, did_you_mean
 from .network import ROLES, Network
 
 Predicate = Callable[[str, nn.Module], bool]
@@ -34,7 +34,10 @@ def picks(network: Network, pattern: Pattern, name: str) -> bool:
         return pattern.search(name) is not None
     if isinstance(pattern, type):
         return isinstance(module, pattern)
-    return bool(pattern(name, module))
+    try:
+        return bool(pattern(name, module))
+    except TypeError as error:
+        raise MedpeftError(f"target {clipped(pattern)} cannot be asked (name, layer): {error}") from error
 
 
 def patterns(target: Target) -> list[Pattern]:
@@ -48,19 +51,22 @@ def patterns(target: Target) -> list[Pattern]:
     """
     if target is None:
         return []
-    if _is_pattern(target):
-        return [target]  # type: ignore[list-item]  # shown to be one pattern, not several
-    for pattern in target:  # type: ignore[union-attr]  # shown to be several patterns, not one
+    several: list[Pattern] = [target]  # type: ignore[list-item]  # what is none is refused below
+    if isinstance(target, (list, tuple, set, frozenset)):
+        several = list(target)
+    for pattern in several:
         if not _is_pattern(pattern):
             raise MedpeftError(
-                f"target {pattern!r} is no pattern: give a glob such as 'blocks.*', "
+                f"target {clipped(pattern)} is no pattern: give a glob such as 'blocks.*', "
                 f"a role ({', '.join(ROLES)}), a compiled regular expression, a layer type, "
                 "or a predicate (name, layer) -> bool."
             )
-    return list(target)  # type: ignore[arg-type]  # as above
+    return several
 
 
 def _is_pattern(value: object) -> bool:
+    if isinstance(value, nn.Module):  # It can be called, but its name or its type is meant.
+        return False
     return isinstance(value, (str, re.Pattern, type)) or callable(value)
 
 
@@ -115,6 +121,10 @@ def choose(network: Network, names: Sequence[str], target: Target, exclude: Targ
     Raises:
         MedpeftError: a pattern picks none of them; the message shows which names there are.
     """
+    if target is not None and not patterns(target):
+        raise MedpeftError(
+            f"target={target!r} picks no layer: leave it out for those that {method!r} adapts."
+        )
     selection = Selection.of(target, exclude)
     for pattern in (*selection.target, *selection.exclude):
         if not any(picks(network, pattern, name) for name in names):
@@ -134,4 +144,15 @@ def _no_hit(network: Network, names: Sequence[str], pattern: Pattern, method: st
         return f"{fault}: {method!r} fits no layer here."
     number = "1 layer" if len(names) == 1 else f"{len(names)} layers"
     shown = [*names[:6], "…"] if len(names) > 6 else names
-    return f"{fault}: {method!r} fits {number} here: {', '.join(shown)}."
+    return f"{fault}: {method!r} fits {number} here: {', '.join(shown)}.{_meant(network, names, pattern)}"
+
+
+def _meant(network: Network, names: Sequence[str], pattern: Pattern) -> str:
+    """Write which role, or which glob, was probably meant by a pattern that picks none of `names`."""
+    if not isinstance(pattern, str):
+        return ""
+    role = did_you_mean(pattern.lower(), ROLES)
+    glob = f"*.{pattern}"
+    if not role and any(picks(network, glob, name) for name in names):
+        return f" Did you mean {glob!r}?"
+    return role

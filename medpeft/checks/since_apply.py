@@ -15,7 +15,7 @@ from ..adapters.record import Adapted
 from ..adapters.samples import GONE, OTHER_VALUES, is_statistic, made_of_other_weights
 from ..adapters.wiring import is_wired
 from ..architecture.network import Network
-from ..errors import listed
+from ..errors import clipped, listed, require
 from .copies import copied, trainable
 
 
@@ -31,6 +31,7 @@ def findings_since_apply(
     adapted: Adapted, changes: dict[str, str], optimizer: torch.optim.Optimizer | None
 ) -> list[Finding]:
     """Find what became of the model since `apply`."""
+    _require_optimizer(optimizer)
     findings = list(_lost_forwards(adapted))
     findings += _misplaced_gradients(adapted)
     findings += _replaced_layers(adapted)
@@ -39,6 +40,13 @@ def findings_since_apply(
     if optimizer is not None:
         findings += _missing_in_optimizer(adapted.model, optimizer)
     return findings
+
+
+def _require_optimizer(optimizer: object) -> None:
+    """Raise `MedpeftError` unless it is an optimizer or None."""
+    is_optimizer = hasattr(optimizer, "param_groups") and not isinstance(optimizer, type)
+    message = f"optimizer={clipped(optimizer)} is no optimizer: pass the one that you made."
+    require(optimizer is None or is_optimizer, message)
 
 
 def _misplaced_gradients(adapted: Adapted) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ arXiv 2205.13535, Eq. 2 and 3. x is the residual stream, as in the authors' code
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, SecondPlace
 from ..adapters.handover import Handover
+from ..adapters.options import Count, Factor, Probability
 from ..adapters.registry import register
 from ..architecture.blocks import branches
 from ..architecture.network import Network
 from ..architecture.site import Partner, Site
-from ..errors import require_choice, require_positive
 from .two_matrices import TwoMatrices
 
 
@@ -48,14 +48,11 @@ class AdaptFormer(Adapter, TwoMatrices):
         self,
         site: Site,
         *,
-        bottleneck: int = 64,
-        scale: float | str = 0.1,
-        dropout: float = 0.1,
+        bottleneck: Count = 64,
+        scale: Factor | Literal["learnable"] = 0.1,
+        dropout: Probability = 0.1,
     ) -> None:
         super().__init__(site)
-        require_positive("bottleneck", bottleneck)
-        if not isinstance(scale, (int, float)):
-            require_choice("scale", scale, ("learnable", 0.1))
         block, mlp = site.layout, site.partners[-1].site.layout
         assert block is not None
         assert mlp is not None
@@ -72,9 +69,14 @@ class AdaptFormer(Adapter, TwoMatrices):
         self.handover = Handover()
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False, input: str = "residual") -> Iterator[Site]:
+    def sites(
+        cls,
+        network: Network,
+        *,
+        targeted: bool = False,
+        input: Literal["residual", "norm"] = "residual",
+    ) -> Iterator[Site]:
         """Yield the transformer blocks; x is the residual stream, or with input="norm" its norm."""
-        require_choice("input", input, ("residual", "norm"))
         for block in branches(network):
             # In a block that normalises after its MLP, the MLP runs first, and its input is the stream.
             entrances = [block.norm, block.mlp]

@@ -10,23 +10,25 @@ Steitz & Roth, "Adapters Strike Back" (CVPR 2024), arXiv 2406.06820, Eq. 7 to 9.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, along
+from ..adapters.options import Count, Probability
 from ..adapters.registry import register
 from ..architecture.blocks import branches
 from ..architecture.network import Network
 from ..architecture.site import Site
-from ..errors import require, require_choice, require_positive
 from .two_matrices import TwoMatrices
 
 _HINT = "it adapts transformer blocks with an attention, a norm and an MLP. Try 'lora' or 'conv_adapter'."
 _NONLINEARITY = "there is a nonlinearity between the two matrices of its bottleneck"
 _UNMERGEABLE = f"{_NONLINEARITY}, which no weight of the layer can replace"
 _STD = 0.01
+Start = Literal["identity", "official"]
 
 
 class Bottleneck(nn.Module, TwoMatrices):
@@ -38,8 +40,6 @@ class Bottleneck(nn.Module, TwoMatrices):
 
     def __init__(self, site: Site, width: int, act: Callable[[Tensor], Tensor], init: str) -> None:
         super().__init__()
-        require_positive("bottleneck", width)
-        require_choice("init", init, ("identity", "official"))
         assert site.layout is not None
         self.axis, self.act = site.layout.axis, act
         self.add_down(site.layout.outputs, width)
@@ -68,7 +68,7 @@ class Houlsby(Adapter):
         init: "identity", or "official" for matrices that are both drawn.
     """
 
-    def __init__(self, site: Site, *, bottleneck: int = 64, init: str = "identity") -> None:
+    def __init__(self, site: Site, *, bottleneck: Count = 64, init: Start = "identity") -> None:
         super().__init__(site)
         self.bottleneck = Bottleneck(site, bottleneck, F.gelu, init)
 
@@ -98,7 +98,7 @@ class Pfeiffer(Adapter):
         init: "identity", or "official" for matrices that are both drawn.
     """
 
-    def __init__(self, site: Site, *, bottleneck: int = 64, init: str = "identity") -> None:
+    def __init__(self, site: Site, *, bottleneck: Count = 64, init: Start = "identity") -> None:
         super().__init__(site)
         self.bottleneck = Bottleneck(site, bottleneck, F.relu, init)
 
@@ -135,12 +135,11 @@ class AdapterPlus(Adapter):
         self,
         site: Site,
         *,
-        bottleneck: int = 8,
-        drop_path: float = 0.1,
-        init: str = "identity",
+        bottleneck: Count = 8,
+        drop_path: Probability = 0.1,
+        init: Start = "identity",
     ) -> None:
         super().__init__(site)
-        require(0 <= drop_path < 1, f"drop_path={drop_path!r} is no probability below 1.")
         self.bottleneck = Bottleneck(site, bottleneck, F.gelu, init)
         self.scale = nn.Parameter(torch.ones(len(self.bottleneck.up)))
         self.drop_path = drop_path

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, cast
+from ..adapters.options import Count
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry
 from ..architecture.layers import CONVS, in_body
 from ..architecture.network import Network
 from ..architecture.site import Site
-from ..errors import require_choice, require_positive
 
 
 @register(
@@ -43,10 +44,14 @@ class ConvAdapter(Adapter):
         form: "parallel" beside the convolution, "sequential" after it, on its output.
     """
 
-    def __init__(self, site: Site, *, reduction: int = 4, form: str = "parallel") -> None:
+    def __init__(
+        self,
+        site: Site,
+        *,
+        reduction: Count = 4,
+        form: Literal["parallel", "sequential"] = "parallel",
+    ) -> None:
         super().__init__(site)
-        require_positive("reduction", reduction)
-        require_choice("form", form, ("parallel", "sequential"))
         self.form = form
         geometry = Geometry.of(site.layer)  # type: ignore[arg-type]  # its sites are convolutions
         outputs = site.host.shape[0]

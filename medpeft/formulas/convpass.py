@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.options import Count, Factor, Probability
 from ..adapters.registry import register
 from ..architecture.blocks import branches
 from ..architecture.convolution import CONVOLVE
 from ..architecture.network import Network
 from ..architecture.site import Site, Unfit
-from ..errors import MedpeftError, require_choice, require_positive
+from ..errors import MedpeftError
 from .two_matrices import TwoMatrices
 
 
@@ -51,9 +52,15 @@ class Convpass(Adapter, TwoMatrices):
         dropout: Probability before `up`.
     """
 
-    def __init__(self, site: Site, *, bottleneck: int = 8, scale: float = 1.0, dropout: float = 0.1) -> None:
+    def __init__(
+        self,
+        site: Site,
+        *,
+        bottleneck: Count = 8,
+        scale: Factor = 1.0,
+        dropout: Probability = 0.1,
+    ) -> None:
         super().__init__(site)
-        require_positive("bottleneck", bottleneck)
         assert site.layout is not None
         self.name, self.layout, self.scale = site.name, site.layout, float(scale)
         self.add_down(self.layout.inputs, bottleneck)
@@ -71,10 +78,9 @@ class Convpass(Adapter, TwoMatrices):
         network: Network,
         *,
         targeted: bool = False,
-        beside: str = "both",
+        beside: Literal["both", "attention"] = "both",
     ) -> Iterator[Site | Unfit]:
         """Yield the attentions and MLPs of blocks; beside="attention" leaves out the MLPs (Convpass-attn)."""
-        require_choice("beside", beside, ("both", "attention"))
         for block in branches(network):
             for branch in block.branches:
                 if beside == "attention" and not branch.attention:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapter import ON_WEIGHT, Adapter, cast
+from ..adapters.options import Count, Factor
 from ..adapters.registry import register
 from ..architecture.network import Network
 from ..architecture.site import Site
-from ..errors import require_choice, require_positive
 
 
 class Factors(nn.Module):
@@ -54,10 +55,15 @@ class FacT(Adapter):
             combination of r matrices common to all blocks: Σᵢ = Σⱼ Pᵢⱼ·Cⱼ.
     """
 
-    def __init__(self, site: Site, *, rank: int = 16, scale: float = 1.0, form: str = "tt") -> None:
+    def __init__(
+        self,
+        site: Site,
+        *,
+        rank: Count = 16,
+        scale: Factor = 1.0,
+        form: Literal["tt", "tucker"] = "tt",
+    ) -> None:
         super().__init__(site)
-        require_positive("rank", rank)
-        require_choice("form", form, ("tt", "tucker"))
         self.outputs, self.inputs = site.host.flatten(1).shape  # (out, in, 1, …) → (out, in)
         self.tall = self.outputs >= self.inputs
         self.width, self.scale = min(self.outputs, self.inputs), float(scale)

@@ -14,6 +14,7 @@ Options from:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 from ..adapters.adapter import ON_WEIGHT, Adapter, cast
 from ..adapters.in_place import in_place, writes_fresh_output
 from ..adapters.kernels import add_low_rank, add_pointwise
+from ..adapters.options import Count, Factor, Parts, Probability
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry, slides_plainly
 from ..architecture.network import Network
 from ..architecture.rows import evenly_spaced, part_sizes, place_channels, replace_rows, take_rows
 from ..architecture.site import Site
-from ..errors import MedpeftError, require, require_choice, require_positive
+from ..errors import MedpeftError, require
 
 
 @register(
@@ -63,18 +65,15 @@ class LoRA(Adapter):
         self,
         site: Site,
         *,
-        rank: int = 8,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        init: str = "kaiming",
+        rank: Count = 8,
+        alpha: Factor | None = None,
+        dropout: Probability = 0.0,
+        init: Literal["kaiming", "pissa", "olora"] = "kaiming",
         rslora: bool = False,
         dora: bool = False,
         freeze_a: bool = False,
     ) -> None:
         super().__init__(site)
-        require_positive("rank", rank)
-        require_choice("init", init, ("kaiming", "pissa", "olora"))
-        require(0.0 <= dropout < 1.0, f"dropout={dropout!r} must be at least 0 and below 1.")
         self.rank, self.kind, self.rows = rank, site.kind, site.rows
         self.even_rows = evenly_spaced(site.rows)
         self.scale = _scale(rank, alpha, rslora)
@@ -91,9 +90,8 @@ class LoRA(Adapter):
         self._choose_place(site, dora=dora)
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False, parts: str = "qv") -> Iterator[Site]:
+    def sites(cls, network: Network, *, targeted: bool = False, parts: Parts = "qv") -> Iterator[Site]:
         """Yield the chosen parts of every attention: q, k, v or the output o; in a CNN, all convolutions."""
-        require(bool(parts) and set(parts) <= set("qkvo"), f"parts={parts!r} must be letters of 'qkvo'.")
         convolutional = not network.attentions
         for site in network.sites("linear", "conv", "transposed", "embedding"):
             inner = set(site.parts) & set("qkv")

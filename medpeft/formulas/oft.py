@@ -7,17 +7,20 @@ Sec. 3: R is block-diagonal and made by the Cayley transform.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, cast
+from ..adapters.options import Must
 from ..adapters.registry import register
 from ..architecture.layers import channel_axis
 from ..architecture.network import Network
 from ..architecture.site import Site
 from ..errors import require
+
+BlockSize = Annotated[int, Must("be at least 2: a number has nowhere to rotate", lambda n: 2 <= n < 2**24)]
 
 
 @register(
@@ -38,12 +41,8 @@ class OFT(Adapter):
         block_size: Rows of a block. The largest divisor of the layer's inputs that is no larger is taken.
     """
 
-    def __init__(self, site: Site, *, block_size: int = 32) -> None:
+    def __init__(self, site: Site, *, block_size: BlockSize = 32) -> None:
         super().__init__(site)
-        require(
-            block_size > 1,
-            f"block_size={block_size!r} must be at least 2: a number has nowhere to rotate.",
-        )
         width = site.host.shape[1]
         self.size = _largest_divisor(width, block_size)
         require(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, SecondPlace
+from ..adapters.options import Count
 from ..adapters.registry import register
 from ..adapters.tokens import TokenSpan, in_brackets, require_sequence
 from ..architecture.attention import Projection, projections
@@ -25,7 +26,7 @@ from ..architecture.network import Network
 from ..architecture.positions import why_not
 from ..architecture.rows import Rows
 from ..architecture.site import Layout, Partner, Site, Unfit
-from ..errors import MedpeftError, require_positive
+from ..errors import MedpeftError
 
 _INSTEAD = "Try 'lora' or 'adaptformer'."
 _HINT = f"it adds keys and values to attentions over tokens without positions of their own. {_INSTEAD}"
@@ -72,9 +73,8 @@ class Prefix(Adapter):
         tokens: Number of keys and values, n.
     """
 
-    def __init__(self, site: Site, *, tokens: int = 10) -> None:
+    def __init__(self, site: Site, *, tokens: Count = 10) -> None:
         super().__init__(site)
-        require_positive("tokens", tokens)
         assert site.layout is not None
         self.name, self.layout = site.name, site.layout
         self.span = TokenSpan(tokens, start=self.layout.prefix, axis=self.layout.sequence)
@@ -92,7 +92,7 @@ class Prefix(Adapter):
             nn.init.normal_(prefix, std=0.02, generator=site.generator)
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False, tokens: int = 10) -> Iterator[Site | Unfit]:
+    def sites(cls, network: Network, *, targeted: bool = False, tokens: Count = 10) -> Iterator[Site | Unfit]:
         """Yield every attention of tokens with one another."""
         for name, parts in network.attentions.items():
             layout = attention_layout(network, name)

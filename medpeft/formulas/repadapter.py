@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapter import ON_WEIGHT, Adapter, cast
+from ..adapters.options import Count, Factor, Probability
 from ..adapters.registry import register
 from ..architecture.blocks import feed_forwards
 from ..architecture.layers import channel_axis
 from ..architecture.network import Network
 from ..architecture.site import Site
-from ..errors import require, require_positive
+from ..errors import require
 
 
 class Maps(nn.Module):
@@ -73,14 +74,12 @@ class RepAdapter(Adapter):
         self,
         site: Site,
         *,
-        bottleneck: int = 8,
-        groups: int = 2,
-        scale: float = 1.0,
-        dropout: float = 0.0,
+        bottleneck: Count = 8,
+        groups: Count = 2,
+        scale: Factor = 1.0,
+        dropout: Probability = 0.0,
     ) -> None:
         super().__init__(site)
-        require_positive("bottleneck", bottleneck)
-        require_positive("groups", groups)
         width, biased = site.host.shape[1], bool(site.bias)
         require(
             bottleneck % groups == 0 and width % groups == 0,
@@ -94,7 +93,6 @@ class RepAdapter(Adapter):
         self.axis = channel_axis(site.layer)
 
     def _require_dropout(self, site: Site, dropout: float) -> None:
-        require(0.0 <= dropout < 1.0, f"dropout={dropout!r} must be at least 0 and below 1.")
         reader = "its parent"
         if site.readers:
             reader = site.readers[0].name

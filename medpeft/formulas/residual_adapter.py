@@ -10,15 +10,15 @@ In parallel it is the `tsa` of 3×3 convolutions, in series its series without a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from ..adapters.registry import register
 from ..architecture.layers import CONVS, in_body
 from ..architecture.network import Network
 from ..architecture.site import Site
-from ..errors import require_choice
-from .tsa import TSA, fits_beside
+from .tsa import TSA, Form, fits_beside
 
-_TSA_FORMS = {"parallel": "matrix", "series": "series"}
+_TSA_FORMS: dict[str, Form] = {"parallel": "matrix", "series": "series"}
 
 
 @register(
@@ -36,19 +36,18 @@ class ResidualAdapter(TSA):
         form: "parallel", where α is (O, I / G) and grouped like its host, or "series", where it is (O, O).
     """
 
-    def __init__(self, site: Site, *, form: str = "parallel") -> None:
+    def __init__(self, site: Site, *, form: Literal["parallel", "series"] = "parallel") -> None:
         super().__init__(site, form=_TSA_FORMS[form])
         self.bias = None
 
     @classmethod
     def sites(  # type: ignore[override]  # its options are its own
-        cls, network: Network, *, targeted: bool = False, form: str = "parallel"
+        cls, network: Network, *, targeted: bool = False, form: Literal["parallel", "series"] = "parallel"
     ) -> Iterator[Site]:
         """Yield the 3×3 convolutions (3×3×3 in volumes) of residual blocks.
 
         With a target, yield every convolution that a 1×1 fits beside.
         """
-        require_choice("form", form, ("parallel", "series"))
         for site in network.sites("conv"):
             if not isinstance(site.layer, CONVS) or not fits_beside(site.layer, form):
                 continue

@@ -12,12 +12,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from ..adapters.registry import register
 from ..architecture.layers import is_batchnorm, is_layernorm, is_norm, is_vector
 from ..architecture.network import Layer
-from ..errors import require_choice
 
 
 @register("full")
@@ -51,9 +52,10 @@ def norm(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
 
 
 @register("attention", hint="it trains attention layers. Try 'ssf', 'lora' or 'norm'.")
-def attention(name: str, parameter: nn.Parameter, layer: Layer, *, scope: str = "layer") -> bool:
+def attention(
+    name: str, parameter: nn.Parameter, layer: Layer, *, scope: Literal["layer", "block"] = "layer"
+) -> bool:
     """Every attention layer as a whole; with scope="block" the block around it (diffusers' `attentions`)."""
-    require_choice("scope", scope, ("layer", "block"))
     if scope == "layer":
         return layer.attention != ""
     return layer.attention_block != ""

@@ -7,6 +7,7 @@ Lian, Zhou, Feng & Wang, "Scaling & Shifting Your Features: A New Baseline for E
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from ..adapters.registry import register
 from ..architecture.layers import channel_axis, is_scaling_norm, norm_channels
 from ..architecture.network import Network
 from ..architecture.site import Site
-from ..errors import require_choice
 
 # Kinds of layers by the option `sites`.
 _KINDS = {
@@ -46,9 +46,14 @@ class SSF(Adapter):
             module that may work in place, by `inplace=True` or by the source of its forward.
     """
 
-    def __init__(self, site: Site, *, init: str = "identity", keep_outputs: bool | None = None) -> None:
+    def __init__(
+        self,
+        site: Site,
+        *,
+        init: Literal["identity", "official"] = "identity",
+        keep_outputs: bool | None = None,
+    ) -> None:
         super().__init__(site)
-        require_choice("init", init, ("identity", "official"))
         channels = _channels(site)
         self.scale = nn.Parameter(torch.ones(channels))
         self.shift: nn.Parameter | None = None
@@ -73,9 +78,14 @@ class SSF(Adapter):
             nn.init.normal_(self.shift, 0.0, 0.02, generator=generator)
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False, sites: str = "all") -> Iterator[Site]:
+    def sites(
+        cls,
+        network: Network,
+        *,
+        targeted: bool = False,
+        sites: Literal["all", "norm", "linear", "conv"] = "all",
+    ) -> Iterator[Site]:
         """Yield linear, convolution and norm layers, but those whose scale a norm right after them undoes."""
-        require_choice("sites", sites, tuple(_KINDS))
         for site in network.sites(*_KINDS[sites]):
             if _fits(network, site):
                 yield site

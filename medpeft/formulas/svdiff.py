@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from ..adapters.adapter import ON_WEIGHT, FlexibleAdapter, along, cast
 from ..adapters.in_place import eager, writes_fresh_output
+from ..adapters.options import Factor
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry
 from ..architecture.network import Network
@@ -64,7 +65,7 @@ class SVDiff(FlexibleAdapter):
     values: Tensor
     right: Tensor
 
-    def __init__(self, site: Site, *, scale: float = 1.0, keep_svd: bool = False) -> None:
+    def __init__(self, site: Site, *, scale: Factor = 1.0, keep_svd: bool = False) -> None:
         super().__init__(site)
         left, values, right = decompose(_as_matrix(site.host))
         self.delta = nn.Parameter(torch.zeros_like(values))

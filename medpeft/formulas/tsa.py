@@ -7,6 +7,7 @@ Eq. 5 and 6.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from ..architecture.convolution import Geometry
 from ..architecture.layers import CONVS, in_body
 from ..architecture.network import Network
 from ..architecture.site import Site
-from ..errors import MedpeftError, require_choice
+from ..errors import MedpeftError
+
+Form = Literal["matrix", "vector", "series"]
 
 
 @register(
@@ -38,9 +41,10 @@ class TSA(Adapter):
             is refused.
     """
 
-    def __init__(self, site: Site, *, form: str = "matrix", init: str = "zero", dense: bool = False) -> None:
+    def __init__(
+        self, site: Site, *, form: Form = "matrix", init: Literal["zero", "eye"] = "zero", dense: bool = False
+    ) -> None:
         super().__init__(site)
-        require_choice("init", init, ("zero", "eye"))
         self.geometry = Geometry.of(site.layer)  # type: ignore[arg-type]  # its sites are convolutions
         self.form, self.dense = form, dense and self.geometry.groups > 1
         outputs, inputs = site.host.shape[:2]
@@ -83,11 +87,14 @@ class TSA(Adapter):
 
     @classmethod
     def sites(
-        cls, network: Network, *, targeted: bool = False, sites: str = "body", form: str = "matrix"
+        cls,
+        network: Network,
+        *,
+        targeted: bool = False,
+        sites: Literal["body", "3x3", "all"] = "body",
+        form: Form = "matrix",
     ) -> Iterator[Site]:
         """Yield the convolutions of residual blocks ("body"), the 3×3 of them ("3x3"), or all."""
-        require_choice("sites", sites, ("body", "3x3", "all"))
-        require_choice("form", form, ("matrix", "vector", "series"))
         for site in network.sites("conv"):
             if not isinstance(site.layer, CONVS) or not fits_beside(site.layer, form):
                 continue

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapter import ON_WEIGHT, Adapter, cast
+from ..adapters.options import Count, Factor, Parts
 from ..adapters.registry import register
 from ..architecture.network import Network
 from ..architecture.rows import part_sizes, place_channels, replace_rows, take_rows
 from ..architecture.site import Site
-from ..errors import require_positive
 from .lora import LoRA
 
 
@@ -79,12 +79,11 @@ class VeRA(Adapter):
         self,
         site: Site,
         *,
-        rank: int = 256,
-        d_initial: float = 0.1,
+        rank: Count = 256,
+        d_initial: Factor = 0.1,
         projection_seed: int = 0,
     ) -> None:
         super().__init__(site)
-        require_positive("rank", rank)
         outputs, inputs = site.host.flatten(1).shape  # (out, in, …) → (out, fan-in)
         self.rank, self.rows = rank, site.rows
         sizes = part_sizes(site.rows, outputs)
@@ -102,7 +101,7 @@ class VeRA(Adapter):
         return self.shared["down"]  # type: ignore[return-value]  # as it was made
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False, parts: str = "qv") -> Iterator[Site]:
+    def sites(cls, network: Network, *, targeted: bool = False, parts: Parts = "qv") -> Iterator[Site]:
         """Yield LoRA's sites: the chosen parts (of q, k, v and o) of attentions; all convolutions of CNNs."""
         for site in LoRA.sites(network, targeted=targeted, parts=parts):
             if site.kind in ("linear", "conv"):

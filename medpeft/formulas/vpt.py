@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, SecondPlace
+from ..adapters.options import Count, Probability
 from ..adapters.registry import register
 from ..adapters.tokens import TokenSpan, in_brackets, require_sequence
 from ..architecture.blocks import branches
 from ..architecture.network import Network
 from ..architecture.positions import hands_out_blocks, why_not
 from ..architecture.site import Partner, Site, Unfit
-from ..errors import MedpeftError, require_positive
+from ..errors import MedpeftError
 
 _INSTEAD = "Try 'adaptformer' or 'lora'."
 _HINT = f"it adds tokens to transformer blocks in which nothing but attention depends on them. {_INSTEAD}"
@@ -36,7 +37,6 @@ class Prompts(nn.Module):
 
     def __init__(self, site: Site, tokens: int, dropout: float) -> None:
         super().__init__()
-        require_positive("tokens", tokens)
         assert site.layout is not None
         self.name, self.layout = site.name, site.layout
         self.span = TokenSpan(tokens, start=self.layout.prefix, axis=self.layout.sequence)
@@ -71,14 +71,14 @@ class VPTDeep(Adapter):
         dropout: Probability for each of their values.
     """
 
-    def __init__(self, site: Site, *, tokens: int = 10, dropout: float = 0.0) -> None:
+    def __init__(self, site: Site, *, tokens: Count = 10, dropout: Probability = 0.0) -> None:
         super().__init__(site)
         self.prompts = Prompts(site, tokens, dropout)
         # In the masks of torch's attention, True hides a token.
         self.seen = not any(isinstance(module, nn.MultiheadAttention) for module in site.layer.modules())
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False, tokens: int = 10) -> Iterator[Site | Unfit]:
+    def sites(cls, network: Network, *, targeted: bool = False, tokens: Count = 10) -> Iterator[Site | Unfit]:
         """Yield every transformer block in which tokens can be added."""
         return _blocks(network, tokens, given_rotations=True)
 
@@ -113,12 +113,12 @@ class VPTShallow(Adapter):
         dropout: Probability for each of their values.
     """
 
-    def __init__(self, site: Site, *, tokens: int = 10, dropout: float = 0.0) -> None:
+    def __init__(self, site: Site, *, tokens: Count = 10, dropout: Probability = 0.0) -> None:
         super().__init__(site)
         self.prompts = Prompts(site, tokens, dropout)
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False, tokens: int = 10) -> Iterator[Site | Unfit]:
+    def sites(cls, network: Network, *, targeted: bool = False, tokens: Count = 10) -> Iterator[Site | Unfit]:
         """Yield the first block of every row of transformer blocks, with the last as its partner."""
         # Rotations are given to every block, and only the first makes room for these prompts.
         for row in _rows(_blocks(network, tokens, given_rotations=False)):

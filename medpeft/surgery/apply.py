@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.batchnorm import freeze_statistics, release_statistics
 from ..adapters.record import Adapted, require_applied, set_applied, trained_tensors
-from ..adapters.registry import Methods
+from ..adapters.requests import Methods
 from ..adapters.running import switching
 from ..adapters.samples import changes_since_apply, sample_base
 from ..architecture.head import Head
@@ -47,8 +47,8 @@ def apply(
 
     Args:
         model: Any `nn.Module`, with its pretrained weights loaded.
-        method: A name of `methods()`, a union "a+b", or a dict of options by name; there a method may also
-            have a "target" and an "exclude" of its own.
+        method: A name of `methods()`, a union "a+b" in any order, or a dict of options by name; there a
+            method may also have a "target" and an "exclude" of its own.
         target: Which layers: a glob of their names ("blocks.*"; a name picks everything inside), a role
             ("attention", "mlp", "linear", "conv", "norm", "embedding"), a compiled regular expression, a
             layer type, a predicate `(name, layer) -> bool`, or several of these. None leaves it to the

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..adapters.adapter import ON_WEIGHT, Adapter, parameters_of
 from ..adapters.record import Applied, named_state
-from ..adapters.registry import Method
+from ..adapters.registry import Method, methods
 from ..adapters.stand_in import rebound
 from ..architecture.site import Draft, Site
 from ..errors import MedpeftError
@@ -26,6 +26,12 @@ class Planned(NamedTuple):
 
     method: Method
     site: Site
+
+
+def in_order(sites: list[Planned]) -> list[Planned]:
+    """Sort sites by the order of `methods()`, in which adapters act however a union is written."""
+    order = list(methods())
+    return sorted(sites, key=lambda planned: order.index(planned.method.name))
 
 
 def build(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapters import Adapters
+from ..adapters.options import require_options
 from ..adapters.record import Adapted
 from ..adapters.registry import find
 from ..adapters.running import switching
@@ -26,6 +27,7 @@ from .unmergeable import Place, places, reason_against, require_floating
 
 _log = logging.getLogger("medpeft")
 _SHOWN = 10
+_SHARES = {"tolerance": float, "min_kept": float}
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def merge(
         >>> list(medpeft.merge(model, example_input=torch.ones(1, 4)).state_dict())
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
+    require_options("", {"tolerance": tolerance, "min_kept": min_kept}, _SHARES)
     merged_tensors = _merged_tensors(Adapted.of(model), min_kept)
     if example_input is not None:
         _require_same_outputs(model, merged_tensors, example_input, tolerance)
@@ -144,6 +147,7 @@ def merged(model: nn.Module, *, min_kept: float = 0.9) -> Iterator[nn.Module]:
         True
     """
     adapted = Adapted.of(model)
+    require_options("", {"min_kept": min_kept}, _SHARES)
     with _swapped(adapted, _merged_tensors(adapted, min_kept)):
         yield model
 

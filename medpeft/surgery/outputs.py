@@ -7,14 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import MedpeftError
+
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, example_input: Any) -> list[Tensor]:
-    """Run the model in eval mode and list the tensors of its output."""
+    """Run the model in eval mode and list the tensors of its output.
+
+    Raises:
+        MedpeftError: it does not run on the input.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         output = model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+    except MedpeftError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise MedpeftError(f"{type(model).__name__} does not run on example_input: {reason}") from error
     finally:
         for module, mode in modes:
             module.training = mode

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..adapters.batchnorm import statistics_names
+from ..adapters.options import require_common
 from ..adapters.record import Applied
-from ..adapters.registry import Method, Methods, find
-from ..adapters.requests import Request, resolve
+from ..adapters.registry import Method, find
+from ..adapters.requests import Methods, Request, resolve
 from ..architecture.head import Head, find_head
 from ..architecture.layers import within
 from ..architecture.network import Network
@@ -19,7 +20,7 @@ from ..architecture.site import Site
 from ..architecture.targets import Target
 from ..errors import listed, require, require_choice
 from ..table import Row, Table
-from .build import Planned, build, count_new
+from .build import Planned, build, count_new, in_order
 from .pick import pick
 from .refusals import refuse
 
@@ -107,6 +108,7 @@ def plan(
         42
     """
     refuse(model)
+    require_common(keep_base=keep_base, dtype=dtype, seed=seed)
     requests = resolve(method, options)
     network = Network(model, find_head(model, head))
     sites: list[Planned] = []
@@ -123,7 +125,7 @@ def plan(
         bool(sites or selected),
         f"{method!r} would train nothing: {type(model).__name__} has no head; pass head='name'.",
     )
-    sites = _with_added_tokens(sites)
+    sites = _with_added_tokens(in_order(sites))
     record = _record(model, requests, sites, selected, network.head, batchnorm, keep_base)
     record.seed, record.dtype = seed, dtype
     return Plan(model, [(request.method, request.options) for request in requests], sites, selected, record)
@@ -168,15 +170,15 @@ def plan_from(model: nn.Module, record: Applied) -> Plan:
     """
     refuse(model)
     network = Network(model, record.head)
-    methods = {name: (find(name), options) for name, options in record.methods.items()}
-    for name, (method, options) in methods.items():
+    asked = {name: (find(name), options) for name, options in record.methods.items()}
+    for name, (method, options) in asked.items():
         unknown = [option for option in options if option not in method.options]
         require(
             not unknown,
             f"{name!r} has no option {', '.join(map(repr, unknown))}: {', '.join(method.options) or 'none'}.",
         )
     fitting = {
-        name: _all_sites(network, *methods[name]) for name in dict.fromkeys(site[0] for site in record.sites)
+        name: _all_sites(network, *asked[name]) for name in dict.fromkeys(site[0] for site in record.sites)
     }
     sites = []
     missing = []
@@ -185,9 +187,9 @@ def plan_from(model: nn.Module, record: Applied) -> Plan:
         if site is None:
             missing.append(f"{layer}.{weight}".strip("."))
         else:
-            sites.append(Planned(methods[name][0], site))
+            sites.append(Planned(asked[name][0], site))
     require(not missing, f"{record.name!r} fits no {listed(missing)} in this {type(model).__name__}.")
-    return Plan(model, list(methods.values()), _with_added_tokens(sites), record.selected, record)
+    return Plan(model, list(asked.values()), _with_added_tokens(sites), record.selected, record)
 
 
 def _all_sites(network: Network, method: Method, options: dict[str, Any]) -> dict[tuple[str, str], Site]:

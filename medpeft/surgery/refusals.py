@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..adapters.record import applied
+from ..adapters.record import applied, require_model
 from ..errors import MedpeftError
 
 _SYNCHRONISED = ("DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel")
@@ -17,8 +17,7 @@ def refuse(model: nn.Module) -> None:
 
     Either they would have no effect (compiled), or be added twice, or differ between ranks (synchronised).
     """
-    if not isinstance(model, nn.Module):
-        raise MedpeftError(f"{type(model).__name__} is no torch.nn.Module: pass the model itself.")
+    require_model(model)
     _refuse_adapted(model)
     for name, module in model.named_modules():
         _refuse_compiled(model, name, module)

@@ -118,7 +118,7 @@ def test_the_official_initialisation_draws_both_matrices_within_two_deviations(m
     [
         ("houlsby", {"bottleneck": 0}, "bottleneck=0 must be a whole number above 0"),
         ("pfeiffer", {"init": "zero"}, "init='zero' is not known: choose one of 'identity', 'official'"),
-        ("adapter_plus", {"drop_path": 1.0}, "drop_path=1.0 is no probability below 1"),
+        ("adapter_plus", {"drop_path": 1.0}, "drop_path=1.0 must be at least 0 and below 1"),
         ("convpass", {"beside": "mlp"}, "beside='mlp' is not known"),
     ],
 )

@@ -131,10 +131,33 @@ def test_another_adapter_on_the_weight_rules_factors_out():
     assert (model(x) - expected).abs().max() < 1e-12
 
 
-def test_a_later_adapter_sees_the_changed_weight_in_training_in_inference_and_merged():
+class RowNorms(medpeft.Adapter):
+    """The rows of a weight, each of a norm that is learned."""
+
+    def __init__(self, site):
+        super().__init__(site)
+        self.norms = nn.Parameter(site.host.norm(dim=1, keepdim=True))
+
+    @classmethod
+    def sites(cls, network, *, targeted=False):
+        yield from network.sites("linear")
+
+    def merged(self, weight, bias):
+        return weight * self.norms / weight.norm(dim=1, keepdim=True), bias
+
+
+@pytest.mark.parametrize(
+    ("method", "forms"),
+    [("svdiff+row_norms", ["weight", "weight"]), ("svdiff+lora", ["weight", "output"])],
+)
+def test_a_later_adapter_sees_the_changed_weight_in_training_in_inference_and_merged(
+    method, forms, own_registry
+):
+    medpeft.register("row_norms")(RowNorms)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(600, 600).double())
-    medpeft.apply(model, "svdiff+lora", target="0", head=None, rank=2, dora=True)
+    options = {"rank": 2, "dora": True} if "lora" in method else {}
+    medpeft.apply(model, method, target="0", head=None, **options)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if ".adapters." in name:
@@ -142,7 +165,7 @@ def test_a_later_adapter_sees_the_changed_weight_in_training_in_inference_and_me
     x = torch.randn(3, 600, dtype=torch.float64)
     trained = model(x)
     with torch.no_grad():
-        assert form(model, x) == ["weight", "weight"]
+        assert form(model, x) == forms
         assert (model(x) - trained).abs().max() < 1e-10
         with medpeft.merged(model):
             assert (model(x) - trained).abs().max() < 1e-10
