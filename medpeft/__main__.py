@@ -62,13 +62,16 @@ def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A console without Greek letters shows formulas with question marks.
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace")  # A console may have no Greek letters.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             warnings.showwarning = _warn
             answer: Answer = options.run(options)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        print(f"medpeft: {error}. Install it: python -m pip install {package}", file=sys.stderr)
+        return 1
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         # A MedpeftError, or an error of torch or timm about an option.
         print(f"medpeft: {error}", file=sys.stderr)
@@ -96,7 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _command(commands, "methods", _methods, "list the methods")
     trained = "what a method would train in a timm architecture, without its weights"
-    _add_model(_command(commands, "plan", _plan, trained))
+    plan = _command(commands, "plan", _plan, trained)
+    _add_model(plan)
+    plan.add_argument(
+        "--layers", action="store_true", help="a row for every layer, not for every type of layer"
+    )
     proven = "whether all that a method would train reaches the output, without weights"
     _add_model(_command(commands, "check", _check, proven))
     inspect = _command(commands, "inspect", _inspect, "what is in a file of medpeft.save")
@@ -176,6 +183,8 @@ def _plan(options: argparse.Namespace) -> Answer:
         "trainable": sum(row.parameters for row in table.rows),
         "rows": [dict(vars(row)) for row in table.rows],
     }
+    if not options.layers:
+        table = table.by_type(note="--layers lists every place")
     return Answer(values, str(table))
 
 

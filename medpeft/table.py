@@ -35,6 +35,19 @@ class Table:
         empty = [""] * (len(self.columns) - 2)
         return [*lines, ["total", *empty, _text(total)]]
 
+    def by_type(self, note: str) -> Table:
+        """Sum up the rows of each method in layers of one type, which are counted, with a note below."""
+        groups: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.method, row.type), []).append(row)
+        rows = []
+        for (method, kind), members in groups.items():
+            places = f"{len(members)} places"
+            if len(members) == 1:
+                places = members[0].layer
+            rows.append(Row(method, places, kind, sum(row.parameters for row in members)))
+        return Table(self.title, rows, self.columns, [*self.notes, note])
+
     def __str__(self) -> str:
         lines = [list(self.columns), *self.cells()]
         widths = [0] * len(self.columns)

@@ -135,8 +135,26 @@ def test_check_as_json_counts_them(capsys):
     assert json.loads(capsys.readouterr().out)["tensors"] == 2
 
 
+def test_plan_is_summed_up_by_method_and_type_of_layer(capsys):
+    assert main(["plan", ARCH, "lora+norm"]) == 0
+    *lines, total, note = capsys.readouterr().out.splitlines()
+    planned = medpeft.plan(timm.create_model(ARCH, num_classes=2), "lora+norm")
+    rows = [line.split() for line in lines[4:-1]]
+    sites = len(planned.sites)
+    assert rows[0][:4] == ["lora", str(sites), "places", "Linear"]
+    assert [row[0] for row in rows] == ["lora", "norm", "head"]
+    assert total.split() == ["total", f"{planned.trainable:,}"]
+    assert note == "--layers lists every place"
+
+
+def test_a_package_that_is_missing_is_named_with_the_way_to_get_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(["plan", ARCH, "lora"]) == 1
+    assert "Install it: python -m pip install timm" in capsys.readouterr().err
+
+
 def test_plan_is_an_aligned_table_with_a_total(capsys):
-    assert main(["plan", ARCH, "ssf", "--option", "sites=norm", "--exclude", "blocks.0.*"]) == 0
+    assert main(["plan", ARCH, "ssf", "--layers", "--option", "sites=norm", "--exclude", "blocks.0.*"]) == 0
     *lines, total = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["method", "layer", "type", "parameters"]
     assert total.startswith("total")
