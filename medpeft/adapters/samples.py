@@ -17,6 +17,9 @@ from ..sharding import whole
 from .adapter import weight_name
 from .record import Adapted, Applied, own_tensors
 
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+"""Types of which torch cannot take elements, with those that it takes the same bytes by."""
+
 SAMPLES = 256
 """Elements taken of each tensor."""
 
@@ -29,6 +32,8 @@ def sample(tensor: Tensor) -> Tensor:
     flat = tensor
     if tensor.element_size() == 1:
         flat = tensor.view(torch.uint8)  # torch can take elements of few types of that size; not of float8.
+    elif tensor.dtype in _SIGNED:
+        flat = tensor.view(_SIGNED[tensor.dtype])
     taken = torch.take(flat, _positions(flat.numel()).to(flat.device))
     return taken.cpu().view(tensor.dtype)
 

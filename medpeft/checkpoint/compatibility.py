@@ -14,12 +14,16 @@ from ..adapters.record import Adapted, Applied, own_state, own_tensors
 from ..adapters.registry import find
 from ..architecture.layers import within
 from ..errors import CheckpointError, MedpeftError, listed
+from ..surgery.install import Built
 from .file import short
 from .fingerprint import class_of, identify, label
 from .header import Header
 from .messages import as_lines, clip
 
 Described = TypeVar("Described")
+
+_ALWAYS_ALLOWED = 2**22
+"""Numbers beside those of the file that adapters of the smallest model may have: 16 MiB."""
 
 
 @dataclass(frozen=True)
@@ -86,20 +90,25 @@ def saved_record(header: Header) -> Applied:
     """Read the record in the file; options that its methods got since then have their defaults.
 
     Raises:
-        CheckpointError: a method is unknown.
+        CheckpointError: a method is unknown, or an option has a value that it cannot have.
     """
     record = Applied.from_json(header.document)
     for name, options in header.methods.items():
         try:
-            record.methods[name] = {**find(name).options, **options}
+            method = find(name)
         except MedpeftError as error:
             raise CheckpointError(
                 f"{header.name}: {clip(error, 2000)} If it is a method of your own, import the file that "
                 "registers it before loading."
             ) from None
-    for method, layer, _ in record.sites:
-        if method not in record.methods:
-            adapted = f"{clip(repr(layer))} is adapted by {clip(repr(method))}"
+        record.methods[name] = {**method.options, **options}
+        try:
+            method.require_options(record.methods[name])
+        except MedpeftError as error:
+            raise CheckpointError(f"{header.name}: {clip(error, 2000)}") from None
+    for used, layer, _ in record.sites:
+        if used not in record.methods:
+            adapted = f"{clip(repr(layer))} is adapted by {clip(repr(used))}"
             raise CheckpointError(f"{header.name}: {adapted}, which is none of its methods.")
     return record
 
@@ -112,6 +121,8 @@ def require_same_methods(header: Header, model: nn.Module, record: Applied, skip
     else:
         lines = differences(_options(saved), _options(record), _OPTIONS)
         lines += differences(_places(saved, skipped), _places(record, skipped), _PLACES)
+    if not lines and _order(saved) != _order(record):
+        lines.append(f"order of adapters: {_order(saved)} in the file, {_order(record)} here")
     if saved.batchnorm != record.batchnorm:
         lines.append(f"batchnorm: {saved.batchnorm!r} in the file, {record.batchnorm!r} here")
     if lines:
@@ -119,6 +130,11 @@ def require_same_methods(header: Header, model: nn.Module, record: Applied, skip
             f"{header.name} does not fit this {type(model).__name__}, which is adapted in another way:\n  "
             f"{as_lines(lines)}\nCall medpeft.remove(model) first, or load into a fresh model."
         )
+
+
+def _order(record: Applied) -> str:
+    """Name the methods in the order in which their adapters act on a layer."""
+    return ", ".join(dict.fromkeys(method for method, _, _ in record.sites))
 
 
 def _options(record: Applied) -> dict[str, object]:
@@ -180,6 +196,31 @@ def _first(items: Sequence[str], most: int = 3) -> str:
     if len(items) > most:
         shown += f", and {len(items) - most} more"
     return shown
+
+
+def require_proportion(model: nn.Module, built: Sequence[Built]) -> None:
+    """Raise `CheckpointError` if adapters would take far more memory than the model, beside the file.
+
+    Random projections and singular vectors are not in a file: a few numbers in its header choose their sizes.
+
+    Args:
+        model: The model.
+        built: Its adapters, on the meta device.
+    """
+    sizes: dict[int, int] = {}
+    for item in built:
+        for module in (item.adapter, *item.adapter.shared.values()):
+            saved = set(module.state_dict())
+            for name, buffer in module.named_buffers():
+                if name not in saved:
+                    sizes[id(buffer)] = buffer.numel()
+    beside = sum(sizes.values())
+    own = sum(tensor.numel() for _, tensor in own_tensors(model))
+    if beside > max(4 * own, _ALWAYS_ALLOWED):
+        raise CheckpointError(
+            f"By its options, the file asks for adapters with {beside:,} numbers beside those that it holds, "
+            f"and this {class_of(model).__name__} has {own:,}: it was not written for such a model."
+        )
 
 
 def require_fit(

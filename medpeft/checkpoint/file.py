@@ -17,6 +17,7 @@ import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ MAX_DEPTH = 16
 """Levels of the deepest JSON that is read."""
 
 _MAX_DIMS = 12
+
+_WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -119,6 +122,8 @@ def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
         target = os.path.realpath(path)
         if os.path.exists(target) and not os.path.isfile(target):
             raise CheckpointError(f"{path} is no file that can be written over.")
+        if os.path.exists(target) and not os.stat(target).st_mode & _WRITABLE:
+            raise CheckpointError(f"{path} is read-only: make it writable, or choose another name.")
         unfinished = os.path.join(os.path.dirname(target), f".medpeft-{secrets.token_hex(8)}.tmp")
         try:
             _write_beside(target, unfinished, tensors, metadata)

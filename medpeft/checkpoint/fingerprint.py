@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters.record import own_tensors
 from ..adapters.samples import sample
+from ..errors import CheckpointError
 from ..sharding import whole
 from .file import digest, short
 from .messages import printable
@@ -80,5 +81,28 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _sample(tensor: Tensor) -> str:
-    """Digest of elements from all over the tensor."""
-    return digest(sample(whole(tensor)).view(torch.uint8).numpy().tobytes(), size=8)
+    """Digest of elements from all over the tensor.
+
+    Raises:
+        CheckpointError: its elements cannot be read.
+    """
+    full = whole(tensor)
+    inner = _inner_tensors(full)
+    if inner:
+        return digest(" ".join(map(_sample, inner)).encode(), size=8)
+    try:
+        return digest(sample(full).contiguous().view(torch.uint8).numpy().tobytes(), size=8)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        raise CheckpointError(
+            f"The model holds a {type(full).__name__} of {short(full.dtype)} ({full.layout}) whose values "
+            f"cannot be read to tell its base from others: {error}"
+        ) from error
+
+
+def _inner_tensors(tensor: Tensor) -> list[Tensor]:
+    """List the plain tensors that a quantised one is made of; none for a plain tensor."""
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return []
+    names, _ = flatten()
+    return [getattr(tensor, name) for name in names]

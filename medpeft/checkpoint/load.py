@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.batchnorm import statistics_names
-from ..adapters.record import Adapted, Applied, adapted_inside, applied, own_tensors, trained_tensors
+from ..adapters.options import require_options
+from ..adapters.record import (
+    Adapted,
+    Applied,
+    adapted_inside,
+    applied,
+    own_tensors,
+    require_model,
+    trained_tensors,
+)
 from ..architecture.layers import within
 from ..errors import CheckpointError, MedpeftError, require_choice
 from ..sharding import is_sharded, overwrite, reshard
@@ -24,6 +33,7 @@ from .compatibility import (
     outside,
     require_base,
     require_fit,
+    require_proportion,
     require_same_methods,
     require_values,
     saved_record,
@@ -108,7 +118,10 @@ def load(
         >>> torch.equal(loaded[0].adapters.lora.down, trained[0].adapters.lora.down)
         True
     """
+    require_model(model, path)
     require_choice("head", head, ("strict", "skip", "reinit"))
+    switches = {"check_base": check_base, "keep_base": keep_base}
+    require_options("", switches, {"check_base": bool, "keep_base": bool | None})
     prepared = _prepare(model, path, check_base=check_base, head=head, keep_base=keep_base)
     if prepared.planned is None:
         _copy(model, prepared.values)
@@ -221,7 +234,9 @@ def _expected(
     trained = dict(trained_tensors(model, record))
     # Only shapes, because the options in an unchecked file may ask for any size.
     with _options_from_file(record):
-        shapes = dict(state_of_built(build(model, planned.sites, record, shapes_only=True)))
+        built = build(model, planned.sites, record, shapes_only=True)
+    require_proportion(model, built)
+    shapes = dict(state_of_built(built))
     return {**trained, **shapes}, trained
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.adapter import weight_name
-from ..adapters.record import Adapted
+from ..adapters.record import Adapted, require_model
 from ..adapters.samples import changes_since_apply, made_of_other_weights
-from ..errors import CheckpointError, listed
+from ..errors import CheckpointError, clipped, listed
 from ..sharding import is_first, reshard, whole
 from .compatibility import require_nothing_else_trains, require_values
 from .file import MAX_DEPTH, write
@@ -51,16 +51,30 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
         ...     [file.name for file in pathlib.Path(folder).iterdir()]
         ['a.safetensors']
     """
+    require_model(model, path)
+    _require_path(path)
     reshard(model)
     adapted = Adapted.of(model)
     _require_savable(adapted)
-    copied = _as_json(metadata or {}, "metadata")
+    copied = _as_json({} if metadata is None else metadata, "metadata")
     if not isinstance(copied, dict) or not optional(list_of(text))(copied.get("classes")):
         raise CheckpointError("metadata must be a dict, and its 'classes' the names of the classes.")
     document = _document(adapted, copied)
     tensors = {name: plain(tensor) for name, tensor in adapted.saved.items()}
     if is_first(adapted.saved.values()):
         write(os.fspath(path), tensors, {KEY: compose(document, tensors)})
+
+
+def _require_path(path: object) -> None:
+    """Raise `CheckpointError` unless it is a path."""
+    if isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str):
+        return
+    hint = ""
+    if hasattr(path, "write"):
+        hint = " Save to a file, and read its bytes: pathlib.Path(path).read_bytes()."
+    raise CheckpointError(
+        f"path={clipped(path)} must be the path of a file, as text or a pathlib.Path.{hint}"
+    )
 
 
 def _document(adapted: Adapted, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -7,16 +7,22 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, clipped
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview
 
 
 def name_of(source: Source) -> str:
-    """Return the name of the file for messages."""
+    """Return the name of the file for messages.
+
+    Raises:
+        CheckpointError: it is neither a path nor bytes.
+    """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"the file given as {len(source):,} bytes"
-    return os.fspath(source)
+    if isinstance(source, (str, os.PathLike)) and isinstance(os.fspath(source), str):
+        return os.fspath(source)
+    raise CheckpointError(f"{clipped(source)} must be the path of a file, or its bytes.")
 
 
 @contextmanager

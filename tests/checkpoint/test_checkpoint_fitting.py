@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import medpeft
+from medpeft.surgery import plan as plan_module
 
 
 @pytest.fixture
@@ -188,3 +189,28 @@ def test_a_copy_that_fails_half_way_leaves_the_model_as_it_was(file, monkeypatch
         with pytest.raises(RuntimeError):
             medpeft.load(model, file)
         assert same(before, bits(model))
+
+
+def test_the_order_in_which_a_union_is_written_does_not_matter(tmp_path):
+    model = trained(Golden(), "ssf+lora")
+    medpeft.save(model, tmp_path / "a.safetensors")
+    other = medpeft.load(medpeft.apply(Golden(), "lora+ssf"), tmp_path / "a.safetensors")
+    fresh = medpeft.load(Golden(), tmp_path / "a.safetensors")
+    with torch.no_grad():
+        expected = model.eval()(example())
+        assert torch.equal(other.eval()(example()), expected)
+        assert torch.equal(fresh.eval()(example()), expected)
+
+
+def test_a_file_whose_adapters_act_in_another_order_is_refused_where_they_act_already(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        plan_module, "in_order", list
+    )  # Files of earlier versions keep the order of the union.
+    model = trained(Golden(), "ssf+lora")
+    medpeft.save(model, tmp_path / "a.safetensors")
+    monkeypatch.undo()
+    fresh = medpeft.load(Golden(), tmp_path / "a.safetensors")
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(example()), model.eval()(example()))
+    message = refusal(medpeft.apply(Golden(), "ssf+lora"), tmp_path / "a.safetensors")
+    assert "order of adapters: ssf, lora in the file, lora, ssf here" in message

@@ -5,8 +5,10 @@ import resource
 import pytest
 import torch
 from small_checkpoints import Small, adapted, attempt, saved_small, summary_is_whole_or_refused
+from torch import nn
 
 import medpeft
+from medpeft.adapters.record import Adapted
 from medpeft.checkpoint.file import write
 from medpeft.checkpoint.header import KEY, compose
 
@@ -149,3 +151,43 @@ def test_a_file_of_thousands_of_misfits_makes_a_short_message(whole, tmp_path):
                 message = str(caught.value)
                 assert len(message) < 5000, path.name
                 assert message.count("\n") < 20, path.name
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value"),
+    [("svdiff", "scale", "x"), ("svdiff", "scale", [1]), ("vera", "parts", 3), ("vera", "d_initial", 1e308),
+     ("lora", "rank", 10**20), ("lora", "dora", 1), ("vera", "rank", 2.0)],
+)  # fmt: skip
+def test_options_in_a_file_are_checked_as_arguments_are(method, option, value, tmp_path):
+    def model():
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+
+    donor = medpeft.apply(model(), method, target="0", head="1")
+    medpeft.save(donor, tmp_path / "a")
+    document = medpeft.inspect(tmp_path / "a").document
+    document.pop("content")
+    document["methods"][method][option] = value
+    tensors = {name: t.detach() for name, t in Adapted.of(donor).saved.items()}
+    write(str(tmp_path / "forged"), tensors, {KEY: compose(document, tensors)})
+    with pytest.raises(medpeft.CheckpointError, match=f"'{method}': {option}="):
+        medpeft.load(model(), tmp_path / "forged")
+
+
+def test_a_small_file_cannot_ask_for_large_projections(tmp_path):
+    def model():
+        return nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 2))
+
+    rank = 50_000
+    medpeft.save(medpeft.apply(model(), "vera", rank=4, target="0", head="1"), tmp_path / "a")
+    header = medpeft.inspect(tmp_path / "a")
+    document = {key: value for key, value in header.document.items() if key != "content"}
+    document["methods"]["vera"]["rank"] = rank
+    tensors = {}
+    for name, entry in header.tensors.items():
+        tensors[name] = torch.zeros(rank if name.endswith(".d") else entry.shape, dtype=entry.dtype)
+    write(str(tmp_path / "bomb"), tensors, {KEY: compose(document, tensors)})
+    message = (
+        "asks for adapters with 25,600,000 numbers beside those that it holds, and this Sequential has 66,306"
+    )
+    with pytest.raises(medpeft.CheckpointError, match=message):
+        medpeft.load(model(), tmp_path / "bomb", check_base=False)

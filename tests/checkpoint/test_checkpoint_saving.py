@@ -92,3 +92,72 @@ def test_parameters_that_train_and_are_not_saved_are_refused(method, tmp_path):
     model.auxiliary = torch.nn.Linear(2, 2)
     with pytest.raises(medpeft.CheckpointError, match=r"'auxiliary\.weight' and 1 more would train"):
         medpeft.save(model, tmp_path / "adapter.safetensors")
+
+
+def test_a_read_only_file_is_not_replaced(file):
+    before = file.read_bytes()
+    file.chmod(0o444)
+    with pytest.raises(
+        medpeft.CheckpointError, match="is read-only: make it writable, or choose another name"
+    ):
+        medpeft.save(trained(Golden(), "lora"), file)
+    assert file.read_bytes() == before
+    file.chmod(0o644)
+    medpeft.save(trained(Golden(), "lora"), file)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.bool])
+def test_a_buffer_of_any_type_is_part_of_the_base(dtype, tmp_path):
+    def base(value):
+        model = Golden()
+        model.register_buffer("table", torch.full((3, 2), value).to(dtype))
+        return model
+
+    medpeft.save(trained(base(1), "lora"), tmp_path / "a.safetensors")
+    medpeft.load(base(1), tmp_path / "a.safetensors")
+    with pytest.raises(
+        medpeft.CheckpointError, match=r"1 of \d+ frozen tensors are not those of its base: 'table'"
+    ):
+        medpeft.load(base(0), tmp_path / "a.safetensors")
+
+
+class Quantised(torch.Tensor):
+    """A weight of bytes and a scale that, as those of torchao, has no operators but a product."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    def __tensor_flatten__(self):
+        return ["values", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scale)
+        raise NotImplementedError(f"{func} of quantised tensors")
+
+
+def test_a_quantised_weight_is_told_from_others_by_what_it_is_made_of(tmp_path):
+    def base(value):
+        model = Golden()
+        weight = Quantised(torch.full((4, 4), value, dtype=torch.int8), torch.ones(4))
+        model.packed = nn.Parameter(weight, requires_grad=False)
+        return model
+
+    medpeft.save(medpeft.apply(base(1), "lora"), tmp_path / "a.safetensors")
+    medpeft.load(base(1), tmp_path / "a.safetensors")
+    with pytest.raises(medpeft.CheckpointError, match="frozen tensors are not those of its base: 'packed'"):
+        medpeft.load(base(2), tmp_path / "a.safetensors")
+
+
+def test_a_buffer_whose_values_cannot_be_read_is_named_in_words(tmp_path):
+    model = Golden()
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    with pytest.raises(
+        medpeft.CheckpointError, match=r"a Tensor of float32 \(torch.sparse_coo\) whose values"
+    ):
+        medpeft.save(medpeft.apply(model, "lora"), tmp_path / "a.safetensors")
