@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.record import own_tensors
-from ..adapters.samples import sample
+from ..adapters.samples import has_drifted, sample
 from ..errors import CheckpointError
 from ..sharding import whole
 from .file import digest, short
 from .messages import printable
 
 
-def identify(model: nn.Module, frozen: Callable[[str], bool]) -> dict[str, Any]:
+def identify(
+    model: nn.Module, frozen: Callable[[str], bool], samples: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
     """Describe a base, as JSON, so that another base has another description.
 
     A sample of every frozen tensor, spread over all of it, is hashed. This costs far less than
@@ -27,6 +29,8 @@ def identify(model: nn.Module, frozen: Callable[[str], bool]) -> dict[str, Any]:
     Args:
         model: The model, adapted or not; of a sharded one every rank has to take part.
         frozen: Which of the model's own parameters and persistent buffers belong to the base, by name.
+        samples: Samples of the base at `apply`, by name. They stand for values that only drifted from them by
+            rounding, as those of an averaged model do.
 
     Returns:
         Class, timm's architecture and tag ("" where not known), digests of all shapes and of all samples, and
@@ -37,7 +41,7 @@ def identify(model: nn.Module, frozen: Callable[[str], bool]) -> dict[str, Any]:
     shapes, values = [], []
     for name, tensor in own_tensors(model):
         if frozen(name):
-            tensors[name] = f"{_shape(tensor)} {_sample(tensor)}"
+            tensors[name] = f"{_shape(tensor)} {_sample(tensor, (samples or {}).get(name))}"
             shapes.append(f"{name} {_shape(tensor)}")
             values.append(f"{name} {tensors[name]}")
     return {
@@ -80,8 +84,8 @@ def _shape(tensor: Tensor) -> str:
     return f"{'x'.join(map(str, tensor.shape)) or 'scalar'} {short(tensor.dtype)}"
 
 
-def _sample(tensor: Tensor) -> str:
-    """Digest of elements from all over the tensor.
+def _sample(tensor: Tensor, before: Tensor | None = None) -> str:
+    """Digest of elements from all over the tensor, or of those of `before` that drifted to them.
 
     Raises:
         CheckpointError: its elements cannot be read.
@@ -91,7 +95,10 @@ def _sample(tensor: Tensor) -> str:
     if inner:
         return digest(" ".join(map(_sample, inner)).encode(), size=8)
     try:
-        return digest(sample(full).contiguous().view(torch.uint8).numpy().tobytes(), size=8)
+        taken = sample(full).contiguous()
+        if before is not None and has_drifted(before, taken):
+            taken = before
+        return digest(taken.view(torch.uint8).numpy().tobytes(), size=8)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         raise CheckpointError(
             f"The model holds a {type(full).__name__} of {short(full.dtype)} ({full.layout}) whose values "

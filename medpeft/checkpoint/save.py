@@ -90,7 +90,7 @@ def _document(adapted: Adapted, metadata: dict[str, Any]) -> dict[str, Any]:
         **record.to_json(),
         "methods": methods,
         "input": _input(adapted.model),
-        "base": identify(adapted.model, lambda name: name not in trained),
+        "base": identify(adapted.model, lambda name: name not in trained, record.samples),
         "metadata": metadata,
     }
 

@@ -59,6 +59,7 @@ def _build_at(
 ) -> list[Built]:
     """Build the adapter of one site and the adapters of its partners."""
     method, site = planned
+    _require_plain_shape(method, site)
     device, dtype = _place(site, model)
     if shapes_only or device.type == "meta":
         device, built_on = torch.device("meta"), "meta"
@@ -73,10 +74,7 @@ def _build_at(
         shared=shared.setdefault((method.name, device), {}),
     )
     with torch.device(built_on):
-        adapter = method.define(
-            replace(site, draft=draft), **method.options_of_adapter(record.methods[method.name])
-        )
-    assert isinstance(adapter, Adapter)
+        adapter = _adapter_of(method, replace(site, draft=draft), record)
     _require_acting(method, site, adapter)
     built = [Built(method, site, adapter)]
     for partner in site.partners:
@@ -89,6 +87,44 @@ def _build_at(
         for module in item.adapter.shared.values():
             module.to(device=device, dtype=record.dtype or dtype)
     return built
+
+
+def _require_plain_shape(method: Method, site: Site) -> None:
+    """Raise if a linear layer keeps its weight packed, several numbers to a byte."""
+    if site.kind != "linear" or not isinstance(site.layer, nn.Linear):
+        return
+    expected = (site.layer.out_features, site.layer.in_features)
+    shape = tuple(site.layer.weight.shape)
+    if shape != expected:
+        raise MedpeftError(
+            f"The weight of {site.name} ({type(site.layer).__name__}) is {shape} in place of {expected}: it is "
+            f"packed, as in 4 bits, and {method.name!r} cannot read it. Apply to the layer before it is "
+            "quantised, or exclude it."
+        )
+
+
+def _adapter_of(method: Method, site: Site, record: Applied) -> Adapter:
+    """Make the adapter of a site.
+
+    Raises:
+        MedpeftError: it would change a weight of integers, which cannot take its small changes.
+    """
+    weight = site.tensor(site.weight) if site.weight else None
+    is_quantised = weight is not None and not (weight.is_floating_point() or weight.is_complex())
+    refusal = MedpeftError(
+        f"{method.name!r} changes or takes apart the weight of {site.name}, which is quantised: exclude it, or "
+        "use a method that acts on the layer's output, such as 'lora' or 'ssf'."
+    )
+    try:
+        adapter = method.define(site, **method.options_of_adapter(record.methods[method.name]))
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        if is_quantised:
+            raise refusal from error
+        raise
+    assert isinstance(adapter, Adapter)
+    if is_quantised and "weight" in adapter.acts_on:
+        raise refusal
+    return adapter
 
 
 def _require_acting(method: Method, site: Site, adapter: Adapter) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import medpeft
 
@@ -168,3 +169,52 @@ def test_weights_tied_after_apply_are_the_same_base():
     medpeft.apply(model, "ssf", head="2")
     model[1].weight = model[0].weight
     medpeft.remove(model)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.999])
+def test_an_averaged_model_has_the_base_of_apply(decay, tmp_path):
+    model = medpeft.apply(mlp(0), "lora", target="0", head="2", rank=2)
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(decay))
+    for _ in range(100):
+        with torch.no_grad():
+            model[0].adapters.lora.up.add_(0.01)
+        average.update_parameters(model)
+    assert not torch.equal(average.module[0].weight, model[0].weight)  # torch averages frozen weights too
+    medpeft.save(average.module, tmp_path / "average.safetensors")
+    loaded = medpeft.load(mlp(0), tmp_path / "average.safetensors")
+    assert torch.allclose(loaded(X), average.module(X), atol=1e-5)
+
+
+def test_a_base_that_was_trained_a_little_is_another(tmp_path):
+    model = medpeft.apply(mlp(0), "lora", target="0", head="2", rank=2)
+    with torch.no_grad():
+        model[0].weight.add_(1e-5 * torch.randn(8, 8).sign())  # as a step of Adam at a small rate
+    medpeft.save(model, tmp_path / "a.safetensors")
+    with pytest.raises(medpeft.CheckpointError, match=r"'0\.weight'"):
+        medpeft.load(mlp(0), tmp_path / "a.safetensors")
+
+
+class Packed(nn.Linear):
+    """A linear layer of four bits a number, as bitsandbytes keeps them."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.weight = nn.Parameter(torch.randint(0, 256, (32, 1), dtype=torch.uint8), requires_grad=False)
+
+
+@pytest.mark.parametrize("method", ["lora", "ssf", "svdiff", "vera", "fact", "ia3"])
+def test_a_packed_weight_is_refused(method):
+    model = nn.Sequential(Packed(), nn.Tanh(), nn.Linear(8, 2))
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"weight of 0 \(Packed\) is \(32, 1\) in place of \(8, 8\)"
+    ):
+        medpeft.apply(model, method, target="0", head="2")
+    assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+@pytest.mark.parametrize(("method", "options"), [("svdiff", {}), ("lora", {"dora": True})])
+def test_a_weight_of_integers_is_not_changed(method, options):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+    model[0].weight = nn.Parameter(torch.randint(-9, 9, (8, 8), dtype=torch.int8), requires_grad=False)
+    with pytest.raises(medpeft.MedpeftError, match="weight of 0, which is quantised"):
+        medpeft.apply(model, method, target="0", head="2", **options)
