@@ -97,8 +97,8 @@ def _require_plain_shape(method: Method, site: Site) -> None:
     shape = tuple(site.layer.weight.shape)
     if shape != expected:
         raise MedpeftError(
-            f"The weight of {site.name} ({type(site.layer).__name__}) is {shape} in place of {expected}: it is "
-            f"packed, as in 4 bits, and {method.name!r} cannot read it. Apply to the layer before it is "
+            f"The weight of {site.name} ({type(site.layer).__name__}) is {shape} in place of {expected}: it "
+            f"is packed, as in 4 bits, and {method.name!r} cannot read it. Apply to the layer before it is "
             "quantised, or exclude it."
         )
 
@@ -112,8 +112,8 @@ def _adapter_of(method: Method, site: Site, record: Applied) -> Adapter:
     weight = site.tensor(site.weight) if site.weight else None
     is_quantised = weight is not None and not (weight.is_floating_point() or weight.is_complex())
     refusal = MedpeftError(
-        f"{method.name!r} changes or takes apart the weight of {site.name}, which is quantised: exclude it, or "
-        "use a method that acts on the layer's output, such as 'lora' or 'ssf'."
+        f"{method.name!r} changes or takes apart the weight of {site.name}, which is quantised: exclude it, "
+        "or use a method that acts on the layer's output, such as 'lora' or 'ssf'."
     )
     try:
         adapter = method.define(site, **method.options_of_adapter(record.methods[method.name]))
