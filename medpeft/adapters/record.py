@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from .adapter import Adapter, state_of
 from .adapters import Adapters
 
 _NAME = "_medpeft"
+
+
+BatchNormPolicy = Literal["frozen", "adapt"]
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Applied:
     sites: list[tuple[str, str, str]]
     selected: dict[str, str]
     head: tuple[str, ...]
-    batchnorm: str
+    batchnorm: BatchNormPolicy
     statistics: list[str]
     trained_before: dict[str, bool]
     base: dict[str, Tensor] | None

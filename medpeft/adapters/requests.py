@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..errors import MedpeftError, clipped, did_you_mean, require
 from .registry import Method, find
 
-Methods = str | Mapping[str, Mapping[str, Any] | None]
+# fmt: off
+Name = Literal[
+    "full", "linear_probe", "bn", "ln", "norm", "attention", "bias", "bitfit", "adaptformer", "houlsby",
+    "pfeiffer", "adapter_plus", "conv_adapter", "convpass", "difffit", "fact", "ia3", "lora", "oft", "prefix",
+    "repadapter", "tsa", "residual_adapter", "ssf", "svdiff", "vera", "vpt_deep", "vpt_shallow",
+]
+# fmt: on
+"""The methods of this package, so that an editor completes them; others may be registered."""
+
+Methods = Name | str | Mapping[str, Mapping[str, Any] | None]
 
 _OF_APPLY = ("target", "exclude", "head", "batchnorm", "keep_base", "dtype", "seed")
 """Keywords of `apply` that are no options of a method."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from torch import nn
 
 from ..errors import MedpeftError, clipped
 from .layers import child_at
 
-Head = str | Sequence[str] | None
+Head = Literal["auto"] | str | Sequence[str] | None
 
 # Attributes that hold the last layer, in the order in which they are looked up.
 _TORCHVISION = ("heads", "head", "fc", "classifier")

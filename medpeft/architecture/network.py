@@ -16,8 +16,6 @@ from .layers import erases_scale, is_conv, is_mlp, kind_of, norm_channels, own_t
 from .site import Draft, Reader, Site
 from .weight_reads import overwrites, reads
 
-ROLES = ("attention", "mlp", "linear", "conv", "norm", "embedding")
-
 # Names of the norm before a block's MLP, in the libraries' blocks.
 _NORM_BEFORE_MLP = (
     *("norm2", "ln_2", "layernorm_after", "layer_norm2"),
@@ -244,7 +242,7 @@ class Network:
         return {name: (_nearest(name, layers), _nearest(name, blocks)) for name in self.modules}
 
     def has_role(self, name: str, role: str) -> bool:
-        """Whether the layer has one of `ROLES`, itself or through a module around it."""
+        """Whether the layer has a role of a target, itself or through a module around it."""
         if role == "attention":
             return bool(self.layer(name).attention)
         if role == "mlp":

@@ -6,15 +6,19 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal, get_args
 
 from torch import nn
 
 from ..errors import MedpeftError, clipped, did_you_mean
-from .network import ROLES, Network
+from .network import Network
+
+Role = Literal["attention", "mlp", "linear", "conv", "norm", "embedding"]
+ROLES: tuple[Role, ...] = get_args(Role)
 
 Predicate = Callable[[str, nn.Module], bool]
 
-Pattern = str | re.Pattern[str] | type[nn.Module] | Predicate
+Pattern = Role | str | re.Pattern[str] | type[nn.Module] | Predicate
 
 Target = Pattern | Sequence[Pattern] | None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.batchnorm import freeze_statistics, release_statistics
-from ..adapters.record import Adapted, require_applied, set_applied, trained_tensors
+from ..adapters.record import Adapted, BatchNormPolicy, require_applied, set_applied, trained_tensors
 from ..adapters.requests import Methods
 from ..adapters.running import switching
 from ..adapters.samples import changes_since_apply, sample_base
@@ -30,7 +30,7 @@ def apply(
     target: Target = None,
     exclude: Target = None,
     head: Head = "auto",
-    batchnorm: str | None = None,
+    batchnorm: BatchNormPolicy | None = None,
     keep_base: bool | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapters.batchnorm import statistics_names
 from ..adapters.options import require_common
-from ..adapters.record import Applied
+from ..adapters.record import Applied, BatchNormPolicy
 from ..adapters.registry import Method, find
 from ..adapters.requests import Methods, Request, resolve
 from ..architecture.head import Head, find_head
@@ -90,7 +90,7 @@ def plan(
     target: Target = None,
     exclude: Target = None,
     head: Head = "auto",
-    batchnorm: str | None = None,
+    batchnorm: BatchNormPolicy | None = None,
     keep_base: bool | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -137,7 +137,7 @@ def _record(
     sites: list[Planned],
     selected: dict[str, str],
     head: tuple[str, ...],
-    batchnorm: str | None,
+    batchnorm: BatchNormPolicy | None,
     keep_base: bool | None,
 ) -> Applied:
     """Make the record that `apply` would leave on the model, with defaults for `batchnorm` and `keep_base`.

@@ -1,5 +1,7 @@
 """Methods by name, their options, and methods of the user's own."""
 
+from typing import get_args
+
 import pytest
 import torch
 from models import example, make, output, randomise_adapters
@@ -8,6 +10,7 @@ from torch import nn
 import medpeft
 from medpeft.adapters import registry
 from medpeft.adapters.registry import find
+from medpeft.adapters.requests import Name
 
 BUILT_IN = [
     "full", "linear_probe", "bn", "ln", "norm", "attention", "bias", "bitfit", "adaptformer", "lora", "tsa", "ssf", "svdiff"
@@ -283,3 +286,8 @@ def test_every_value_that_a_search_would_try_can_be_applied(method):
         for value in values:
             planned = medpeft.plan(make("vit"), method, **{option: value})
             assert planned.trainable > 0
+
+
+def test_an_editor_is_told_every_method_of_the_package():
+    built_in = [name for name in medpeft.methods() if find(name).define.__module__.startswith("medpeft.")]
+    assert list(get_args(Name)) == built_in
