@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
-from torchvision.utils import make_grid  # type: ignore[import-untyped]
+from torchvision.utils import make_grid
 
 LINE = "#0072B2"  # from the palette of Okabe and Ito, told apart with any colour vision
 

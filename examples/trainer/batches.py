@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.transforms import v2  # type: ignore[import-untyped]
+from torchvision.transforms import v2
 
 from .images import Images, Integers
 from .order import FILLER, IGNORED, Key, Order
