@@ -5,7 +5,7 @@ A frozen layer does not need its own output again, so it may, unless
 - the layer has a forward of its own, whose output somebody else may hold,
 - the step that made the output needs it again in backward,
 - `torch.compile` fuses steps by itself, or `torch.jit.trace` records them, which it cannot of our kernels,
-- a transform of functorch or autocast changes what the steps do.
+- a transform of functorch, forward-mode differentiation or autocast changes what the steps do.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 # Looked up once: these are asked in every forward of every adapted layer.
@@ -46,6 +47,8 @@ def eager(x: Tensor) -> bool:
     """Whether operations on `x` run as written: not compiled, traced, transformed or cast by autocast."""
     if is_compiling() or _is_tracing() or _transforms() is not None or x.dtype not in _FULL_PRECISION:
         return False
+    if forward_ad._current_level >= 0:  # Within `forward_ad.dual_level`, for which the kernels have no rule.
+        return False
     # To ask about one kind of device costs as much as a small operation.
     return not _autocasts_anywhere() or not torch.is_autocast_enabled(x.device.type)
 
@@ -53,4 +56,4 @@ def eager(x: Tensor) -> bool:
 def _keeps_its_output(step: Any) -> bool:
     """Whether a step needs its own output in backward, as SSF does where it comes before another adapter."""
     # torch's own steps, sigmoid for one, name it `result`.
-    return hasattr(type(step), "_saved_result") or getattr(step, "invertible", False)
+    return hasattr(type(step), "_saved_result") or getattr(step, "keeps_output", False)

@@ -67,6 +67,11 @@ class Geometry:
         return len(self.kernel)
 
     @property
+    def channel_axis(self) -> int:
+        """Axis of the channels, from the end: also in one image without a batch, (C, H, W)."""
+        return -1 - self.dims
+
+    @property
     def same_size_as_1x1(self) -> bool:
         """Whether a 1×1 kernel of the same stride gives an output of the layer's size for some input."""
         if not self.before:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import ON_INPUT, ON_OUTPUT, Adapter, along, scale_columns
 from ..adapters.in_place import in_place, writes_fresh_output
-from ..adapters.kernels import scale_shift
 from ..adapters.registry import register
+from ..adapters.scale_shift import scale_shift
 from ..architecture.blocks import feed_forwards
 from ..architecture.layers import channel_axis
 from ..architecture.network import Network

@@ -154,7 +154,7 @@ class LoRA(Adapter):
             change = change - self._change(x, self.down_start, self.up_start, y.dtype)
         channel_axis = -1
         if self.geometry is not None:
-            channel_axis = 1
+            channel_axis = self.geometry.channel_axis
         return y + place_channels(change, self.rows, y, channel_axis)
 
     def _add_in_place(self, x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ class LoRA(Adapter):
             x = self.dropout(x)
         if self.geometry is not None:
             hidden = self.geometry.convolve(x, self.geometry.as_kernel(down))
-            return add_pointwise(y, hidden, up, self.scale)
+            return add_pointwise(y, hidden, up, self.scale, self.geometry.channel_axis)
         return add_low_rank(y, x, down, up, self.scale, self.rows, self.even_rows)
 
     def _change(self, x: Tensor, down: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
@@ -187,16 +187,13 @@ class LoRA(Adapter):
 
     def _convolved(self, x: Tensor, down: Tensor, up: Tensor, geometry: Geometry) -> Tensor:
         """A as a convolution of every group of channels, then B as a 1×1 one."""
-        groups = geometry.groups
-        if groups > 1:
-            x = x.unflatten(1, (groups, -1)).flatten(0, 1)  # (N, G·C, …) → (N·G, C, …)
-        hidden = geometry.convolve(x, geometry.as_kernel(down))
-        if groups > 1:
-            hidden = hidden.unflatten(0, (-1, groups)).flatten(1, 2)  # (N·G, r, …) → (N, G·r, …)
+        groups, axis = geometry.groups, geometry.channel_axis
+        kernel = geometry.as_kernel(torch.cat([down] * groups))  # (r, C·k·…) → (G·r, C, k, …)
+        hidden = geometry.convolve(x, kernel, groups)
         if len(self.sizes) == 1:
             return geometry.pointwise(hidden, up, groups, strided=False)
         # (N, parts·r, …) → (N, …, parts·r), and back with the channels of the parts
-        return self._projected(hidden.movedim(1, -1), up).movedim(-1, 1)
+        return self._projected(hidden.movedim(axis, -1), up).movedim(-1, axis)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """W + s·B·A; with DoRA m·(W + s·B·A)/‖W + s·B·A‖, row by row."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import ON_WEIGHT, Adapter, along, scale_columns
 from ..adapters.in_place import in_place, writes_fresh_output
-from ..adapters.kernels import scale_shift
 from ..adapters.registry import register
+from ..adapters.scale_shift import scale_shift
 from ..architecture.layers import channel_axis, is_scaling_norm, norm_channels
 from ..architecture.network import Network
 from ..architecture.site import Site

@@ -1,5 +1,6 @@
-"""What is written in place has the gradients of the plain expression, and refuses what it cannot do."""
+"""What is written in place has the gradients of the plain expression, first and second."""
 
+import copy
 import importlib
 
 import pytest
@@ -8,7 +9,9 @@ from models import FAMILIES, example, make, output, randomise_adapters
 
 import medpeft
 from medpeft.adapters import bias_gradients as biases
-from medpeft.adapters.kernels import AddLowRank, AddPointwise, ScaleShift, SumToBias
+from medpeft.adapters.kernels import SumToBias, add_low_rank, add_pointwise
+from medpeft.adapters.scale_shift import scale_shift
+from medpeft.architecture.rows import Rows
 
 # Every method whose adapters write into their layer's output, and one family of each kind of layer.
 PAIRS = [
@@ -59,18 +62,32 @@ def _random(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+PARTS = (Rows("q", 0, 2), Rows("v", 5, 3))
 KERNELS = {
-    "AddLowRank": (
-        lambda y, x, a, b: AddLowRank.apply(y.clone(), x, a, b, 0.7, 2),
-        [(2, 5, 9), (2, 5, 6), (3, 6), (4, 3)],
+    "add_low_rank": (
+        lambda y, x, a, b: add_low_rank(y.clone(), x, a, b, 0.7),
+        [(2, 5, 4), (2, 5, 6), (3, 6), (4, 3)],
     ),
-    "AddPointwise": (
-        lambda y, h, b: AddPointwise.apply(y.clone(), h, b, 0.7),
+    "add_low_rank to parts": (
+        lambda y, x, a, b: add_low_rank(y.clone(), x, a, b, 0.7, PARTS),
+        [(2, 5, 9), (2, 5, 6), (6, 6), (5, 3)],
+    ),
+    "add_low_rank to one vector": (
+        lambda y, x, a, b: add_low_rank(y.clone(), x, a, b, 0.7),
+        [(4,), (6,), (3, 6), (4, 3)],
+    ),
+    "add_pointwise": (
+        lambda y, h, b: add_pointwise(y.clone(), h, b, 0.7, -3),
         [(2, 4, 3, 3), (2, 2, 3, 3), (4, 2)],
     ),
-    "ScaleShift": (lambda y, s, b: ScaleShift.apply(y.clone(), s + 3, b, 1), [(2, 4, 3), (4,), (4,)]),
-    "ScaleShift near zero": (
-        lambda y, s, b: ScaleShift.apply(y.clone(), s * 1e-3, b, -1),
+    "add_pointwise to one image": (
+        lambda y, h, b: add_pointwise(y.clone(), h, b, 0.7, -3),
+        [(4, 3, 3), (2, 3, 3), (4, 2)],
+    ),
+    "scale_shift": (lambda y, s, b: scale_shift(y.clone(), s + 3, b, 1), [(2, 4, 3), (4,), (4,)]),
+    "scale_shift of one vector": (lambda y, s, b: scale_shift(y.clone(), s + 3, b, -1), [(4,), (4,), (4,)]),
+    "scale_shift near zero": (
+        lambda y, s, b: scale_shift(y.clone(), s * 1e-3, b, -1),
         [(2, 3, 4), (4,), (4,)],
     ),
     "SumToBias": (lambda y, b: SumToBias.apply(y.clone() + b.detach()[:, None], b, 1), [(2, 4, 3), (4,)]),
@@ -88,12 +105,38 @@ def test_gradients_agree_with_finite_differences(kernel):
         assert torch.allclose(grad, torch.autograd.grad((y + bias[:, None]).square().sum(), bias)[0])
         return
     assert torch.autograd.gradcheck(function, given)
+    assert torch.autograd.gradgradcheck(function, given)
 
 
-@pytest.mark.parametrize("kernel", ["AddLowRank", "AddPointwise", "ScaleShift"])
-def test_a_second_derivative_is_refused_by_name_rather_than_wrong(kernel):
-    function, shapes = KERNELS[kernel]
-    given = [_random(*shape) for shape in shapes]
-    (first,) = torch.autograd.grad(function(*given).square().sum(), given[-1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+@pytest.mark.parametrize("size", [1.0, 1e-1, 1e-2, 1e-4, 1e-6])
+def test_ssf_keeps_what_it_could_not_find_again_under_its_shift(size):
+    torch.manual_seed(0)
+    model = medpeft.apply(torch.nn.Sequential(torch.nn.Linear(16, 16, bias=False)), "ssf", head=None)
+    with torch.no_grad():
+        model[0].weight.mul_(size)
+        model[0].adapters.ssf.shift.fill_(1.0)
+    exact, x = copy.deepcopy(model).double(), torch.randn(64, 16)
+    weights = torch.randn(64, 16)
+
+    (got,) = torch.autograd.grad((model(x) * weights).sum(), model[0].adapters.ssf.scale)
+    (expected,) = torch.autograd.grad(
+        (exact(x.double()) * weights.double()).sum(), exact[0].adapters.ssf.scale
+    )
+
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+    assert (type(model(x).grad_fn).__name__ == "ScaleShiftBackward") == (size >= 0.1)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, -1e-3, 1e30, torch.inf])
+def test_ssf_has_the_gradient_of_any_scale(value):
+    torch.manual_seed(0)
+    model = medpeft.apply(torch.nn.Sequential(torch.nn.Linear(4, 4)), "ssf", head=None)
+    x, scale = torch.randn(5, 4), model[0].adapters.ssf.scale
+    with torch.no_grad(), medpeft.disabled(model):
+        expected = model(x).sum(0)
+    with torch.no_grad():
+        scale[1] = value
+
+    model(x).sum().backward()
+
+    torch.testing.assert_close(scale.grad, expected)
