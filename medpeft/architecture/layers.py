@@ -153,8 +153,13 @@ def norm_channels(layer: nn.Module) -> int:
 
 
 def channel_axis(layer: nn.Module) -> int:
-    """Axis of the channels in the layer's output: told by the layer's type, never by matching sizes."""
-    if isinstance(layer, (_ConvNd, _NormBase, nn.GroupNorm)):
+    """Axis of the channels in the layer's output: told by the layer's type, never by matching sizes.
+
+    That of a convolution counts from the end, since it also takes one image without a batch, (C, H, W).
+    """
+    if isinstance(layer, _ConvNd):
+        return -1 - len(layer.kernel_size)
+    if isinstance(layer, (_NormBase, nn.GroupNorm)):
         return 1
     if hasattr(layer, "data_format"):  # Hugging Face's ConvNextLayerNorm can be of either kind.
         return 1 if layer.data_format == "channels_first" else -1

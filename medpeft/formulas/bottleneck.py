@@ -143,6 +143,10 @@ class AdapterPlus(Adapter):
         self.bottleneck = Bottleneck(site, bottleneck, F.gelu, init)
         self.scale = nn.Parameter(torch.ones(len(self.bottleneck.up)))
         self.drop_path = drop_path
+        assert site.layout is not None
+        self.batch_axis = 0
+        if site.layout.sequence == 0:
+            self.batch_axis = 1
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
@@ -161,7 +165,8 @@ class AdapterPlus(Adapter):
         """Draw 0 or 1 / (1 − drop_path) for every sample, (B, 1, …, 1), so that the mean stays."""
         kept = 1 - self.drop_path
         shape = [1] * change.ndim
-        shape[0] = len(change)
+        if change.ndim > 2:  # Tokens without a batch, (N, D), are one sample.
+            shape[self.batch_axis] = change.shape[self.batch_axis]
         return change.new_empty(shape).bernoulli_(kept).div_(kept)
 
 

@@ -115,9 +115,11 @@ class Convpass(Adapter, TwoMatrices):
         return self.conv.flatten(2)[..., 3**self.layout.dims // 2]  # (h, h, 3, …, 3) → (h, h, 9 or 27)
 
     def _convolved(self, hidden: Tensor) -> Tensor:
-        """Convolve (B, …, h), tokens in a row or on a grid."""
+        """Convolve (B, …, h), tokens in a row or on a grid; or the tokens of one image, (N, h)."""
         if hidden.ndim > 3:
             return self._on_grid(hidden)
+        if hidden.ndim == 2:
+            return self._in_row(hidden[None])[0]  # (N, h) → (1, N, h) and back
         if self.layout.sequence == 0:
             return self._in_row(hidden.transpose(0, 1)).transpose(0, 1)  # (N, B, h) → (B, N, h) and back
         return self._in_row(hidden)

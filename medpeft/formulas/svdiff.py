@@ -136,7 +136,8 @@ class SVDiff(FlexibleAdapter):
         """Count the positions of the output: tokens, or pixels."""
         if self.geometry is None:
             return x.shape[:-1].numel()
-        return x.shape[0] * x.shape[2:].numel() // math.prod(self.geometry.stride)
+        images, pixels = x.shape[: self.geometry.channel_axis], x.shape[-self.geometry.dims :]
+        return images.numel() * pixels.numel() // math.prod(self.geometry.stride)
 
     def _stands_for(self, weight: Tensor | None, x: Tensor) -> bool:
         """Whether U·diag(σ)·Vᵀ is still the weight, up to rounding: not trained, not cast, not replaced."""
@@ -176,7 +177,7 @@ class SVDiff(FlexibleAdapter):
             return F.linear(F.linear(x, self.right) * diagonal, self.left, bias)
         hidden = self.geometry.convolve(x, self.geometry.as_kernel(self.right))
         return self.geometry.pointwise(
-            hidden * along(diagonal, hidden, 1), self.left, strided=False, bias=bias
+            hidden * along(diagonal, hidden, self.geometry.channel_axis), self.left, strided=False, bias=bias
         )
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

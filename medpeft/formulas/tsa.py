@@ -106,7 +106,7 @@ class TSA(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute y + α∗x, or y + A·y + b in a series, (N, O, …)."""
-        channel_axis = -1 - self.geometry.dims
+        channel_axis = self.geometry.channel_axis
         if self.form == "vector":
             seen = self.geometry.subsample(cast(x, self.alpha))
             return y + (seen * along(self.alpha, seen, channel_axis)).to(y.dtype)

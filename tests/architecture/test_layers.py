@@ -60,8 +60,8 @@ def test_the_global_response_norm_of_convnext_v2_is_a_norm():
     ("layer", "axis"),
     [
         (nn.Linear(4, 4), -1),
-        (nn.Conv1d(4, 4, 1), 1),
-        (nn.ConvTranspose3d(4, 4, 1), 1),
+        (nn.Conv1d(4, 4, 1), -2),
+        (nn.ConvTranspose3d(4, 4, 1), -4),
         (nn.Embedding(4, 4), -1),
     ],
 )

@@ -60,6 +60,37 @@ def test_the_drop_path_of_adapter_plus_leaves_out_whole_samples_in_training_alon
     assert 16 < kept.sum() < 48
 
 
+@pytest.mark.parametrize(
+    ("batch_first", "shape"), [(True, (64, 5, 8)), (False, (5, 64, 8)), (False, (64, 8))]
+)
+def test_the_drop_path_of_adapter_plus_knows_the_batch_where_it_comes_second_and_where_there_is_none(
+    batch_first, shape
+):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+            self.attn = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+            self.mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+        def forward(self, x):
+            return x
+
+    model = nn.Sequential(Block()).double().train()
+    randomise_adapters(medpeft.apply(model, "adapter_plus", head=None, drop_path=0.5), size=0.3)
+    x = drawn(*shape)
+    with torch.no_grad():
+        change = model(x) - x
+
+    dropped = (change == 0).all(-1)
+    if len(shape) == 2:
+        assert dropped.all() or not dropped.any()
+    else:
+        of_samples = dropped.all(0 if not batch_first else 1)
+        assert 16 < of_samples.sum() < 48
+        assert dropped.sum() == 5 * of_samples.sum()
+
+
 def test_a_convolutional_block_has_its_channels_first():
     model = medpeft.apply(make("coatnet"), "houlsby+pfeiffer+adapter_plus", target="stages.3.*")
     block = next(module for name, module in model.named_modules() if name == "stages.3.blocks.0")
