@@ -35,6 +35,7 @@ class Method:
         decays: Whether weight decay makes sense on its matrices.
         identity: Whether the adapted model computes at first the same as the base.
         unmergeable: Reason why no weight ever computes the same, "" for a method that may be merged.
+        takes_complex: Whether its adapters, which are real, act rightly on layers of complex numbers.
     """
 
     name: str
@@ -50,13 +51,11 @@ class Method:
     decays: bool = True
     identity: bool = True
     unmergeable: str = ""
+    takes_complex: bool = False
 
     def __post_init__(self) -> None:
         stray = [option for option in self.search if option not in self.options]
-        if stray:
-            raise MedpeftError(
-                f"{self.define.__name__} would search {', '.join(stray)}, which is none of its options."
-            )
+        require(not stray, f"{self.name!r} would search {', '.join(stray)}, which is none of its options.")
 
     @property
     def summary(self) -> str:
@@ -83,7 +82,7 @@ class Method:
         return {name: value for name, value in options.items() if name in self.adapter_options}
 
 
-_ABOUT = {"hint": str, "unmergeable": str, "decays": bool, "identity": bool}
+_ABOUT = {"hint": str, "unmergeable": str, "decays": bool, "identity": bool, "takes_complex": bool}
 
 _METHODS: dict[str, Method] = {}
 
@@ -98,6 +97,7 @@ def register(
     decays: bool = True,
     identity: bool = True,
     unmergeable: str = "",
+    takes_complex: bool = False,
 ) -> Callable[[Registered], Registered]:
     """Register a class derived from `Adapter`, or a predicate over parameters, as a method.
 
@@ -110,10 +110,10 @@ def register(
         search: Values worth trying, per option, for `medpeft.search_space`.
         selects: A predicate for existing parameters that an additive method trains too.
         fast: Parameters that LoRA+ gives a higher learning rate.
-        decays: Whether weight decay makes sense on the method's matrices; vectors and scalars are never
-            decayed.
+        decays: Whether weight decay makes sense on its matrices; vectors and scalars are never decayed.
         identity: Whether the adapted model computes at first the same as the base.
         unmergeable: Reason why no weight ever computes the same, for the error of `merge`.
+        takes_complex: Whether its adapters, which are real, act rightly on layers of complex numbers.
 
     Raises:
         MedpeftError: the name is taken or no identifier, or the object is no method or does nothing.
@@ -128,14 +128,13 @@ def register(
         'Everything in the module called `0`.'
     """
     _require_name(name)
-    about: dict[str, Any] = {"hint": hint, "unmergeable": unmergeable, "decays": decays, "identity": identity}
+    flags = {"decays": decays, "identity": identity, "takes_complex": takes_complex}
+    about: dict[str, Any] = {"hint": hint, "unmergeable": unmergeable, **flags}
     _require_description(search, selects, fast, about)
 
     def add(define: Registered) -> Registered:
-        taken = f"A method called {name!r} is registered already: choose another name."
-        require(name not in _METHODS, taken)
+        require(name not in _METHODS, f"A method called {name!r} is registered already: choose another name.")
         method = _method(name, define)
-        _require_options_of(method, search or {})
         _METHODS[name] = replace(method, search=search or {}, selects=selects, fast=fast, **about)
         return define
 
@@ -160,12 +159,6 @@ def _require_description(search: object, selects: object, fast: object, about: M
         search is None or isinstance(search, Mapping),
         f"search={clipped(search)} must be the values worth trying by option, such as {{'rank': (4, 8)}}.",
     )
-
-
-def _require_options_of(method: Method, search: Mapping[str, Any]) -> None:
-    """Raise `MedpeftError` where values are given for an option that a method does not have."""
-    stray = [option for option in search if option not in method.options]
-    require(not stray, f"{method.name!r} would search {', '.join(stray)}, which is none of its options.")
 
 
 def _method(name: str, define: type[Adapter] | Selector) -> Method:

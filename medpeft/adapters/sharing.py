@@ -29,9 +29,16 @@ def register_shared(model: nn.Module, adapters: list[tuple[nn.Module, Adapter]])
         for attribute, module in adapter.shared.items():
             if module in names or isinstance(module, Adapter):
                 continue
-            home = layer if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else model
+            home = home_of(model, layer)
             names[module] = f"{adapter.method}_{attribute}_{len(names)}"
             _shared_modules(home)[names[module]] = module
+
+
+def home_of(model: nn.Module, layer: nn.Module) -> nn.Module:
+    """Where a module is registered that the adapter of this layer is the first to share."""
+    if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return layer
+    return model
 
 
 def _shared_modules(home: nn.Module) -> nn.ModuleDict:

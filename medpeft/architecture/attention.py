@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .fused import equal_parts, fused_rows
-from .layers import child_at, is_conv
+from .layers import any_tensor, child_at, is_conv
 from .rows import Rows
 
 _SHELL = re.compile(r"(Attention|Attn|SABlock)$")
@@ -68,7 +68,8 @@ class Projection:
 
 def projections(attention: nn.Module) -> list[Projection]:
     """The query, key, value and output projections of an attention; empty for any other module."""
-    if not _PROJECTIONS & (attention._modules.keys() | attention._parameters.keys()):
+    has_projections = bool(_PROJECTIONS & (attention._modules.keys() | attention._parameters.keys()))
+    if not has_projections and not isinstance(attention, nn.MultiheadAttention):
         return []
     makers = [*_own_projections(attention), *_fused_projections(attention), *_separate_projections(attention)]
     needed = set("kv" if _has_global_query(attention) else "qkv")
@@ -96,12 +97,12 @@ def _has_global_query(attention: nn.Module) -> bool:
 
 def _own_projections(attention: nn.Module) -> Iterator[Projection]:
     """Weights that an attention owns itself, as `nn.MultiheadAttention` does."""
-    fused = attention._parameters.get("in_proj_weight")
+    fused = any_tensor(attention, "in_proj_weight")
     if fused is not None:
         rows = equal_parts("qkv", len(fused)).rows("qkv")
         yield Projection("", "in_proj_weight", "in_proj_bias", rows)
     for part in "qkv":
-        if attention._parameters.get(f"{part}_proj_weight") is not None:
+        if any_tensor(attention, f"{part}_proj_weight") is not None:
             yield Projection("", f"{part}_proj_weight", "", part=part)
 
 

@@ -10,8 +10,9 @@ from functools import cache
 
 from torch import Tensor, nn
 
+from ..errors import MedpeftError
 from .attention import is_attention, projections
-from .layers import is_conv, own_tensor, parents
+from .layers import any_tensor, is_conv, parents
 from .network import Network, TransformerBlock
 from .site import Layout
 from .weight_reads import unpacks_input
@@ -189,11 +190,10 @@ def _layout(network: Network, name: str, sequence: int, first: nn.Module, last: 
 
 def _weight(layer: nn.Module) -> Tensor:
     for name in ("weight", "in_proj_weight", "q_proj_weight"):
-        tensor = own_tensor(layer, name)
+        tensor = any_tensor(layer, name)
         if tensor is not None:
             return tensor
-    # A parametrised layer computes its weight.
-    return getattr(layer, "weight")  # type: ignore[no-any-return]  # noqa: B009 - typed as Any
+    raise MedpeftError(f"{type(layer).__name__} has no weight.")
 
 
 def _around(network: Network, name: str) -> dict[str, nn.Module]:
@@ -262,5 +262,5 @@ def _mlp_layers(network: Network, block: TransformerBlock, names: dict[nn.Module
 
 def _inputs(network: Network, name: str) -> int:
     layer = network.modules[name]
-    weight = own_tensor(layer, "weight")
+    weight = any_tensor(layer, "weight")
     return 0 if weight is None else weight.shape[1] * getattr(layer, "groups", 1)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from .layers import any_tensor
 from .rows import Rows
 
 
@@ -186,7 +187,10 @@ FUSED_LAYOUTS = (
 
 def fused_rows(attention: nn.Module, projection: nn.Module, parts: str) -> tuple[Rows, ...]:
     """Output channels of every part of a fused projection; empty if its layout does not fit its size."""
-    channels = getattr(projection, "weight").shape[0]  # noqa: B009 - typed as Any
+    weight = any_tensor(projection, "weight")
+    if weight is None:
+        return ()
+    channels = weight.shape[0]
     layout = next(layout for layout in FUSED_LAYOUTS if layout.fits(attention))
     parts = layout.parts or parts
     split = layout.split(attention, parts, channels)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -69,6 +72,43 @@ def own_tensor(layer: nn.Module, name: str) -> Tensor | None:
         if isinstance(attribute, Tensor):
             return attribute
     return tensor
+
+
+def is_computed(layer: nn.Module, name: str) -> bool:
+    """Whether the layer has a tensor of that name that is no parameter or buffer of its own.
+
+    It is computed for every forward, as by weight_norm, spectral_norm, pruning and parametrizations, or it is
+    a plain attribute.
+    """
+    if isinstance(getattr(type(layer), name, None), property):
+        return True
+    return own_tensor(layer, name) is None and isinstance(layer.__dict__.get(name), Tensor)
+
+
+def any_tensor(layer: nn.Module, name: str) -> Tensor | None:
+    """Return the layer's tensor of that name, its own or a computed one; None where it has none.
+
+    A parametrization is copied to compute it, since a spectral norm changes its buffers when it does.
+    """
+    tensor = own_tensor(layer, name)
+    if tensor is not None or not is_computed(layer, name):
+        return tensor
+    if is_parametrized(layer, name):
+        parametrizations: Any = layer.parametrizations
+        computed: Tensor = copy.deepcopy(parametrizations[name])()
+    else:
+        computed = getattr(layer, name)
+    return computed
+
+
+def made_by(parameter: str) -> str:
+    """Name of the tensor that a parameter stands for, by its full name: `fc.bias` for one that was pruned.
+
+    >>> made_by("fc.bias_orig"), made_by("fc.parametrizations.bias.original"), made_by("fc.bias")
+    ('fc.bias', 'fc.bias', 'fc.bias')
+    """
+    parametrized = re.sub(r"(^|\.)parametrizations\.(\w+)\.original\d*$", r"\1\2", parameter)
+    return parametrized.removesuffix("_orig")
 
 
 def class_names(layer: nn.Module) -> list[str]:
@@ -133,13 +173,18 @@ def erases_scale(layer: nn.Module) -> bool:
 
 def is_scaling_norm(layer: nn.Module) -> bool:
     """Whether the norm ends in `weight * … + bias` with one element of each per channel."""
-    has_both = {"weight", "bias"} <= {*layer._parameters, *layer._buffers}
-    if not is_norm(layer) or not has_both:
+    if not is_norm(layer) or not all(_has_place(layer, name) for name in ("weight", "bias")):
         return False
     is_usual = isinstance(layer, (_NormBase, nn.GroupNorm, nn.LayerNorm))
     if not is_usual and not any(map(_SCALING_NORM.search, class_names(layer))):
         return False
-    return all(tensor is None or tensor.ndim == 1 for tensor in (layer.weight, layer.bias))
+    tensors = (own_tensor(layer, "weight"), own_tensor(layer, "bias"))
+    return all(tensor is None or tensor.ndim == 1 for tensor in tensors)
+
+
+def _has_place(layer: nn.Module, name: str) -> bool:
+    """Whether the layer has a tensor of that name, or could have one that is None."""
+    return name in layer._parameters or name in layer._buffers or is_computed(layer, name)
 
 
 def norm_channels(layer: nn.Module) -> int:

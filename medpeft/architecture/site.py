@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import MedpeftError
 from .attention import Projection
-from .layers import kind_of, own_tensor
+from .layers import any_tensor, kind_of, own_tensor
 from .rows import Rows
 
 Shared = TypeVar("Shared", bound=nn.Module)
@@ -145,9 +145,14 @@ class Site:
         return own_tensor(self.layer, name)
 
     @property
+    def has_weight(self) -> bool:
+        """Whether the layer has the weight, as a tensor of its own or computed; some norms have none."""
+        return any_tensor(self.layer, self.weight) is not None
+
+    @property
     def host(self) -> Tensor:
         """The layer's weight, detached. It is a `MedpeftError` if there is none."""
-        weight = self.tensor(self.weight)
+        weight = any_tensor(self.layer, self.weight)
         if weight is None:
             raise MedpeftError(f"{self.name} ({type(self.layer).__name__}) has no {self.weight} to adapt.")
         if self.draft.shapes_only:

@@ -85,7 +85,9 @@ class FacT(Adapter):
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
         """Yield all projections of attentions and layers of MLPs; with a target, each linear or 1×1 layer."""
         for site in network.sites("linear", "conv"):
-            if site.kind == "conv" and (site.host[0, 0].numel() > 1 or getattr(site.layer, "groups", 1) > 1):
+            if site.kind == "conv" and (
+                site.host.shape[2:].numel() > 1 or getattr(site.layer, "groups", 1) > 1
+            ):
                 continue
             # An MLP inside an attention makes positions of it, as Swin V2's does.
             in_mlp = network.has_role(site.name, "mlp") and not network.layer(site.name).attention

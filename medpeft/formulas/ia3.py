@@ -23,7 +23,11 @@ from ..architecture.rows import part_sizes, place_channels, replace_rows, take_r
 from ..architecture.site import Site
 
 
-@register("ia3", hint="it scales the keys, values and MLPs of transformers. Try 'ssf' or 'lora'.")
+@register(
+    "ia3",
+    hint="it scales the keys, values and MLPs of transformers. Try 'ssf' or 'lora'.",
+    takes_complex=True,
+)
 class IA3(Adapter):
     """A scale of keys, values and hidden channels of the MLP: l ⊙ K, l ⊙ V, and W₂·(l ⊙ γ(W₁·x)).
 

@@ -22,6 +22,7 @@ from ..adapters.registry import register
 from ..adapters.tokens import TokenSpan, in_brackets, require_sequence
 from ..architecture.attention import Projection, projections
 from ..architecture.blocks import attention_layout
+from ..architecture.layers import any_tensor
 from ..architecture.network import Network
 from ..architecture.positions import why_not
 from ..architecture.rows import Rows
@@ -186,12 +187,17 @@ def _places(site: Site) -> dict[str, list[Place]]:
     """Find the channels that hold keys or values, by the name of their projection."""
     places: dict[str, list[Place]] = {}
     for projection in projections(site.layer):
-        weight: Any = site.layer.get_submodule(projection.path)._parameters[projection.weight]
-        channels = len(weight)
+        channels = len(_weight_of(site.layer, projection))
         for rows in projection.rows or (Rows(projection.part, 0, channels),):
             if rows.part in ("k", "v"):
                 places.setdefault(projection.layer_in(site.name), []).append(Place(rows, channels))
     return places
+
+
+def _weight_of(attention: nn.Module, projection: Projection) -> Tensor:
+    weight = any_tensor(attention.get_submodule(projection.path), projection.weight)
+    assert weight is not None  # By it the projection was found.
+    return weight
 
 
 def _widths(places: dict[str, list[Place]]) -> dict[str, int]:
@@ -241,8 +247,7 @@ def _without_place(network: Network, name: str, parts: list[Projection]) -> str:
         if "k" in projection.parts:
             makers_of_keys += 1
         if set(projection.parts) & {"q", "k"}:
-            weight: Any = attention.get_submodule(projection.path).weight
-            widths.add(tuple(weight.shape[1:]))
+            widths.add(tuple(_weight_of(attention, projection).shape[1:]))
     if len(widths) > 1 or getattr(attention, "is_cross_attention", False) or makers_of_keys > 1:
         return "attends to tokens other than its own"
     for projection in filter(_makes_keys_or_values, parts):

@@ -94,7 +94,7 @@ class SVDiff(FlexibleAdapter):
         if targeted:
             kinds.append("embedding")
         for site in network.sites(*kinds):
-            if site.tensor(site.weight) is not None:
+            if site.has_weight:
                 yield site
 
     def form(self, x: Tensor, weight: Tensor | None) -> Form:

@@ -15,10 +15,12 @@ from tqdm import tqdm
 from ..adapters.adapter import ON_WEIGHT, Adapter, parameters_of
 from ..adapters.record import Applied, named_state
 from ..adapters.registry import Method, methods
+from ..adapters.sharing import home_of
 from ..adapters.stand_in import rebound
 from ..architecture.site import Draft, Site
 from ..errors import MedpeftError
 from .install import Built
+from .refusals import refuse_layer, refuse_occupied
 
 
 class Planned(NamedTuple):
@@ -46,6 +48,10 @@ def build(
     built = []
     for method, site in tqdm(sites, desc=record.name, delay=1.0, leave=False, disable=shapes_only):
         built += _build_at(model, Planned(method, site), record, shared, shapes_only=shapes_only)
+    for item in built:
+        refuse_occupied(item.site.layer, item.site.name)
+        if item.first is None and item.adapter.shared:
+            refuse_occupied(home_of(model, item.site.layer), "")
     return built
 
 
@@ -59,7 +65,7 @@ def _build_at(
 ) -> list[Built]:
     """Build the adapter of one site and the adapters of its partners."""
     method, site = planned
-    _require_plain_shape(method, site)
+    refuse_layer(method, site)
     device, dtype = _place(site, model)
     if shapes_only or device.type == "meta":
         device, built_on = torch.device("meta"), "meta"
@@ -87,20 +93,6 @@ def _build_at(
         for module in item.adapter.shared.values():
             module.to(device=device, dtype=record.dtype or dtype)
     return built
-
-
-def _require_plain_shape(method: Method, site: Site) -> None:
-    """Raise if a linear layer keeps its weight packed, several numbers to a byte."""
-    if site.kind != "linear" or not isinstance(site.layer, nn.Linear):
-        return
-    expected = (site.layer.out_features, site.layer.in_features)
-    shape = tuple(site.layer.weight.shape)
-    if shape != expected:
-        raise MedpeftError(
-            f"The weight of {site.name} ({type(site.layer).__name__}) is {shape} in place of {expected}: it "
-            f"is packed, as in 4 bits, and {method.name!r} cannot read it. Apply to the layer before it is "
-            "quantised, or exclude it."
-        )
 
 
 def _adapter_of(method: Method, site: Site, record: Applied) -> Adapter:

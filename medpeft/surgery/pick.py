@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..adapters.registry import Method
 from ..adapters.requests import Request
+from ..architecture.layers import made_by
 from ..architecture.network import Network
 from ..architecture.site import Site, Unfit
 from ..architecture.targets import Target, choose, patterns
@@ -33,7 +34,7 @@ def pick(network: Network, request: Request, target: Target, exclude: Target) ->
     if method.adapter is not None:
         site_options = method.options_of_sites(request.options)
         offers = list(method.adapter.sites(network, targeted=bool(patterns(target)), **site_options))
-    owner_of = {name: name.rpartition(".")[0] for name in _selected(network, request)}
+    owner_of = dict(_selected(network, request))
     places = list(dict.fromkeys([*(offer.name for offer in offers), *owner_of.values()]))
     if places or patterns(target):
         chosen = choose(network, places, target, exclude, method.name)
@@ -47,8 +48,11 @@ def pick(network: Network, request: Request, target: Target, exclude: Target) ->
     return Picked(sites, list(owner_of))
 
 
-def _selected(network: Network, request: Request) -> Iterator[str]:
-    """Yield the names of the existing parameters that a method trains."""
+def _selected(network: Network, request: Request) -> Iterator[tuple[str, str]]:
+    """Yield the names of the existing parameters that a method trains, each with its layer.
+
+    The original of a pruned or parametrised tensor is shown to the method as that tensor.
+    """
     method = request.method
     predicate: Any = method.define
     options = method.options_of_adapter(request.options)
@@ -57,13 +61,14 @@ def _selected(network: Network, request: Request) -> Iterator[str]:
             return
         predicate, options = method.selects, {}
     for name, parameter in network.model.named_parameters():
-        owner = name.rpartition(".")[0]
+        stands_for = made_by(name)
+        owner = stands_for.rpartition(".")[0]
         if not (parameter.is_floating_point() or parameter.is_complex()):
             continue  # Integers have no gradient.
         if network.in_head(owner):
             continue
-        if predicate(name, parameter, network.layer(owner), **options):
-            yield name
+        if predicate(stands_for, parameter, network.layer(owner), **options):
+            yield name, owner
 
 
 def _fits_nothing(network: Network, method: Method, target: Target, unfit: Unfit | None) -> str:

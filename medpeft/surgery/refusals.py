@@ -1,4 +1,4 @@
-"""Models that cannot be adapted, each with the reason and the next step."""
+"""Models and layers that cannot be adapted, each with the reason and the next step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from ..adapters.record import applied, require_model
-from ..errors import MedpeftError
+from ..adapters.registry import Method
+from ..architecture.layers import is_computed
+from ..architecture.site import Site
+from ..errors import MedpeftError, require
 
 _SYNCHRONISED = ("DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel")
 """Classes of torch that list a model's parameters once, when they wrap it."""
@@ -25,10 +28,6 @@ def refuse(model: nn.Module) -> None:
         lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin)
         if lazy and module.has_uninitialized_params():
             raise MedpeftError(f"{name} has no shape yet: run the model once, then apply.")
-        if hasattr(module, "adapters") and any(True for _ in module.parameters(recurse=False)):
-            raise MedpeftError(
-                f"{name} has an attribute 'adapters' already, which medpeft needs for its own."
-            )
 
 
 def _refuse_adapted(model: nn.Module) -> None:
@@ -59,3 +58,59 @@ def _refuse_synchronised(model: nn.Module, name: str, module: nn.Module) -> None
                 f"{name or type(model).__name__} is in {cls.__name__} already, which would not keep "
                 f"adapters added now the same on all ranks: apply first, then shard or wrap."
             )
+
+
+def refuse_layer(method: Method, site: Site) -> None:
+    """Raise if a method's adapter would not act rightly at a site, whatever the method.
+
+    Either what it is computed from is not there (no channels), or is made anew in every forward, or it has
+    parts that the adapter does not see (complex numbers).
+    """
+    layer = site.layer
+    for name in (site.weight, site.bias):
+        if name and is_computed(layer, name):
+            raise MedpeftError(
+                f"The {name} of {site.name} is no parameter or buffer of the layer itself, so "
+                f"{method.name!r} cannot adapt it: {_way_back(layer, name)}, or exclude the layer."
+            )
+    weight = site.tensor(site.weight)
+    if isinstance(layer, nn.Linear) and tuple(layer.weight.shape) != (layer.out_features, layer.in_features):
+        raise MedpeftError(
+            f"The weight of {site.name} ({type(layer).__name__}) is {tuple(layer.weight.shape)} in place of "
+            f"{(layer.out_features, layer.in_features)}: it is packed, as in 4 bits, and {method.name!r} "
+            "cannot read it. Apply to the layer before it is quantised, or exclude it."
+        )
+    if weight is not None and weight.numel() == 0:
+        raise MedpeftError(
+            f"{site.name} has no channels on one side, its weight is {tuple(weight.shape)}, so "
+            f"{method.name!r} has nothing to adapt there: exclude it."
+        )
+    for parameter in layer.parameters():
+        require(
+            method.takes_complex or not parameter.is_complex(),
+            f"{site.name} has complex numbers, of which {method.name!r} would lose the imaginary part: "
+            "exclude it, or use 'ssf' or 'bias'.",
+        )
+
+
+def _way_back(layer: nn.Module, name: str) -> str:
+    """Say what makes a computed tensor a parameter again."""
+    own = {*layer._parameters, *layer._buffers}
+    if f"{name}_g" in own:
+        return "call torch.nn.utils.remove_weight_norm first"
+    if f"{name}_mask" in own:
+        return "call torch.nn.utils.prune.remove first"
+    if f"{name}_u" in own:
+        return "call torch.nn.utils.remove_spectral_norm first"
+    if torch.nn.utils.parametrize.is_parametrized(layer, name):
+        return "call torch.nn.utils.parametrize.remove_parametrizations first"
+    return "register it as one"
+
+
+def refuse_occupied(layer: nn.Module, name: str) -> None:
+    """Raise if a layer that is to get adapters has something of that name already."""
+    require(
+        not hasattr(layer, "adapters"),
+        f"{name or type(layer).__name__} has an attribute 'adapters' already, which medpeft needs for its "
+        "own: rename it, or exclude the layer.",
+    )
