@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapters import Adapters
 from ..adapters.options import require_options
-from ..adapters.record import Adapted
+from ..adapters.record import Adapted, own_tensors
 from ..adapters.registry import find
 from ..adapters.running import switching
 from ..architecture.convolution import standardises
@@ -173,7 +174,7 @@ def _merged_tensors(adapted: Adapted, min_kept: float) -> list[Merged]:
             continue
         for name, value in tensors.items():
             own = own_tensor(layer, name)
-            item = Merged(layer_name, layer, name, own, _fitted(value, layer, own))
+            item = Merged(layer_name, layer, name, own, _fitted(value, adapted.model, layer, own))
             problem = _problem(item, value, others, min_kept)
             if problem:
                 problems.append(f"{layer_name}: {problem}")
@@ -203,12 +204,13 @@ def _merged_into(layer: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
         return adapters.merged_tensors(layer, in_order)
 
 
-def _fitted(value: Tensor, layer: nn.Module, own: Tensor | None) -> Tensor:
-    """Give a merged tensor the dtype and shards of the layer's own, or the dtype of its other tensors."""
+def _fitted(value: Tensor, model: nn.Module, layer: nn.Module, own: Tensor | None) -> Tensor:
+    """Give a merged tensor the dtype and shards of the layer's own, or the dtype of the tensors around it."""
     if own is not None:
         return like(value, own)
-    for parameter in layer.parameters(recurse=False):
-        return value.to(parameter.dtype)
+    for _, tensor in chain(layer.named_parameters(recurse=False), own_tensors(model)):
+        if tensor.is_floating_point():
+            return value.to(tensor.dtype)
     return value
 
 

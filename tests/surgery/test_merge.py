@@ -170,6 +170,17 @@ def test_a_large_update_merges_in_low_precision():
     assert (model(x).float() - adapted).abs().max() < 0.05 * adapted.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:merge created")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_norm_without_weights_gets_them_in_the_dtype_of_the_model(dtype):
+    norm = nn.LayerNorm(4, elementwise_affine=False)
+    model = nn.Sequential(norm, nn.Linear(4, 4)).to(dtype)
+
+    medpeft.merge(medpeft.apply(model, "ssf", target="0", head=None, init="official"), min_kept=0)
+
+    assert norm.weight.dtype == norm.bias.dtype == dtype
+
+
 def test_an_example_compares_the_outputs_before_the_model_changes(caplog):
     model, x = medpeft.apply(make("vit"), "lora+ssf"), example("vit")
     randomise_adapters(model).train()
