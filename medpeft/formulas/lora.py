@@ -127,14 +127,17 @@ class LoRA(Adapter):
         """Choose between the output and the weight, and whether the output is written into."""
         grouped = self.geometry is not None and self.geometry.groups > 1
         slides_oddly = site.kind == "conv" and not slides_plainly(site.layer)
+        # An embedding with a `max_norm` shortens what it has looked up, so a change of its output is another.
+        shortens = getattr(site.layer, "max_norm", None) is not None
         # A grouped convolution's weight is small. A on every group costs ten times the step of a depthwise
         # network.
-        if dora or site.kind == "transposed" or slides_oddly or (grouped and not self.drops):
+        if dora or site.kind == "transposed" or slides_oddly or shortens or (grouped and not self.drops):
             self.acts_on = ON_WEIGHT
         require(
             self.acts_on != ON_WEIGHT or not self.drops,
             f"dropout={self.dropout.p!r} cannot act at {site.name}, where LoRA changes the weight itself "
-            "(dora=True, a transposed or standardised convolution, or a weight that its parent reads): "
+            "(dora=True, a transposed or standardised convolution, an embedding with a max_norm, or a weight "
+            "that its parent reads): "
             "use dropout=0.",
         )
         in_a_row = all(part.groups == 1 for part in self.rows) and (site.kind == "linear" or not self.rows)

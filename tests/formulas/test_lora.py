@@ -91,6 +91,17 @@ def test_an_embedding_adds_the_product_of_both_matrices():
     assert_computes(model, x, (layer.weight.detach().numpy() + p["up"] @ p["down"])[x.numpy()])
 
 
+def test_an_embedding_with_a_max_norm_shortens_the_changed_rows():
+    layer, x = nn.Embedding(6, 4, max_norm=1.0), torch.arange(6)
+    model, _, p = applied(layer, "lora", rank=2)
+
+    rows = layer.weight.detach().numpy() + p["up"] @ p["down"]
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    assert (lengths > 1).any()
+    # torch adds 1e-7 to the length that it divides by.
+    assert np.allclose(model(x).detach().numpy(), np.where(lengths > 1, rows / (lengths + 1e-7), rows), 1e-12)
+
+
 def test_dora_learns_the_length_of_every_row_apart_from_its_direction():
     linear, x = nn.Linear(5, 7), drawn(2, 5)
     model, _, p = applied(linear, "lora", rank=2, dora=True, alpha=3.0)
