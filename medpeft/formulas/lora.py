@@ -50,9 +50,9 @@ class LoRA(Adapter):
         rank: r.
         alpha: α; r if None.
         dropout: Probability of dropping an element of the input of A.
-        init: "kaiming": A from Kaiming-uniform(√5) and B zero. "pissa", "olora": both from W's singular
-            vectors or its QR decomposition. Their product is then subtracted, so that the base weight keeps
-            its bits.
+        init: "kaiming": A from Kaiming-uniform(√5) and B zero. "pissa": both from the singular vectors of
+            W / (α/r). "olora": from the QR decomposition of W. Their product is then subtracted, so that the
+            base weight keeps its bits.
         rslora: Scale by α/√r.
         dora: Learn the norm of every output row apart from its direction; the norm is a constant in backward.
         freeze_a: Train B alone.
@@ -112,14 +112,18 @@ class LoRA(Adapter):
         self.starts_from_weight = init != "kaiming"
         if not self.starts_from_weight:
             return
+        require(
+            0 < self.scale < float("inf"),
+            f"init={init!r} needs a finite alpha above 0: the factor of B·A would be {self.scale:g}.",
+        )
         ups, downs = [], []
         wide = take_rows(matrix, self.rows).to(torch.promote_types(matrix.dtype, torch.float32))
         for part in wide.split(self.sizes):
-            up, down = _leading_factors(part, self.rank, init)
+            up, down = _leading_factors(part, self.rank, init, self.scale)
             ups.append(up)
             downs.append(down)
-        self.up = nn.Parameter(torch.cat(ups) / self.scale**0.5)
-        self.down = nn.Parameter(torch.cat(downs) / self.scale**0.5)
+        self.up = nn.Parameter(torch.cat(ups))
+        self.down = nn.Parameter(torch.cat(downs))
         self.register_buffer("up_start", self.up.detach().clone())
         self.register_buffer("down_start", self.down.detach().clone())
 
@@ -230,8 +234,8 @@ def _scale(rank: int, alpha: float | None, rslora: bool) -> float:
     return alpha / divisor
 
 
-def _leading_factors(matrix: Tensor, rank: int, init: str) -> tuple[Tensor, Tensor]:
-    """B and A from the leading singular triplets, or from the first columns of Q and rows of R ("olora")."""
+def _leading_factors(matrix: Tensor, rank: int, init: str, scale: float) -> tuple[Tensor, Tensor]:
+    """B and A from the leading singular triplets of W/s; for "olora" the first columns of Q and rows of R."""
     if rank > min(matrix.shape):
         raise MedpeftError(
             f"rank={rank} is more than a weight of {tuple(matrix.shape)} has: use init='kaiming'."
@@ -240,7 +244,7 @@ def _leading_factors(matrix: Tensor, rank: int, init: str) -> tuple[Tensor, Tens
         q, r = torch.linalg.qr(matrix)
         return q[:, :rank], r[:rank]
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    root = values[:rank].sqrt()
+    root = (values[:rank] / scale).sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 

@@ -1,10 +1,13 @@
 """LoRA and its variants against their formulas, written out in NumPy and float64."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from layer_oracles import applied, assert_computes, base_convolution, convolved, drawn, numbers
 from models import make, randomise_adapters
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import medpeft
@@ -164,12 +167,44 @@ def test_pissa_and_olora_start_from_the_weight_and_take_their_start_off(init):
         leading = (left[:, :2] * sigma[:2]) @ right[:2]
     else:
         q, r = np.linalg.qr(weight)
-        leading = q[:, :2] @ r[:2]
+        leading = 1.5 * q[:, :2] @ r[:2]
     assert np.allclose(start, leading, atol=1e-13)
 
     randomise_adapters(model)
     end = 1.5 * (adapter.up @ adapter.down).detach().numpy()
     assert_computes(model, x, x.numpy() @ (weight + end - start).T + linear.bias.detach().numpy())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("alpha", [0.5, 2, 3.0, 16])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_pissa_and_olora_are_pefts_at_first_and_after_a_step_at_every_alpha(init, alpha, rslora):
+    linear, x, target = nn.Linear(5, 7), drawn(4, 5).float(), drawn(4, 7, seed=6).float()
+    config = LoraConfig(
+        r=2, lora_alpha=alpha, target_modules=["0"], init_lora_weights=init, use_rslora=rslora
+    )
+    theirs = get_peft_model(nn.Sequential(copy.deepcopy(linear)), config)
+    ours = nn.Sequential(linear)
+    medpeft.apply(ours, "lora", target="0", head=None, rank=2, alpha=alpha, init=init, rslora=rslora)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    start = ours(x).detach()
+
+    for model in (ours, theirs):
+        (model(x) - target).square().sum().backward()
+        with torch.no_grad():
+            for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+                parameter.sub_(parameter.grad, alpha=0.005)
+    assert (ours(x) - start).abs().max() > 1e-3
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), float("inf")])
+def test_an_alpha_from_which_no_start_can_be_made_is_refused(init, alpha):
+    with pytest.raises(medpeft.MedpeftError, match=f"init='{init}' needs a finite alpha above 0"):
+        medpeft.apply(
+            nn.Sequential(nn.Linear(5, 7)), "lora", head=None, target="*", rank=2, init=init, alpha=alpha
+        )
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
