@@ -211,7 +211,7 @@ class LoRA(Adapter):
         matrix = weight.flatten(1)  # (out, in, …) → (out, fan-in)
         new = take_rows(matrix, self.rows) + self.scale * change
         if self.magnitude is not None:
-            new = new * (self.magnitude / _row_norms(new.detach()))[:, None]
+            new = new * _stretch(self.magnitude, new.detach())[:, None]
         return replace_rows(matrix, self.rows, new).view_as(weight), bias
 
     def _product(self, down: Tensor, up: Tensor) -> Tensor:
@@ -248,6 +248,15 @@ def _leading_factors(matrix: Tensor, rank: int, init: str, scale: float) -> tupl
     return left[:, :rank] * root, root[:, None] * right[:rank]
 
 
+def _stretch(magnitude: Tensor, matrix: Tensor) -> Tensor:
+    """m/‖W‖, row by row: exactly 1 where m is the norm of the row, in whatever dtype m is kept."""
+    norms = _row_norms(matrix).to(magnitude.dtype)
+    zero = norms == 0  # A row without direction, as a padding token's, is left as it is.
+    return (magnitude / norms.masked_fill(zero, 1)).masked_fill(zero, 1)
+
+
 def _row_norms(matrix: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
+    """‖W‖, row by row, in float32 or wider."""
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    norms: Tensor = torch.linalg.vector_norm(wide, dim=1)
     return norms

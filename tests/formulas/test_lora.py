@@ -154,6 +154,43 @@ def test_the_gradients_of_dora_are_those_of_its_parts_in_a_fused_projection():
         assert torch.allclose(adapter.up.grad[own], factor[:, None] * wrt_weight @ down.T, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("base", "adapters"),
+    [
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float32),
+    ],
+)
+def test_dora_starts_as_the_base_in_every_precision_and_merges_into_it(base, adapters):
+    model, x = nn.Sequential(nn.Linear(64, 64)).to(base), drawn(4, 64).to(base)
+    weight, y = model[0].weight.detach().clone(), model(x)
+    medpeft.apply(model, "lora", head=None, target="*", dora=True, dtype=adapters)
+
+    assert torch.equal(model(x), y)
+    medpeft.merge(model)
+    assert torch.equal(model[0].weight, weight)
+
+
+def test_dora_learns_a_row_of_zeros_too():
+    linear, x = nn.Linear(5, 7).double(), drawn(2, 5)
+    with torch.no_grad():
+        linear.weight[3] = 0
+    y = linear(x)
+    model = medpeft.apply(nn.Sequential(linear), "lora", rank=2, dora=True, head=None, target="*")
+    assert torch.equal(model(x), y)
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x) - 1).square().sum().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not torch.isclose(model(x)[:, 3], y[:, 3]).any()
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_pissa_and_olora_start_from_the_weight_and_take_their_start_off(init):
     linear, x = nn.Linear(5, 7).double(), drawn(2, 5)
