@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters.adapter import ON_WEIGHT, Adapter, parameters_of
-from ..adapters.record import Applied, named_state
+from ..adapters.record import Applied, applied, named_state
 from ..adapters.registry import Method, methods
 from ..adapters.sharing import home_of
 from ..adapters.stand_in import rebound
@@ -48,11 +48,17 @@ def build(
     built = []
     for method, site in tqdm(sites, desc=record.name, delay=1.0, leave=False, disable=shapes_only):
         built += _build_at(model, Planned(method, site), record, shared, shapes_only=shapes_only)
+    if applied(model) is None:  # A plan may be printed once it is carried out.
+        _require_places(model, built)
+    return built
+
+
+def _require_places(model: nn.Module, built: list[Built]) -> None:
+    """Raise if something is called `adapters` already where adapters or shared modules are to be."""
     for item in built:
         refuse_occupied(item.site.layer, item.site.name)
         if item.first is None and item.adapter.shared:
             refuse_occupied(home_of(model, item.site.layer), "")
-    return built
 
 
 def _build_at(
