@@ -101,6 +101,18 @@ def any_tensor(layer: nn.Module, name: str) -> Tensor | None:
     return computed
 
 
+def lies_transposed(layer: nn.Module) -> bool:
+    """Whether the layer is linear and keeps its weight as (in, out): transformers' `Conv1D`, of GPTs."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def outputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
+    """View a layer's weight as (out, in, …), as methods see it; or such a weight as the layer keeps it."""
+    if lies_transposed(layer):
+        return weight.t()  # (in, out) → (out, in), or back
+    return weight
+
+
 def made_by(parameter: str) -> str:
     """Name of the tensor that a parameter stands for, by its full name: `fc.bias` for one that was pruned.
 
@@ -122,7 +134,7 @@ def kind_of(layer: nn.Module) -> str:
     >>> kind_of(nn.Conv2d(3, 8, 3))
     'conv'
     """
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear) or lies_transposed(layer):
         return "linear"
     if isinstance(layer, _ConvTransposeNd):
         return "transposed"

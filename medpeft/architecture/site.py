@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import MedpeftError
 from .attention import Projection
-from .layers import any_tensor, kind_of, own_tensor
+from .layers import any_tensor, kind_of, outputs_first, own_tensor
 from .rows import Rows
 
 Shared = TypeVar("Shared", bound=nn.Module)
@@ -151,13 +151,14 @@ class Site:
 
     @property
     def host(self) -> Tensor:
-        """The layer's weight, detached. It is a `MedpeftError` if there is none."""
+        """The layer's weight, (out, in, …), detached. It is a `MedpeftError` if there is none."""
         weight = any_tensor(self.layer, self.weight)
         if weight is None:
             raise MedpeftError(f"{self.name} ({type(self.layer).__name__}) has no {self.weight} to adapt.")
+        weight = outputs_first(self.layer, weight.detach())
         if self.draft.shapes_only:
-            return weight.detach().to("meta")
-        return weight.detach()
+            return weight.to("meta")
+        return weight
 
     @property
     def output_channels(self) -> int:

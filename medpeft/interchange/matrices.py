@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import weight_name
 from ..architecture.convolution import slides_plainly
+from ..architecture.layers import outputs_first
 from ..architecture.network import Network
 from ..architecture.rows import Rows
 from ..architecture.site import Site
@@ -77,7 +78,8 @@ def factors_of(layer: nn.Module, adapter: LoRA) -> Factors:
     Each part of a fused projection has its own A. These are stacked, and B is block-diagonal. PiSSA and OLoRA
     get a second block, which takes off the product they started from.
     """
-    weight: Any = layer._parameters["weight"]
+    own: Any = layer._parameters["weight"]
+    weight = outputs_first(layer, own)
     channels = weight.shape[0]
     downs, ups = [whole(adapter.down)], [whole(adapter.up)]
     if adapter.starts_from_weight:

@@ -1,5 +1,6 @@
 """LoRA files of peft and diffusers: each library loads what medpeft wrote, and the other way round, with the same outputs."""
 
+import copy
 import json
 import random
 import warnings
@@ -109,6 +110,20 @@ def test_medpeft_loads_what_peft_wrote_and_computes_the_same(family, options, tm
     assert not close(output(ours, x), output(make(family), x))
     medpeft.save(ours, tmp_path / "ours.safetensors")
     assert torch.equal(output(medpeft.load(make(family), tmp_path / "ours.safetensors"), x), output(ours, x))
+
+
+def test_the_transposed_linear_layer_of_transformers_goes_to_peft_and_back(tmp_path):
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    base = nn.Sequential(Conv1D(6, 8), nn.ReLU(), nn.Linear(6, 2)).double()
+    model = medpeft.apply(copy.deepcopy(base), "lora", target="0", head=None, rank=2)
+    randomise_adapters(model, size=0.3)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    to_peft(model, tmp_path)
+
+    assert close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x))
+    assert close(from_peft(base, tmp_path, head=None)(x), model(x))
 
 
 def test_an_adapted_head_of_a_file_needs_a_model_without_one(tmp_path):

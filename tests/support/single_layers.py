@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 CONV = "bias bitfit conv_adapter full ia3 lora residual_adapter ssf svdiff tsa vera"
 ATTENTION = "attention bias bitfit difffit fact full ia3 lora oft prefix repadapter ssf svdiff vera"
@@ -11,6 +12,11 @@ NORM = "bias bitfit full norm ssf svdiff"
 LAYERS = {
     "linear": (
         lambda: nn.Linear(6, 6),
+        (3, 5, 6),
+        "bias bitfit fact full ia3 lora oft repadapter ssf svdiff vera",
+    ),
+    "linear, transposed": (
+        lambda: Conv1D(8, 6),
         (3, 5, 6),
         "bias bitfit fact full ia3 lora oft repadapter ssf svdiff vera",
     ),
