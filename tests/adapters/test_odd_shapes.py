@@ -89,3 +89,36 @@ def test_prompts_refuse_tokens_without_a_batch(method):
     ):
         model(torch.randn(9, 8))
     assert model(torch.randn(0, 9, 8)).shape == (0, 9, 8)
+
+
+class MaskedBlock(Block):
+    """A block with a second input, and layers called by keyword."""
+
+    def forward(self, x, mask=None):
+        y = self.norm1(input=x)
+        x = x + self.attn(value=y, need_weights=False, attn_mask=mask, key=y, query=y)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "adaptformer",
+        "convpass",
+        "lora",
+        "oft",
+        "pfeiffer",
+        "prefix",
+        "repadapter",
+        "ssf",
+        "svdiff",
+        "vpt_deep",
+    ],
+)
+def test_the_order_of_keywords_does_not_decide_what_is_adapted(method):
+    model = randomise(nn.Sequential(MaskedBlock(True)).double()).eval()
+    options = {"tokens": 1} if method == "prefix" else {}
+    randomise_adapters(medpeft.apply(model, method, head=None, **options), size=0.3)
+    x, mask = drawn((2, 9, 8)), drawn((9, 9))
+
+    torch.testing.assert_close(model[0](mask=mask, x=x), model[0](x, mask), rtol=1e-10, atol=1e-12)
