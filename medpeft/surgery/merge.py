@@ -209,7 +209,7 @@ def _fitted(value: Tensor, model: nn.Module, layer: nn.Module, own: Tensor | Non
     if own is not None:
         return like(value, own)
     for _, tensor in chain(layer.named_parameters(recurse=False), own_tensors(model)):
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() or tensor.is_complex():
             return value.to(tensor.dtype)
     return value
 

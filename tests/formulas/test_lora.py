@@ -238,7 +238,8 @@ def test_pissa_and_olora_are_pefts_at_first_and_after_a_step_at_every_alpha(init
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), float("inf")])
 def test_an_alpha_from_which_no_start_can_be_made_is_refused(init, alpha):
-    with pytest.raises(medpeft.MedpeftError, match=f"init='{init}' needs a finite alpha above 0"):
+    named = f"init='{init}' needs a finite alpha above 0|alpha={alpha} must be a finite number other than 0"
+    with pytest.raises(medpeft.MedpeftError, match=named):
         medpeft.apply(
             nn.Sequential(nn.Linear(5, 7)), "lora", head=None, target="*", rank=2, init=init, alpha=alpha
         )
