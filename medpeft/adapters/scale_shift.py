@@ -17,7 +17,31 @@ _LARGEST_SHIFT = 100.0
 _PLACES = 8
 
 
-def scale_shift(y: Tensor, scale: Tensor, shift: Tensor, axis: int) -> Tensor:
+_CHANGES = 16
+"""Changes of γ after which an adapter asks again. To sample y costs as much as to scale a small layer."""
+
+
+class Recovery:
+    """Decides for one adapter whether backward finds y again from y·γ + β, or forward keeps it.
+
+    It looks at γ, β and a sample of y whenever γ was changed `_CHANGES` times, which takes an optimizer about
+    so many steps. A forward that is computed again in backward gets the same answer.
+    """
+
+    def __init__(self) -> None:
+        self.version, self.is_possible = -_CHANGES, True
+
+    def __call__(self, y: Tensor, scale: Tensor, shift: Tensor, axis: int, version: int) -> bool:
+        """Decide; `version` is that of γ, as torch counts changes of a tensor."""
+        if not 0 <= version - self.version < _CHANGES:
+            self.is_possible = _can_be_found_again(y, scale, shift, axis)
+            self.version = version
+        return self.is_possible
+
+
+def scale_shift(
+    y: Tensor, scale: Tensor, shift: Tensor, axis: int, recovery: Recovery, version: int
+) -> Tensor:
     """Make y·γ + β of `y`, per channel: in place unless y is needed in backward and would be lost.
 
     Args:
@@ -25,11 +49,13 @@ def scale_shift(y: Tensor, scale: Tensor, shift: Tensor, axis: int) -> Tensor:
         scale: γ, (C,).
         shift: β, (C,).
         axis: Axis of the channels of `y`.
+        recovery: The adapter's own.
+        version: Changes of the parameter γ so far.
     """
     scale_along, shift_along = along(scale, y, axis), along(shift, y, axis)
     if not torch.is_grad_enabled() or not any_needs_gradient(y, scale, shift):
         return torch.addcmul(shift_along, y, scale_along, out=y)
-    if scale.requires_grad and not _can_be_found_again(y, scale, shift, axis):
+    if scale.requires_grad and not recovery(y, scale, shift, axis, version):
         return torch.addcmul(shift_along, y, scale_along)
     changed: Tensor = ScaleShift.apply(y, scale, shift, axis)
     return changed

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import ON_INPUT, ON_OUTPUT, Adapter, along, scale_columns
 from ..adapters.in_place import in_place, writes_fresh_output
 from ..adapters.registry import register
-from ..adapters.scale_shift import scale_shift
+from ..adapters.scale_shift import Recovery, scale_shift
 from ..architecture.blocks import feed_forwards
 from ..architecture.layers import channel_axis
 from ..architecture.network import Network
@@ -51,6 +51,7 @@ class IA3(Adapter):
         if not site.only_weight:
             self.acts_on = place
         self.scale = nn.Parameter(torch.ones(channels))
+        self.recovery = Recovery()
         self.fresh = writes_fresh_output(site.layer) and not site.draft.overwritten
 
     @classmethod
@@ -77,7 +78,9 @@ class IA3(Adapter):
         scale = place_channels(self.scale, self.rows, every_channel, -1, fill=1.0)
         if self.fresh and in_place(y):
             # The attention keeps the scaled y anyway; y itself is recomputed from it in backward.
-            return scale_shift(y, scale, torch.zeros_like(scale), self.axis)
+            return scale_shift(
+                y, scale, torch.zeros_like(scale), self.axis, self.recovery, self.scale._version
+            )
         return (y * along(scale, y, self.axis)).to(y.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import ON_WEIGHT, Adapter, along, scale_columns
 from ..adapters.in_place import in_place, writes_fresh_output
 from ..adapters.registry import register
-from ..adapters.scale_shift import scale_shift
+from ..adapters.scale_shift import Recovery, scale_shift
 from ..architecture.layers import channel_axis, is_scaling_norm, norm_channels
 from ..architecture.network import Network
 from ..architecture.site import Site
@@ -66,6 +66,7 @@ class SSF(Adapter):
         self.transposed, self.groups = site.kind == "transposed", getattr(site.layer, "groups", 1)
         if keep_outputs is None:
             keep_outputs = site.draft.overwritten
+        self.recovery = Recovery()
         self.writes_in_place = writes_fresh_output(site.layer) and not keep_outputs
         # A norm's own weight and bias take it for nothing, before the activation that timm fuses into some
         # norms.
@@ -96,7 +97,7 @@ class SSF(Adapter):
         scale, shift = self.scale, self.shift
         assert shift is not None  # It is None only where a parent reads the weight.
         if self.writes_in_place and in_place(y):
-            return scale_shift(y, scale, shift, self.axis)
+            return scale_shift(y, scale, shift, self.axis, self.recovery, self.scale._version)
         return (y * along(scale, y, self.axis) + along(shift, y, self.axis)).to(y.dtype)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

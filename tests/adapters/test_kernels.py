@@ -10,7 +10,7 @@ from models import FAMILIES, example, make, output, randomise_adapters
 import medpeft
 from medpeft.adapters import bias_gradients as biases
 from medpeft.adapters.kernels import SumToBias, add_low_rank, add_pointwise
-from medpeft.adapters.scale_shift import scale_shift
+from medpeft.adapters.scale_shift import Recovery, scale_shift
 from medpeft.architecture.rows import Rows
 
 # Every method whose adapters write into their layer's output, and one family of each kind of layer.
@@ -84,10 +84,16 @@ KERNELS = {
         lambda y, h, b: add_pointwise(y.clone(), h, b, 0.7, -3),
         [(4, 3, 3), (2, 3, 3), (4, 2)],
     ),
-    "scale_shift": (lambda y, s, b: scale_shift(y.clone(), s + 3, b, 1), [(2, 4, 3), (4,), (4,)]),
-    "scale_shift of one vector": (lambda y, s, b: scale_shift(y.clone(), s + 3, b, -1), [(4,), (4,), (4,)]),
+    "scale_shift": (
+        lambda y, s, b: scale_shift(y.clone(), s + 3, b, 1, Recovery(), 0),
+        [(2, 4, 3), (4,), (4,)],
+    ),
+    "scale_shift of one vector": (
+        lambda y, s, b: scale_shift(y.clone(), s + 3, b, -1, Recovery(), 0),
+        [(4,), (4,), (4,)],
+    ),
     "scale_shift near zero": (
-        lambda y, s, b: scale_shift(y.clone(), s * 1e-3, b, -1),
+        lambda y, s, b: scale_shift(y.clone(), s * 1e-3, b, -1, Recovery(), 0),
         [(2, 3, 4), (4,), (4,)],
     ),
     "SumToBias": (lambda y, b: SumToBias.apply(y.clone() + b.detach()[:, None], b, 1), [(2, 4, 3), (4,)]),
@@ -140,3 +146,19 @@ def test_ssf_has_the_gradient_of_any_scale(value):
     model(x).sum().backward()
 
     torch.testing.assert_close(scale.grad, expected)
+
+
+def test_an_adapter_asks_now_and_then_whether_its_shift_has_grown_too_large():
+    y, scale, shift = torch.full((4, 3), 1e-3), torch.ones(3), torch.zeros(3)
+    recovery = Recovery()
+    answers = []
+    for version in range(48):
+        if version == 5:
+            shift.fill_(1.0)  # a thousand times y·γ
+        if version == 20:
+            shift.zero_()
+        answers.append(recovery(y, scale, shift, -1, version))
+    assert answers == [True] * 16 + [False] * 16 + [True] * 16
+    shift.fill_(1.0)
+    assert recovery(y, scale, shift, -1, 47)  # as it was in the forward that is computed again
+    assert not recovery(y, scale, shift, -1, 0)  # another parameter
