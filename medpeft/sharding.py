@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -79,26 +78,3 @@ def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for store, name, shard in shards:
             store[name] = shard
-
-
-@torch.no_grad()
-def overwrite(tensors: Iterable[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Copy values into tensors; after an error all are as before.
-
-    Args:
-        tensors: A model's own tensors, each with its value in full or sharded as the tensor is.
-
-    Returns:
-        The tensors with what they held before: `overwrite` them with that to undo it.
-    """
-    pairs = [(target, like(value, target)) for target, value in tensors]
-    before: list[tuple[Tensor, Tensor]] = []
-    try:
-        for target, value in pairs:
-            before.append((target, target.detach().clone()))
-            target.copy_(value)
-    except BaseException:
-        for target, value in before:
-            target.copy_(value)
-        raise
-    return before

@@ -52,5 +52,5 @@ def release_statistics(model: nn.Module) -> None:
     for layer in model.modules():
         stay = layer.__dict__.get("train")
         if isinstance(stay, StaysInEval):
-            del layer.__dict__["train"]
             layer.training = stay.asked
+            del layer.__dict__["train"]

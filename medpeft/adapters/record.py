@@ -20,6 +20,21 @@ BatchNormPolicy = Literal["frozen", "adapt"]
 
 
 @dataclass
+class Aside:
+    """What the values in a model are in the place of, for as long as that is not back; see `aside.py`.
+
+    Attributes:
+        action: The call that put other values in: "disabled", for one.
+        values: By name, what tensors held that hold other values now.
+        tensors: By name, the tensors in whose place others are now; None where there was none.
+    """
+
+    action: str
+    values: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+@dataclass
 class Applied:
     """Record of the methods applied to a model, and of their effects on it.
 
@@ -34,8 +49,8 @@ class Applied:
         base: Original values of the selected parameters and adapting buffers, on the CPU; None if not kept.
         seed: Seed of the adapters' initial values.
         dtype: dtype asked for the adapters, None for the default.
-        enabled: False within `disabled`, where the base's values are in place.
         samples: A sample of each tensor of the base that is neither selected nor adapts; see `samples.py`.
+        aside: The trained values while others are in their place, as within `disabled`; else None.
     """
 
     methods: dict[str, dict[str, Any]]
@@ -48,8 +63,8 @@ class Applied:
     base: dict[str, Tensor] | None
     seed: int = 0
     dtype: torch.dtype | None = None
-    enabled: bool = True
     samples: dict[str, Tensor] = field(default_factory=dict)
+    aside: Aside | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -274,11 +289,6 @@ class Adapted:
     @property
     def acting(self) -> bool:
         """Whether the adapters act: False within `disabled` and `merged`."""
-        if not self.record.enabled:
+        if self.record.aside is not None:
             return False
         return all(adapters.enabled for _, _, adapters in self.layers)
-
-    def enable(self, enabled: bool) -> None:
-        """Switch all adapters on or off."""
-        for _, _, adapters in self.layers:
-            adapters.enabled = enabled

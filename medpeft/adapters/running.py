@@ -1,12 +1,17 @@
 """Running forwards: a switch of a model's adapters waits for their end, and new ones wait for the switch.
 
 Otherwise a forward in another thread could find half of its layers adapted and half not.
+
+Forwards and switches of a model stand in one queue, each as a token. No lock is held: an interrupt can come
+at any line, also where a lock would be given back, and whoever waits for it would wait for ever. A token is
+held by its call alone, so it leaves the queue also if the call ends without a word.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
@@ -15,23 +20,62 @@ from torch import nn
 
 from ..errors import MedpeftError
 
+_PAUSE = 0.0005
+"""Seconds between two looks at the queue."""
+
 
 class Token:
-    """One running forward. Only the forward holds it, so it is not counted any more after an interrupt."""
+    """A running forward, a switch, or an open block, and its thread."""
 
-    __slots__ = ("__weakref__",)
+    __slots__ = ("__weakref__", "is_switch", "thread")
+
+    def __init__(self, *, is_switch: bool = False) -> None:
+        self.is_switch, self.thread = is_switch, threading.get_ident()
 
 
-_changed = threading.Condition(threading.RLock())
-# Thread of every running forward, by model and token.
-_running: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Token, int]] = WeakKeyDictionary()
+class Tokens:
+    """The tokens of every model, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._by_model: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Token, None]] = WeakKeyDictionary()
+
+    def add(self, model: nn.Module, token: Token) -> None:
+        """Add a token as the last one."""
+        self._by_model.setdefault(model, WeakKeyDictionary())[token] = None
+
+    def discard(self, model: nn.Module, token: Token) -> None:
+        """Take a token out, if it is there."""
+        tokens = self._by_model.get(model)
+        if tokens is not None:
+            tokens.pop(token, None)
+
+    def of(self, model: nn.Module) -> list[Token]:
+        """List the tokens of a model."""
+        tokens: list[Token] = []
+        by_token = self._by_model.get(model)
+        if by_token is None:
+            return tokens
+        for reference in by_token.keyrefs():
+            token = reference()
+            if token is not None:
+                tokens.append(token)
+        return tokens
+
+    def keep_those_of_this_thread(self) -> None:
+        """Forget all others: a forked process has no other threads."""
+        for model in list(self._by_model):
+            for token in self.of(model):
+                if token.thread != threading.get_ident():
+                    self.discard(model, token)
+
+
+_queue = Tokens()
+_blocks = Tokens()
 
 
 def _after_fork() -> None:
-    """Forget running forwards, and a lock that may be held: a forked process has no other threads."""
-    global _changed
-    _changed = threading.Condition(threading.RLock())
-    _running.clear()
+    _queue.keep_those_of_this_thread()
+    _blocks.keep_those_of_this_thread()
 
 
 if hasattr(os, "register_at_fork"):
@@ -40,19 +84,18 @@ if hasattr(os, "register_at_fork"):
 
 def begin(model: nn.Module, token: Token) -> None:
     """Wait until nobody switches the model, then count a forward of it as running."""
-    with _changed:
-        if model not in _running:
-            _running[model] = WeakKeyDictionary()
-        _running[model][token] = threading.get_ident()
+    _queue.add(model, token)
+    while True:
+        earlier = _earlier(model, token)
+        if all(other.thread != token.thread for other in earlier) and any(map(_is_switch, earlier)):
+            time.sleep(_PAUSE)
+        else:
+            return  # A forward within a forward, or within a switch, does not wait.
 
 
 def end(model: nn.Module, token: Token) -> None:
     """Stop counting a forward as running."""
-    with _changed:
-        tokens = _running.get(model)
-        if tokens is not None:
-            tokens.pop(token, None)
-        _changed.notify_all()
+    _queue.discard(model, token)
 
 
 @contextmanager
@@ -63,16 +106,54 @@ def switching(model: nn.Module, action: str) -> Iterator[None]:
         MedpeftError: this thread is inside a forward of the model, and so is another one: they could wait
             for each other for ever.
     """
-    this_thread = threading.get_ident()
-    with _changed:
-        while True:
-            threads = set(_running.get(model, {}).values())
-            if not threads - {this_thread}:
-                break
-            if this_thread in threads:
-                raise MedpeftError(
-                    f"{action} within a forward of the model, while another thread runs it, would wait for "
-                    f"ever: call it before or after the forward."
-                )
-            _changed.wait(timeout=0.1)  # An interrupted forward vanishes without notice.
-        yield
+    token = Token(is_switch=True)
+    try:
+        try:
+            _queue.add(model, token)
+            _await_turn(model, token, action)
+            yield
+        finally:
+            _queue.discard(model, token)
+    finally:
+        _queue.discard(model, token)  # If an interrupt came before the first.
+
+
+def _await_turn(model: nn.Module, token: Token, action: str) -> None:
+    """Wait until a switch is the first in the queue, but for what its own thread has there."""
+    while True:
+        earlier = _earlier(model, token)
+        own = [other for other in earlier if other.thread == token.thread]
+        others = len(own) < len(earlier)
+        if not others or any(map(_is_switch, own)):
+            return
+        if own:
+            raise MedpeftError(
+                f"{action} within a forward of the model, while another thread runs it, would wait for "
+                f"ever: call it before or after the forward."
+            )
+        time.sleep(_PAUSE)
+
+
+def _earlier(model: nn.Module, token: Token) -> list[Token]:
+    """List the tokens that came before one."""
+    tokens = _queue.of(model)
+    return tokens[: tokens.index(token)]
+
+
+def _is_switch(token: Token) -> bool:
+    return token.is_switch
+
+
+def open_block(model: nn.Module, token: Token) -> None:
+    """Count a block as open that needs other values in the place of the trained ones."""
+    _blocks.add(model, token)
+
+
+def close_block(model: nn.Module, token: Token) -> None:
+    """Stop counting a block as open."""
+    _blocks.discard(model, token)
+
+
+def has_open_block(model: nn.Module) -> bool:
+    """Whether any block is open."""
+    return bool(_blocks.of(model))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.aside import Settled, put, recovered, restore
 from ..adapters.batchnorm import statistics_names
 from ..adapters.options import require_options
 from ..adapters.record import (
@@ -19,13 +20,15 @@ from ..adapters.record import (
     adapted_inside,
     applied,
     own_tensors,
+    require_applied,
     require_model,
     trained_tensors,
 )
+from ..adapters.running import switching
 from ..architecture.layers import within
 from ..errors import CheckpointError, MedpeftError, require_choice
-from ..sharding import is_sharded, overwrite, reshard
-from ..surgery.apply import carry_out, forget
+from ..sharding import is_sharded
+from ..surgery.apply import carry_out
 from ..surgery.build import build, state_of_built
 from ..surgery.install import Built
 from ..surgery.plan import Plan, plan_from
@@ -124,9 +127,9 @@ def load(
     require_options("", switches, {"check_base": bool, "keep_base": bool | None})
     prepared = _prepare(model, path, check_base=check_base, head=head, keep_base=keep_base)
     if prepared.planned is None:
-        _copy(model, prepared.values)
+        _fill(model, require_applied(model), prepared.values)
     else:
-        settle(prepared.planned, prepared.built, prepared.values)
+        carry_out(prepared.planned, prepared.built, prepared.values)
     return model
 
 
@@ -158,24 +161,16 @@ def _prepare(
             raise CheckpointError(f"{misfit}: {clip(error, 2000)}") from error
 
 
-def settle(planned: Plan, built: list[Built], values: dict[str, Tensor]) -> None:
-    """Adapt a model as planned and copy the values into it; after an error it is as it was."""
-    carry_out(planned, built)
-    try:
-        _copy(planned.model, values)
-    except BaseException:
-        forget(planned.model)
-        raise
+def _fill(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
+    """Copy the values into an adapted model; a call that is interrupted copies all or none."""
 
+    def settle() -> None:
+        restore(model, record)
 
-def _copy(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copy the values into the model's tensors; after an error all are as before."""
-    reshard(model)
-    pairs = []
-    for name, tensor in Adapted.of(model).saved.items():  # One order for all ranks of a sharded model.
-        if name in values:
-            pairs.append((tensor, values[name]))
-    overwrite(pairs)
+    settled = Settled(settle)
+    with switching(model, "load"), settled, settled:
+        put(model, record, "load", values)
+        record.aside = None
 
 
 def _skipped(record: Applied, head: str) -> tuple[str, ...]:
@@ -189,7 +184,7 @@ def _record(model: nn.Module, header: Header, *, head: str, keep_base: bool | No
     """Return the record of the adapted model, or the one that loading the file leaves on its base."""
     require_values(model)
     if applied(model) is not None:
-        adapted = Adapted.of(model)
+        adapted = recovered(model, "load")
         if not adapted.acting:
             raise CheckpointError("Leave medpeft.disabled or medpeft.merged before loading.")
         require_same_methods(header, model, adapted.record, _skipped(adapted.record, head))

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.adapter import weight_name
+from ..adapters.aside import recovered
 from ..adapters.record import Adapted, require_model
 from ..adapters.samples import changes_since_apply, made_of_other_weights
 from ..errors import CheckpointError, clipped, listed
@@ -54,7 +55,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     require_model(model, path)
     _require_path(path)
     reshard(model)
-    adapted = Adapted.of(model)
+    adapted = recovered(model, "save")
     _require_savable(adapted)
     copied = _as_json({} if metadata is None else metadata, "metadata")
     if not isinstance(copied, dict) or not optional(list_of(text))(copied.get("classes")):

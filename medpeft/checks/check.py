@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.aside import recovered
 from ..adapters.record import Adapted
 from ..adapters.samples import changes_since_apply
 from ..architecture.layers import within
@@ -88,7 +89,7 @@ def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimi
         >>> print(medpeft.check(model, torch.randn(3, 4)))
         4 trainable tensors (34 parameters) act in train and in eval mode
     """
-    adapted = Adapted.of(model)
+    adapted = recovered(model, "check")
     changes = changes_since_apply(model, adapted.record) if adapted.acting else {}
     findings = findings_since_apply(adapted, changes, optimizer)
     without_effect, notes = _without_effect(model, example_input)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..adapters.record import Adapted
+from ..adapters.aside import recovered
 from ..checkpoint.file import parse, write
 from ..errors import CheckpointError
 from ..sharding import is_first
@@ -51,7 +51,7 @@ def to_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component: s
         ...     print(*sorted(load_file(f"{directory}/lora.safetensors")))
         unet.0.lora_A.weight unet.0.lora_B.weight
     """
-    factors = export_factors(Adapted.of(model), with_head=False)
+    factors = export_factors(recovered(model, "to_diffusers"), with_head=False)
     tensors = {}
     for name, layer in factors.items():
         tensors[f"{component}.{name}.lora_A.weight"] = layer.A

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..adapters.aside import recovered
 from ..adapters.record import Adapted
 from ..architecture.head import Head
 from ..checkpoint.file import MAX_HEADER, parse, write
@@ -63,7 +64,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ...     print(*sorted(os.listdir(directory)))
         adapter_config.json adapter_model.safetensors
     """
-    adapted = Adapted.of(model)
+    adapted = recovered(model, "to_peft")
     factors = export_factors(adapted, with_head=True)
     tensors = _renamed(factors) | _head_tensors(model, adapted.record.head)
     config = _configuration(adapted, factors)

@@ -15,10 +15,10 @@ from ..architecture.network import Network
 from ..checkpoint.compatibility import require_nothing_else_trains, require_values
 from ..checkpoint.file import short
 from ..checkpoint.fingerprint import class_of
-from ..checkpoint.load import settle
 from ..errors import CheckpointError, MedpeftError
 from ..formulas.lora import LoRA
 from ..sharding import reshard
+from ..surgery.apply import carry_out
 from ..surgery.build import build
 from ..surgery.plan import Plan, plan
 from .lora_file import LoRAFile
@@ -87,7 +87,7 @@ def apply_file(model: nn.Module, file: LoRAFile, *, head: Head, dropout: float) 
             fill(adapter, site, file.factors[site.name])
     except MedpeftError as error:
         raise CheckpointError(f"{file.name} does not fit this {class_of(model).__name__}: {error}") from error
-    settle(planned, built, others)
+    carry_out(planned, built, others)
     return model
 
 

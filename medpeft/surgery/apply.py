@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..adapters.aside import Settled, enable, misfits, put, recover, recovered, restore
 from ..adapters.batchnorm import freeze_statistics, release_statistics
-from ..adapters.record import Adapted, BatchNormPolicy, require_applied, set_applied, trained_tensors
+from ..adapters.record import (
+    Adapted,
+    Applied,
+    BatchNormPolicy,
+    applied,
+    require_applied,
+    set_applied,
+    trained_tensors,
+)
 from ..adapters.requests import Methods
-from ..adapters.running import switching
+from ..adapters.running import Token, close_block, open_block, switching
 from ..adapters.samples import changes_since_apply, sample_base
 from ..architecture.head import Head
 from ..architecture.targets import Target
 from ..errors import MedpeftError, listed, require
-from ..sharding import overwrite, reshard
 from .build import build
 from .install import Built, install, uninstall
 from .plan import Plan, plan
@@ -78,8 +86,16 @@ def apply(
     return carry_out(planned)
 
 
-def carry_out(planned: Plan, built: list[Built] | None = None) -> nn.Module:
-    """Carry out a plan, with the adapters that were built for it, or else with new ones."""
+def carry_out(
+    planned: Plan, built: list[Built] | None = None, values: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """Carry out a plan; a call that fails or is interrupted leaves the model as it was.
+
+    Args:
+        planned: The plan.
+        built: The adapters that were built for it; None builds new ones.
+        values: Tensors of a checkpoint to copy into the model, by name.
+    """
     model, record = planned.model, planned.record
     if built is None:  # What `load` has built may serve inference alone.
         _require_trainable(model)
@@ -87,14 +103,33 @@ def carry_out(planned: Plan, built: list[Built] | None = None) -> nn.Module:
     if record.base is not None:
         record.base = {name: _kept(tensor) for name, tensor in trained_tensors(model, record)}
     record.samples = sample_base(model, record)
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+
+    def settle() -> None:
+        if applied(model) is record:
+            record.aside = None
+            return
+        restore(model, record)
+        _take_off(model, record)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+    settled = Settled(settle)
+    with settled, settled:
+        _put_on(model, record, built)
+        put(model, record, "apply", values or {})
+        set_applied(model, record)
+    return model
+
+
+def _put_on(model: nn.Module, record: Applied, built: list[Built]) -> None:
+    """Choose what trains, install the adapters, and freeze the statistics."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.selected)
         parameter.grad = None  # An optimizer would move even what is frozen by an old one.
     install(model, built)
     if record.batchnorm == "frozen":
         freeze_statistics(model)
-    set_applied(model, record)
-    return model
 
 
 def _require_trainable(model: nn.Module) -> None:
@@ -132,23 +167,41 @@ def remove(model: nn.Module) -> nn.Module:
         >>> list(model.state_dict()) == keys
         True
     """
-    adapted = Adapted.of(model)
+    adapted = recovered(model, "remove")
     require_acting(adapted, "remove")
-    base = _base(adapted, "remove")
-    with switching(model, "remove"):
-        _put(adapted, base)
-        forget(model)
+    make_plain(adapted, "remove", _base(adapted, "remove"))
     return model
+
+
+def make_plain(adapted: Adapted, action: str, values: Mapping[str, Tensor]) -> None:
+    """Put values into a model for good and take all of medpeft off it: both, or, if interrupted, neither."""
+    model, record = adapted.model, adapted.record
+
+    def settle() -> None:
+        if applied(model) is record:
+            restore(model, record)
+        else:
+            _take_off(model, record)
+
+    settled = Settled(settle)
+    with switching(model, action), settled, settled:
+        put(model, record, action, values)
+        set_applied(model, None)
 
 
 def forget(model: nn.Module) -> None:
     """Take adapters, wiring and record off; the model's own tensors stay as they are."""
     record = require_applied(model)
+    set_applied(model, None)
+    _take_off(model, record)
+
+
+def _take_off(model: nn.Module, record: Applied) -> None:
+    """Take adapters and wiring off, as far as they are there."""
     uninstall(model)
     release_statistics(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.trained_before.get(name, True))
-    set_applied(model, None)
 
 
 @contextmanager
@@ -171,34 +224,23 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         ...     torch.equal(model(x), base)
         True
     """
-    adapted = Adapted.of(model)
-    record = adapted.record
-    was_enabled = record.enabled
-    if was_enabled:
-        require_acting(adapted, "disabled")
+    adapted = recovered(model, "disabled")
+    record, block = adapted.record, Token()
     base = _base(adapted, "disabled")
-    with switching(model, "disabled"):
-        reshard(model)
-        trained = {name: tensor.detach().clone() for name, tensor in trained_tensors(model, record)}
-        _switch(adapted, base, enabled=False)
-    try:
-        yield model
-    finally:
+
+    def settle() -> None:
+        close_block(model, block)
+        recover(model, record, "disabled")
+
+    settled = Settled(settle)
+    with settled, settled:
         with switching(model, "disabled"):
-            _switch(adapted, trained, enabled=was_enabled)
-
-
-def _switch(adapted: Adapted, values: dict[str, Tensor], *, enabled: bool) -> None:
-    """Put values into the trained tensors, and switch the adapters on or off; a failure changes nothing."""
-    _put(adapted, values)
-    adapted.record.enabled = enabled
-    adapted.enable(enabled)
-
-
-def _put(adapted: Adapted, values: dict[str, Tensor]) -> None:
-    """Copy values into the tensors that training changes."""
-    reshard(adapted.model)
-    overwrite((tensor, values[name]) for name, tensor in trained_tensors(adapted.model, adapted.record))
+            open_block(model, block)
+            if record.aside is None or record.aside.action != "disabled":
+                require_acting(Adapted.of(model), "disabled")
+                put(model, record, "disabled", base)
+                enable(model, False)
+        yield model
 
 
 def require_acting(adapted: Adapted, action: str) -> None:
@@ -216,6 +258,13 @@ def _base(adapted: Adapted, action: str) -> dict[str, Tensor]:
             f"{action} needs the original values, which {record.name!r} gave up: pass keep_base=True to "
             f"apply (the default of every method but 'full')."
         )
+    replaced = misfits(adapted.trained, record.base)
+    require(
+        not replaced,
+        f"{action} cannot give the base back: {listed(replaced, most=1)} is gone or of another shape, so its "
+        f"original value has no place: was the head, or a layer, replaced after apply? Put the old one back; "
+        f"or save what was trained, and load it into a model whose head was replaced first.",
+    )
     if record.base:
         _require_same_base(adapted, action)
     return record.base

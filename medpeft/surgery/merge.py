@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapters import Adapters
+from ..adapters.aside import Settled, enable, put, recover, recovered
 from ..adapters.options import require_options
 from ..adapters.record import Adapted, own_tensors
 from ..adapters.registry import find
-from ..adapters.running import switching
+from ..adapters.running import Token, close_block, open_block, switching
 from ..architecture.convolution import standardises
 from ..architecture.layers import own_tensor
 from ..errors import MedpeftError, require
-from ..sharding import gathered, is_sharded, like, overwrite, reshard, whole
-from .apply import forget, require_acting
+from ..sharding import gathered, is_sharded, like, reshard, whole
+from .apply import make_plain, require_acting
 from .outputs import largest_difference, outputs_of
 from .unmergeable import Place, places, reason_against, require_floating
 
@@ -86,13 +87,11 @@ def merge(
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
     require_options("", {"tolerance": tolerance, "min_kept": min_kept}, _SHARES)
-    merged_tensors = _merged_tensors(Adapted.of(model), min_kept)
+    adapted = recovered(model, "merge")
+    merged_tensors = _merged_tensors(adapted, min_kept)
     if example_input is not None:
-        _require_same_outputs(model, merged_tensors, example_input, tolerance)
-    with switching(model, "merge"):
-        reshard(model)
-        _put(merged_tensors)
-        forget(model)
+        _require_same_outputs(adapted, merged_tensors, example_input, tolerance)
+    make_plain(adapted, "merge", _values(merged_tensors))
     created = [item.full_name for item in merged_tensors if item.own is None]
     if created:
         warnings.warn(_warning_of_created(created), stacklevel=2)
@@ -107,21 +106,9 @@ def _warning_of_created(names: list[str]) -> str:
     )
 
 
-def _put(merged_tensors: list[Merged]) -> None:
-    """Write the merged tensors into the layers' own ones, and register those that a layer does not have.
-
-    After an error all are as before.
-    """
-    created = [item for item in merged_tensors if item.own is None]
-    written = [(item.own, item.value) for item in merged_tensors if item.own is not None]
-    try:
-        for item in created:
-            item.layer.register_parameter(item.name, nn.Parameter(item.value))
-        overwrite(written)
-    except BaseException:
-        for item in created:
-            item.layer._parameters[item.name] = None
-        raise
+def _values(merged_tensors: list[Merged]) -> dict[str, Tensor]:
+    """Map the names of merged tensors to their values."""
+    return {item.full_name: item.value for item in merged_tensors}
 
 
 @contextmanager
@@ -147,8 +134,8 @@ def merged(model: nn.Module, *, min_kept: float = 0.9) -> Iterator[nn.Module]:
         ...     torch.allclose(model(x), adapted, atol=1e-5)
         True
     """
-    adapted = Adapted.of(model)
     require_options("", {"min_kept": min_kept}, _SHARES)
+    adapted = recovered(model, "merged")
     with _swapped(adapted, _merged_tensors(adapted, min_kept)):
         yield model
 
@@ -257,40 +244,31 @@ def _share_kept(own: Tensor, value: Tensor) -> float:
 @contextmanager
 def _swapped(adapted: Adapted, merged_tensors: list[Merged]) -> Iterator[None]:
     """Replace the layers' own tensors by merged ones, and switch the adapters off, for a `with` block."""
-    before: list[tuple[dict[str, Any], str, Any]] = []
-    sharded: list[tuple[Tensor, Tensor]] = []
-    unmerged: list[tuple[Tensor, Tensor]] = []
-    try:
-        with switching(adapted.model, "merged"):
-            reshard(adapted.model)
-            for item in merged_tensors:
-                if item.own is not None and is_sharded(item.own):
-                    # FSDP2 keeps a reference to it, and puts it back whenever the layer runs.
-                    sharded.append((item.own, item.value))
-                    continue
-                is_buffer = item.name in item.layer._buffers
-                store: dict[str, Any] = item.layer._buffers if is_buffer else item.layer._parameters
-                before.append((store, item.name, item.own))
-                store[item.name] = item.value if is_buffer else nn.Parameter(item.value, requires_grad=False)
-            unmerged = overwrite(sharded)
-            adapted.enable(False)
+    model, record, block = adapted.model, adapted.record, Token()
+
+    def settle() -> None:
+        close_block(model, block)
+        recover(model, record, "merged")
+
+    settled = Settled(settle)
+    with settled, settled:
+        with switching(model, "merged"):
+            require_acting(
+                Adapted.of(model), "merging"
+            )  # Another thread may have switched the model meanwhile.
+            open_block(model, block)
+            put(model, record, "merged", _values(merged_tensors), swaps=True)
+            enable(model, False)
         yield
-    finally:
-        with switching(adapted.model, "merged"):
-            reshard(adapted.model)
-            overwrite(unmerged)
-            for store, name, own in before:
-                store[name] = own
-            adapted.enable(True)
 
 
 def _require_same_outputs(
-    model: nn.Module, merged_tensors: list[Merged], example_input: Any, tolerance: float
+    adapted: Adapted, merged_tensors: list[Merged], example_input: Any, tolerance: float
 ) -> None:
     """Raise `MedpeftError` if the outputs of the merged model differ by more than the tolerance."""
-    before = outputs_of(model, example_input)
-    with _swapped(Adapted.of(model), merged_tensors):
-        after = outputs_of(model, example_input)
+    before = outputs_of(adapted.model, example_input)
+    with _swapped(adapted, merged_tensors):
+        after = outputs_of(adapted.model, example_input)
     difference = largest_difference(before, after)
     _log.info("merged outputs differ by %.2e of the largest", difference)
     require(

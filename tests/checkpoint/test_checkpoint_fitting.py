@@ -173,9 +173,9 @@ def test_a_method_of_ones_own_must_be_registered_before_loading(tmp_path, own_re
 
 
 def test_a_copy_that_fails_half_way_leaves_the_model_as_it_was(file, monkeypatch):
-    from medpeft import sharding as shards
+    from medpeft.adapters import aside
 
-    like = shards.like
+    like = aside.like
 
     for model in (Golden(), trained(Golden(), "lora+bias", seed=9)):
         fits = []
@@ -184,7 +184,7 @@ def test_a_copy_that_fails_half_way_leaves_the_model_as_it_was(file, monkeypatch
             fits.append(own)
             return like(value, own) if len(fits) < 4 else torch.zeros(own.numel() + 1)
 
-        monkeypatch.setattr(shards, "like", wrong)
+        monkeypatch.setattr(aside, "like", wrong)
         before = bits(model)
         with pytest.raises(RuntimeError):
             medpeft.load(model, file)

@@ -1,0 +1,155 @@
+"""Other values in the place of a model's own: put in, and brought back whatever happens meanwhile.
+
+- What was there is kept on the model's record before anything is written, so no local variable alone holds
+  trained values.
+- An interrupt may come at any line. Every step can be done twice, and what ends a change is done a second
+  time if an interrupt cut it short (`Settled`).
+- A block that was ended by force, or a copy that was made inside one, has no end of its own: the next call
+  brings everything back (`recovered`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from ..sharding import is_sharded, like, reshard
+from .record import Adapted, Applied, Aside, adapted_layers, own_state
+from .running import has_open_block, switching
+
+
+class Settled:
+    """A `with` block that calls a function at its end, which completes or undoes what was done inside.
+
+    Write `with settled, settled:`. If an interrupt cuts the first call short, the second makes up for it.
+    """
+
+    def __init__(self, settle: Callable[[], None]) -> None:
+        self.settle = settle
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Call the function, after an error too."""
+        self.settle()
+
+
+@torch.no_grad()
+def put(
+    model: nn.Module, record: Applied, action: str, values: Mapping[str, Tensor], *, swaps: bool = False
+) -> None:
+    """Put values into a model, by name, after the record has what was there.
+
+    They are copied into the tensors of these names; where there is none, one is created.
+
+    Args:
+        model: The model.
+        record: Its record.
+        action: The call that does so.
+        values: The values, by name.
+        swaps: Whether new tensors take the place of the old ones, so that backward can still use these. FSDP2
+            keeps a reference to a sharded tensor, and puts it back whenever the layer runs: it is written to.
+    """
+    reshard(model)
+    present = _tensors(model)
+    written, placed = {}, {}
+    for name, value in values.items():
+        if name in present and (not swaps or is_sharded(present[name])):
+            written[name] = like(value, present[name])
+        else:
+            placed[name] = value
+    aside = Aside(action)
+    for name in written:
+        aside.values[name] = present[name].detach().clone()
+    for name in placed:
+        aside.tensors[name] = present.get(name)
+    record.aside = aside
+    for name, value in written.items():
+        present[name].copy_(value)
+    _place(model, placed)
+
+
+def enable(model: nn.Module, enabled: bool) -> None:
+    """Switch all adapters on or off."""
+    for _, _, adapters in adapted_layers(model):
+        adapters.enabled = enabled
+
+
+@torch.no_grad()
+def restore(model: nn.Module, record: Applied) -> None:
+    """Bring back what is aside; a tensor that the user has replaced by one of another shape stays his."""
+    aside = record.aside
+    if aside is None:
+        return
+    reshard(model)
+    present = _tensors(model)
+    for name, tensor in aside.tensors.items():
+        if tensor is not None and name in present:
+            tensor.data = tensor.data.to(present[name])  # The model may have been moved or cast meanwhile.
+    _place(model, aside.tensors)
+    for name, value in aside.values.items():
+        if name in present and present[name].shape == value.shape:
+            present[name].copy_(value)
+    enable(model, True)
+    record.aside = None
+
+
+def recover(model: nn.Module, record: Applied, action: str) -> None:
+    """Bring back what is aside, unless a block is open that needs it there."""
+    if record.aside is None or has_open_block(model):
+        return
+    with switching(model, action):
+        if not has_open_block(model):  # Another thread may have opened one meanwhile.
+            restore(model, record)
+
+
+def recovered(model: nn.Module, action: str) -> Adapted:
+    """Look at a model, in which nothing is aside any more that no open block needs there.
+
+    Raises:
+        MedpeftError: it is not adapted.
+    """
+    adapted = Adapted.of(model)
+    if adapted.acting:
+        return adapted
+    recover(model, adapted.record, action)
+    return Adapted.of(model)
+
+
+def misfits(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:
+    """List the names of values whose tensor is gone or has another shape."""
+    names = []
+    for name, value in values.items():
+        if name not in tensors or tensors[name].shape != value.shape:
+            names.append(name)
+    return names
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Map names to all parameters and buffers; those of adapters also have their names in a file."""
+    tensors: dict[str, Tensor] = dict(own_state(model))
+    tensors.update(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return tensors
+
+
+def _place(model: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
+    """Register tensors under their names, in the place of others; a module that is gone is left out."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        module = modules.get(path)
+        if module is None:
+            continue
+        if key in module._buffers:
+            module._buffers[key] = tensor
+        elif tensor is None or isinstance(tensor, nn.Parameter):
+            module._parameters[key] = tensor
+        else:
+            module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
