@@ -36,6 +36,7 @@ class Method:
         identity: Whether the adapted model computes at first the same as the base.
         unmergeable: Reason why no weight ever computes the same, "" for a method that may be merged.
         takes_complex: Whether its adapters, which are real, act rightly on layers of complex numbers.
+        older: Values of options that came later, for files that lack them: those that compute as before.
     """
 
     name: str
@@ -52,10 +53,14 @@ class Method:
     identity: bool = True
     unmergeable: str = ""
     takes_complex: bool = False
+    older: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        stray = [option for option in self.search if option not in self.options]
-        require(not stray, f"{self.name!r} would search {', '.join(stray)}, which is none of its options.")
+        for values, would in ((self.search, "search"), (self.older, "read from older files")):
+            stray = [option for option in values if option not in self.options]
+            require(
+                not stray, f"{self.name!r} would {would} {', '.join(stray)}, which is none of its options."
+            )
 
     @property
     def summary(self) -> str:
@@ -98,6 +103,7 @@ def register(
     identity: bool = True,
     unmergeable: str = "",
     takes_complex: bool = False,
+    older: Mapping[str, Any] | None = None,
 ) -> Callable[[Registered], Registered]:
     """Register a class derived from `Adapter`, or a predicate over parameters, as a method.
 
@@ -114,6 +120,7 @@ def register(
         identity: Whether the adapted model computes at first the same as the base.
         unmergeable: Reason why no weight ever computes the same, for the error of `merge`.
         takes_complex: Whether its adapters, which are real, act rightly on layers of complex numbers.
+        older: Values of later options for files that lack them, where the default computes otherwise.
 
     Raises:
         MedpeftError: the name is taken or no identifier, or the object is no method or does nothing.
@@ -130,24 +137,26 @@ def register(
     _require_name(name)
     flags = {"decays": decays, "identity": identity, "takes_complex": takes_complex}
     about: dict[str, Any] = {"hint": hint, "unmergeable": unmergeable, **flags}
-    _require_description(search, selects, fast, about)
+    _require_description(search, older, selects, fast, about)
 
     def add(define: Registered) -> Registered:
-        require(name not in _METHODS, f"A method called {name!r} is registered already: choose another name.")
-        method = _method(name, define)
-        _METHODS[name] = replace(method, search=search or {}, selects=selects, fast=fast, **about)
+        method = replace(_method(name, define), search=search or {}, older=older or {}, **about)
+        _METHODS[name] = replace(method, selects=selects, fast=fast)
         return define
 
     return add
 
 
 def _require_name(name: object) -> None:
-    """Raise `MedpeftError` unless it can be written in a union such as "a+b"."""
+    """Raise `MedpeftError` unless a name is new and can be written in a union such as "a+b"."""
     is_name = isinstance(name, str) and name.isidentifier()
     require(is_name, f"{clipped(name)} cannot name a method: use letters, digits and underscores.")
+    require(name not in _METHODS, f"A method called {name!r} is registered already: choose another name.")
 
 
-def _require_description(search: object, selects: object, fast: object, about: Mapping[str, object]) -> None:
+def _require_description(
+    search: object, older: object, selects: object, fast: object, about: Mapping[str, object]
+) -> None:
     """Raise `MedpeftError` where an argument of `register` is of another type than it says."""
     require_options("", about, _ABOUT)
     require(selects is None or callable(selects), f"selects={clipped(selects)} must be a predicate.")
@@ -158,6 +167,10 @@ def _require_description(search: object, selects: object, fast: object, about: M
     require(
         search is None or isinstance(search, Mapping),
         f"search={clipped(search)} must be the values worth trying by option, such as {{'rank': (4, 8)}}.",
+    )
+    require(
+        older is None or isinstance(older, Mapping),
+        f"older={clipped(older)} must be values by option, such as {{'input': 'residual'}}.",
     )
 
 

@@ -87,7 +87,7 @@ def require_values(model: nn.Module) -> None:
 
 
 def saved_record(header: Header) -> Applied:
-    """Read the record in the file; options that its methods got since then have their defaults.
+    """Read the record in the file; options that its methods got since then have the values of older files.
 
     Raises:
         CheckpointError: a method is unknown, or an option has a value that it cannot have.
@@ -101,7 +101,7 @@ def saved_record(header: Header) -> Applied:
                 f"{header.name}: {clip(error, 2000)} If it is a method of your own, import the file that "
                 "registers it before loading."
             ) from None
-        record.methods[name] = {**method.options, **options}
+        record.methods[name] = {**method.options, **method.older, **options}
         try:
             method.require_options(record.methods[name])
         except MedpeftError as error:

@@ -266,6 +266,8 @@ def test_a_method_that_would_search_what_it_does_not_take_is_refused(own_registr
 
     with pytest.raises(medpeft.MedpeftError, match=r"'gain' would search rank, which is none of its options"):
         medpeft.register("gain", search={"rank": (1, 2)})(Gain)
+    with pytest.raises(medpeft.MedpeftError, match=r"'gain' would read from older files rank, which is none"):
+        medpeft.register("gain", older={"rank": 1})(Gain)
 
 
 @pytest.mark.parametrize("name", [name for name in BUILT_IN if medpeft.search_space(name)])
