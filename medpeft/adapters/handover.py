@@ -42,6 +42,13 @@ class Handover:
             return frames[-1][0]
         return default
 
+    def take_once(self) -> Any:
+        """Return the value and forget it; None if none was left."""
+        frames = self._frames.get(_thread())
+        if frames and frames[-1]:
+            return frames[-1].pop()
+        return None
+
     def __reduce__(self) -> tuple[type[Handover], tuple[()]]:
         return Handover, ()
 

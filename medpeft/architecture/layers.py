@@ -22,7 +22,7 @@ _RESIDUAL = re.compile(
     r"Bottle|Residual|DenseLayer|MBConv|MbConv|CNBlock|ConvNe[Xx]t\w*Layer|BasicLayer|DepthwiseSeparable"
     r"|Block(2D|2d|1D|3D|V2|v2)?$|BasicBlock"
 )
-_NOT_BODY = re.compile(r"(stem|downsampl|shortcut|skip|patch_embed|embedder|upsampl|residual$|transition)")
+NOT_BODY = re.compile(r"(stem|downsampl|shortcut|skip|patch_embed|embedder|upsampl|residual$|transition)")
 _SCALING_NORM = re.compile(r"(Layer|Batch|Group|Instance)Norm")
 _CHANNELS_FIRST_NORM = re.compile(r"Norm(1d|2d|3d|Act|1)$|Norm(Act)?[23]d\w*$")
 
@@ -173,6 +173,11 @@ def is_batchnorm(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm)
 
 
+def is_activation(layer: nn.Module) -> bool:
+    """Whether the layer is an activation, by the name of the module that defines its class."""
+    return "activation" in type(layer).__module__ and not list(layer.children())
+
+
 def is_layernorm(layer: nn.Module) -> bool:
     """Whether the layer is a LayerNorm; timm's and Hugging Face's channel-first ones count."""
     return is_norm(layer) and any("LayerNorm" in name for name in class_names(layer))
@@ -242,6 +247,6 @@ def in_body(name: str, modules: Mapping[str, nn.Module]) -> bool:
         name: Name of the layer.
         modules: All modules of the model by name.
     """
-    if _NOT_BODY.search(name):
+    if NOT_BODY.search(name):
         return False
     return any(is_residual_block(modules[parent]) for parent in parents(name))

@@ -64,6 +64,7 @@ class Draft:
         overwritten: Whether a module of the model works in place, so that the layer's output may be written
             over.
         shared: Modules shared by all adapters of the method on one device, by key; see `Site.share`.
+        activation: The activation of the block around the layer, where the method asks for it.
     """
 
     method: str = ""
@@ -71,6 +72,7 @@ class Draft:
     shapes_only: bool = False
     overwritten: bool = False
     shared: dict[Any, nn.Module] = field(default_factory=dict)
+    activation: nn.Module | None = None
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,24 @@ Chen et al., "Conv-Adapter: Exploring Parameter Efficient Transfer Learning for 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, cast
+from ..adapters.adapter import Adapter, SecondPlace, cast
+from ..adapters.handover import Handover
 from ..adapters.options import Count
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry
 from ..architecture.layers import CONVS, in_body
 from ..architecture.network import Network
-from ..architecture.site import Site
+from ..architecture.residual import activation_of, after, block_around, downsamples, ends, is_inverted
+from ..architecture.site import Partner, Site
+from ..errors import MedpeftError
 
 
 @register(
@@ -30,18 +34,23 @@ from ..architecture.site import Site
         "there is a nonlinearity between the two convolutions of its bottleneck, "
         "which no weight of the layer can replace"
     ),
+    older={"place": "convolution", "activation": "relu"},
 )
 class ConvAdapter(Adapter):
-    """A separable bottleneck beside the convolutions of residual blocks: conv(x) + α ⊙ up(relu(down(x))).
+    """A separable bottleneck beside the convolutions of residual blocks: y + α ⊙ up(act(down(x))).
 
-    x is (B, I, …). `down` is a depthwise-separable convolution of I to I / γ channels in I / γ groups. It
-    slides as the adapted convolution does, so that both see the same field. `up` is a 1×1 convolution. α has
-    one value per channel and starts at 1.
+    x is (B, I, …), the convolution's input, and y its output after the norm and the activation that follow.
+    In a block that normalises first, and in ConvNeXt's, y is the convolution's own output. Of an inverted
+    residual block, x and y are the input and the output. `down` is a depthwise-separable convolution of I to
+    I / γ channels in I / γ groups. It slides as the adapted convolution does, so that both see the same
+    field. `up` is a 1×1 convolution. α has one value per channel and starts at 1.
 
     Args:
-        site: A convolution.
+        site: A convolution, or an inverted residual block. The partners of a convolution are its block and
+            the norm or activation after which the sum is taken.
         reduction: γ. If it does not divide I, the next smaller width that does is taken.
-        form: "parallel" beside the convolution, "sequential" after it, on its output.
+        form: "parallel" beside the convolution, "sequential" after it, on y.
+        activation: "backbone" for the activation of the block around it, or "relu".
     """
 
     def __init__(
@@ -50,41 +59,147 @@ class ConvAdapter(Adapter):
         *,
         reduction: Count = 4,
         form: Literal["parallel", "sequential"] = "parallel",
+        activation: Literal["backbone", "relu"] = "backbone",
     ) -> None:
         super().__init__(site)
-        self.form = form
-        geometry = Geometry.of(site.layer)  # type: ignore[arg-type]  # its sites are convolutions
-        outputs = site.host.shape[0]
-        if form == "parallel":
-            inputs = site.host.shape[1] * geometry.groups
-            self.geometry = geometry
-        else:
-            inputs = outputs
-            self.geometry = _keeping_size(geometry)
+        self.name, self.form = site.name, form
+        self.geometry, inputs, outputs = _beside(site)
+        if form == "sequential":
+            self.geometry, inputs = _keeping_size(self.geometry), outputs
         width = _width(inputs, reduction)
-        self.down = nn.Parameter(torch.empty(width, inputs // width, *geometry.kernel))
+        self.down = nn.Parameter(torch.empty(width, inputs // width, *self.geometry.kernel))
         self.up = nn.Parameter(torch.zeros(outputs, width))
         self.scale = nn.Parameter(torch.ones(outputs))
+        self.act: nn.Module = nn.ReLU()
+        if activation == "backbone" and site.draft.activation is not None:
+            self.act = _like(site.draft.activation)
         nn.init.kaiming_uniform_(self.down, a=5**0.5, generator=site.generator)
+        self.adds_later = bool(site.partners)
+        # Opened by the block, not by the convolution: its place is `Around`.
+        self.entered = Handover()
 
     @classmethod
-    def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
-        """Yield the convolutions of residual blocks wider than 1×1; with a target, any convolution."""
+    def sites(
+        cls,
+        network: Network,
+        *,
+        targeted: bool = False,
+        place: Literal["authors", "convolution"] = "authors",
+    ) -> Iterator[Site]:
+        """Yield the convolutions of residual blocks wider than 1×1; with a target, any convolution.
+
+        With place="authors" they come with the places where the sum is taken, inverted residual blocks as a
+        whole, and the convolutions between the stages of ConvNeXt too.
+        """
+        modules = network.modules
+        around: set[str] = set()
         for site in network.sites("conv"):
             if not isinstance(site.layer, CONVS):
                 continue
-            is_wide = max(site.layer.kernel_size) > 1
-            if targeted or (is_wide and in_body(site.name, network.modules)):
-                yield site
+            block = block_around(site.name, modules)
+            activation = activation_of(modules[block]) or activation_of(network.model)
+            site = replace(site, draft=replace(site.draft, activation=activation))
+            is_of_body = in_body(site.name, modules)
+            if place == "authors" and is_of_body and is_inverted(modules[block]):
+                if block not in around:
+                    around.add(block)
+                    yield Site(block, modules[block], "", "", draft=site.draft)
+                continue
+            is_between = place == "authors" and downsamples(site.name, modules)
+            is_wide = site.host[0, 0].numel() > 1
+            if not targeted and not (is_wide and (is_of_body or is_between)):
+                continue
+            if place == "authors" and is_of_body:
+                site = _site_in(block, site, network)
+            yield site
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Compute y + α ⊙ up(relu(down(x))), or of y where the form is sequential."""
+        """Compute y + α ⊙ up(act(down(x))); where y is not finished yet, leave x for the place that is."""
+        if not self.adds_later:
+            return self.added(x, y)
+        self.entered.leave(x)
+        return y
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """Compute y + α ⊙ up(act(down(x))), or of y where the form is sequential."""
         source = x
         if self.form == "sequential":
             source = y
-        hidden = self.geometry.convolve(cast(source, self.down), self.down, groups=len(self.down)).relu()
+        hidden = self.act(self.geometry.convolve(cast(source, self.down), self.down, groups=len(self.down)))
         change = self.geometry.pointwise(hidden, self.scale[:, None] * self.up, strided=False)
+        if change.shape != y.shape:
+            raise MedpeftError(
+                f"{self.method!r} makes {tuple(change.shape)} beside {self.name}, which makes "
+                f"{tuple(y.shape)}: use place='convolution', or exclude it."
+            )
         return y + change.to(y.dtype)
+
+
+class Around(SecondPlace):
+    """The block around the convolution: what the convolution leaves is taken before the block ends."""
+
+    first: ConvAdapter
+
+    def __init__(self, site: Site, first: ConvAdapter) -> None:
+        super().__init__(site, first)
+        self.handover = first.entered
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return `y`, unless the sum was never taken."""
+        if self.handover.take_once() is None:
+            return y
+        raise MedpeftError(
+            f"{self.method!r} found nothing after {self.first.name} to add to: use place='convolution', "
+            "or exclude it."
+        )
+
+
+class Finished(SecondPlace):
+    """The norm or activation after the convolution. Where a block calls it again, the first call counts."""
+
+    first: ConvAdapter
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the bottleneck to the finished output of the convolution."""
+        entered = self.first.entered.take_once()
+        if entered is None:
+            return y
+        return self.first.added(entered, y)
+
+
+def _site_in(block: str, site: Site, network: Network) -> Site:
+    """A convolution of a residual block, with the place where its output is finished."""
+    last = after(site.name, block, network.modules)
+    if not last:
+        return site
+    places = ((block, Around), (last, Finished))
+    partners = []
+    for name, make in places:
+        partners.append(Partner(Site(name, network.modules[name], "", ""), make))
+    return replace(site, partners=tuple(partners))
+
+
+def _beside(site: Site) -> tuple[Geometry, int, int]:
+    """The geometry of what the adapter is beside, and the channels that enter and leave it."""
+    if site.kind != "block":
+        geometry = Geometry.of(site.layer)  # type: ignore[arg-type]  # its sites are convolutions
+        outputs, inputs = site.host.shape[:2]
+        return geometry, inputs * geometry.groups, outputs
+    block = ends(site.layer)
+    kernel = tuple(block.first.kernel_size)
+    ones = (1,) * len(kernel)
+    padding = tuple((size - 1) // 2 for size in kernel)
+    geometry = Geometry(kernel, block.stride, ones, padding, padding, groups=1, mode="zeros")
+    return geometry, block.first.in_channels, block.last.out_channels
+
+
+def _like(activation: nn.Module) -> nn.Module:
+    """Copy an activation without the hooks on it, and without its writing into its input."""
+    alike: Any = copy.copy(activation)
+    nn.Module.__init__(alike)
+    if hasattr(alike, "inplace"):
+        alike.inplace = False
+    return alike  # type: ignore[no-any-return]  # typed as Any to set `inplace`
 
 
 def _keeping_size(geometry: Geometry) -> Geometry:

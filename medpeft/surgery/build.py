@@ -17,7 +17,7 @@ from ..adapters.record import Applied, applied, named_state
 from ..adapters.registry import Method, methods
 from ..adapters.sharing import home_of
 from ..adapters.stand_in import rebound
-from ..architecture.site import Draft, Site
+from ..architecture.site import Site
 from ..errors import MedpeftError
 from .install import Built
 from .refusals import refuse_layer, refuse_occupied
@@ -78,11 +78,11 @@ def _build_at(
     else:
         built_on = "cpu"
     seed = zlib.crc32(f"{record.seed}:{method.name}:{site.name}:{site.weight}".encode())
-    draft = Draft(
+    draft = replace(
+        site.draft,
         method=method.name,
         generator=torch.Generator().manual_seed(seed),
         shapes_only=built_on == "meta",
-        overwritten=site.draft.overwritten,
         shared=shared.setdefault((method.name, device), {}),
     )
     with torch.device(built_on):

@@ -53,10 +53,22 @@ def install(model: nn.Module, built: list[Built]) -> None:
     for item in built:
         by_layer.setdefault(item.site.layer, []).append(item)
     for layer, items in by_layer.items():
-        layer.add_module("adapters", Adapters({item.name: item.adapter for item in items}))
+        layer.add_module("adapters", Adapters(_named(items)))
     register_shared(model, [(item.site.layer, item.adapter) for item in built])
     for module, wiring in _wirings(model, built):
         wire(module, adapted_forward, wiring)
+
+
+def _named(items: list[Built]) -> dict[str, Adapter]:
+    """Name the adapters of one layer; the second places of several adapters of one method get numbers."""
+    named: dict[str, Adapter] = {}
+    for item in items:
+        name, number = item.name, 1
+        while name in named:
+            number += 1
+            name = f"{item.name}_{number}"
+        named[name] = item.adapter
+    return named
 
 
 def _wirings(model: nn.Module, built: list[Built]) -> Iterator[tuple[nn.Module, Wiring]]:

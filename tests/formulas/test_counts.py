@@ -2,6 +2,7 @@
 
 import re
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import timm
@@ -107,6 +108,27 @@ def test_resnet50(method, options, count):
 @pytest.mark.parametrize("size", [0, 1, 2], ids=["base", "large", "huge"])
 def test_vision_transformers(size, method, options, counts):
     assert_count(on_meta(VITS[size]), method, options, counts[size])
+
+
+def test_conv_adapter_on_convnext_takes_the_convolutions_between_the_stages_too():
+    # A block of D channels: D/4 groups of 4 channels in a kernel of 7·7, D·D/4, and D. Between I and O: 4·I, O·I/4, O.
+    depths, dims = (3, 3, 9, 3), (96, 192, 384, 768)
+    blocks = sum(n * (49 * d + d * d // 4 + d) for n, d in zip(depths, dims, strict=True))
+    between = sum(4 * i + i * o // 4 + o for i, o in pairwise(dims))
+
+    assert_count(on_meta("convnext_tiny"), "conv_adapter", {}, blocks + between)
+
+
+def test_conv_adapter_on_efficientnet_is_around_its_blocks():
+    # Output channels, number of blocks, kernel of the first convolution of each stage; the bottleneck is a quarter.
+    stages = ((16, 1, 3), (24, 2, 1), (40, 2, 1), (80, 3, 1), (112, 3, 1), (192, 4, 1), (320, 1, 1))
+    count, inputs = 0, 32
+    for outputs, blocks, kernel in stages:
+        for _ in range(blocks):
+            count += inputs * kernel**2 + outputs * (inputs // 4) + outputs
+            inputs = outputs
+
+    assert_count(on_meta("efficientnet_b0"), "conv_adapter", {}, count)
 
 
 @pytest.mark.parametrize(("classes", "head"), [(2, 4_098), (3, 6_147), (7, 14_343)])
