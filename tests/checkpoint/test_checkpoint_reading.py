@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import medpeft
 from medpeft.adapters import registry
+from medpeft.checkpoint.compatibility import saved_record
 
 
 @pytest.fixture
@@ -87,6 +88,17 @@ def test_files_of_schema_1_are_read_for_ever():
         assert difference < 1e-5, f"{case} computes something else: {difference:.1e}"
         assert medpeft.inspect(folder / f"{case}.safetensors").metadata["case"] == case
         assert not torch.allclose(Golden().eval()(example()), output, atol=1e-3), f"{case} does nothing"
+
+
+def test_files_that_lack_an_option_get_the_value_that_computes_as_they_did():
+    folder = TESTS / "golden" / "schema1"
+    for method, older in (
+        ("conv_adapter", {"place": "convolution", "activation": "relu"}),
+        ("convpass", {"windows": "inside", "init": "identity"}),
+    ):
+        header = medpeft.inspect(folder / f"{method}.safetensors")
+        assert not older.keys() & header.methods[method].keys()
+        assert saved_record(header).methods[method] == {**header.methods[method], **older}
 
 
 def test_every_built_in_method_has_a_golden_file():
