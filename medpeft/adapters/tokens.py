@@ -25,14 +25,17 @@ class TokenSpan:
     start: int
     axis: int = 1
 
-    def insert(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """Put the same `tokens`, (n, D), into every sample of `x`: (B, N, D) → (B, N + n, D)."""
-        before, after = x.tensor_split([self.start], self.axis)
+    def for_every_sample(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """Repeat `tokens` for every sample of `x`: (n, D) → (B, n, D), or (n, B, D) with the batch second."""
         shape = list(x.shape)
         shape[self.axis] = self.count
         # (n, D) → (1, n, D) → (B, n, D); with the batch second (n, D) → (n, 1, D) → (n, B, D)
-        for_every_sample = tokens.to(x.dtype).unsqueeze(1 - self.axis).expand(shape)
-        return torch.cat([before, for_every_sample, after], self.axis)
+        return tokens.to(x.dtype).unsqueeze(1 - self.axis).expand(shape)
+
+    def insert(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """Put `tokens` into `x`, one row of them for every sample: (B, N, D) → (B, N + n, D)."""
+        before, after = x.tensor_split([self.start], self.axis)
+        return torch.cat([before, tokens, after], self.axis)
 
     def take_off(self, x: Tensor) -> Tensor:
         """Drop the added tokens: (B, N + n, D) → (B, N, D)."""

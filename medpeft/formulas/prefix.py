@@ -117,7 +117,8 @@ class Prefix(Adapter):
         if self.in_slots:
             return x
         require_sequence(x, self.method, self.name)
-        return self.span.insert(x, x.new_zeros(self.span.count, x.shape[-1]))
+        zeros = x.new_zeros(self.span.count, x.shape[-1])
+        return self.span.insert(x, self.span.for_every_sample(zeros, x))
 
     def _widened(self, x: Tensor, name: str, value: Any) -> Any:
         """Make room for the prefix in rotations or a mask, and refuse other tokens to attend to."""
@@ -150,7 +151,8 @@ class Prefix(Adapter):
         for place in self.places[projection]:
             prefix = self.k if place.rows.part == "k" else self.v
             rows.append(place.scatter(prefix))
-        return self.span.insert(self.span.take_off(y), torch.stack(rows).sum(0))
+        rest = self.span.take_off(y)
+        return self.span.insert(rest, self.span.for_every_sample(torch.stack(rows).sum(0), rest))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Take the prefix off, (B, N + n, D) → (B, N, D); a class attention gives the class token alone."""

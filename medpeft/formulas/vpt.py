@@ -48,7 +48,8 @@ class Prompts(nn.Module):
     def put_in(self, x: Tensor, method: str) -> Tensor:
         """Insert the prompts: (B, N, D) → (B, N + n, D)."""
         require_sequence(x, method, self.name)
-        return self.span.insert(x, self.dropout(self.tokens))
+        # As in the authors' code, dropout draws anew for every sample.
+        return self.span.insert(x, self.dropout(self.span.for_every_sample(self.tokens, x)))
 
     def take_off(self, x: Tensor) -> Tensor:
         """Drop the prompts, so that pooling sees none of them: (B, N + n, D) → (B, N, D)."""
@@ -68,7 +69,7 @@ class VPTDeep(Adapter):
     Args:
         site: A transformer block.
         tokens: Number of prompts, n.
-        dropout: Probability for each of their values.
+        dropout: Probability for each of their values, drawn for every sample.
     """
 
     def __init__(self, site: Site, *, tokens: Count = 10, dropout: Probability = 0.0) -> None:
@@ -110,7 +111,7 @@ class VPTShallow(Adapter):
     Args:
         site: The first of the transformer blocks that follow one another. Its partner is the last.
         tokens: Number of prompts, n.
-        dropout: Probability for each of their values.
+        dropout: Probability for each of their values, drawn for every sample.
     """
 
     def __init__(self, site: Site, *, tokens: Count = 10, dropout: Probability = 0.0) -> None:

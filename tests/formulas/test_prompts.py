@@ -287,3 +287,17 @@ def test_every_token_before_the_patches_is_counted():
         with torch.device("meta"):
             model = timm.create_model(name)
         assert {site.layout.prefix for _, site in medpeft.plan(model, "vpt_deep").sites} == {prefix}, name
+
+
+@pytest.mark.parametrize("method", ["vpt_deep", "vpt_shallow"])
+def test_dropout_of_prompts_draws_anew_for_every_image(method):
+    model = medpeft.apply(make("vit"), method, dropout=0.5, tokens=3).train()
+    entered = []
+    model.blocks[0].norm1.register_forward_hook(lambda layer, args, y: entered.append(args[0][:, 1:4]))
+
+    model(drawn(8, 3, 32, 32))
+
+    assert len({tuple((image == 0).flatten().tolist()) for image in entered[0]}) > 4
+    kept = entered[0].detach()[entered[0] != 0]
+    prompts = 2 * model.blocks[0].adapters[method].prompts.tokens.detach()
+    assert torch.isin(kept, prompts.flatten()).all()
