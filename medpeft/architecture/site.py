@@ -65,6 +65,7 @@ class Draft:
             over.
         shared: Modules shared by all adapters of the method on one device, by key; see `Site.share`.
         activation: The activation of the block around the layer, where the method asks for it.
+        together: All sites of the method, of which this one is one.
     """
 
     method: str = ""
@@ -73,6 +74,7 @@ class Draft:
     overwritten: bool = False
     shared: dict[Any, nn.Module] = field(default_factory=dict)
     activation: nn.Module | None = None
+    together: tuple[Site, ...] = ()
 
 
 @dataclass(frozen=True)

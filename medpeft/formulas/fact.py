@@ -15,17 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapter import ON_WEIGHT, Adapter, cast
-from ..adapters.options import Count, Factor
+from ..adapters.options import Count, Factor, Probability
 from ..adapters.registry import register
 from ..architecture.network import Network
 from ..architecture.site import Site
 
 
 class Factors(nn.Module):
-    """U and V, (d, r) each, and for Tucker the core C, (r, r, r), which all blocks of width d share."""
+    """U and V, (d, r) each, and for Tucker the core C, (r, r, r), which all blocks of width d share.
 
-    def __init__(self, width: int, rank: int, form: str, generator: torch.Generator | None) -> None:
+    Attributes:
+        blocks: Number of those blocks in the model.
+    """
+
+    def __init__(
+        self, width: int, rank: int, form: str, blocks: int, generator: torch.Generator | None
+    ) -> None:
         super().__init__()
+        self.blocks = blocks
         self.u = nn.Parameter(torch.empty(width, rank))
         self.v = nn.Parameter(torch.zeros(width, rank))
         self.core: nn.Parameter | None = None
@@ -53,6 +60,7 @@ class FacT(Adapter):
         scale: s.
         form: "tt", a tensor train, where every block has its own Σᵢ, (r, r); or "tucker", where it is a
             combination of r matrices common to all blocks: Σᵢ = Σⱼ Pᵢⱼ·Cⱼ.
+        dropout: Probability between Σᵢ and V; 0 where FacT changes the weight itself.
     """
 
     def __init__(
@@ -62,24 +70,46 @@ class FacT(Adapter):
         rank: Count = 16,
         scale: Factor = 1.0,
         form: Literal["tt", "tucker"] = "tt",
+        dropout: Probability = 0.0,
     ) -> None:
         super().__init__(site)
         self.outputs, self.inputs = site.host.flatten(1).shape  # (out, in, 1, …) → (out, in)
         self.tall = self.outputs >= self.inputs
-        self.width, self.scale = min(self.outputs, self.inputs), float(scale)
-        self.blocks = math.ceil(max(self.outputs, self.inputs) / self.width)
+        self.scale, self.dropout = float(scale), nn.Dropout(dropout)
+        self.width, self.blocks = _width_and_blocks(site)
         # The shared factors first: their initial values must not depend on the layer's own.
-        width = self.width
-        self.shared["factors"] = site.share(width, lambda: Factors(width, rank, form, site.generator))
-        if form == "tt":
-            self.sigma = nn.Parameter(torch.empty(self.blocks, rank, rank))
-            bound = rank**-0.5
-        else:
-            self.sigma = nn.Parameter(torch.empty(self.blocks, rank))
-            bound = (6 / (rank + self.blocks)) ** 0.5
+        self.shared["factors"] = site.share(self.width, lambda: self._make_factors(site, rank, form))
+        shape = (self.blocks, rank, rank) if form == "tt" else (self.blocks, rank)
+        self.sigma = nn.Parameter(torch.empty(shape))
+        bound = self._bound(rank, form)
         nn.init.uniform_(self.sigma, -bound, bound, generator=site.generator)
         if site.kind != "linear":
             self.acts_on = ON_WEIGHT
+        require(
+            self.acts_on != ON_WEIGHT or dropout == 0.0,
+            f"dropout={dropout!r} cannot act at {site.name}, where FacT changes the weight itself (a "
+            "convolution, or a weight that its parent reads): use dropout=0.",
+        )
+
+    def _make_factors(self, site: Site, rank: int, form: str) -> Factors:
+        """Make U, V and the core for all blocks of this width."""
+        blocks = 0
+        for other in site.draft.together:
+            width, of_other = _width_and_blocks(other)
+            if width == self.width:
+                blocks += of_other
+        return Factors(self.width, rank, form, blocks, site.generator)
+
+    def _bound(self, rank: int, form: str) -> float:
+        """The largest initial value of Σ or P, as in the authors' code.
+
+        Σ is the weight of a linear layer, of r inputs for each block in a row. P is Xavier-uniform, one
+        matrix for all blocks of the model.
+        """
+        if form == "tucker":
+            return math.sqrt(6 / (rank + self.factors.blocks))
+        in_a_row = 1 if self.tall else self.blocks
+        return 1 / math.sqrt(in_a_row * rank)
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
@@ -115,7 +145,7 @@ class FacT(Adapter):
     def _stacked(self, x: Tensor) -> Tensor:
         """Compute [V·Σᵢ·Uᵀ]·x with the blocks one above the other: (…, d) → (…, out)."""
         matrices = self._middle().flatten(0, 1)  # (blocks, r, r) → (blocks·r, r)
-        hidden = F.linear(F.linear(x, self.factors.u.t()), matrices)
+        hidden = self.dropout(F.linear(F.linear(x, self.factors.u.t()), matrices))
         by_block = hidden.unflatten(-1, (self.blocks, -1))  # (…, blocks·r) → (…, blocks, r)
         outputs = F.linear(by_block, self.factors.v).flatten(-2)  # (…, blocks, d) → (…, blocks·d)
         return outputs[..., : self.outputs]
@@ -129,7 +159,7 @@ class FacT(Adapter):
         hidden = F.linear(by_block, self.factors.u.t()).flatten(-2)  # (…, blocks, r) → (…, blocks·r)
         # (blocks, r, r) → (r, blocks, r) → (r, blocks·r)
         matrices = self._middle().transpose(0, 1).flatten(1)
-        return F.linear(F.linear(hidden, matrices), self.factors.v)
+        return F.linear(self.dropout(F.linear(hidden, matrices)), self.factors.v)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Compute W + s·[V·Σᵢ·Uᵀ], the blocks one above the other in a tall weight, else side by side."""
@@ -138,3 +168,10 @@ class FacT(Adapter):
         side = 0 if self.tall else 1
         change = torch.cat(list(blocks), side)[: self.outputs, : self.inputs]
         return weight + self.scale * change.view_as(weight), bias
+
+
+def _width_and_blocks(site: Site) -> tuple[int, int]:
+    """Width d of the blocks of a site's weight, and how many there are."""
+    sides = site.host.flatten(1).shape  # (out, in, 1, …) → (out, in)
+    width = min(sides)
+    return width, math.ceil(max(sides) / width)

@@ -45,9 +45,14 @@ def build(
         MedpeftError: an option is wrong, or an adapter could not act at its site.
     """
     shared: dict[tuple[str, torch.device], dict[Any, nn.Module]] = {}
+    together: dict[str, list[Site]] = {}
+    for method, site in sites:
+        together.setdefault(method.name, []).append(site)
     built = []
     for method, site in tqdm(sites, desc=record.name, delay=1.0, leave=False, disable=shapes_only):
-        built += _build_at(model, Planned(method, site), record, shared, shapes_only=shapes_only)
+        draft = replace(site.draft, together=tuple(together[method.name]))
+        planned = Planned(method, replace(site, draft=draft))
+        built += _build_at(model, planned, record, shared, shapes_only=shapes_only)
     if applied(model) is None:  # A plan may be printed once it is carried out.
         _require_places(model, built)
     return built
