@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -30,6 +30,7 @@ from .layers import (
     parents,
 )
 
+_CONVNEXT = re.compile(r"ConvNe[Xx]t\w*(Block|Layer)$|CNBlock$")
 _INVERTED = re.compile(r"Inverted|MBConv|MbConv|EdgeResidual|DepthwiseSeparable")
 
 
@@ -40,6 +41,13 @@ class Ends:
     first: _ConvNd
     last: _ConvNd
     stride: tuple[int, ...]
+
+
+class ConvNextBlock(NamedTuple):
+    """Names of two layers of a block of ConvNeXt: its depthwise convolution, and the first of its MLP."""
+
+    depthwise: str
+    mlp: str
 
 
 def block_around(name: str, modules: Mapping[str, nn.Module]) -> str:
@@ -81,6 +89,19 @@ def downsamples(name: str, modules: Mapping[str, nn.Module]) -> bool:
     siblings = [module for module in modules[name.rpartition(".")[0]].children() if kind_of(module)]
     follows_norm = len(siblings) == 2 and is_layernorm(siblings[0]) and siblings[1] is layer
     return follows_norm and set(kernel) == {2} and tuple(kernel) == getattr(layer, "stride", ())
+
+
+def convnext_blocks(modules: Mapping[str, nn.Module]) -> Iterator[ConvNextBlock]:
+    """Yield the depthwise convolution of every block of ConvNeXt, and the first layer of its MLP."""
+    for block, module in modules.items():
+        if not _CONVNEXT.search(type(module).__name__):
+            continue
+        names = []
+        for name, layer in module.named_modules(prefix=block):
+            if kind_of(layer) in ("conv", "linear") and not NOT_BODY.search(name.removeprefix(block)):
+                names.append(name)
+        if len(names) > 1:
+            yield ConvNextBlock(*names[:2])
 
 
 def activation_of(module: nn.Module) -> nn.Module | None:

@@ -19,6 +19,7 @@ from ..adapters.options import Count, Factor, Probability
 from ..adapters.registry import register
 from ..architecture.network import Network
 from ..architecture.site import Site
+from ..errors import require
 
 
 class Factors(nn.Module):

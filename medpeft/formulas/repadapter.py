@@ -19,8 +19,9 @@ from ..adapters.registry import register
 from ..architecture.blocks import feed_forwards
 from ..architecture.layers import channel_axis
 from ..architecture.network import Network
+from ..architecture.residual import convnext_blocks
 from ..architecture.site import Site
-from ..errors import require
+from ..errors import MedpeftError, require
 
 
 class Maps(nn.Module):
@@ -56,6 +57,8 @@ class Maps(nn.Module):
 class RepAdapter(Adapter):
     """Two thin linear maps before every attention and every MLP: x + s·up(down(x)).
 
+    In ConvNeXt the depthwise convolution is in the attention's place; the maps before it do not merge.
+
     `up` maps every group of the bottleneck onto its own group of channels. Projections of one attention
     that are layers of their own, and an MLP's gate and its partner, share the maps before them, if as many
     channels enter. Merging folds the maps into the layer after them.
@@ -80,7 +83,10 @@ class RepAdapter(Adapter):
         dropout: Probability = 0.0,
     ) -> None:
         super().__init__(site)
+        self.mixes_depthwise = _is_depthwise(site)
         width, biased = site.host.shape[1], bool(site.bias)
+        if self.mixes_depthwise:
+            width = site.host.shape[0]
         require(
             bottleneck % groups == 0 and width % groups == 0,
             f"groups={groups} must divide bottleneck={bottleneck} and the {width} inputs of {site.name}.",
@@ -108,14 +114,23 @@ class RepAdapter(Adapter):
 
     @classmethod
     def sites(cls, network: Network, *, targeted: bool = False) -> Iterator[Site]:
-        """Yield the projections of q, k and v, and the first layers of MLPs; with a target, all that fit."""
+        """Yield the projections of q, k and v, and the first layers of MLPs; with a target, all that fit.
+
+        In ConvNeXt they are the depthwise convolution and the first layer of the MLP of every block.
+        """
         first: set[str] = set()
+        depthwise: set[str] = set()
         for mlp in feed_forwards(network):
             first.update(mlp.first)
+        for block in convnext_blocks(network.modules):
+            depthwise.add(block.depthwise)
+            first.add(block.mlp)
         for site in network.sites("linear", "conv"):
             begins_branch = bool(set(site.parts) & set("qkv")) or site.name in first
             offered = begins_branch or (targeted and not site.parts)
-            if offered and _acts_on_every_position_apart(site) and site.host.shape[1] > 1:
+            merges = _acts_on_every_position_apart(site) and site.host.shape[1] > 1
+            before_depthwise = site.name in depthwise and not site.only_weight
+            if before_depthwise or (offered and merges):
                 yield site
 
     def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
@@ -132,6 +147,11 @@ class RepAdapter(Adapter):
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Compute W + s·(W·up)·down, and b + s·W·(up·down's bias + up's bias)."""
         assert weight is not None
+        if self.mixes_depthwise:
+            raise MedpeftError(
+                "the maps before it mix channels, which a depthwise convolution keeps apart, and add a bias "
+                "that its padding lacks"
+            )
         maps = self.maps
         matrix = weight.flatten(1).to(maps.down.dtype)  # (out, D, 1, …) → (out, D)
         by_group = matrix.unflatten(1, (len(maps.up), -1))  # (out, D) → (out, G, D/G)
@@ -146,10 +166,17 @@ class RepAdapter(Adapter):
 
 
 def _branch_of(site: Site) -> str:
-    """Name of the branch that the layer begins: its parent, or the attention that owns the weight itself."""
-    if site.weight == "weight":
+    """Name of the branch that the layer begins: its parent, or the attention that owns the weight itself.
+
+    A depthwise convolution shares its maps with no other layer, and may have the MLP's parent.
+    """
+    if site.weight == "weight" and not _is_depthwise(site):
         return site.name.rpartition(".")[0]
     return site.name
+
+
+def _is_depthwise(site: Site) -> bool:
+    return site.kind == "conv" and getattr(site.layer, "groups", 1) == site.host.shape[0] > 1
 
 
 def _acts_on_every_position_apart(site: Site) -> bool:

@@ -119,6 +119,13 @@ def test_conv_adapter_on_convnext_takes_the_convolutions_between_the_stages_too(
     assert_count(on_meta("convnext_tiny"), "conv_adapter", {}, blocks + between)
 
 
+def test_repadapter_on_convnext_stands_before_both_parts_of_every_block():
+    depths, dims = (3, 3, 9, 3), (96, 192, 384, 768)
+    count = sum(2 * n * (d * 8 + 8 + d * 8 // 2 + d) for n, d in zip(depths, dims, strict=True))
+
+    assert_count(on_meta("convnext_tiny"), "repadapter", {}, count)
+
+
 def test_conv_adapter_on_efficientnet_is_around_its_blocks():
     # Output channels, number of blocks, kernel of the first convolution of each stage; the bottleneck is a quarter.
     stages = ((16, 1, 3), (24, 2, 1), (40, 2, 1), (80, 3, 1), (112, 3, 1), (192, 4, 1), (320, 1, 1))
