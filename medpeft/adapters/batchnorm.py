@@ -1,4 +1,7 @@
-"""Frozen BatchNorm statistics: they stay as they are, also when the user calls `model.train()`."""
+"""Frozen BatchNorm statistics: they stay as they are, also when the user calls `model.train()`.
+
+`torch.optim.swa_utils.update_bn` also resets them before it estimates them anew: frozen ones are not reset.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,13 @@ class StaysInEval:
         return self.layer
 
 
+class KeepsStatistics:
+    """A BatchNorm's `reset_running_stats` that resets nothing."""
+
+    def __call__(self) -> None:
+        """Do nothing."""
+
+
 def with_statistics(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield every BatchNorm with running statistics, by name."""
     for name, module in model.named_modules():
@@ -41,9 +51,10 @@ def statistics_names(model: nn.Module) -> list[str]:
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Keep every BatchNorm with running statistics in eval mode."""
+    """Keep every BatchNorm with running statistics in eval mode, and its statistics as they are."""
     for _, layer in with_statistics(model):
         layer.__dict__["train"] = StaysInEval(layer)
+        layer.__dict__["reset_running_stats"] = KeepsStatistics()
         layer.training = False
 
 
@@ -53,4 +64,5 @@ def release_statistics(model: nn.Module) -> None:
         stay = layer.__dict__.get("train")
         if isinstance(stay, StaysInEval):
             layer.training = stay.asked
+            layer.__dict__.pop("reset_running_stats", None)
             del layer.__dict__["train"]

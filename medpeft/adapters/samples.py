@@ -74,6 +74,16 @@ def is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var"))
 
 
+def changed_statistics(changes: dict[str, str]) -> list[str]:
+    """List the running statistics that changed while all weights stayed: they were reset or estimated anew.
+
+    Where weights have changed too, the statistics belong to another base.
+    """
+    if all(map(is_statistic, changes)):
+        return [name for name, change in changes.items() if change == OTHER_VALUES]
+    return []
+
+
 def _has_plain_values(tensor: Tensor) -> bool:
     """Whether elements can be taken of a tensor; quantised and fake ones are of types of their own."""
     return type(tensor) is Tensor and not tensor.is_meta

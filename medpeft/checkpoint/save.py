@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..adapters.adapter import weight_name
 from ..adapters.aside import recovered
 from ..adapters.record import Adapted, require_model
-from ..adapters.samples import changes_since_apply, made_of_other_weights
+from ..adapters.samples import changed_statistics, changes_since_apply, made_of_other_weights
+from ..adapters.wiring import is_wired
 from ..errors import CheckpointError, clipped, listed
 from ..sharding import is_first, reshard, whole
 from .compatibility import require_nothing_else_trains, require_values
@@ -40,8 +41,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     Raises:
         MedpeftError: nothing was applied.
         CheckpointError: the file cannot be written; metadata is no JSON; or the model is not as `apply` left
-            it (on the meta device, disabled, merged, a head replaced, other parameters unfrozen). An older
-            file stays.
+            it (on the meta device, disabled, merged, a head replaced, other parameters unfrozen, frozen
+            statistics estimated anew). An older file stays.
 
     Examples:
         >>> import pathlib, tempfile, medpeft, torch
@@ -108,7 +109,9 @@ def _require_savable(adapted: Adapted) -> None:
         for _, adapter in adapters.adapters():
             present.add((adapter.method, name, weight_name(adapter)))
     lost = [site[1] for site in record.sites if site not in present]
-    lost += [name for name in (*record.selected, *record.statistics) if name not in adapted.trained]
+    # A norm that timm freezes has buffers in the place of its parameters.
+    lost += [name for name in record.selected if not isinstance(adapted.trained.get(name), nn.Parameter)]
+    lost += [name for name in record.statistics if name not in adapted.trained]
     if lost:
         raise CheckpointError(
             f"{listed(lost, most=1)}, which {record.name!r} trains, is no longer as apply left it: was a "
@@ -116,12 +119,31 @@ def _require_savable(adapted: Adapted) -> None:
         )
     require_nothing_else_trains(adapted.model, record)
     require_values(adapted.model)
-    outdated = made_of_other_weights(adapted, changes_since_apply(adapted.model, record))
+    _require_own_forwards(adapted)
+    changes = changes_since_apply(adapted.model, record)
+    statistics = changed_statistics(changes)
+    if statistics:
+        raise CheckpointError(
+            f"{listed(statistics, most=1)}, frozen by apply, has other values since: were the statistics "
+            "reset or estimated anew (SWA, SyncBatchNorm)? The file would not fit the base: load them again."
+        )
+    outdated = made_of_other_weights(adapted, changes)
     if outdated:
         raise CheckpointError(
             f"{listed(outdated, most=1)} has other weights than those that {record.name!r} took apart at "
             f"apply, and loading would take apart these: load weights first, then apply."
         )
+
+
+def _require_own_forwards(adapted: Adapted) -> None:
+    """Raise `CheckpointError` for a layer that does not run its adapters any more."""
+    for name, layer, adapters in adapted.layers:
+        if any(True for _ in adapters.adapters()) and not is_wired(layer):
+            raise CheckpointError(
+                f"{name} ({type(layer).__name__}) has lost the forward of its adapters: was it converted, as "
+                "to SyncBatchNorm? The file would hold what the model does not compute. Convert first, then "
+                "apply."
+            )
 
 
 def _as_json(value: Any, where: str, depth: int = 4) -> Any:

@@ -12,7 +12,7 @@ from ..adapters.adapter import parameters_of
 from ..adapters.adapters import Adapters
 from ..adapters.batchnorm import with_statistics
 from ..adapters.record import Adapted
-from ..adapters.samples import GONE, OTHER_VALUES, is_statistic, made_of_other_weights
+from ..adapters.samples import GONE, OTHER_VALUES, changed_statistics, made_of_other_weights
 from ..adapters.wiring import is_wired
 from ..architecture.network import Network
 from ..errors import clipped, listed, require
@@ -99,9 +99,9 @@ def _changed_base(adapted: Adapted, changes: dict[str, str]) -> Iterator[Finding
         if change == GONE:
             hint = "was its layer re-parameterised or replaced? Change the model first, then apply"
             yield Finding(name, f"{change}: {hint}")
-        elif all(map(is_statistic, changes)):
-            hint = "frozen statistics must not be reset or estimated anew; load them again, or apply anew"
-            yield Finding(name, f"{change}: {hint}")
+    for name in changed_statistics(changes):
+        hint = "frozen statistics must not be reset or estimated anew; load them again, or apply anew"
+        yield Finding(name, f"{OTHER_VALUES}: {hint}")
     for layer, method in made_of_other_weights(adapted, changes).items():
         reason = f"has other weights than those that {method!r} took apart at apply"
         yield Finding(layer, f"{reason}: load weights first, then apply")
