@@ -37,7 +37,8 @@ class Around(NamedTuple):
 def cuts_windows(block: Branches, branch: Branch) -> bool:
     """Whether the block cuts its tokens into windows before it hands them to this branch.
 
-    Torchvision's Swin does not: there the attention does it itself, and gets the whole image.
+    Torchvision's Swin does not: there the attention does it itself, and gets the whole image. SAM's blocks put
+    their windows together only after LayerScale and drop-path, so no module in them is given the whole.
     """
     return branch.attention and _cuts(type(block.module))  # type: ignore[arg-type]  # a class is hashable
 
@@ -55,7 +56,8 @@ def around_windows(block: Branches) -> Around | None:
 
 @cache
 def _cuts(cls: type[nn.Module]) -> bool:
-    return _CUTS.search(source_of(cls)) is not None
+    source = source_of(cls)
+    return _CUTS.search(source) is not None and "window_unpartition(" not in source
 
 
 def _first_of(names: tuple[str, ...], block: nn.Module) -> str:

@@ -205,6 +205,19 @@ def test_convpass_inside_the_windows_has_its_place_on_the_attention():
     ]
 
 
+def test_convpass_stays_inside_the_windows_of_sam_which_no_module_is_given_as_a_whole():
+    model = timm.create_model(
+        "samvit_base_patch16", img_size=64, depth=2, embed_dim=16, num_heads=2, num_classes=2, window_size=2
+    )
+    x = torch.randn(1, 3, 64, 64)
+    base = model.eval()(x)
+
+    medpeft.apply(model, "convpass", beside="attention", bottleneck=2)
+
+    assert "convpass" in model.blocks[0].attn.adapters
+    torch.testing.assert_close(model(x), base, rtol=1e-5, atol=1e-5)
+
+
 def test_convpass_drawn_by_xavier_still_starts_as_the_base():
     model, x = make("vit"), drawn(2, 3, 32, 32)
     base = model(x)
