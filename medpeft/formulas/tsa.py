@@ -46,7 +46,7 @@ class TSA(Adapter):
     ) -> None:
         super().__init__(site)
         self.geometry = Geometry.of(site.layer)  # type: ignore[arg-type]  # its sites are convolutions
-        self.form, self.dense = form, dense and self.geometry.groups > 1
+        self.name, self.form, self.dense = site.name, form, dense and self.geometry.groups > 1
         outputs, inputs = site.host.shape[:2]
         self.alpha = nn.Parameter(torch.zeros(self._shape_of_alpha(outputs, inputs)))
         if init == "eye":
@@ -106,19 +106,29 @@ class TSA(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute y + α∗x, or y + A·y + b in a series, (N, O, …)."""
+        change = self._change(x, y).to(y.dtype)
+        if change.shape != y.shape:
+            raise MedpeftError(
+                f"{self.method!r} adds a 1×1 convolution to {self.name}, which makes {tuple(y.shape)} of "
+                f"{tuple(x.shape)}, and a 1×1 one makes {tuple(change.shape)}: exclude it, or use "
+                "form='series'."
+            )
+        if self.form == "matrix" and self.fresh and in_place(y):
+            return y.add_(change)
+        return y + change
+
+    def _change(self, x: Tensor, y: Tensor) -> Tensor:
+        """Compute α∗x, or A·y + b in a series."""
         channel_axis = self.geometry.channel_axis
         if self.form == "vector":
             seen = self.geometry.subsample(cast(x, self.alpha))
-            return y + (seen * along(self.alpha, seen, channel_axis)).to(y.dtype)
-        if self.form == "series":
-            change = self.geometry.pointwise(cast(y, self.alpha), self.alpha, strided=False)
-            if self.bias is not None:
-                change = change + along(self.bias, change, channel_axis)
-            return y + change.to(y.dtype)
-        change = self.geometry.pointwise(cast(x, self.alpha), self.alpha, self._groups).to(y.dtype)
-        if self.fresh and in_place(y):
-            return y.add_(change)
-        return y + change
+            return seen * along(self.alpha, seen, channel_axis)
+        if self.form == "matrix":
+            return self.geometry.pointwise(cast(x, self.alpha), self.alpha, self._groups)
+        change = self.geometry.pointwise(cast(y, self.alpha), self.alpha, strided=False)
+        if self.bias is not None:
+            change = change + along(self.bias, change, channel_axis)
+        return change
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Add α to W at the tap that sees what α sees; in a series, W + A·W and b + A·b + shift."""

@@ -62,3 +62,16 @@ def test_tsa_starts_at_the_official_ten_thousandth_of_the_identity(form, groups)
     with torch.no_grad():
         change = model(x) - medpeft.remove(plain)(x)
     torch.testing.assert_close(change, 1e-4 * x, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(("form", "size"), [("matrix", 3), ("vector", 3), ("matrix", 5)])
+def test_an_image_of_which_a_1x1_convolution_makes_another_size_is_refused(form, size):
+    model = nn.Sequential(nn.Conv2d(4, 4, 2, stride=2))
+    medpeft.apply(model, "tsa", head=None, target="*", form=form)
+
+    assert model(torch.ones(1, 4, 4, 4)).shape == (1, 4, 2, 2)
+    # Added all the same, an output of one pixel would grow to several.
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"'tsa' adds a 1×1 convolution to 0, which makes \(1, 4, \d, \d\) of"
+    ):
+        model(torch.ones(1, 4, size, size))
