@@ -87,6 +87,17 @@ def test_a_method_starts_as_the_base_and_computes_what_it_merges_into(method, pl
             assert_computes_what_it_merges_into(model, x, method, options)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("place", [place for place in PLACES if "conv" in place])
+@pytest.mark.parametrize("method", medpeft.methods())
+def test_an_image_without_a_batch_gives_what_it_gives_in_one(method, place):
+    for options in variants(method):
+        model, x = adapted(place, method, options, torch.float64), example(place, torch.float64)
+        if model is not None:
+            randomise_adapters(model, size=0.2)
+            torch.testing.assert_close(model(x[0]), model(x)[0], rtol=1e-11, atol=1e-11)
+
+
 def first_fit(method, options):
     """The first place that a method fits, and its model adapted."""
     for place in PLACES:

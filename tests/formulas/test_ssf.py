@@ -18,6 +18,18 @@ def test_ssf_scales_and_shifts_the_last_axis_of_a_linear_layer():
     assert_computes(model, x, (x.numpy() @ weight.T + bias) * values["scale"] + values["shift"])
 
 
+def test_ssf_of_a_single_vector_has_the_gradients_of_a_batch_of_one():
+    model, adapter, _ = applied(nn.Linear(5, 7), "ssf")
+    x, upstream = drawn(5), drawn(7, seed=9)
+
+    (model(x) * upstream).sum().backward()
+    found = adapter.scale.grad.clone(), adapter.shift.grad.clone()
+    model.zero_grad()
+    (model(x[None]) * upstream).sum().backward()
+
+    torch.testing.assert_close(found, (adapter.scale.grad, adapter.shift.grad), rtol=1e-12, atol=1e-12)
+
+
 def test_ssf_scales_the_channels_of_a_convolution_also_where_the_width_is_their_number():
     conv, x = nn.Conv2d(3, 8, 1), drawn(2, 3, 8, 8)
     model, _, values = applied(conv, "ssf")
