@@ -156,7 +156,7 @@ class RepAdapter(Adapter):
         matrix = weight.flatten(1).to(maps.down.dtype)  # (out, D, 1, …) → (out, D)
         by_group = matrix.unflatten(1, (len(maps.up), -1))  # (out, D) → (out, G, D/G)
         through_up = torch.einsum("ogd,gdk->ogk", by_group, maps.up).flatten(1)  # (out, G, r/G) → (out, r)
-        new_weight = (matrix + self.scale * through_up @ maps.down).view_as(weight)
+        new_weight = weight + (self.scale * through_up @ maps.down).view_as(weight)
         if maps.down_bias is None or maps.up_bias is None:
             return new_weight, bias
         shift = self.scale * (through_up @ maps.down_bias + matrix @ maps.up_bias)

@@ -184,8 +184,9 @@ class SVDiff(FlexibleAdapter):
         """Compute W + U·diag(relu(σ + s·δ) − σ)·Vᵀ."""
         if weight is None:
             return None, bias
-        matrix = _as_matrix(weight).to(self.left.dtype)
-        return torch.addmm(matrix, self.left * self._shift(), self.right).view(weight.shape), bias
+        dtype = torch.promote_types(weight.dtype, self.left.dtype)
+        matrix, left, right = _as_matrix(weight).to(dtype), self.left * self._shift(), self.right
+        return torch.addmm(matrix, left.to(dtype), right.to(dtype)).view(weight.shape), bias
 
 
 def _as_matrix(weight: Tensor) -> Tensor:

@@ -88,6 +88,18 @@ def test_a_method_starts_as_the_base_and_computes_what_it_merges_into(method, pl
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", medpeft.methods())
+def test_adapters_of_a_narrower_dtype_start_as_the_base_too(method):
+    for options in filter(lambda options: starts_as_base(method, options), variants(method)):
+        for place in PLACES:
+            model = adapted(place, method, {"dtype": torch.bfloat16, **options}, torch.float32)
+            if model is not None:
+                trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+                base = base_output(place, torch.float32, trained)
+                assert torch.equal(model(example(place, torch.float32)), base), (place, options)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("place", [place for place in PLACES if "conv" in place])
 @pytest.mark.parametrize("method", medpeft.methods())
 def test_an_image_without_a_batch_gives_what_it_gives_in_one(method, place):
