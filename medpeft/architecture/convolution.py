@@ -101,13 +101,30 @@ class Geometry:
         return matrix.view(len(matrix), -1, *self.kernel)
 
     def convolve(self, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
-        """Convolve `x` with `weight` at the layer's stride, padding, padding mode and dilation."""
+        """Convolve `x` with `weight` at the layer's stride, padding, padding mode and dilation.
+
+        Raises:
+            MedpeftError: `x` is too small to be padded with its own values.
+        """
         before, after = (self.before, self.after) if self.before else self._padding_by_size(x)
         if self.mode == "zeros" and before == after:
             return CONVOLVE[self.dims](x, weight, None, self.stride, before, self.dilation, groups)
         mode = "constant" if self.mode == "zeros" else self.mode
+        self._require_values_for_padding(x, before, after)
         padded = F.pad(x, _pairs_for_pad(before, after), mode)
         return CONVOLVE[self.dims](padded, weight, None, self.stride, 0, self.dilation, groups)
+
+    def _require_values_for_padding(self, x: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> None:
+        """Raise where reflection, or going round, would need more values than an axis has."""
+        spare = {"reflect": 1, "circular": 0}.get(self.mode)
+        if spare is None:
+            return
+        for size, first, last in zip(x.shape[-self.dims :], before, after, strict=True):
+            if max(first, last) > size - spare:
+                raise MedpeftError(
+                    f"{tuple(x.shape)} is too small to be padded by {max(first, last)} with "
+                    f"padding_mode={self.mode!r}: use a larger image, or exclude the layer."
+                )
 
     def _padding_by_size(self, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Padding as TensorFlow's "SAME": the output has the input's size over the stride, rounded up."""

@@ -218,3 +218,16 @@ def test_by_themselves_residual_adapters_take_the_3x3_convolutions_of_the_residu
 
     adapted = [name for name, module in model.named_modules() if "adapters" in module._modules]
     assert adapted == [f"layer{i}.0.conv2" for i in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize(("mode", "kernel"), [("reflect", 3), ("circular", 5)])
+def test_an_output_that_is_too_small_to_be_padded_with_its_own_values_is_refused(mode, kernel):
+    conv = nn.Conv2d(2, 2, kernel, padding_mode=mode)
+    model = medpeft.apply(nn.Sequential(conv), "conv_adapter", target="*", head=None, form="sequential")
+    assert model(torch.ones(1, 2, kernel + 1, kernel + 1)).shape == (1, 2, 2, 2)
+
+    with pytest.raises(
+        medpeft.MedpeftError,
+        match=rf"\(1, 2, 1, 1\) is too small to be padded by {kernel // 2} with padding_mode='{mode}'",
+    ):
+        model(torch.ones(1, 2, kernel, kernel))
