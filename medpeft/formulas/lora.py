@@ -211,7 +211,9 @@ class LoRA(Adapter):
         matrix = weight.flatten(1)  # (out, in, …) → (out, fan-in)
         new = take_rows(matrix, self.rows) + self.scale * change
         if self.magnitude is not None:
-            new = new * _stretch(self.magnitude, new.detach())[:, None]
+            # Measured in the precision in which W was, which the adapter's own may exceed.
+            measured = new.detach().to(torch.promote_types(weight.dtype, torch.float32))
+            new = new * _stretch(self.magnitude, measured)[:, None]
         return replace_rows(matrix, self.rows, new).view_as(weight), bias
 
     def _product(self, down: Tensor, up: Tensor) -> Tensor:

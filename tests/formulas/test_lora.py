@@ -162,6 +162,8 @@ def test_the_gradients_of_dora_are_those_of_its_parts_in_a_fused_projection():
         (torch.bfloat16, torch.bfloat16),
         (torch.float32, torch.bfloat16),
         (torch.float64, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float64),
     ],
 )
 def test_dora_starts_as_the_base_in_every_precision_and_merges_into_it(base, adapters):
