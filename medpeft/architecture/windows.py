@@ -37,7 +37,7 @@ class Around(NamedTuple):
 def cuts_windows(block: Branches, branch: Branch) -> bool:
     """Whether the block cuts its tokens into windows before it hands them to this branch.
 
-    Torchvision's Swin does not: there the attention does it itself, and gets the whole image. SAM's blocks put
+    Torchvision's Swin does not: there the attention does it itself, and gets the whole image. SAM's put
     their windows together only after LayerScale and drop-path, so no module in them is given the whole.
     """
     return branch.attention and _cuts(type(block.module))  # type: ignore[arg-type]  # a class is hashable

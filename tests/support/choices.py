@@ -1,14 +1,9 @@
 """The options of a method in all their variants, read from the registry, so that a new method needs no list."""
 
-import ast
-import re
 from functools import cache
 from itertools import combinations
+from typing import get_args
 
-import torch
-from tiny_places import PLACES, apply_at, build
-
-import medpeft
 from medpeft.adapters.registry import find
 
 # Numbers that make an adapter small, and leave out what is random in training.
@@ -40,22 +35,18 @@ def values(method: str, option: str) -> tuple:
         return OTHERS[option]
     if isinstance(default, bool):
         return default, not default
-    others = find(method).search.get(option, ())
     if isinstance(default, str):
-        others = _words(method, option)
+        return _words(method, option)
+    others = find(method).search.get(option, ())
     return default, *(value for value in others if isinstance(value, str) and value != default)
 
 
 def _words(method: str, option: str) -> tuple:
-    """The words that an option takes, by the error that another one gets."""
-    for place in PLACES:
-        try:
-            apply_at(place, build(place, torch.float32), method, **{option: "?"})
-        except medpeft.MedpeftError as error:
-            named = re.search(rf"{option}='\?' .*: choose one of (.+)\.$", str(error))
-            if named is not None:
-                return ast.literal_eval(f"({named[1]},)")
-    raise AssertionError(f"{method}: no error names the words of {option}; add its values to OTHERS")
+    """The words that an option takes, its default first."""
+    words = get_args(find(method).annotations[option])
+    assert words, f"{method}: {option} is no Literal; add its values to OTHERS"
+    default = find(method).options[option]
+    return default, *(word for word in words if word != default)
 
 
 def variants(method: str) -> list[dict]:

@@ -166,7 +166,7 @@ def build(place: str, dtype: torch.dtype) -> nn.Module:
     return randomise(model.double()).to(dtype).eval()
 
 
-def apply_at(place: str, model: nn.Module, method: str, **options) -> nn.Module:
+def apply_at(place: str, model: nn.Module, method: str, /, **options) -> nn.Module:
     """Apply a method to the model of a place."""
     head, target = None, "*"
     if place in WITH_HEAD:
