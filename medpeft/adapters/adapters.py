@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..architecture.layers import outputs_first, own_tensor
+from ..architecture.layers import as_kept, outputs_first, own_tensor
 from .adapter import Adapter, FlexibleAdapter, SecondPlace
 
 
@@ -79,7 +79,7 @@ class Adapters(nn.ModuleDict):
             bias = changed.get(adapter._bias, own_tensor(layer, adapter._bias))
             new_weight, new_bias = adapter.merged(weight, bias)
             if new_weight is not None and new_weight is not weight:
-                changed[adapter._weight] = outputs_first(layer, new_weight)
+                changed[adapter._weight] = as_kept(layer, new_weight)
             if new_bias is not None and new_bias is not bias:
                 changed[adapter._bias] = new_bias
         return changed

@@ -10,15 +10,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import require
 from ..sharding import is_sharded, like, reshard
 from .record import Adapted, Applied, Aside, adapted_layers, own_state
-from .running import has_open_block, switching
+from .running import Token, close_block, has_open_block, open_block, switching
 
 
 class Settled:
@@ -75,7 +77,40 @@ def put(
     _place(model, placed)
 
 
-def enable(model: nn.Module, enabled: bool) -> None:
+@contextmanager
+def others_in_place(
+    adapted: Adapted, action: str, values: Mapping[str, Tensor], *, swaps: bool = False
+) -> Iterator[None]:
+    """Put other values in the place of the trained ones, with the adapters off, for a `with` block.
+
+    Of blocks that are open at once, the first puts them in, and the last brings the trained ones back.
+    """
+    model, record, block = adapted.model, adapted.record, Token()
+
+    def settle() -> None:
+        close_block(model, block)
+        recover(model, record, action)
+
+    settled = Settled(settle)
+    with settled, settled:
+        with switching(model, action):
+            if record.aside is None or record.aside.action != action:
+                require_acting(Adapted.of(model), action)
+            open_block(model, block)
+            if record.aside is None:
+                put(model, record, action, values, swaps=swaps)
+            _enable(model, False)
+        yield
+
+
+def require_acting(adapted: Adapted, action: str) -> None:
+    """Raise `MedpeftError` inside `disabled` or `merged`, where the trained values are not in place."""
+    require(
+        adapted.acting, f"{action} does not work inside disabled(model) or merged(model): leave that first."
+    )
+
+
+def _enable(model: nn.Module, enabled: bool) -> None:
     """Switch all adapters on or off."""
     for _, _, adapters in adapted_layers(model):
         adapters.enabled = enabled
@@ -96,7 +131,7 @@ def restore(model: nn.Module, record: Applied) -> None:
     for name, value in aside.values.items():
         if name in present and present[name].shape == value.shape:
             present[name].copy_(value)
-    enable(model, True)
+    _enable(model, True)
     record.aside = None
 
 

@@ -107,9 +107,16 @@ def lies_transposed(layer: nn.Module) -> bool:
 
 
 def outputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
-    """View a layer's weight as (out, in, …), as methods see it; or such a weight as the layer keeps it."""
+    """View a layer's weight as (out, in, …), as methods see it."""
     if lies_transposed(layer):
-        return weight.t()  # (in, out) → (out, in), or back
+        return weight.t()  # (in, out) → (out, in)
+    return weight
+
+
+def as_kept(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Return a weight (out, in, …) as the layer keeps it, in the same order in memory: it rounds as before."""
+    if lies_transposed(layer):
+        return weight.t().contiguous()  # (out, in) → (in, out)
     return weight
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.aside import Settled, enable, misfits, put, recover, recovered, restore
+from ..adapters.aside import Settled, misfits, others_in_place, put, recovered, require_acting, restore
 from ..adapters.batchnorm import freeze_statistics, release_statistics
 from ..adapters.record import (
     Adapted,
@@ -21,7 +21,7 @@ from ..adapters.record import (
     trained_tensors,
 )
 from ..adapters.requests import Methods
-from ..adapters.running import Token, close_block, open_block, switching
+from ..adapters.running import switching
 from ..adapters.samples import changes_since_apply, sample_base
 from ..architecture.head import Head
 from ..architecture.targets import Target
@@ -225,29 +225,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         True
     """
     adapted = recovered(model, "disabled")
-    record, block = adapted.record, Token()
-    base = _base(adapted, "disabled")
-
-    def settle() -> None:
-        close_block(model, block)
-        recover(model, record, "disabled")
-
-    settled = Settled(settle)
-    with settled, settled:
-        with switching(model, "disabled"):
-            open_block(model, block)
-            if record.aside is None or record.aside.action != "disabled":
-                require_acting(Adapted.of(model), "disabled")
-                put(model, record, "disabled", base)
-                enable(model, False)
+    with others_in_place(adapted, "disabled", _base(adapted, "disabled")):
         yield model
-
-
-def require_acting(adapted: Adapted, action: str) -> None:
-    """Raise `MedpeftError` inside `disabled` or `merged`, where the trained values are not in place."""
-    require(
-        adapted.acting, f"{action} does not work inside disabled(model) or merged(model): leave that first."
-    )
 
 
 def _base(adapted: Adapted, action: str) -> dict[str, Tensor]:

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapters import Adapters
-from ..adapters.aside import Settled, enable, put, recover, recovered
+from ..adapters.aside import others_in_place, recovered, require_acting
 from ..adapters.options import require_options
 from ..adapters.record import Adapted, own_tensors
 from ..adapters.registry import find
-from ..adapters.running import Token, close_block, open_block, switching
 from ..architecture.convolution import standardises
 from ..architecture.layers import own_tensor
 from ..errors import MedpeftError, require
 from ..sharding import gathered, is_sharded, like, reshard, whole
-from .apply import make_plain, require_acting
+from .apply import make_plain
 from .outputs import largest_difference, outputs_of
 from .unmergeable import Place, places, reason_against, require_floating
 
@@ -136,7 +135,8 @@ def merged(model: nn.Module, *, min_kept: float = 0.9) -> Iterator[nn.Module]:
     """
     require_options("", {"min_kept": min_kept}, _SHARES)
     adapted = recovered(model, "merged")
-    with _swapped(adapted, _merged_tensors(adapted, min_kept)):
+    values = _values(_merged_tensors(adapted, min_kept))
+    with others_in_place(adapted, "merged", values, swaps=True):
         yield model
 
 
@@ -241,33 +241,12 @@ def _share_kept(own: Tensor, value: Tensor) -> float:
     return max(0.0, 1.0 - float(lost / update))
 
 
-@contextmanager
-def _swapped(adapted: Adapted, merged_tensors: list[Merged]) -> Iterator[None]:
-    """Replace the layers' own tensors by merged ones, and switch the adapters off, for a `with` block."""
-    model, record, block = adapted.model, adapted.record, Token()
-
-    def settle() -> None:
-        close_block(model, block)
-        recover(model, record, "merged")
-
-    settled = Settled(settle)
-    with settled, settled:
-        with switching(model, "merged"):
-            require_acting(
-                Adapted.of(model), "merging"
-            )  # Another thread may have switched the model meanwhile.
-            open_block(model, block)
-            put(model, record, "merged", _values(merged_tensors), swaps=True)
-            enable(model, False)
-        yield
-
-
 def _require_same_outputs(
     adapted: Adapted, merged_tensors: list[Merged], example_input: Any, tolerance: float
 ) -> None:
     """Raise `MedpeftError` if the outputs of the merged model differ by more than the tolerance."""
     before = outputs_of(adapted.model, example_input)
-    with _swapped(adapted, merged_tensors):
+    with others_in_place(adapted, "merged", _values(merged_tensors), swaps=True):
         after = outputs_of(adapted.model, example_input)
     difference = largest_difference(before, after)
     _log.info("merged outputs differ by %.2e of the largest", difference)
