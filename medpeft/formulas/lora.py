@@ -81,6 +81,7 @@ class LoRA(Adapter):
         self.geometry: Geometry | None = None
         if site.kind == "conv":
             self.geometry = Geometry.of(site.layer)  # type: ignore[arg-type]  # by its kind
+        self.padding: int | None = getattr(site.layer, "padding_idx", None)
         matrix = site.host.flatten(1)
         self._make_factors(site, matrix, init)
         self.down.requires_grad_(not freeze_a)
@@ -177,6 +178,8 @@ class LoRA(Adapter):
         """s·B·A·x, the channels of the parts one after the other."""
         if self.kind == "embedding":
             change = F.embedding(x, up) @ down
+            if self.padding is not None:  # Its row gets no gradient, as in the layer.
+                change = torch.where((x == self.padding)[..., None], change.detach(), change)
         elif self.geometry is not None:
             change = self._convolved(x, down, up, self.geometry)
         else:

@@ -94,6 +94,16 @@ def test_an_embedding_adds_the_product_of_both_matrices():
     assert_computes(model, x, (layer.weight.detach().numpy() + p["up"] @ p["down"])[x.numpy()])
 
 
+@pytest.mark.parametrize("options", [{}, {"dora": True}])
+def test_the_row_of_an_embedding_for_padding_is_not_trained(options):
+    model, adapter, _ = applied(nn.Embedding(6, 4, padding_idx=1), "lora", rank=2, **options)
+
+    model(torch.tensor([1, 1])).sum().backward()
+    assert not any(parameter.grad.any() for parameter in adapter.parameters())
+    model(torch.tensor([1, 3])).sum().backward()
+    assert [row.any().item() for row in adapter.up.grad] == [False, False, False, True, False, False]
+
+
 def test_an_embedding_with_a_max_norm_shortens_the_changed_rows():
     layer, x = nn.Embedding(6, 4, max_norm=1.0), torch.arange(6)
     model, _, p = applied(layer, "lora", rank=2)
