@@ -114,7 +114,7 @@ def outputs_first(layer: nn.Module, weight: Tensor) -> Tensor:
 
 
 def as_kept(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Return a weight (out, in, …) as the layer keeps it, in the same order in memory: it rounds as before."""
+    """Return a weight (out, in, …) as the layer keeps it, and in its order in memory: it rounds as before."""
     if lies_transposed(layer):
         return weight.t().contiguous()  # (out, in) → (in, out)
     return weight
