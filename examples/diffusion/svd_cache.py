@@ -1,7 +1,8 @@
 """Keep singular value decompositions on disk, each under a digest of its weight.
 
-SV-Diff then decomposes a base once, not at every start. A file is found by what it was computed from, so one directory
-serves any number of models. The UNet of Stable Diffusion 1.x, 3.2 GiB of weights in float32, takes 4.0 GiB.
+SV-Diff then decomposes a base once, not at every start. A file is found by what it was computed from, so one
+directory serves any number of models. The UNet of Stable Diffusion 1.x, 3.2 GiB of weights in float32, takes
+4.0 GiB.
 """
 
 import hashlib
@@ -28,11 +29,8 @@ _TOLERANCE = 1e-4
 def caching(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """Within a `with` block, let medpeft keep its decompositions in this directory and read what is there.
 
-    Args:
-        directory: made if it does not exist.
-
     Raises:
-        medpeft.CheckpointError: it cannot be made.
+        medpeft.CheckpointError: the directory cannot be made.
     """
     path = Path(directory)
     try:
@@ -51,20 +49,20 @@ def read_or_compute(weight: Tensor, directory: Path) -> SVD:
     Raises:
         medpeft.CheckpointError: it cannot be written.
     """
-    stored = read(weight, directory)
+    digest = hashlib.sha256(f"{tuple(weight.shape)} {short(weight.dtype)} ".encode())
+    digest.update(memory(weight.detach().cpu().contiguous()))
+    path = directory / f"{digest.hexdigest()}.safetensors"
+    stored = _read(path, weight)
     if stored is not None:
         return stored
     computed = compute(weight)
-    tensors = {}
-    for name, tensor in computed._asdict().items():
-        tensors[name] = tensor.detach().cpu().contiguous()
-    write(os.fspath(_path(weight, directory)), tensors, {"format": "pt"})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in computed._asdict().items()}
+    write(str(path), tensors, {"format": "pt"})
     return computed
 
 
-def read(weight: Tensor, directory: Path) -> SVD | None:
-    """Read the decomposition of a weight onto its device; None, with a warning, where the file is damaged."""
-    path = _path(weight, directory)
+def _read(path: Path, weight: Tensor) -> SVD | None:
+    """Read a decomposition onto the weight's device; None, with a warning, where the file is damaged."""
     if not path.exists():
         return None
     try:
@@ -79,23 +77,14 @@ def read(weight: Tensor, directory: Path) -> SVD | None:
     return None
 
 
-def _path(weight: Tensor, directory: Path) -> Path:
-    """Name the file of a weight by its shape, dtype and values."""
-    digest = hashlib.sha256(f"{tuple(weight.shape)} {short(weight.dtype)} ".encode())
-    digest.update(memory(weight.detach().cpu().contiguous()))
-    return directory / f"{digest.hexdigest()}.safetensors"
-
-
 def _fits(tensors: dict[str, Tensor], weight: Tensor) -> bool:
-    """Whether tensors are a decomposition of the weight, by their shapes and their product on a random vector."""
+    """Whether tensors are a decomposition of the weight, by shape and by their product on a random vector."""
     outputs, inputs = weight.shape
     rank, wide = min(outputs, inputs), torch.promote_types(weight.dtype, torch.float32)
     shapes = {"U": (outputs, rank), "S": (rank,), "Vh": (rank, inputs)}
-    if tensors.keys() != shapes.keys():
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != shapes or {tensor.dtype for tensor in tensors.values()} != {wide}:
         return False
-    for name, tensor in tensors.items():
-        if tensor.shape != shapes[name] or tensor.dtype != wide:
-            return False
     matrix = weight.detach().to("cpu", wide)
     x = torch.randn(inputs, generator=torch.Generator().manual_seed(0)).to(wide)
     error = (tensors["U"] * tensors["S"]) @ (tensors["Vh"] @ x) - matrix @ x

@@ -1,187 +1,163 @@
-"""A latent diffusion pipeline that is built here and pretrained in minutes, so that the example runs offline on a CPU.
+"""A latent diffusion pipeline that is built here and pretrained in minutes: the example then runs offline.
 
-It has every part of Stable Diffusion 1.x, a thousandth of the size: an autoencoder, a UNet that attends to the text, a text
-encoder, which stays as it was drawn, and a tokenizer. It is an ordinary folder of diffusers when it is saved.
+It has every part of Stable Diffusion 1.x, a thousandth of the size: an autoencoder, a UNet that attends to
+the text, a text encoder, which stays as it was drawn, and a tokenizer. Saved, it is a usual folder of
+diffusers.
 """
 
 import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from lightning.fabric import Fabric
 from torch import Tensor
 from tqdm import trange
 from trainer.errors import TrainerError
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .captions import Captioned, to_model
+import medpeft
+
+from .data import of_classes, pixels, to_model
+from .latents import encode
+from .pipelines import frozen, open_pipeline
+from .settings import Settings
+from .training import fit, start_training
 
 TINY_SIZE = 32  # pixels, unless said otherwise
-TOKENS, WIDTH, LATENT_SIDE = 77, 48, 16
+TOKENS, WIDTH, SIDE = 77, 48, 16  # of texts, of their embeddings, of latents
+NOISE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}  # of Stable Diffusion 1.x
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 RECORD = "pretrained_on.json"
 
 
-def build_tiny(texts: Iterable[str], size: int, seed: int) -> StableDiffusionPipeline:
-    """Build the pipeline with random weights.
+def tiny_pipeline(settings: Settings, size: int, data: Dataset, classes: list[str]) -> Any:
+    """Open the tiny pipeline, or build it, pretrain it and save it.
 
-    Args:
-        texts: their words become tokens; others are spelled.
-        size: the side of the images in pixels: 16 times a power of two.
-        seed: of the weights.
+    The autoencoder sees all images, as that of a real pipeline has seen more than its UNet is asked for; the
+    UNet some classes. It is always read from its folder, so that the first run has the same as later ones.
+
+    Raises:
+        TrainerError: the folder holds one that was pretrained otherwise, or the size does not fit.
+    """
+    folder, seed, steps = settings.tiny(size), settings.seed, settings.tiny_steps
+    record = {"classes": classes, "size": size, "seed": seed, "images": len(data), "steps": steps}
+    if (folder / RECORD).is_file():
+        found = json.loads((folder / RECORD).read_text())
+        if found != record:
+            raise TrainerError(
+                f"{folder} was pretrained with {found}, and {record} is asked for. Choose another "
+                "--tiny_folder, or delete this one."
+            )
+        return open_pipeline(str(folder))
+    print(f"Pretraining a tiny pipeline on {', '.join(classes)}; it is kept in {folder}", flush=True)
+    pipeline = frozen(build_tiny(data["text"], size, seed))
+    images = pixels(data["image"], size)
+    error = _pretrain_autoencoder(pipeline.vae.requires_grad_(True), images, 2 * steps // 5, seed)
+    print(f"  autoencoder: mean absolute error {error / 2:.3f} of the grey scale", flush=True)
+    latents = encode(pipeline.vae, of_classes(data, classes), size, settings.latents)
+    loss = _pretrain_unet(pipeline, latents, Settings(steps=steps, seed=seed, ema=0.995, lr=2e-3))
+    print(f"  UNet: loss {loss:.4f}", flush=True)
+    pipeline.save_pretrained(folder)
+    # Last of all: without it the folder is not whole.
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return open_pipeline(str(folder))
+
+
+def build_tiny(texts: Iterable[str], size: int, seed: int) -> StableDiffusionPipeline:
+    """Build the pipeline with random weights, for images whose side is 16 times a power of two.
 
     Raises:
         TrainerError: the size does not fit.
     """
-    halvings = (size // LATENT_SIDE).bit_length() - 1
-    if LATENT_SIDE << max(halvings, 0) != size:
-        raise TrainerError(f"--image-size {size} does not fit the tiny pipeline. Use 16, 32, 64 or 128.")
+    halvings = (size // SIDE).bit_length() - 1
+    if SIDE << max(halvings, 0) != size:
+        raise TrainerError(f"--image_size {size} does not fit the tiny pipeline. Use 16, 32, 64 or 128.")
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(texts)
-    return StableDiffusionPipeline(
-        vae=_autoencoder(size, halvings),
-        text_encoder=_text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        unet=_unet(),
-        scheduler=_schedule(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to("cpu")
+    start, end = tokenizer.convert_tokens_to_ids(list(SPECIAL))
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    words = {"vocab_size": len(tokenizer), "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
+    parts = {
+        "vae": _autoencoder(size, halvings),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**sizes, **words, max_position_embeddings=TOKENS)),
+        "tokenizer": tokenizer,
+        "unet": _unet(),
+        "scheduler": DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+    }
+    nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, **nothing)
 
 
 def make_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
-    """Make CLIP's kind of tokenizer, byte-pair encoding, whose merges spell each word of the texts from left to right."""
+    """Make CLIP's kind of tokenizer: a token for each word of the texts, letters to spell others with."""
     letters = [chr(code) for code in range(33, 127)]
     tokens = [*SPECIAL, *letters, *(f"{letter}</w>" for letter in letters)]
-    merges: list[tuple[str, str]] = []
-    for word in sorted({word for text in texts for word in re.findall(r"[a-z]+", text.lower())}):
+    merges: dict[tuple[str, str], str] = {}
+    for word in sorted(set(re.findall(r"[a-z]+", " ".join(texts).lower()))):
         pieces = [*word[:-1], f"{word[-1]}</w>"]
-        merges += [("".join(pieces[:i]), pieces[i]) for i in range(1, len(pieces))]
-    merges = list(dict.fromkeys(merges))
-    tokens += [left + right for left, right in merges]
-    return CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))},
-        merges=merges,
-        model_max_length=TOKENS,
-    )
+        start = pieces[0]
+        for piece in pieces[1:]:
+            merges[start, piece] = start + piece
+            start += piece
+    places = {token: i for i, token in enumerate(dict.fromkeys([*tokens, *merges.values()]))}
+    return CLIPTokenizer(vocab=places, merges=list(merges), model_max_length=TOKENS)
 
 
 def _autoencoder(size: int, halvings: int) -> AutoencoderKL:
     widths = (16, 32, 32, 32)[: halvings + 1]
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
-        block_out_channels=widths,
-        norm_num_groups=8,
-        sample_size=size,
-        mid_block_add_attention=False,
-    )
+    down, up = ("DownEncoderBlock2D",) * len(widths), ("UpDecoderBlock2D",) * len(widths)
+    blocks = {"down_block_types": down, "up_block_types": up, "block_out_channels": widths}
+    return AutoencoderKL(**blocks, norm_num_groups=8, sample_size=size, mid_block_add_attention=False)
 
 
 def _unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=LATENT_SIDE,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    blocks = {"down_block_types": down, "up_block_types": up, "block_out_channels": (32, 64)}
+    sizes = {"sample_size": SIDE, "cross_attention_dim": WIDTH, "attention_head_dim": 4, "norm_num_groups": 8}
+    return UNet2DConditionModel(**blocks, **sizes, layers_per_block=1)
 
 
-def _text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    start, end = tokenizer.convert_tokens_to_ids(list(SPECIAL))
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=TOKENS,
-        bos_token_id=start,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    return CLIPTextModel(config).eval()
+def _pretrain_autoencoder(vae: AutoencoderKL, images: Tensor, steps: int, seed: int) -> float:
+    """Teach the autoencoder images (N, 3, H, W), and set its scale so that latents have unit variance.
 
-
-def _schedule() -> DDIMScheduler:
-    """The noise of Stable Diffusion 1.x."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
-def pretrain_autoencoder(
-    vae: AutoencoderKL, data: Captioned, steps: int, seed: int, batch_size: int = 16
-) -> float:
-    """Teach the autoencoder the images, and set its scale so that latents have unit variance; give its last mean error.
-
-    The loss is the mean absolute error and a weak pull of the latents to a normal distribution, as in Rombach et al. (2022),
-    arXiv 2112.10752, without their perceptual and adversarial terms.
-
-    Returns:
-        The mean absolute error of the last 50 steps, in units in which images reach from −1 to 1.
+    The loss is the mean absolute error and a weak pull of the latents to a normal distribution, as in Rombach
+    et al. (2022), arXiv 2112.10752, without their other terms. Returns the mean error of the last 50 steps.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(vae.train().parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=max(steps, 2))
     errors = []
-    for _ in trange(steps, desc="autoencoder", unit="step", leave=False):
-        rows = torch.randint(len(data), (batch_size,), generator=generator)
-        images = to_model(data.pixels(rows.tolist()))
-        posterior = vae.encode(images).latent_dist
-        error = F.l1_loss(vae.decode(posterior.sample(generator)).sample, images)
+    for _ in trange(steps, desc="autoencoder", leave=False, disable=None):
+        some = to_model(images[torch.randint(len(images), (16,), generator=generator)])
+        posterior = vae.encode(some).latent_dist
+        error = F.l1_loss(vae.decode(posterior.sample(generator)).sample, some)
         optimizer.zero_grad()
-        (error + 1e-4 * posterior.kl().mean() / images[0].numel()).backward()
+        (error + 1e-4 * posterior.kl().mean() / some[0].numel()).backward()
         optimizer.step()
         schedule.step()
         errors.append(float(error.detach()))
-    vae.eval()
-    vae.register_to_config(scaling_factor=_scale(vae, data, generator))
-    last = errors[-50:]
-    return sum(last) / max(len(last), 1)
+    vae.requires_grad_(False).eval()
+    rows = torch.randperm(len(images), generator=generator)[:256]
+    latents = vae.encode(to_model(images[rows])).latent_dist.mean
+    vae.register_to_config(scaling_factor=1 / max(float(latents.std()), 1e-6))
+    return mean(errors[-50:])
 
 
-@torch.no_grad()
-def _scale(vae: AutoencoderKL, data: Captioned, generator: torch.Generator) -> float:
-    rows = torch.randperm(len(data), generator=generator)[:256].tolist()
-    latents: Tensor = vae.encode(to_model(data.pixels(rows))).latent_dist.mean
-    return 1 / max(float(latents.std()), 1e-6)
-
-
-def save_tiny(pipeline: StableDiffusionPipeline, folder: Path, record: dict[str, Any]) -> None:
-    """Save the pipeline, and what it was pretrained on beside it, last of all: without that it is not whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    pipeline.save_pretrained(folder)
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-
-
-def saved_tiny(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether the folder holds a whole pipeline that was pretrained in this way.
-
-    Raises:
-        TrainerError: it was pretrained in another.
-    """
-    if not (folder / RECORD).is_file():
-        return False
-    found = json.loads((folder / RECORD).read_text())
-    apart = [key for key, value in record.items() if found.get(key) != value]
-    if apart:
-        raise TrainerError(
-            f"{folder} was pretrained with {apart[0]} {found.get(apart[0])!r}, and {record[apart[0]]!r} is asked for. "
-            "Choose another --tiny-folder, or delete this one."
-        )
-    return True
+def _pretrain_unet(pipeline: Any, latents: Dataset, settings: Settings) -> float:
+    """Train all of the UNet; give the mean loss of the last hundred steps."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    training = start_training(fabric, medpeft.apply(pipeline.unet, "full", head=None), settings)
+    fit(fabric, training, pipeline, latents, settings)
+    training.average.copy_to(pipeline.unet.parameters())
+    medpeft.merge(pipeline.unet)
+    return mean(training.losses[-100:])

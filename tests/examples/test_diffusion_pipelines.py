@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import text_to_image
 import torch
-from diffusion.flags import STRATEGIES, make_parser, parse
+from denoisers import STRATEGIES
 from diffusion.pipelines import open_pipeline
 from diffusion.tiny import build_tiny
 from models import randomise_adapters
-from small_diffusion import SIDE, TEXTS, draw_spots, flags, images_of, run, save_pipeline
+from small_diffusion import SIDE, TEXTS, draw_spots, flags, images_of, run, save_pipeline, settings
 
 import medpeft
 
@@ -42,8 +42,10 @@ def test_gradient_checkpointing_changes_no_gradient(pipeline):
     assert any(gradient.any() for gradient in found[0])
 
 
-def test_images_do_not_depend_on_the_batch_size(pipeline):
-    assert torch.allclose(images_of(pipeline, batch_size=1), images_of(pipeline, batch_size=2), atol=1e-5)
+def test_images_do_not_depend_on_the_batch_size(pipeline, monkeypatch):
+    together = images_of(pipeline)
+    monkeypatch.setattr("diffusion.pipelines.BATCH", 1)
+    assert torch.allclose(images_of(pipeline), together, atol=1e-5)
 
 
 # Every strategy
@@ -53,9 +55,8 @@ def test_images_do_not_depend_on_the_batch_size(pipeline):
 def test_the_merged_pipeline_generates_the_same_images_as_the_adapted_one(
     strategy, pipeline, folder, tmp_path
 ):
-    args = parse(make_parser(""), ["--pipeline", str(folder), "--method", strategy])
     base = images_of(pipeline)
-    text_to_image.adapt(args, pipeline.unet)
+    text_to_image.adapt(settings("--pipeline", folder, "--method", strategy), pipeline.unet)
     unet = randomise_adapters(pipeline.unet, size=0.3)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -103,19 +104,8 @@ def sdxl(tmp_path_factory):
 
 
 def test_sdxl_trains_and_its_lora_file_generates_the_same_in_diffusers(data, sdxl, tmp_path):
-    given = flags(
-        data,
-        sdxl,
-        tmp_path,
-        "--steps",
-        3,
-        "--lr",
-        0.05,
-        "--image-size",
-        SIDE,
-        "--cache",
-        tmp_path / "latents",
-    )
+    plain = ["--steps", 3, "--lr", 0.05, "--image_size", SIDE, "--cache", tmp_path / "latents"]
+    given = flags(data, sdxl, tmp_path, *plain)
     assert np.isfinite(run(*given)["losses"]).all()
     ours, theirs = open_pipeline(str(sdxl)), open_pipeline(str(sdxl))
     base = images_of(ours)

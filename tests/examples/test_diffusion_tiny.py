@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusion.pipelines import quiet
+from diffusion.pipelines import frozen
 from diffusion.tiny import build_tiny, make_tokenizer
 from small_diffusion import SIDE, TEXTS, images_of
 from trainer.errors import TrainerError
@@ -21,7 +21,7 @@ def test_a_tokenizer_has_one_token_for_each_word_and_spells_others():
 
 
 def test_the_tiny_pipeline_is_the_same_each_time():
-    one, two = (quiet(build_tiny(TEXTS.values(), SIDE, seed=3)) for _ in range(2))
+    one, two = (frozen(build_tiny(TEXTS.values(), SIDE, seed=3)) for _ in range(2))
     assert torch.equal(images_of(one), images_of(two))
 
 

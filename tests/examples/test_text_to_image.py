@@ -32,18 +32,16 @@ def folder(tmp_path_factory):
 def finished(data, tmp_path_factory):
     """From nothing: a tiny pipeline that is pretrained on dark spots for a moment, then LoRA on light ones."""
     output = tmp_path_factory.mktemp("runs") / "lora"
-    steps = ["--tiny-steps", 4, "--tiny-autoencoder-steps", 4, "--steps", 6, "--lr", 0.02]
-    small = ["--batch-size", 4, "--image-size", SIDE, "--sample-every", 4, "--inference-steps", 2]
-    record = run(
-        "--data", data, "--output", output, *steps, *small, "--option", "parts=qkvo", "--score-samples", 2
-    )
+    steps = ["--tiny_steps", 10, "--steps", 6, "--lr", 0.02, "--ema", 0.5]
+    small = ["--batch_size", 4, "--image_size", SIDE, "--sample_every", 4, "--inference_steps", 2]
+    scored = ["--option.parts=qkvo", "--score_samples", 2]
+    record = run("--data", data, "--output", output, *steps, *small, *scored)
     return output, record
 
 
 def test_training_lowers_the_loss(data, folder, tmp_path):
-    record = run(
-        *flags(data, folder, tmp_path, "--method", "full", "--steps", 40, "--lr", 2e-3, "--snr-gamma", 0)
-    )
+    plain = ["--method", "full", "--steps", 40, "--lr", 2e-3, "--snr_gamma", 0]
+    record = run(*flags(data, folder, tmp_path, *plain))
     losses = record["losses"]
     assert len(losses) == 40
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4])
@@ -64,6 +62,7 @@ def test_what_a_run_writes(finished):
         "adapter.safetensors",
         "pytorch_lora_weights.safetensors",
         "metrics.json",
+        "settings.yaml",
         "loss.png",
         "samples",
         "last.ckpt",
@@ -94,22 +93,26 @@ def test_the_averaged_weights_are_what_is_saved(finished):
     output, _ = finished
     content = torch.load(output / "last.ckpt", weights_only=True)
     saved = load_file(output / "adapter.safetensors")
-    assert set(saved) == set(content["average"])
-    assert all(torch.equal(saved[name], value) for name, value in content["average"].items())
-    assert any(not torch.equal(content["trained"][name], value) for name, value in content["average"].items())
+    assert set(saved) == set(content["unet"]), "a checkpoint holds nothing frozen"
+    averages = content["average"]["shadow_params"]
+    for average, name in zip(averages, content["unet"], strict=True):
+        assert torch.equal(saved[name], average)
+    assert any(not torch.equal(saved[name], last) for name, last in content["unet"].items())
 
 
 def test_a_tiny_pipeline_pretrained_otherwise_is_not_taken(finished, data, capsys):
     output, _ = finished
-    said = messages(capsys, "--data", data, "--output", output.parent / "other", "--image-size", SIDE)
-    assert "was pretrained with steps [4, 4], and [600, 1500] is asked for" in said
+    said = messages(capsys, "--data", data, "--output", output.parent / "other", "--image_size", SIDE)
+    assert "'steps': 10}, and {" in said
+    assert "'steps': 1500} is asked for" in said
 
 
-# Resuming
+# Going on
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one(data, folder, tmp_path, monkeypatch):
-    whole = run(*flags(data, folder, tmp_path / "whole", "--method", "norm", "--steps", 4))
+def test_an_interrupted_run_repeats_the_uninterrupted_one(data, folder, tmp_path, monkeypatch):
+    given = ["--method", "norm", "--steps", 4, "--ema", 0.5, "--weight_decay", 0.1]
+    whole = run(*flags(data, folder, tmp_path / "whole", *given))
     save = text_to_image.save_training
 
     def save_and_stop(*args):
@@ -117,24 +120,34 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(data, folder, tmp_path, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(text_to_image, "save_training", save_and_stop)
-    stopped = flags(
-        data, folder, tmp_path / "parts", "--method", "norm", "--steps", 4, "--cache", tmp_path / "latents"
-    )
-    assert text_to_image.main([str(flag) for flag in stopped]) == 130
+    more = [*given, "--cache", tmp_path / "latents"]
+    given = flags(data, folder, tmp_path / "parts", *more)
+    assert text_to_image.main([str(flag) for flag in given]) == 130
     monkeypatch.setattr(text_to_image, "save_training", save)
-    parts = run(*stopped, "--resume")
+    parts = run(*given)
 
     assert parts["losses"] == whole["losses"]
     one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_resuming_with_other_settings_is_refused(data, folder, tmp_path, capsys):
+def test_a_finished_run_is_not_repeated_and_only_scored_where_that_is_new(
+    data, folder, tmp_path, monkeypatch
+):
+    given = flags(data, folder, tmp_path, "--method", "norm", "--steps", 1)
+    first = run(*given)
+    monkeypatch.setattr("diffusion.training.take_step", lambda *_: pytest.fail("trained again"))
+
+    assert run(*given) == json.loads(json.dumps(first))
+    scored = run(*given, "--score_samples", 2)
+    assert scored["losses"] == first["losses"]
+    assert scored["scores"]["after"]["generated"] == 2
+
+
+def test_other_settings_in_the_same_folder_are_refused(data, folder, tmp_path, capsys):
     run(*flags(data, folder, tmp_path, "--method", "norm", "--steps", 1))
 
-    said = messages(
-        capsys, *flags(data, folder, tmp_path, "--method", "norm", "--steps", 1, "--ema", 0.5, "--resume")
-    )
+    said = messages(capsys, *flags(data, folder, tmp_path, "--method", "norm", "--steps", 1, "--ema", 0.5))
 
     assert "--ema was 0.99 and is 0.5" in said
 
@@ -143,25 +156,24 @@ def test_resuming_with_other_settings_is_refused(data, folder, tmp_path, capsys)
 
 
 def test_half_precision_and_checkpointing_train(data, folder, tmp_path):
-    options = [
-        "--precision",
-        "bf16",
-        "--gradient-checkpointing",
-        "--method",
-        "svdiff",
-        "--svd-cache",
-        tmp_path / "svd",
-    ]
-    record = run(*flags(data, folder, tmp_path / "run", "--steps", 2, *options))
+    options = ["--precision", "bf16", "--gradient_checkpointing", "true"]
+    options += ["--method", "svdiff", "--svd_cache", tmp_path / "svd", "--steps", 2]
+    record = run(*flags(data, folder, tmp_path / "run", *options))
     assert np.isfinite(record["losses"]).all()
+    assert any((tmp_path / "svd").iterdir())
     assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
 
 
 def test_without_classes_every_image_trains_and_no_list_of_texts_is_saved(data, folder, tmp_path):
-    table = tmp_path / "reports.csv"
-    rows = [f"{data / str(i)}.png,report {i}" for i in range(6)]
-    table.write_text("\n".join(["file,text", *rows]))
-    record = run(*flags(table, folder, tmp_path / "run", "--method", "norm", "--steps", 1))
+    reports = tmp_path / "reports"
+    reports.mkdir()
+    lines = []
+    for i in range(6):
+        (reports / f"{i}.png").write_bytes((data / f"{i}.png").read_bytes())
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a report of {i}"}))
+    (reports / "metadata.jsonl").write_text("\n".join(lines))
+    more = ["--method", "norm", "--steps", 1, "--tokens=[2,77]"]
+    record = run(*flags(reports, folder, tmp_path / "run", *more))
     assert sum(record["images"].values()) == 6
     assert medpeft.inspect(tmp_path / "run" / "adapter.safetensors").classes is None
 
@@ -169,23 +181,21 @@ def test_without_classes_every_image_trains_and_no_list_of_texts_is_saved(data, 
 # Generating
 
 
-def test_adapters_are_compared_from_the_same_noise(finished, tmp_path):
+def test_adapters_are_compared_from_the_same_noise(finished, tmp_path, capsys):
     output, _ = finished
-    adapter = output / "adapter.safetensors"
-    given = [
-        "--pipeline",
-        next(output.parent.glob("tiny-pipeline-*")),
-        "--adapter",
-        adapter,
-        adapter,
-        "--images",
-        2,
-    ]
-    given += ["--prompt", "a light spot", "--inference-steps", 2, "--output", tmp_path]
-    images = generate_script.run(generate_script.parse([str(flag) for flag in given]))
-    merged = generate_script.run(generate_script.parse([str(flag) for flag in (*given, "--merge")]))
+    adapter, other = output / "adapter.safetensors", tmp_path / "other.safetensors"
+    small = medpeft.apply(torch.nn.Sequential(torch.nn.Linear(2, 2)), "ssf", head=None)
+    medpeft.save(small, other)
+    given = ["--pipeline", next(output.parent.glob("tiny-pipeline-*")), "--adapter", adapter, adapter, other]
+    given += ["--images", 2, "--prompt", "a light spot", "--inference_steps", 2, "--output", tmp_path]
+
+    def images_with(*more):
+        return generate_script.run(generate_script.read_settings([str(flag) for flag in (*given, *more)]))
+
+    images, merged = images_with(), images_with("--merge", "true")
 
     assert list(images) == ["no adapter", "lora lora 1", "lora lora 2"]
+    assert f"{other} is left out: " in capsys.readouterr().err
     assert torch.equal(images["lora lora 1"], images["lora lora 2"])
     assert not torch.equal(images["no adapter"], images["lora lora 1"])
     assert torch.equal(merged["no adapter"], images["no adapter"])
@@ -193,3 +203,9 @@ def test_adapters_are_compared_from_the_same_noise(finished, tmp_path):
     assert (tmp_path / "comparison.png").exists()
     with Image.open(tmp_path / "lora-lora-1" / "prompt-01-002.png") as image:
         assert np.array_equal(np.asarray(image), images["lora lora 1"][1].permute(1, 2, 0))
+
+
+def test_no_adapter_that_fits_leaves_nothing_to_generate(folder, tmp_path, capsys):
+    given = ["--pipeline", str(folder), "--base", "false", "--prompt", "x", "--output", str(tmp_path)]
+    assert generate_script.main(given) == 2
+    assert "nothing was generated" in capsys.readouterr().err

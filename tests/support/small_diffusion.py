@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import text_to_image
-import torch
-from diffusion.captions import Captioned
-from diffusion.flags import make_parser, parse
+from datasets import Dataset, Features, Image, Value
 from diffusion.pipelines import generate
+from diffusion.settings import Settings, read_command
 from diffusion.tiny import build_tiny
-from PIL import Image
+from PIL.Image import fromarray
 
 SIDE = 16
 TEXTS = {"light": "a light spot", "dark": "a dark spot"}
@@ -22,7 +21,7 @@ def draw_spots(root):
         name = "light" if i % 2 else "dark"
         image = rng.normal(110, 10, (SIDE, SIDE))
         image[4:12, 4:12] += 90 if i % 2 else -90
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(root / f"{i}.png")
+        fromarray(image.clip(0, 255).astype(np.uint8)).save(root / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "text": TEXTS[name], "label": name}))
     (root / "metadata.jsonl").write_text("\n".join(lines))
     return root
@@ -39,12 +38,16 @@ def save_pipeline(folder):
 
 
 def flags(data, folder, output, *more):
-    small = ["--batch-size", "4", "--inference-steps", "2", "--sample-every", "100", "--save-every", "2"]
+    small = ["--batch_size", "4", "--inference_steps", "2", "--sample_every", "100", "--save_every", "2"]
     return ["--data", data, "--pipeline", folder, "--output", output, *small, *more]
 
 
+def settings(*given):
+    return read_command(Settings, None, [str(flag) for flag in given])
+
+
 def run(*given):
-    return text_to_image.run(parse(make_parser(""), [str(flag) for flag in given]))
+    return text_to_image.run(settings(*given))
 
 
 def messages(capsys, *given):
@@ -57,7 +60,9 @@ def images_of(pipeline, **options):
 
 
 def captioned(texts, seed=0):
-    pixels = torch.randint(
-        0, 256, (len(texts), 3, SIDE, SIDE), generator=torch.Generator().manual_seed(seed)
-    ).to(torch.uint8)
-    return Captioned(pixels, list(texts), list(texts), np.arange(len(texts)), SIDE)
+    """Random images, each of a patient and with its text as label."""
+    rng = np.random.default_rng(seed)
+    rows = {"text": list(texts), "label": list(texts), "patient": [str(i) for i in range(len(texts))]}
+    rows["image"] = list(rng.integers(0, 256, (len(texts), SIDE, SIDE, 3)).astype(np.uint8))
+    features = {**dict.fromkeys(("text", "label", "patient"), Value("string")), "image": Image()}
+    return Dataset.from_dict(rows, Features(features))
