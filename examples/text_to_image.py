@@ -31,7 +31,7 @@ try:
     from diffusion.scores import find_extractor, score
     from diffusion.settings import Settings, listed, read_command
     from diffusion.svd_cache import caching
-    from diffusion.tiny import TINY_SIZE, tiny_pipeline
+    from diffusion.tiny import TINY_SIZE, tiny_pipeline, tiny_unet
     from diffusion.training import Training, fit, restore_training, save_training, start_training
     from lightning.fabric import Fabric
     from trainer.errors import TrainerError
@@ -131,9 +131,13 @@ def prepare(settings: Settings, fabric: Fabric) -> Task:
         TrainerError: data or pipeline do not fit.
     """
     pipeline, size = None, settings.image_size or TINY_SIZE
+    with torch.device("meta"):
+        unet = tiny_unet()
     if settings.pipeline:
         pipeline = open_pipeline(settings.pipeline)
-        size = settings.image_size or image_size(pipeline)
+        size, unet = settings.image_size or image_size(pipeline), pipeline.unet
+    # A wrong method is refused before images are read and a pipeline is pretrained.
+    medpeft.plan(unet, settings.methods, target=settings.target, head=None)
     everything = read_captioned(settings.data, settings.caption, settings.patient_column)
     texts = dict(zip(everything["label"], everything["text"], strict=True))
     names, classes = list(texts), listed(settings.new_class)

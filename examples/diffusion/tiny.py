@@ -91,7 +91,7 @@ def build_tiny(texts: Iterable[str], size: int, seed: int) -> StableDiffusionPip
         "vae": _autoencoder(size, halvings),
         "text_encoder": CLIPTextModel(CLIPTextConfig(**sizes, **words, max_position_embeddings=TOKENS)),
         "tokenizer": tokenizer,
-        "unet": _unet(),
+        "unet": tiny_unet(),
         "scheduler": DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
     }
     nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -120,7 +120,8 @@ def _autoencoder(size: int, halvings: int) -> AutoencoderKL:
     return AutoencoderKL(**blocks, norm_num_groups=8, sample_size=size, mid_block_add_attention=False)
 
 
-def _unet() -> UNet2DConditionModel:
+def tiny_unet() -> UNet2DConditionModel:
+    """Build the UNet with random weights."""
     down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
     blocks = {"down_block_types": down, "up_block_types": up, "block_out_channels": (32, 64)}
     sizes = {"sample_size": SIDE, "cross_attention_dim": WIDTH, "attention_head_dim": 4, "norm_num_groups": 8}

@@ -80,7 +80,9 @@ def test_without_inception_s_weights_the_extractor_is_declared(tmp_path, monkeyp
 
 def test_weights_of_inception_that_do_not_load_are_refused_where_they_were_named(tmp_path):
     (tmp_path / "inception.pth").write_text("no weights")
-    with pytest.raises(TrainerError, match=r"--inception_weights .* cannot be used: .* give its weights-inception"):
+    with pytest.raises(
+        TrainerError, match=r"--inception_weights .* cannot be used: .* give its weights-inception"
+    ):
         find_extractor(tmp_path / "inception.pth")
 
 

@@ -60,6 +60,13 @@ def test_wrong_settings_are_answered_with_what_to_do(more, said, data, folder, t
     assert not output.exists()
 
 
+@pytest.mark.parametrize("more", [["--method", "lra"], ["--option.rank=-1"], ["--target", "nowhere"]])
+def test_a_wrong_method_is_refused_before_anything_is_read_or_pretrained(more, tmp_path, capsys):
+    said = messages(capsys, "--data", tmp_path / "none", "--output", tmp_path / "run", *more)
+    assert "cannot be read" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_kind_of_pipeline_is_refused_by_name(tmp_path, capsys):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
