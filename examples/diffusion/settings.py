@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from argparse import ArgumentError
+from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -178,6 +178,10 @@ def listed(names: Names) -> list[str] | None:
     return [names] if isinstance(names, str) else names
 
 
+class _Help(RawDescriptionHelpFormatter, jsonargparse.DefaultHelpFormatter):
+    """Keeps the lines of the description."""
+
+
 def read_command(
     kind: type[T], description: str | None, given: Sequence[str] | None, **others: dict[str, Any]
 ) -> T:
@@ -193,7 +197,7 @@ def read_command(
         TrainerError: an argument is unknown, or its value cannot be meant.
     """
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(description=description, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(description=description, formatter_class=_Help, exit_on_error=False)
     parser.add_argument(
         "--config", action="config", help="YAML file of settings, such as settings.yaml of a run"
     )

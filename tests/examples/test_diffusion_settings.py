@@ -114,6 +114,16 @@ def test_the_settings_of_a_run_are_settings_for_another(tmp_path):
     assert (again.plain, again.methods) == (given.plain, given.methods)
 
 
+def test_help_shows_the_commands_as_they_are_written_and_a_line_for_each_setting(capsys):
+    with pytest.raises(SystemExit):
+        generate_script.main(["--help"])
+    said = capsys.readouterr().out
+    assert "\n    python examples/generate.py --pipeline" in said
+    for name in generate_script.Settings.__dataclass_fields__:
+        assert f"--{name}" in said
+    assert "Fold the adapters into the weights first" in said
+
+
 @pytest.mark.parametrize("script", ["text_to_image.py", "generate.py"])
 def test_a_library_that_is_not_installed_is_named_with_its_remedy(script, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusion.data", None)
