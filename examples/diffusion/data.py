@@ -54,13 +54,20 @@ def read_captioned(data: Path | None, caption: str, patient_column: str = "patie
     texts = columns.get("text", [None])
     if None in texts:
         raise TrainerError(f"The metadata have {', '.join(columns)}; every row needs a text, in 'text'.")
+    others = sorted(columns.keys() - {"text", "label", patient_column})
+    if others:
+        print(f"Columns that are not read: {', '.join(others)}. Patients: --patient_column", flush=True)
     labels = _filled(columns.get("label"), texts)
     return _dataset(paths, texts, labels, _filled(columns.get(patient_column), paths))
 
 
 def _filled(values: list[Any] | None, others: list[Any]) -> list[Any]:
-    """Put others where there is nothing."""
-    return [value or other for value, other in zip(values or others, others, strict=True)]
+    """Put others where there is nothing; a label or patient 0 is something."""
+    found = list(values or others)
+    for i, value in enumerate(found):
+        if value is None or value == "":
+            found[i] = others[i]
+    return found
 
 
 def _of_folders(paths: list[Path], folder: Path, caption: str) -> Dataset:

@@ -61,6 +61,24 @@ def test_metadata_give_each_image_its_text(kind, where, tmp_path):
     assert torch.equal(values, expected)
 
 
+def test_numbers_are_labels_and_patients_too_and_other_columns_are_named(tmp_path, capsys):
+    lines = []
+    for i, label in enumerate((0, 1, None)):
+        image(tmp_path / f"{i}.png")
+        row = {"file_name": f"{i}.png", "text": f"text {i}", "label": label, "subject": 0}
+        lines.append(json.dumps(row))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+
+    found = read_captioned(tmp_path, "{}", "subject")
+
+    labels = dict(zip(found["text"], found["label"], strict=True))
+    assert labels == {"text 0": "0", "text 1": "1", "text 2": "text 2"}
+    assert len(set(found["patient"])) == 1
+    assert "not read" not in capsys.readouterr().out
+    assert len(set(read_captioned(tmp_path, "{}")["patient"])) == 3
+    assert "Columns that are not read: subject. Patients: --patient_column" in capsys.readouterr().out
+
+
 def test_folders_make_texts_of_the_names_of_classes(tmp_path, capsys):
     image(tmp_path / "benign" / "1.png")
     image(tmp_path / "benign" / "1_mask.png")
