@@ -63,7 +63,7 @@ def _decode(splits: dict[str, Any], place: tuple[str, int], image: str, name: st
 def _splits(name: str) -> dict[str, Any]:
     """Load the splits that are train, validation or test; all, where none is."""
     try:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
     except ImportError as error:
         raise TrainerError(
             f"--data {PREFIX}{name} needs Hugging Face's datasets: pip install datasets."
