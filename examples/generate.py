@@ -21,7 +21,7 @@ try:
     from jsonargparse.typing import NonNegativeFloat, PositiveInt
     from lightning.fabric import Fabric
     from torch import Tensor, nn
-    from torchvision.transforms.functional import to_pil_image  # type: ignore[import-untyped]
+    from torchvision.transforms.functional import to_pil_image
     from trainer.errors import TrainerError
 except ModuleNotFoundError as error:
     sys.exit(f"generate.py: {error.name} is not installed. Run: pip install -e '.[diffusion]'")
