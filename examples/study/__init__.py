@@ -1,0 +1,1 @@
+"""Many runs of the trainer, and what they say together."""

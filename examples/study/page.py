@@ -1,0 +1,215 @@
+"""What a study answers, in words, tables and pictures, on one page that needs nothing else."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+
+from . import figures, tables
+from .summary import ALIKE, BETTER, WORSE, Record, crossings, is_full, summarise
+
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+
+
+@dataclass
+class Section:
+    """A part of the page.
+
+    Attributes:
+        title: its heading.
+        pictures: as base64, each with what it shows.
+        parts: of every table its kind, by which the page has a note, its heading, and its HTML.
+    """
+
+    title: str
+    pictures: list[tuple[str, str]] = field(default_factory=list)
+    parts: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add_picture(self, path: Path, description: str) -> None:
+        """Add a PNG, which the page will hold itself."""
+        content = base64.b64encode(path.read_bytes()).decode("ascii")
+        self.pictures.append((content, f"{description}, {self.title}"))
+
+    def add_table(self, kind: str, heading: str, table: tables.Table) -> None:
+        """Add a table."""
+        self.parts.append((kind, heading, table.to_html()))
+
+
+@dataclass
+class Page:
+    """What the page says.
+
+    Attributes:
+        title: a question.
+        command: what was typed.
+        about: the settings in common.
+        missing: what is not in the tables, and why.
+        answers: in a sentence for each model and data set.
+        cautions: what stands in the way of believing them.
+        sections: the rest.
+    """
+
+    title: str
+    command: str
+    about: str
+    missing: Sequence[str] = ()
+    answers: list[str] = field(default_factory=list)
+    cautions: list[str] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Write it as one file."""
+        path.write_text(ENVIRONMENT.get_template("page.html").render(vars(self)), encoding="utf-8")
+
+
+def write_comparison(done: Sequence[Record], page: Page, folder: Path, baseline: str | None = None) -> str:
+    """Write the tables, the pictures and the page of a comparison; give the tables in Markdown.
+
+    Args:
+        done: the finished runs.
+        page: answers, cautions and sections are added to it.
+        folder: where they go.
+        baseline: the row to compare with; None for full fine-tuning.
+    """
+    summary = summarise(done, baseline)
+    named: dict[str, tables.Table] = {}
+    for model, rows in summary.groupby("model", sort=False):
+        scores = Section(f"Scores on {model}")
+        named[str(model)] = tables.score_table(rows)
+        scores.add_table("scores", "", named[str(model)])
+        page.sections.append(scores)
+        for data, group in rows.groupby("data", sort=False):
+            title = f"{model} on {data}"
+            page.answers.append(answer(group))
+            section = Section(title)
+            for cost, name in figures.COSTS.items():
+                if group[cost].notna().any():
+                    picture = folder / f"pareto-{file_name(title)}-{cost}.png"
+                    figures.draw_pareto(group, cost, title, picture)
+                    section.add_picture(picture, f"Macro-F1 of every method against {name}")
+            named[f"{title}: other scores"] = tables.detail_table(group)
+            section.add_table("details", "Other scores", named[f"{title}: other scores"])
+            section.add_table("costs", "Costs", tables.cost_table(group))
+            section.add_table("images", "Images", count_images(done, str(data)))
+            page.sections.append(section)
+    return _finish(page, summary, named, folder, "scores")
+
+
+def write_volume(done: Sequence[Record], page: Page, folder: Path, baseline: str | None = None) -> str:
+    """Write the same of a study of the number of images; give the tables in Markdown."""
+    summary = summarise(done, baseline)
+    named: dict[str, tables.Table] = {}
+    for (model, data), rows in summary.groupby(["model", "data"], sort=False):
+        title = f"{model} on {data}"
+        page.answers += volume_answers(rows)
+        section = Section(title)
+        picture = folder / f"volume-{file_name(title)}.png"
+        figures.draw_volume(rows, title, picture)
+        section.add_picture(picture, "Macro-F1 against the number of training images")
+        named[title] = tables.volume_table(rows)
+        named[f"{title}: learning rates"] = tables.rate_table(rows)
+        section.add_table("volume", "", named[title])
+        section.add_table("rates", "Learning rates", named[f"{title}: learning rates"])
+        section.add_table("images", "Images", count_images(done, str(data)))
+        page.sections.append(section)
+    return _finish(page, summary, named, folder, "volume")
+
+
+def _finish(
+    page: Page, summary: pd.DataFrame, named: dict[str, tables.Table], folder: Path, stem: str
+) -> str:
+    page.cautions += cautions(summary)
+    page.write(folder / "report.html")
+    return tables.write_tables(named, summary, folder, stem)
+
+
+def answer(rows: pd.DataFrame) -> str:
+    """Say in a sentence which methods are better than the baseline, alike, or worse.
+
+    Args:
+        rows: of `summarise`, of one model, data set and share of the images, the best first.
+    """
+    baseline = str(rows["baseline"].iloc[0])
+    score = rows.set_index("label")["mean"].get(baseline, float("nan"))
+    name = f"{baseline} (macro-F1 {score:.3f})"
+    if is_full(baseline):
+        name = f"full fine-tuning ({baseline}, macro-F1 {score:.3f})"
+    parts: list[str] = []
+    for verdict, words, than in ((BETTER, "better", " than"), (ALIKE, "", ""), (WORSE, "worse", " than")):
+        labels = list(rows["label"][rows["verdict"] == verdict])
+        if labels:
+            verb = "is" if len(labels) == 1 else "are"
+            says = f"{verb} {words}{than}" if words else "cannot be told apart from"
+            if parts:
+                says = says.removesuffix(than) + ("" if words else " it")
+            else:
+                says += f" {name}"
+            parts.append(f"{listed(labels)} {says}")
+    found = "; ".join(parts) or f"there is nothing to compare {name} with"
+    return f"On {rows['data'].iloc[0]} with {rows['model'].iloc[0]}, {found}."
+
+
+def volume_answers(rows: pd.DataFrame) -> list[str]:
+    """Say of each method with which shares of the images it is ahead of the baseline, behind, or neither."""
+    baseline, data = rows["baseline"].iloc[0], rows["data"].iloc[0]
+    sentences = []
+    for label, part in rows[rows["label"] != baseline].groupby("label", sort=False):
+        parts: list[str] = []
+        for verdict, words in ((BETTER, "ahead of"), (WORSE, "behind"), (ALIKE, "not to be told apart from")):
+            shares = part["fraction"][part["verdict"] == verdict].sort_values()
+            if len(shares):
+                reference = "it" if parts else baseline
+                parts.append(f"{words} {reference} with {listed(list(map(tables.percent, shares)))}")
+        crossed = ""
+        for before, after, ahead in crossings(part):
+            verb = "overtakes it" if ahead else "falls behind"
+            crossed += f"; it {verb} between {tables.percent(before)} and {tables.percent(after)}"
+        if parts:
+            sentences.append(f"On {data}, {label} is {listed(parts)} of the images{crossed}.")
+    return sentences
+
+
+def cautions(summary: pd.DataFrame) -> list[str]:
+    """Say what stands in the way of believing the numbers."""
+    fewest = int(summary["runs"].min())
+    if fewest >= 5:
+        return []
+    runs = "One run a row is" if fewest == 1 else f"{fewest} runs a row are"
+    text = f"Caution: {runs} few. Deviations and intervals are rough then, mostly too narrow, and other "
+    return [text + "seeds may turn the order around. Take five or more, as with --seed 0 1 2 3 4."]
+
+
+def about(done: Sequence[Record], expected: int) -> str:
+    """Say in one line how the numbers came about."""
+    first = done[0].metrics
+    seeds = sorted({str(record.split[0]) for record in done})
+    versions = ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items())
+    settings = first["settings"]
+    folds = f", each with {settings['k_folds']} folds" if settings.get("k_folds") else ""
+    return (
+        f"{len(done)} of {expected} runs; seeds {', '.join(seeds)}{folds}; at most {settings['epochs']} "
+        f"epochs, batches of {settings['batch_size']}, {settings['image_size']} pixels; {versions}."
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names in words."""
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def count_images(done: Sequence[Record], data: str) -> tables.Table:
+    """Count the images of the run of a data set that trains on the most."""
+    own = [record.metrics["images"] for record in done if record.data == data]
+    return tables.image_table(max(own, key=lambda images: sum(images["train"].values())))
+
+
+def file_name(title: str) -> str:
+    """Name files after a title such as `MODEL on DATA`: names of models may hold slashes."""
+    return title.replace(" on ", "-").replace("/", "_").replace(":", "_")
