@@ -144,11 +144,13 @@ def answer(rows: pd.DataFrame) -> str:
         labels = list(rows["label"][rows["verdict"] == verdict])
         if labels:
             verb = "is" if len(labels) == 1 else "are"
-            says = f"{verb} {words}{than}" if words else "cannot be told apart from"
-            if parts:
-                says = says.removesuffix(than) + ("" if words else " it")
-            else:
-                says += f" {name}"
+            says = f"{verb} {words}"
+            if verdict == ALIKE:
+                says = "cannot be told apart from"
+            if not parts:
+                says += f"{than} {name}"
+            elif verdict == ALIKE:
+                says += " it"
             parts.append(f"{listed(labels)} {says}")
     found = "; ".join(parts) or f"there is nothing to compare {name} with"
     return f"On {rows['data'].iloc[0]} with {rows['model'].iloc[0]}, {found}."

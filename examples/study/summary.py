@@ -130,8 +130,10 @@ def compare(ours: Sequence[Record], reference: Sequence[Record], draws: int) -> 
         verdict = BETTER
     elif high < 0:
         verdict = WORSE
-    difference = np.mean([a.metrics["test"]["macro_f1"] - b.metrics["test"]["macro_f1"] for a, b in pairs])
-    return dict(zip(names, (float(difference), float(low), float(high), verdict), strict=True))
+    total = 0.0
+    for own, theirs in pairs:
+        total += own.metrics["test"]["macro_f1"] - theirs.metrics["test"]["macro_f1"]
+    return dict(zip(names, (total / len(pairs), float(low), float(high), verdict), strict=True))
 
 
 def side_by_side(records: Sequence[Record]) -> pd.DataFrame:
@@ -155,7 +157,7 @@ def draw_scores(runs: Sequence[pd.DataFrame], draws: int = 2000, seed: int = 0) 
         (draws, columns of predictions).
     """
     rng = np.random.default_rng(seed)
-    names = np.unique(np.concatenate([run.to_numpy(dtype=str).ravel() for run in runs]))
+    names = np.unique(pd.concat(runs).to_numpy(dtype=str))
     tables = [_count(run, names) for run in runs]
     total = np.zeros((draws, runs[0].shape[1] - 1))
     for _ in runs:
@@ -250,25 +252,26 @@ def _indicator(label: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], c
 
 
 def _sum_up(group: list[Record], draws: int) -> dict[str, Any]:
-    runs = [record.metrics for record in group]
+    runs = pd.json_normalize([record.metrics for record in group])
+    numbers = ["test.macro_f1", "best_val_macro_f1", "settings.lr", "trainable"]
+    numbers += [f"test.{name}" for name in OTHER_SCORES] + [key for key, _ in COSTS.values()]
+    # What a run has not, such as an AUROC where a class is missing, is NaN.
+    runs = runs.assign(**runs.reindex(columns=numbers).astype(float))
     row: dict[str, Any] = {"runs": len(runs)}
-    row["mean"], row["sd"] = _spread([run["test"]["macro_f1"] for run in runs])
-    row["low"], row["high"] = np.quantile(
-        draw_scores([side_by_side([r]) for r in group], draws), [0.025, 0.975]
-    )
-    row["val"] = np.mean([run["best_val_macro_f1"] for run in runs])
+    row["mean"], row["sd"] = _spread(runs["test.macro_f1"])
+    scores = draw_scores([side_by_side([record]) for record in group], draws)
+    row["low"], row["high"] = np.quantile(scores, [0.025, 0.975])
+    row["val"] = runs["best_val_macro_f1"].mean()
     for name in OTHER_SCORES:
-        row[name], row[f"{name}_sd"] = _spread([run["test"].get(name) for run in runs])
-    row["lr"] = np.median([run["settings"]["lr"] for run in runs])
-    row["trainable"] = runs[0]["trainable"]
-    row["train_images"] = round(np.mean([sum(run["images"]["train"].values()) for run in runs]))
+        row[name], row[f"{name}_sd"] = _spread(runs[f"test.{name}"])
+    row["lr"], row["trainable"] = runs["settings.lr"].median(), int(runs["trainable"].iloc[0])
+    row["train_images"] = round(runs.filter(regex=r"^images\.train\.").sum(axis=1).mean())
     # The median: one step during a cold start or beside another process does not move it.
-    for name, (key, scale) in COSTS.items():
-        row[name] = scale * pd.Series([run.get(key) for run in runs], dtype=float).median()
+    for name, (key, factor) in COSTS.items():
+        row[name] = factor * runs[key].median()
     return row
 
 
-def _spread(values: Sequence[float | None]) -> tuple[float, float]:
+def _spread(values: pd.Series) -> tuple[float, float]:
     """Give mean and standard deviation; NaN where one is not defined or there is only one."""
-    found = np.array(values, dtype=np.float64)
-    return float(found.mean()), float(pd.Series(found).std(skipna=False))
+    return float(values.mean(skipna=False)), float(values.std(skipna=False))

@@ -1,0 +1,159 @@
+"""Many runs beside each other on Ray Tune, on this machine or a cluster, each once."""
+
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import TrainerError
+from trainer.run import run
+from trainer.settings import Settings
+
+from .trials import Trial
+
+# Before Ray is imported: it reports its use to its makers otherwise, and medical networks are closed ones.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Its newer output prints tables of the trials even where it is asked for none.
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+
+import ray
+from ray import tune
+
+EXAMPLES = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where the runs are.
+
+    Attributes:
+        address: of a Ray cluster; None for this machine.
+        cpus: that Ray may use here; None for all.
+        cpus_per_trial: processors of a run.
+        gpus_per_trial: graphics cards of a run; None for one on a machine that has any.
+    """
+
+    address: str | None = None
+    cpus: int | None = None
+    cpus_per_trial: float = 1
+    gpus_per_trial: float | None = None
+
+    def start(self) -> None:
+        """Start Ray on this machine, or join a cluster, whose machines then get these scripts.
+
+        Raises:
+            TrainerError: there is no such cluster, or it lets nobody in without its token.
+        """
+        if ray.is_initialized():
+            return
+        if self.address is None:
+            ray.init(
+                num_cpus=self.cpus, include_dashboard=False, configure_logging=False, log_to_driver=False
+            )
+            return
+        scripts = {"working_dir": str(EXAMPLES)}
+        try:
+            ray.init(address=self.address, runtime_env=scripts, configure_logging=False, log_to_driver=False)
+        except ConnectionError as error:
+            raise TrainerError(
+                f"--address {self.address} cannot be joined: {error}. Check that 'ray status' works here. "
+                "A cluster with a token needs RAY_AUTH_MODE=token in the environment, and its head's token."
+            ) from error
+
+    def resources(self) -> dict[str, float]:
+        """Say what a run takes."""
+        gpus = self.gpus_per_trial
+        if gpus is None:
+            resources = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no types there
+            gpus = float(resources.get("GPU", 0) > 0)
+        return {"cpu": self.cpus_per_trial, "gpu": gpus}
+
+
+def run_all(trials: Sequence[Trial], machines: Machines) -> dict[Path, str]:
+    """Run what is not finished yet, each run once; give the folders of those that failed, with the reason.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted; the same call goes on.
+    """
+    waiting = list({trial.folder: trial for trial in trials if not trial.finished()}.values())
+    if not waiting:
+        return {}
+    machines.start()
+    storage = waiting[0].folder.parent.parent / "ray"
+    trainable = tune.with_parameters(_train, settings=[trial.settings for trial in waiting])
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, machines.resources()),
+        param_space={"number": tune.grid_search(list(range(len(waiting))))},
+        # Importing PyTorch and all the rest takes as long as some runs do.
+        tune_config=tune.TuneConfig(reuse_actors=True),
+        run_config=tune.RunConfig(
+            storage_path=str(storage),
+            # A run whose machine went away goes on elsewhere from its last epoch.
+            failure_config=tune.FailureConfig(max_failures=2),
+            callbacks=[
+                Progress(len(waiting), lambda trial: _outcome(waiting[trial.config["number"]], trial))
+            ],
+            verbose=0,
+        ),
+    )
+    results = tuner.fit()
+    # What Ray notes about its trials is not needed again: finished is what has its metrics.
+    shutil.rmtree(storage, ignore_errors=True)
+    failed = {}
+    for number in range(len(results)):
+        result = results[number]
+        metrics = result.metrics or {}
+        if result.error or "failed" in metrics:
+            failed[waiting[(result.config or {})["number"]].folder] = (
+                metrics.get("failed") or f"its process died: {result.error}"
+            )
+    if any(not trial.finished() and trial.folder not in failed for trial in waiting):
+        # Ray took the interrupt for itself.
+        raise KeyboardInterrupt
+    return failed
+
+
+class Progress(tune.Callback):
+    """Print a line for every run that ends.
+
+    Args:
+        total: how many there are.
+        describe: says what a trial was and what came of it.
+    """
+
+    def __init__(self, total: int, describe: Callable[[Any], str]) -> None:
+        self.total, self.describe = total, describe
+        self.ended = 0
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Print it."""
+        self.ended += 1
+        seconds = trial.last_result["time_total_s"]
+        print(f"[{self.ended}/{self.total}] {self.describe(trial)} ({seconds:.0f} s)", flush=True)
+
+
+def _outcome(trial: Trial, ended: Any) -> str:
+    result = ended.last_result
+    return f"{trial}: " + (
+        f"failed. {result['failed']}" if "failed" in result else f"macro-F1 {result['macro_f1']:.3f}"
+    )
+
+
+def _train(config: dict[str, int], settings: Sequence[Settings]) -> dict[str, Any]:
+    """Train and test one run, in a process of Ray's."""
+    own = settings[config["number"]]
+    try:
+        score = run(own)["test"]["macro_f1"]
+        # What resuming took is not needed any more; for full fine-tuning it is several times the model.
+        shutil.rmtree(Path(str(own.output)) / "checkpoints", ignore_errors=True)
+        return {"macro_f1": score}
+    # Whatever it is, it ends one run and not the study: a learning rate at which the loss is no number, a
+    # model too large.
+    except Exception as error:
+        folder = Path(str(own.output))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return {"failed": (str(error).strip() or type(error).__name__).splitlines()[0]}
