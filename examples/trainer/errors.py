@@ -2,4 +2,4 @@
 
 
 class TrainerError(ValueError):
-    """The data, the model or a flag does not fit; the message says what to do."""
+    """The data, the model or a setting does not fit; the message says what to do."""

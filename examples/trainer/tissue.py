@@ -11,28 +11,30 @@ import numpy.typing as npt
 from skimage.color import rgb2gray, rgb2hed
 from skimage.data import immunohistochemistry
 
-from .images import Images, stack
+from .rows import Rows
 
 PATCH, STEP, BLOCK = 32, 16, 64  # pixels
 
 
-def tissue_patches() -> Images:
-    """Cut the 512 × 512 image into overlapping patches (576, 1, 32, 32), half of them positive.
+def tissue_rows() -> Rows:
+    """Cut the 512 × 512 image into 576 overlapping patches of 32 × 32, half of them positive.
 
-    Patches overlap only within their block of 64 × 64 pixels. The block is their group, so patches
-    in different parts of a split never share a pixel.
+    Patches overlap only within their block of 64 × 64 pixels. The block stands for a patient, so patches in
+    different parts of a split never share a pixel.
     """
     section = immunohistochemistry()  # type: ignore[no-untyped-call]
     grey, stain = rgb2gray(section), rgb2hed(section)[..., 2]
     corners = patch_corners(section.shape[0])
     amounts = np.array([_patch(stain, corner).mean() for corner in corners])
-    blocks = [(y // BLOCK) * section.shape[0] + x // BLOCK for y, x in corners]
-    return Images(
-        pixels=stack([_equalise(_patch(grey, corner)) for corner in corners]),
-        labels=(amounts > np.median(amounts)).astype(np.int64),
-        classes=["unstained", "stained"],
-        groups=np.unique(blocks, return_inverse=True)[1].astype(np.int64),
-    )
+    middle = np.median(amounts)
+    rows = Rows([], [], [], patients=[])
+    assert rows.patients is not None
+    for (y, x), amount in zip(corners, amounts, strict=True):
+        rows.items.append(_equalise(_patch(grey, (y, x))))
+        rows.names.append(f"row {y} column {x}")
+        rows.labels.append("stained" if amount > middle else "unstained")
+        rows.patients.append(f"block {y // BLOCK} {x // BLOCK}")
+    return rows
 
 
 def patch_corners(side: int, step: int = STEP) -> list[tuple[int, int]]:

@@ -6,9 +6,8 @@ import numpy as np
 import predict
 import pytest
 import timm
-import train
 from PIL import Image
-from trainer.flags import make_parser, parse
+from small_training import run
 
 import medpeft
 
@@ -52,13 +51,13 @@ def finished(folder, tmp_path_factory, request):
         "--no-figures",
         *more,
     ]
-    record = train.run(parse(make_parser(""), [*given, "--image-size", "48"]))
+    record = run(*given, "--image-size", "48")
     return output, record
 
 
 def rows_of(file):
     with file.open(newline="") as opened:
-        return {row["image"]: row for row in csv.DictReader(opened)}
+        return {row["path"]: row for row in csv.DictReader(opened)}
 
 
 def test_predictions_equal_those_of_the_trainer(folder, finished, tmp_path):
@@ -71,7 +70,7 @@ def test_predictions_equal_those_of_the_trainer(folder, finished, tmp_path):
     )
     found, expected = rows_of(tmp_path / "all.csv"), rows_of(output / "predictions.csv")
     assert len(found) == 24
-    assert len(expected) == len(record["test_predictions"]["index"]) >= 4
+    assert len(expected) == sum(record["images"]["test"].values()) >= 4
     for name, row in expected.items():
         for column in ("p(dark)", "p(light)"):
             assert float(found[name][column]) == pytest.approx(float(row[column]), abs=1e-5)
@@ -100,13 +99,14 @@ def test_stored_pixels_smaller_than_the_input_are_predicted_as_trained(folder, t
         "--epochs",
         "1",
     ]
-    record = train.run(
-        parse(make_parser(""), [*given, "--output", str(tmp_path / "run"), "--quiet", "--no-figures"])
-    )
+    run(*given, "--output", tmp_path / "run", "--quiet", "--no-figures")
     adapter = str(tmp_path / "run" / "adapter.safetensors")
     predict.main([adapter, str(tmp_path / "test"), "--output", str(tmp_path / "found.csv"), "--quiet"])
-    found = [[float(row["p(0)"]), float(row["p(1)"])] for row in rows_of(tmp_path / "found.csv").values()]
-    assert np.allclose(found, record["test_predictions"]["probabilities"], atol=1e-5)
+    found, expected = (
+        [[float(row["p(0)"]), float(row["p(1)"])] for row in rows_of(file).values()]
+        for file in (tmp_path / "found.csv", tmp_path / "run" / "predictions.csv")
+    )
+    assert np.allclose(found, expected, atol=1e-5)
 
 
 def test_broken_images_are_named_or_left_out(folder, finished, tmp_path, capsys):
@@ -149,3 +149,43 @@ def test_a_folder_without_images_is_refused(finished, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert predict.main([str(finished[0] / "adapter.safetensors"), str(tmp_path / "empty")]) == 2
     assert "has no images" in capsys.readouterr().err
+
+
+# With labels
+
+
+def test_where_labels_are_known_the_scores_are_printed(folder, finished, tmp_path, capsys):
+    output, record = finished
+    table = rows_of(output / "predictions.csv")
+    lines = [f"{folder / name};{row['label']}" for name, row in table.items()]
+    (tmp_path / "test.csv").write_text("\n".join(["file;truth", *lines]))
+    given = [str(output / "adapter.safetensors"), str(tmp_path / "test.csv"), "--path-column", "file"]
+    given += ["--output", str(tmp_path / "found.csv")]
+    assert predict.main([*given, "--label-column", "truth"]) == 0
+    assert f"macro-F1            {record['test']['macro_f1']:.4f}" in capsys.readouterr().out
+    found = rows_of(tmp_path / "found.csv").values()
+    assert [row["label"] for row in found] == [row["label"] for row in table.values()]
+    assert predict.main(given) == 0
+    assert "macro-F1" not in capsys.readouterr().out
+    assert "label" not in next(iter(rows_of(tmp_path / "found.csv").values()))
+
+
+def test_labels_of_another_task_are_refused(folder, finished, tmp_path, capsys):
+    (tmp_path / "test.csv").write_text(f"path,label\n{folder / 'dark' / '0.png'},grey\n")
+    assert predict.main([str(finished[0] / "adapter.safetensors"), str(tmp_path / "test.csv")]) == 2
+    assert "has the label 'grey', and the adapter the classes dark, light" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--device", "gpu"], "--device gpu cannot be had"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--output", "no/dir/found.csv"], "is no file in a folder that exists"),
+        (["--output", "."], "is no file in a folder that exists"),
+    ],
+)
+def test_wrong_flags_are_answered_before_any_work(folder, finished, capsys, monkeypatch, given, message):
+    monkeypatch.setattr(predict, "rebuild", None)
+    assert predict.main([str(finished[0] / "adapter.safetensors"), str(folder), *given]) == 2
+    assert message in capsys.readouterr().err

@@ -8,18 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import train
-from lightning.fabric import Fabric
 from PIL import Image
 from safetensors import safe_open
-from small_training import draw_stripes, flags, run
-from trainer.batches import Part, make_transform, plain_batches
-from trainer.flags import make_parser, parse
-from trainer.loop import predict
-from trainer.metrics import score
-from trainer.models import build_model, input_statistics
-from trainer.sources import read_data
-from trainer.split import split
+from small_training import checked, draw_stripes, flags, messages, run
+from trainer.data import Part, Preprocessing
+from trainer.models import build_model
+from trainer.scores import scaled, score
+from trainer.splits import split
+from trainer.tables import read_data
 
 import medpeft
 
@@ -37,7 +35,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(folder, tmp_path_factory):
     """A run of the pretrained default model on the stripes."""
-    output = tmp_path_factory.mktemp("finished")
+    output = tmp_path_factory.mktemp("parent") / "finished"
     given = ["--data", folder, "--image-size", 48, "--epochs", 3, "--batch-size", 8]
     record = run(*given, "--method", "ssf", "--class-weights", "--output", output)
     return output, record
@@ -48,6 +46,9 @@ def test_training_lowers_the_loss_and_learns(finished):
     losses = [epoch["train_loss"] for epoch in record["history"]]
     assert losses[-1] < 0.7 * losses[0]
     assert record["test"]["macro_f1"] > 0.7
+    low, high = record["test"]["macro_f1_interval"]
+    assert low <= record["test"]["macro_f1"] <= high
+    assert record["best_val_macro_f1"] == max(epoch["val_macro_f1"] for epoch in record["history"])
 
 
 def test_the_adapter_is_saved_with_what_it_takes_to_use_it(finished):
@@ -64,14 +65,18 @@ def test_the_adapter_on_a_fresh_base_gives_the_same_scores(folder, finished):
     output, record = finished
     model = build_model("tf_efficientnet_lite0", 2, 48)
     medpeft.load(model, output / "adapter.safetensors")
-    images = read_data(folder, 48)
-    part = Part(images, split(images, seed=0)["test"], make_transform(48, *input_statistics(model)))
-    logits, labels = predict(Fabric(accelerator="cpu"), model, plain_batches(part, 8))
-    again = score((logits / record["temperature"]).softmax(1), labels)
+    settings = checked(data=str(folder), image_size=48)
+    images = read_data(settings)
+    metadata = medpeft.inspect(output / "adapter.safetensors").metadata
+    part = Part(images, split(images, settings)["test"], Preprocessing.from_metadata(metadata, output))
+    inputs, labels = (torch.stack(own) for own in zip(*(part[i] for i in range(len(part))), strict=True))
+    with torch.no_grad():
+        logits = model.eval()(inputs)
+    again = score(scaled(logits, record["temperature"]), labels)
     assert again["confusion_matrix"] == record["test"]["confusion_matrix"]
-    assert again["ece"] == pytest.approx(record["test"]["ece"], abs=1e-4)
-    assert score(logits.softmax(1), labels)["ece"] == pytest.approx(
-        record["test"]["ece_uncalibrated"], abs=1e-4
+    assert again["calibration_error"] == pytest.approx(record["test"]["calibration_error"], abs=1e-4)
+    assert score(scaled(logits, 1), labels)["calibration_error"] == pytest.approx(
+        record["test"]["calibration_error_untempered"], abs=1e-4
     )
 
 
@@ -79,11 +84,11 @@ def test_predictions_are_written_image_by_image(finished):
     output, record = finished
     with (output / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert "test_predictions" not in json.loads((output / "metrics.json").read_text())
-    found = record["test_predictions"]
-    assert len(rows) == len(found["index"]) == 8
-    assert [row["image"].split("/")[0] for row in rows] == [row["label"] for row in rows]
-    assert [float(row["p(down)"]) for row in rows] == pytest.approx([p[1] for p in found["probabilities"]])
+    assert len(rows) == 8
+    assert list(rows[0]) == ["path", "label", "prediction", "p(across)", "p(down)"]
+    assert [row["path"].split("/")[0] for row in rows] == [row["label"] for row in rows]
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert right == np.trace(record["test"]["confusion_matrix"])
 
 
 def test_a_run_says_what_it_cost(finished):
@@ -93,38 +98,7 @@ def test_a_run_says_what_it_cost(finished):
     assert record["saved_bytes"] > 8 * 3 * 48 * 48 * 4
     assert record["peak_bytes"] > 2**25
     assert record["peak_memory"] in ("CUDA allocations", "resident set of the process")
-    assert set(record["val"]) == set(record["test"])
-
-
-def test_data_read_once_serve_another_run_and_quiet_prints_nothing(folder, finished, tmp_path, capfd):
-    given = flags(folder, tmp_path, "--epochs", "1", "--quiet")
-    args = parse(make_parser(""), given)
-    images = train.images_of(args)
-    shared = train.run(args, images)
-    args.output = tmp_path / "other"
-    assert train.run(args)["test_predictions"] == shared["test_predictions"]
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_run_repeats_from_the_settings_that_it_wrote(folder, tmp_path):
-    more = [
-        "--method",
-        "lora",
-        "--option",
-        "rank=2",
-        "--option",
-        "rslora=true",
-        "--class-weights",
-        "--epochs",
-        "1",
-    ]
-    first = run(*flags(folder, tmp_path / "first", *more))
-    again = run("--config", tmp_path / "first" / "config.yaml", "--output", tmp_path / "again")
-    assert again["test_predictions"] == first["test_predictions"]
-    assert again["settings"] | {"output": ""} == first["settings"] | {
-        "output": "",
-        "config": again["settings"]["config"],
-    }
+    assert set(record["val"]) == set(record["test"]) - {"macro_f1_interval"}
 
 
 def test_the_metrics_are_saved_as_strict_json(finished):
@@ -134,52 +108,139 @@ def test_the_metrics_are_saved_as_strict_json(finished):
         raise AssertionError(f"{constant} is not JSON")
 
     saved = json.loads((output / "metrics.json").read_text(), parse_constant=refuse)
-    assert saved["test"]["macro_f1"] == record["test"]["macro_f1"]
+    assert saved == record
     assert saved["settings"]["method"] == "ssf"
     assert saved["images"]["test"] == {"across": 4, "down": 4}
     assert np.sum(saved["test"]["confusion_matrix"]) == 8
 
 
-def test_the_figure_is_a_picture_with_something_on_it(finished):
-    output, _ = finished
-    pixels = np.asarray(Image.open(output / "training.png").convert("L"))
-    assert pixels.shape[1] > 1200
-    assert pixels.std() > 20
+def test_every_epoch_is_in_the_csv(finished):
+    output, record = finished
+    with next(output.glob("logs/*/metrics.csv")).open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train_loss"]]
+    losses = [epoch["train_loss"] for epoch in record["history"]]
+    assert [float(row["train_loss"]) for row in rows] == pytest.approx(losses)
 
 
-@pytest.mark.parametrize("method", ["linear_probe", "bn+bias", "tsa", "lora"])
+@pytest.mark.parametrize("name", ["training.png", "reliability.png", "roc.png"])
+def test_a_figure_is_a_picture_with_something_on_it(finished, name):
+    pixels = np.asarray(Image.open(finished[0] / name).convert("L"))
+    assert min(pixels.shape) > 700
+    assert pixels.std() > 10
+
+
+def test_a_finished_run_is_given_again_and_never_overwritten(folder, finished, capsys, monkeypatch):
+    output, record = finished
+    before = (output / "adapter.safetensors").read_bytes()
+    monkeypatch.setattr("trainer.run.read_data", None)
+    given = ["--data", folder, "--image-size", 48, "--batch-size", 8, "--method", "ssf", "--class-weights"]
+    assert run(*given, "--epochs", 3, "--output", output) == record
+    assert "has this run already: macro-F1" in capsys.readouterr().out
+    for changed, text in (
+        (["--epochs", 4], "--epochs was 3 and is 4. Go on with the same ones, or choose another --output"),
+        (["--epochs", 3, "--lr", 0.5], "--lr was 0.003 and is 0.5"),
+        (["--epochs", 3, "--data", folder / ".."], "--data was"),
+    ):
+        assert text in messages(capsys, *given, *changed, "--output", output)
+    assert (output / "adapter.safetensors").read_bytes() == before
+
+
+def test_a_run_repeats_from_the_settings_that_it_wrote_and_quiet_prints_nothing(folder, tmp_path, capfd):
+    more = ["--method", "lora", "--option", "rank=2", "--option", "rslora=true", "--class-weights"]
+    first = run(*flags(folder, tmp_path / "first", *more, "--epochs", "1", "--quiet"))
+    again = run("--config", tmp_path / "first" / "settings.yaml", "--output", tmp_path / "again")
+    assert again["test"] == first["test"]
+    assert again["settings"] | {"output": ""} == first["settings"] | {"output": ""}
+    read = [(tmp_path / name / "predictions.csv").read_text() for name in ("first", "again")]
+    assert read[0] == read[1]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "bn+bias", "tsa"])
 def test_other_methods_train_too(folder, tmp_path, method):
-    more = ["--option", "rank=2"] if method == "lora" else []
-    record = run(*flags(folder, tmp_path, "--method", method, "--epochs", "1", *more))
+    record = run(*flags(folder, tmp_path / "run", "--method", method, "--epochs", "1"))
     assert np.isfinite(record["history"][0]["train_loss"])
-    assert (tmp_path / "adapter.safetensors").exists()
+    assert (tmp_path / "run" / "adapter.safetensors").exists()
 
 
-def test_the_command_line_runs_by_itself(folder, tmp_path):
+def test_a_network_of_monai_trains_on_volumes(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part, count in (("train", 8), ("val", 4), ("test", 4)):
+        labels = np.arange(count) % 2
+        shades = 60 + 100 * labels[:, None, None, None]
+        arrays[f"{part}_images"] = (shades + rng.integers(0, 40, (count, 16, 16, 16))).astype(np.uint8)
+        arrays[f"{part}_labels"] = labels
+    np.savez(tmp_path / "volumes.npz", **arrays)
+    given = [
+        "--data",
+        tmp_path / "volumes.npz",
+        "--model",
+        "monai:resnet10",
+        "--no-pretrained",
+        "--no-figures",
+    ]
+    record = run(*given, "--method", "lora", "--image-size", 16, "--epochs", 1, "--output", tmp_path / "run")
+    assert record["images"]["test"] == {"0": 2, "1": 2}
+    assert record["saved_bytes"] > 0
+
+
+def test_the_command_line_runs_by_itself_without_carriage_returns(folder, tmp_path):
     done = subprocess.run(
-        [sys.executable, EXAMPLES / "train.py", *flags(folder, tmp_path, "--epochs", "1")],
+        [sys.executable, EXAMPLES / "train.py", *flags(folder, tmp_path / "run", "--epochs", "2")],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for expected in ("ssf on", "epoch   1", "Test on 8 images", "macro-F1", "AUROC", "Saved"):
+    for expected in ("ssf on", "epoch   1", "best so far", "Test on 8 images", "macro-F1", "AUROC", "Saved"):
         assert expected in done.stdout
+    assert "\r" not in done.stdout + done.stderr
+    assert done.stdout.count("\nepoch ") == 2
+    assert done.stderr == ""
+
+
+def test_an_output_that_cannot_be_written_says_so(folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert "cannot be written to" in messages(capsys, *flags(folder, tmp_path / "file" / "run"))
 
 
 # Subgroups
 
 
 def test_subgroups_are_scored_apart(folder, tmp_path, capsys):
-    file = tmp_path / "table.csv"
     rows = [
-        (path, path.parent.name, "f" if i % 3 else "m")
-        for i, path in enumerate(sorted(folder.glob("*/*.png")))
+        (path, path.parent.name, "fm"[i % 3 == 0]) for i, path in enumerate(sorted(folder.glob("*/*.png")))
     ]
+    file = tmp_path / "table.csv"
     file.write_text("\n".join(["path,label,sex", *(",".join(map(str, row)) for row in rows)]))
     record = run(*flags(file, tmp_path / "out", "--group-column", "sex", "--epochs", "1"))
     found = record["test_subgroups"]
     assert sum(scores["images"] for scores in found.values()) == sum(record["images"]["test"].values())
     matrices = np.sum([scores["confusion_matrix"] for scores in found.values()], 0)
     assert matrices.tolist() == record["test"]["confusion_matrix"]
-    assert "subgroup  images" in capsys.readouterr().out
+    assert "subgroup" in capsys.readouterr().out
+
+
+# Cached features
+
+
+def test_features_are_computed_once_and_train_the_same_head(folder, tmp_path, capsys, monkeypatch):
+    given = ["--method", "linear_probe", "--lr", "0.05", "--epochs", "3"]
+    cache = ["--cache-features", str(tmp_path / "features")]
+    slow = run(*flags(folder, tmp_path / "slow", *given, "--augment", "none"))
+    first = run(*flags(folder, tmp_path / "first", *given, *cache))
+    assert "Computed the features of 40 images" in capsys.readouterr().out
+    # The second run sees no image: neither the model nor its batches are asked for one.
+    monkeypatch.setattr("trainer.features._compute", None)
+    second = run(*flags(folder, tmp_path / "second", *given, *cache, "--lr", "0.2"))
+    assert "Took the features of 40 images" in capsys.readouterr().out
+    losses = [[epoch["train_loss"] for epoch in record["history"]] for record in (slow, first, second)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
+    assert first["test"]["macro_f1"] == slow["test"]["macro_f1"]
+    assert losses[0][-1] < losses[0][0]
+    other = ["--method", "linear_probe", *cache, "--epochs", "1", "--image-size", "40"]
+    monkeypatch.undo()
+    run(*flags(folder, tmp_path / "other", *other))
+    assert len(list((tmp_path / "features").iterdir())) == 2

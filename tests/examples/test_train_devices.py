@@ -1,21 +1,22 @@
-"""Killed, resumed, in two processes, in micro-batches: a run computes the same."""
+"""Interrupted and resumed, in two processes, in micro-batches: a run computes the same."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 import train
 from safetensors.torch import load_file
-from trainer import preparation
-from trainer.checkpoint import load_training
-from trainer.flags import make_parser, parse
+from small_training import draw_stripes, messages
+from torch import nn
+from trainer.module import warmup_cosine
+from trainer.run import run as run_settings
+from trainer.settings import Settings
 
 SCRIPT = Path(train.__file__)
 FOLDERS = os.pathsep.join(map(str, (SCRIPT.parent, SCRIPT.parents[1])))
@@ -23,55 +24,36 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": FOLDERS}
 # Dropout, adapting BatchNorm and augmentation: everything that draws or remembers.
 RUN = {
     "model": "test_efficientnet",
-    "no-pretrained": True,
-    "image-size": 32,
-    "epochs": 2,
-    "train-fraction": 0.25,
-    "batch-size": 8,
+    "no_pretrained": True,
+    "image_size": 32,
+    "epochs": 3,
+    "batch_size": 8,
     "method": "full+lora",
-    "option": ["lora.dropout=0.2", "lora.rank=2"],
+    "option": {"lora.dropout": 0.2, "lora.rank": 2},
     "batchnorm": "adapt",
     "lr": 0.003,
     "accelerator": "cpu",
-    "save-every": 3,
     "quiet": True,
-    "no-figures": True,
+    "no_figures": True,
 }
 
 
-def flags(output, **changed):
-    found = {
-        **RUN,
-        "output": str(output),
-        **{name.replace("_", "-"): value for name, value in changed.items()},
-    }
-    spelled = []
-    for name, value in found.items():
-        if isinstance(value, bool):
-            spelled += [f"--{name}"] if value else []
-            continue
-        for item in value if isinstance(value, list) else [value]:
-            spelled += [f"--{name}", str(item)]
-    return spelled
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return draw_stripes(tmp_path_factory.mktemp("stripes"))
 
 
-def run(output, **changed):
-    return train.run(parse(make_parser(""), flags(output, **changed)))
+def settings(folder, output, **changed):
+    return Settings(**{**RUN, "data": str(folder), "output": output, **changed})
 
 
-SHORT = {"train_fraction": 0.06, "epochs": 1}
-
-
-def start(output, **changed):
-    given = [sys.executable, str(SCRIPT), *flags(output, **changed)]
-    return subprocess.Popen(
-        given, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+def run(folder, output, callbacks=(), **changed):
+    return run_settings(settings(folder, output, **changed), callbacks=callbacks)
 
 
 def lasting(record):
     """Of a record, what does not say how fast or how large the process was, or where it wrote."""
-    timed = {"seconds", "step_seconds", "peak_bytes", "settings", "test_predictions"}
+    timed = {"seconds", "step_seconds", "peak_bytes", "settings"}
     history = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in record["history"]]
     return {**{k: v for k, v in record.items() if k not in timed}, "history": history}
 
@@ -80,100 +62,142 @@ def losses(record):
     return [epoch[name] for epoch in record["history"] for name in ("train_loss", "val_loss")]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    output = tmp_path_factory.mktemp("whole")
-    return output, run(output, **TWICE)
-
-
-TWICE = {"train_fraction": 0.12, "epochs": 2}
-
-
 # Going on
 
 
-def test_a_run_killed_within_an_epoch_goes_on_bit_for_bit(whole, tmp_path):
-    process, checkpoint = start(tmp_path, **TWICE, save_every=1), tmp_path / "last.ckpt"
-    try:
-        until = time.monotonic() + 200
-        while not (checkpoint.exists() and load_training(checkpoint)["step"] >= 2):
-            time.sleep(0.02)
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < until, "no checkpoint"
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert load_training(checkpoint)["step"] > 0
-    assert not (tmp_path / "metrics.json").exists()
+class Cut(lightning.Callback):
+    """Ends a run within an epoch, as a power cut does."""
 
-    assert lasting(run(tmp_path, **TWICE, resume=True)) == lasting(whole[1])
-    saved, again = (load_file(folder / "adapter.safetensors") for folder in (whole[0], tmp_path))
+    def __init__(self, epoch, batch=1):
+        self.place = (epoch, batch)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.place:
+            raise RuntimeError("cut")
+
+
+@pytest.mark.parametrize("method", ["full+lora", "adaptformer"])
+def test_a_run_cut_off_goes_on_bit_for_bit(folder, tmp_path, method):
+    more = {}
+    if method == "adaptformer":
+        more = {
+            "method": method,
+            "option": {},
+            "batchnorm": "frozen",
+            "model": "test_vit",
+            "balanced_sampler": True,
+        }
+    whole = run(folder, tmp_path / "whole", **more)
+    for epoch in (1, 2):
+        with pytest.raises(RuntimeError, match="cut"):
+            run(folder, tmp_path / "cut", [Cut(epoch)], **more)
+        assert not (tmp_path / "cut" / "metrics.json").exists()
+    assert lasting(run(folder, tmp_path / "cut", **more)) == lasting(whole)
+    saved, again = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "cut"))
     assert saved.keys() == again.keys()
     assert all(torch.equal(saved[name], again[name]) for name in saved)
+    # What it went on from is not needed any more.
+    assert not (tmp_path / "cut" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("method", ["adaptformer", "ssf+bn"])
-def test_every_checkpoint_within_an_epoch_leads_to_the_same_end(tmp_path, method, monkeypatch):
-    more = {
-        "method": method,
-        "option": [],
-        "batchnorm": "frozen" if method == "adaptformer" else "adapt",
-        "model": "test_vit" if method == "adaptformer" else "test_efficientnet",
-        "save_every": 1,
-    } | SHORT
-    kept = []
-    saved = preparation.save_training
+def test_training_stops_early_keeps_the_best_epoch_and_does_not_go_on(folder, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.8, 0.7, 0.6, *[0.9] * 4])
+    monkeypatch.setattr("trainer.module.macro_f1", lambda logits, labels: next(scores))
+    more = {"epochs": 5, "patience": 2}
+    # Cut off after the training had stopped, before the test.
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.run.peak_memory", None)
+        with pytest.raises(TypeError):
+            run(folder, tmp_path, **more)
+    seen = []
 
-    def save(fabric, training, settings, path):
-        saved(fabric, training, settings, path)
-        kept.append(path.read_bytes())
+    class Count(lightning.Callback):
+        def on_train_batch_end(self, *args, **more):
+            seen.append(args)
 
-    monkeypatch.setattr(preparation, "save_training", save)
-    expected = lasting(run(tmp_path / "whole", **more))
-    assert len(kept) == 5
-    for number in (0, 3):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        (folder / "last.ckpt").write_bytes(kept[number])
-        assert lasting(run(folder, **more, resume=True)) == expected
+    record = run(folder, tmp_path, [Count()], **more)
+    assert len(record["history"]) == 4
+    assert record["best_epoch"] == 2
+    assert record["best_val_macro_f1"] == pytest.approx(0.8)
+    assert not seen
+
+
+def test_an_interrupt_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch):
+    class Interrupt(Cut):
+        def on_train_batch_end(self, *args, **more):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.run", lambda settings: run_settings(settings, callbacks=[Interrupt(0)]))
+    given = ["--data", folder, "--output", tmp_path, "--model", "test_efficientnet", "--no-pretrained"]
+    assert train.main([str(flag) for flag in [*given, "--image-size", "32"]]) == 130
+    assert "The same command goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_loss_that_is_no_number_stops_with_advice(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.module.cross_entropy", lambda *args, **more: args[0].sum() * float("nan"))
+    given = ["--data", folder, "--output", tmp_path, "--model", "test_efficientnet", "--no-pretrained"]
+    error = messages(capsys, *given, "--image-size", 32)
+    assert "The training loss became nan in epoch 1" in error
+    assert "Lower --lr" in error
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = warmup_cosine(optimizer, 40)
+    rates = []
+    for _ in range(40):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 0.5
+    assert max(rates) == rates[3] == 2.0
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] < 0.01
 
 
 # The same images, on however many processes
 
 
-# Frozen: BatchNorm that adapts takes its statistics from each micro-batch. The last step has 5 of 8 images.
-SHARED = SHORT | {
+# Frozen: BatchNorm that adapts takes its statistics from each micro-batch. 24 images make 3 steps of 8.
+SHARED = {
     "method": "bn+lora",
-    "option": ["lora.rank=2"],
+    "option": {"lora.rank": 2},
     "batchnorm": "frozen",
-    "class-weights": True,
+    "class_weights": True,
+    "epochs": 2,
+    "train_fraction": 12 / 13,
 }
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("single"), **SHARED)
+def single(folder, tmp_path_factory):
+    return run(folder, tmp_path_factory.mktemp("single") / "run", **SHARED)
 
 
-def test_micro_batches_compute_the_same_step(single, tmp_path):
-    four = run(tmp_path, **SHARED, accumulate=4)
+def test_micro_batches_compute_the_same_step(folder, single, tmp_path):
+    assert sum(single["images"]["train"].values()) == 24
+    four = run(folder, tmp_path, **SHARED, accumulate=4)
     assert losses(four) == pytest.approx(losses(single), rel=1e-5)
 
 
 # One process group for both: a second one under the same torchrun may meet the addresses of the first.
 BOTH = """
-import json, sys, train
+import json, sys, torch
+from trainer.run import run
+from trainer.settings import Settings
 for given in json.loads(sys.argv[1]):
-    train.run(train.parse(train.make_parser(""), given))
-train.torch.distributed.destroy_process_group()
+    run(Settings(**given))
+torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_train_to_the_same_loss_as_one(single, tmp_path):
+def test_two_processes_train_to_the_same_loss_as_one(folder, single, tmp_path):
     (tmp_path / "both.py").write_text(BOTH)
-    several = {**SHARED, "devices": 2, "accumulate": 2}
-    given = [flags(tmp_path / strategy, **several, strategy=strategy) for strategy in ("ddp", "fsdp2")]
+    given = []
+    for strategy in ("ddp", "fsdp2"):
+        own = settings(folder, tmp_path / strategy, **SHARED, devices=2, accumulate=2, strategy=strategy)
+        given.append(own.plain())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*torchrun, tmp_path / "both.py", json.dumps(given)],
@@ -188,61 +212,41 @@ def test_two_processes_train_to_the_same_loss_as_one(single, tmp_path):
         assert losses(record) == pytest.approx(losses(single), rel=1e-4)
         assert record["test"]["confusion_matrix"] == single["test"]["confusion_matrix"]
         assert record["trainable"] == single["trainable"]
-        # The checkpoint of several processes serves one: it holds whole tensors, not shards.
-        again = run(tmp_path / strategy, **SHARED | {"accumulate": 2}, resume=True)
-        assert again["history"] == record["history"]
-        assert again["test"]["auroc"] == pytest.approx(record["test"]["auroc"], abs=1e-3)
 
 
 # Precision, memory, compilation
 
 
-def test_less_memory_waits_for_the_backward_pass(tmp_path):
-    more = {
-        "model": "test_vit",
-        "method": "lora",
-        "option": ["rank=2"],
-        "batchnorm": "frozen",
-        "train_fraction": 0.05,
-        "epochs": 1,
-    }
-    plain = run(tmp_path / "plain", **more)
-    less = run(tmp_path / "less", **more, checkpoint_activations=True)
+def test_less_memory_waits_for_the_backward_pass(folder, tmp_path):
+    more = {"model": "test_vit", "method": "lora", "option": {"rank": 2}, "batchnorm": "frozen", "epochs": 1}
+    plain = run(folder, tmp_path / "plain", **more)
+    less = run(folder, tmp_path / "less", **more, checkpoint_activations=True)
     assert less["saved_bytes"] < 0.7 * plain["saved_bytes"]
     assert losses(less) == pytest.approx(losses(plain), rel=1e-4)
 
 
-def test_half_precision_trains_close_to_single(tmp_path):
-    # With frozen statistics: those of a batch of eight 1 × 1 maps magnify the rounding, by a quarter on a CPU with bf16 units.
-    stable = SHORT | {"batchnorm": "frozen"}
-    single, half = run(tmp_path / "32", **stable), run(tmp_path / "bf16", **stable, precision="bf16-mixed")
-    assert losses(half) != losses(single)
-    assert losses(half) == pytest.approx(losses(single), rel=0.02)
+def test_half_precision_trains_close_to_single(folder, tmp_path):
+    # With frozen statistics: those of a batch of eight 1 × 1 maps magnify the rounding, by a quarter on a CPU
+    # with bf16 units.
+    stable = {"batchnorm": "frozen", "epochs": 1}
+    whole = run(folder, tmp_path / "32", **stable)
+    half = run(folder, tmp_path / "bf16", **stable, precision="bf16-mixed")
+    assert losses(half) != losses(whole)
+    assert losses(half) == pytest.approx(losses(whole), rel=0.02)
 
 
-def test_a_compiled_model_trains_to_the_same_loss(tmp_path, monkeypatch):
-    more = SHORT | {"model": "test_vit", "method": "bias", "option": []}
-    plain = run(tmp_path / "plain", **more)
+def test_a_compiled_model_trains_to_the_same_loss(folder, tmp_path, monkeypatch):
+    more = {"model": "test_vit", "method": "bias", "option": {}, "batchnorm": None, "epochs": 1}
+    plain = run(folder, tmp_path / "plain", **more)
     compiled = []
-    # The graph is taken as by any backend; making C++ of it would take a minute.
-    original = partial(torch.compile, backend="eager")
-    monkeypatch.setattr("torch.compile", lambda model, **_: compiled.append(model) or original(model))
-    assert losses(run(tmp_path / "compiled", **more, compile=True)) == pytest.approx(losses(plain), rel=1e-4)
+    original = nn.Module.compile
+
+    def compile(network):
+        compiled.append(network)
+        # The graph is taken as by any backend; making C++ of it would take a minute.
+        original(network, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    record = run(folder, tmp_path / "compiled", **more, compile=True)
+    assert losses(record) == pytest.approx(losses(plain), rel=1e-4)
     assert compiled
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"precision": "16-mixed"}, "--precision 16-mixed needs a CUDA GPU"),
-        (
-            {"accumulate": 3},
-            "--batch-size 8 is the images of one optimizer step, and does not divide by --accumulate 3 × 1",
-        ),
-        ({"accumulate": 0}, "--accumulate is 0; it must be at least 1"),
-        ({"save_every": -1}, "--save-every is -1"),
-    ],
-)
-def test_flags_of_devices_that_do_not_fit_say_so(tmp_path, capsys, given, message):
-    assert train.main(flags(tmp_path, **given)) == 2
-    assert message in capsys.readouterr().err

@@ -68,3 +68,28 @@ def test_a_model_that_cannot_compute_activations_again_says_so():
         match=r"Linear cannot compute its activations again\. Leave --checkpoint-activations out",
     ):
         checkpoint_activations(torch.nn.Linear(2, 2))
+
+
+# MONAI
+
+
+@pytest.mark.parametrize("name", ["DenseNet121", "resnet10"])
+def test_a_network_of_monai_takes_volumes_and_images(name):
+    for dimensions in (2, 3):
+        model = build_model(f"monai:{name}", 4, 32, pretrained=False, dimensions=dimensions)
+        shape = (2, 3, *([32] * dimensions))
+        assert model.eval()(torch.zeros(shape)).shape == (2, 4)
+
+
+def test_a_network_that_monai_does_not_have_is_answered_with_a_near_name():
+    with pytest.raises(TrainerError, match=r"MONAI has no network 'DenseNet12'\. Did you mean DenseNet121"):
+        build_model("monai:DenseNet12", 2, 32, pretrained=False)
+    with pytest.raises(TrainerError, match="cannot be built as a classifier"):
+        build_model("monai:VNet", 2, 32, pretrained=False)
+    with pytest.raises(TrainerError, match=r"no pretrained weights\. Add --no-pretrained"):
+        build_model("monai:DenseNet121", 2, 32)
+
+
+def test_volumes_need_a_network_that_takes_them():
+    with pytest.raises(TrainerError, match="The data are volumes, and 'resnet18' takes images"):
+        build_model("resnet18", 2, 32, pretrained=False, dimensions=3)

@@ -2,27 +2,29 @@
 
 import numpy as np
 import pytest
-from trainer.split import split
-from trainer.tissue import PATCH, patch_corners, tissue_patches
+from small_training import checked
+from trainer.splits import split
+from trainer.tables import read_data
+from trainer.tissue import PATCH, patch_corners
 
 
 def test_half_of_the_tissue_patches_are_stained():
-    images = tissue_patches()
+    images = read_data(checked())
     assert images.pixels.shape == (576, 1, PATCH, PATCH)
     assert images.labels.mean() == 0.5
 
 
 def test_tissue_patches_have_equal_brightness():
-    means = tissue_patches().pixels.float().mean((1, 2, 3))
+    means = read_data(checked()).pixels.float().mean((1, 2, 3))
     assert means.std() < 3
 
 
 def test_tissue_patches_of_different_parts_share_no_pixel():
-    images = tissue_patches()
+    images = read_data(checked())
     corners = np.array(patch_corners(512))
     for seed in range(3):
         painted = np.zeros((512, 512), int)
-        for bit, rows in enumerate(split(images, seed).values()):
+        for bit, rows in enumerate(split(images, checked(seed=seed)).values()):
             for y, x in corners[rows]:
                 painted[y : y + PATCH, x : x + PATCH] |= 1 << bit
         assert set(np.unique(painted)) == {1, 2, 4}
@@ -30,5 +32,5 @@ def test_tissue_patches_of_different_parts_share_no_pixel():
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 def test_every_part_of_the_tissue_has_both_classes(part):
-    images = tissue_patches()
-    assert 0.3 < images.labels[split(images, seed=0)[part]].mean() < 0.7
+    images = read_data(checked())
+    assert 0.3 < images.labels[split(images, checked())[part]].mean() < 0.7

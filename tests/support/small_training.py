@@ -3,7 +3,8 @@
 import numpy as np
 import train
 from PIL import Image
-from trainer.flags import make_parser, parse
+from trainer.run import run as run_settings
+from trainer.settings import Settings
 
 TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32"]
 
@@ -24,10 +25,19 @@ def flags(folder, output, *more):
     return [*TINY, "--data", str(folder), "--output", str(output), "--epochs", "2", "--no-figures", *more]
 
 
+def parsed(*given):
+    return train.parse([str(flag) for flag in given])
+
+
 def run(*given):
-    return train.run(parse(make_parser(""), [str(flag) for flag in given]))
+    return run_settings(parsed(*given))
 
 
 def messages(capsys, *given):
     assert train.main([str(flag) for flag in given]) == 2
     return capsys.readouterr().err
+
+
+def checked(**values):
+    """Settings with their defaults filled in."""
+    return Settings(**values).checked()

@@ -1,0 +1,244 @@
+"""From pixels in memory to batches for the model: augmentation, size, normalisation, order."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from monai.transforms.compose import Compose
+from monai.transforms.intensity.array import RandScaleIntensity
+from monai.transforms.spatial.array import RandAffine, RandFlip
+from monai.transforms.utility.array import CastToType
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.transforms import v2  # type: ignore[import-untyped]
+
+from .errors import TrainerError
+from .images import Integers
+from .rows import Images
+from .settings import Settings
+
+Key = tuple[int, int]  # the place of an image in its part, and the epoch
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a file becomes the model's input: decoded to 8 bit (`images.py`), resized, normalised.
+
+    It travels in the adapter's metadata, and `predict.py` repeats it.
+
+    Attributes:
+        stored: height and width, of a volume depth too, at which images were kept in memory.
+        image_size: the side of the model's input.
+        mean: of red, green and blue, of values in [0, 1].
+        std: likewise.
+    """
+
+    stored: tuple[int, ...]
+    image_size: int
+    mean: list[float]
+    std: list[float]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the input, without channels."""
+        return (self.image_size,) * len(self.stored)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Turn stored pixels (…, C, H, W) or (…, C, D, H, W), uint8, into the input: RGB, float32, normalised."""
+        dimensions = len(self.stored)
+        size = self.input_shape
+        if dimensions == 2:
+            image: Tensor = _for_images(size, self.mean, self.std)(pixels)
+            return image
+        values = pixels.float() / 255
+        batch = values if values.ndim == 5 else values[None]
+        if self.stored != size:
+            batch = interpolate(batch, size, mode="trilinear")
+        # (B, 1 or 3, D, H, W) → (B, 3, D, H, W)
+        batch = batch.expand(-1, 3, -1, -1, -1)
+        mean, std = (torch.tensor(v).reshape(3, 1, 1, 1) for v in (self.mean, self.std))
+        batch = (batch - mean) / std
+        return batch if values.ndim == 5 else batch[0]
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Give plain values for a file's header."""
+        return {**asdict(self), "stored": list(self.stored)}
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, Any], source: object) -> "Preprocessing":
+        """Read what `to_metadata` gave, under "preprocessing".
+
+        Raises:
+            TrainerError: the metadata are not those of a run of train.py.
+        """
+        try:
+            found = metadata["preprocessing"]
+            stored = tuple(int(side) for side in found["stored"])
+            return cls(stored, found["image_size"], list(found["mean"]), list(found["std"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise TrainerError(
+                f"{source} does not say how images become input: its metadata have no whole 'preprocessing'. "
+                "Take an adapter that train.py wrote."
+            ) from error
+
+
+def _for_images(size: tuple[int, ...], mean: list[float], std: list[float]) -> v2.Transform:
+    return v2.Compose(
+        [v2.Resize(size), v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    )
+
+
+def augmentation(strength: str, shape: tuple[int, ...]) -> Any:
+    """Give what changes stored pixels (C, H, W) or (C, D, H, W) at random.
+
+    torchvision's for images: they take a third of the time of MONAI's, or less, which are for volumes.
+
+    Args:
+        strength: "light": flips, small turns, shifts and changes of light are as likely in the next image of the
+            same scanner, and no finding leaves the view. "strong": larger ones, blur too. "none": nothing.
+        shape: (H, W) or (D, H, W).
+    """
+    if strength == "none":
+        return v2.Identity()
+    strong = strength == "strong"
+    angle, shift, scale, light = (25, 0.1, 0.25, 0.4) if strong else (10, 0.05, 0.1, 0.2)
+    if len(shape) == 3:
+        turn = RandAffine(
+            1.0,
+            rotate_range=[math.radians(angle), 0, 0],
+            translate_range=[shift * side for side in shape],
+            scale_range=[scale] * 3,
+            padding_mode="zeros",
+        )
+        return Compose([RandFlip(0.5, 2), turn, RandScaleIntensity(light, 1.0), CastToType(torch.uint8)])
+    zoom = (0.8, 1.25) if strong else (0.9, 1.1)
+    drawn = [
+        v2.RandomHorizontalFlip(),
+        v2.RandomAffine(angle, (shift, shift), zoom, 5 if strong else None, interpolation=2),
+        v2.ColorJitter(brightness=light, contrast=light),
+    ]
+    if strong:
+        drawn.append(v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.5))], 0.3))
+    return v2.Compose(drawn)
+
+
+class Part(Dataset[Batch]):
+    """One part of a split: inputs with their labels.
+
+    An image is asked for by its place, or by its place and the epoch, which decide its augmentation in whichever
+    process.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        rows: Integers,
+        preprocessing: Preprocessing,
+        augment: str = "none",
+        seed: int = 0,
+    ) -> None:
+        self.pixels = images.pixels[torch.from_numpy(rows)]
+        self.labels = torch.from_numpy(images.labels[rows])
+        self.preprocessing, self.seed = preprocessing, seed
+        self.augment = augmentation(augment, preprocessing.stored)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: int | Key) -> Batch:
+        if isinstance(key, int):
+            return self.preprocessing(self.pixels[key]), self.labels[key]
+        place, epoch = key
+        drawn = int(np.random.SeedSequence([self.seed, epoch, place]).generate_state(1)[0])
+        if isinstance(self.augment, Compose):
+            self.augment.set_random_state(drawn)
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would seed the GPUs too, and with them the model's dropout.
+            torch.default_generator.manual_seed(drawn)
+            changed = torch.as_tensor(self.augment(self.pixels[place]))
+        return self.preprocessing(changed), self.labels[place]
+
+
+class FeaturePart(Dataset[Batch]):
+    """One part of a split: features (D,) with their labels, asked for as in `Part`."""
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: int | Key) -> Batch:
+        place = key if isinstance(key, int) else key[0]
+        return self.features[place], self.labels[place]
+
+
+class EpochOrder(DistributedSampler[Any]):
+    """The order of the training images: a function of seed and epoch alone, so that a run can go on.
+
+    Args:
+        part: of the split.
+        seed: of the run.
+        world: number of processes; each takes every `world`-th image.
+        rank: of this one.
+        balance: draw every class equally often, with replacement.
+    """
+
+    def __init__(self, part: Part | FeaturePart, seed: int, world: int, rank: int, balance: bool) -> None:
+        super().__init__(part, world, rank, seed=1000 * seed)
+        counts = torch.bincount(part.labels)
+        self.weights = 1.0 / counts[part.labels] if balance else None
+
+    def __iter__(self) -> Iterator[Key]:
+        places = super().__iter__()
+        if self.weights is not None:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            drawn = torch.multinomial(self.weights, self.total_size, True, generator=generator)
+            places = iter(drawn[self.rank :: self.num_replicas].tolist())
+        for place in places:
+            yield place, self.epoch
+
+
+class DataModule(lightning.LightningDataModule):
+    """The parts of a split in batches; only the training part is shuffled."""
+
+    def __init__(self, parts: dict[str, Part] | dict[str, FeaturePart], settings: Settings) -> None:
+        super().__init__()
+        self.parts, self.settings = parts, settings
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batch the training part; `--batch-size` counts the images of an optimizer step, over all processes."""
+        world, rank = self._process()
+        part, settings = self.parts["train"], self.settings
+        order = EpochOrder(part, settings.seed, world, rank, settings.balanced_sampler)
+        size = settings.batch_size // (settings.accumulate * world)
+        # BatchNorm that adapts cannot take statistics from one image of 1 × 1 features.
+        lonely = len(order) > size and len(order) % size == 1
+        return DataLoader(part, size, sampler=order, num_workers=settings.num_workers, drop_last=lonely)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Batch the validation part."""
+        return self._plain("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Batch the test part."""
+        return self._plain("test")
+
+    def _plain(self, name: str) -> DataLoader[Batch]:
+        world, rank = self._process()
+        part = self.parts[name]
+        order = None
+        if world > 1:
+            order = DistributedSampler[Batch](part, world, rank, shuffle=False)
+        size = max(1, self.settings.batch_size // world)
+        return DataLoader(part, size, sampler=order, num_workers=self.settings.num_workers)
+
+    def _process(self) -> tuple[int, int]:
+        assert self.trainer is not None
+        return self.trainer.world_size, self.trainer.global_rank

@@ -1,0 +1,171 @@
+"""Pictures of a run: did it learn, did it stop in time, what does it confuse, and is it right when it is sure?"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+from sklearn.calibration import CalibrationDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
+from torch import Tensor
+
+from .scores import BINS
+
+# From the palette of Okabe and Ito, told apart with any colour vision; markers differ as well.
+TRAIN, VAL, BEST = "#0072B2", "#D55E00", "#595959"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#595959")
+DASHES = ("-", "--", "-.", ":")
+CELL = 0.55  # inches, room for four digits
+MOST_CURVES = 12
+
+
+def draw_training(
+    history: list[dict[str, float]],
+    best_epoch: int,
+    confusion: Tensor,
+    classes: list[str],
+    title: str,
+    path: Path,
+) -> None:
+    """Draw the losses, the validation score and the confusion matrix of the test.
+
+    Args:
+        history: one record an epoch: `train_loss`, `val_loss`, `val_macro_f1`.
+        best_epoch: counted from 1.
+        confusion: (C, C) counts, rows true and columns predicted.
+        classes: the names of the C classes.
+        title: one line above all.
+        path: the PNG to write.
+    """
+    side = min(12.0, max(3.6, CELL * len(classes)))
+    names = [_shorten(name) for name in classes]
+    # The matrix needs room for its labels too, about 0.09 inches a character.
+    margin = 0.9 + 0.09 * max(map(len, names))
+    figure = Figure(
+        figsize=(8.6 + side + margin, 0.9 + side + margin / 2),
+        dpi=150,
+        layout=ConstrainedLayoutEngine(w_pad=0.12),
+    )
+    left, middle, right = figure.subplots(1, 3, width_ratios=[4.3, 4.3, side + margin])
+    epochs = range(1, len(history) + 1)
+    left.plot(epochs, [record["train_loss"] for record in history], "o-", color=TRAIN, label="training")
+    left.plot(epochs, [record["val_loss"] for record in history], "s--", color=VAL, label="validation")
+    _finish_curve(left, len(history), best_epoch, "cross entropy")
+    left.set_ylim(bottom=0)
+    middle.plot(epochs, [record["val_macro_f1"] for record in history], "s--", color=VAL, label="validation")
+    _finish_curve(middle, len(history), best_epoch, "macro-F1")
+    middle.set_ylim(0, 1.02)
+    _draw_confusion(right, confusion.numpy(), names, 72 * side / len(classes))
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path)
+
+
+def _finish_curve(axes: Axes, epochs: int, best_epoch: int, label: str) -> None:
+    axes.axvline(best_epoch, color=BEST, linewidth=1, linestyle=":", label="kept epoch")
+    axes.set(xlabel="epoch", ylabel=label, xlim=(0.5, epochs + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _plain(axes)
+    axes.legend(frameon=False)
+
+
+def _draw_confusion(axes: Axes, confusion: np.ndarray, names: list[str], cell: float) -> None:
+    """Shade by the share of the true class, so that rare classes show as well as common ones."""
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    longest = max(map(len, names))
+    upright = len(names) > 3 or longest > 10
+    # A digit is about 0.65 of the font size wide, and a tenth of the cell stays free at each side.
+    size = min(11.0, 0.8 * cell / (0.65 * len(str(confusion.max()))))
+    display = ConfusionMatrixDisplay(share, display_labels=names)
+    display.plot(
+        ax=axes,
+        cmap="Blues",
+        colorbar=False,
+        im_kw={"vmin": 0, "vmax": 1},
+        text_kw={"fontsize": size},
+        xticks_rotation=90 if upright else 0,
+    )
+    for place in np.ndindex(confusion.shape):
+        display.text_[place].set_text(str(confusion[place]))
+    axes.set(xlabel="predicted", ylabel="true", title="test images, shaded by row")
+
+
+def draw_reliability(panels: dict[str, Tensor], labels: Tensor, path: Path) -> None:
+    """Draw the accuracy and the number of images in each bin of the confidence.
+
+    Args:
+        panels: a title and (N, C) probabilities for each panel.
+        labels: (N,).
+        path: the PNG to write.
+    """
+    figure = Figure(figsize=(4.2 * len(panels), 5.2), dpi=150, layout=ConstrainedLayoutEngine(wspace=0.06))
+    axes = figure.subplots(2, len(panels), height_ratios=[3, 1], sharex=True, sharey="row", squeeze=False)
+    for column, (title, probabilities) in enumerate(panels.items()):
+        confidence, predicted = probabilities.max(1)
+        upper, lower = axes[0, column], axes[1, column]
+        CalibrationDisplay.from_predictions(
+            (predicted == labels).numpy(),
+            confidence.clamp(0, 1).numpy(),
+            n_bins=BINS,
+            ax=upper,
+            color=TRAIN,
+            label="model",
+            pos_label=1,
+        )
+        upper.get_legend().remove()
+        upper.set(xlabel="", ylabel="", ylim=(0, 1.02), xlim=(0, 1))
+        upper.set_title(title, fontsize=11)
+        lower.hist(confidence.numpy(), bins=BINS, range=(0, 1), color="#56B4E9", edgecolor="white")
+        lower.set_xlabel("confidence")
+        _plain(upper)
+        _plain(lower)
+    axes[0, 0].set_ylabel("share that is right")
+    axes[1, 0].set_ylabel("images")
+    # Outside: within the axes a point may lie anywhere.
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
+def draw_roc(probabilities: Tensor, labels: Tensor, classes: list[str], path: Path) -> None:
+    """Draw the ROC curve of every class that has one, against the rest.
+
+    Args:
+        probabilities: (N, C).
+        labels: (N,).
+        classes: the names of the C classes.
+        path: the PNG to write.
+    """
+    figure = Figure(figsize=(5.4, 5.4), dpi=150, layout=ConstrainedLayoutEngine())
+    axes = figure.subplots()
+    # Of two classes, one curve is the other's mirror image.
+    shown = range(1, 2) if len(classes) == 2 else range(min(len(classes), MOST_CURVES))
+    for i in shown:
+        positive = (labels == i).numpy()
+        if positive.all() or not positive.any():
+            continue
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+        RocCurveDisplay.from_predictions(
+            positive, probabilities[:, i].numpy(), ax=axes, name=_shorten(classes[i]), curve_kwargs=style
+        )
+    axes.plot([0, 1], [0, 1], color=BEST, linewidth=1, linestyle=":")
+    axes.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.02))
+    _plain(axes)
+    figure.savefig(path)
+
+
+def titled(name: str, error: float) -> str:
+    """Name a panel with its calibration error."""
+    return f"{name}, calibration error {error:.3f}"
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+
+
+def _shorten(name: str) -> str:
+    # From the middle: long names often differ at their end.
+    return name if len(name) <= 22 else f"{name[:11]}…{name[-10:]}"

@@ -1,0 +1,204 @@
+"""What Lightning trains: an adapted model, its loss, its optimizer, and how it went."""
+
+import math
+import time
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+
+import medpeft
+
+from .data import Batch
+from .errors import TrainerError
+from .scores import macro_f1
+from .settings import Settings
+
+
+class Finetuning(lightning.LightningModule):
+    """An adapted model in training.
+
+    Args:
+        model: after `medpeft.apply`.
+        network: what is called: the model, or its head on cached features.
+        settings: of the run.
+        weights: (C,) of the classes in the loss, None for equal ones.
+
+    Attributes:
+        history: one record an epoch: `train_loss`, `val_loss`, `val_macro_f1`, `seconds`.
+        step_seconds: how long each batch took, without waiting for its images.
+        peak: of the memory in bytes, and what was measured.
+        outputs: the logits (N, C) and labels (N,) of the last validation and test, whole on every process.
+    """
+
+    def __init__(
+        self, model: nn.Module, network: nn.Module, settings: Settings, weights: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.network, self.settings = network, settings
+        # Not a child: with cached features only the head is moved, trained and kept.
+        self.whole = (model,)
+        self.weights: Tensor | None
+        self.register_buffer("weights", weights, persistent=False)
+        # A checkpoint holds what trains; the rest is as it was built.
+        self.strict_loading = False
+        self.history: list[dict[str, float]] = []
+        self.step_seconds: list[float] = []
+        self.outputs: dict[str, Batch] = {}
+        self.peak = (0, "")
+        self._seen: list[Batch] = []
+        self._sharded = False
+        self._begun = self._step_begun = 0.0
+
+    @property
+    def best_epoch(self) -> int:
+        """The first epoch, counted from 1, with the highest validation macro-F1; 0 before the first."""
+        scores = [record["val_macro_f1"] for record in self.history]
+        return scores.index(max(scores)) + 1 if scores else 0
+
+    def configure_model(self) -> None:
+        """Shard the blocks one by one, then the rest, for FSDP2: only one block at a time is whole in memory."""
+        if self.settings.strategy != "fsdp2" or self._sharded:
+            return
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
+        for child in self.network.children():
+            if isinstance(child, (nn.Sequential, nn.ModuleList)):
+                for block in child:
+                    if any(True for _ in block.parameters()):
+                        fully_shard(block, mesh=mesh)
+        fully_shard(self.network, mesh=mesh)
+        self._sharded = True
+
+    def configure_optimizers(self) -> Any:
+        """Make AdamW, whose rate rises over the first steps and then falls to 0 in a cosine."""
+        settings = self.settings
+        groups = medpeft.parameter_groups(
+            self.whole[0], lr=settings.lr or 0.0, weight_decay=settings.weight_decay
+        )
+        optimizer = torch.optim.AdamW(groups)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = warmup_cosine(optimizer, steps, settings.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Do nothing more where the run had stopped early before it was interrupted."""
+        if len(self.history) - self.best_epoch >= self.settings.patience:
+            self.trainer.should_stop = True
+
+    def on_train_epoch_start(self) -> None:
+        """Note the time."""
+        self._begun = time.perf_counter()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed what the model draws, dropout say, so that a run goes on as if it had never stopped."""
+        place = [self.settings.seed, self.current_epoch, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        self._step_begun = time.perf_counter()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Give the mean loss of a batch; class weights are 1 in the mean."""
+        images, labels = batch
+        logits = self.network(images)
+        loss = cross_entropy(logits, labels, self.weights, reduction="none").mean()
+        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(labels))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Note how long the batch took."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.step_seconds.append(time.perf_counter() - self._step_begun)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep the logits."""
+        self._seen.append((self.network(batch[0]).float(), batch[1]))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep the logits."""
+        self._seen.append((self.network(batch[0]).float(), batch[1]))
+
+    def on_validation_epoch_end(self) -> None:
+        """Score the validation part."""
+        logits, labels = self.outputs["val"] = self._gathered("val")
+        self.log("val_loss", cross_entropy(logits, labels, self.weights))
+        self.log("val_macro_f1", macro_f1(logits, labels))
+
+    def on_test_epoch_end(self) -> None:
+        """Keep the test's logits."""
+        self.outputs["test"] = self._gathered("test")
+
+    def on_train_epoch_end(self) -> None:
+        """Note how the epoch went, and print a line.
+
+        Raises:
+            TrainerError: the loss is no longer a number.
+        """
+        values = self.trainer.callback_metrics
+        record = {name: float(values[name]) for name in ("train_loss", "val_loss", "val_macro_f1")}
+        if not math.isfinite(record["train_loss"]):
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            raise TrainerError(
+                f"The training loss became {record['train_loss']} in epoch {len(self.history) + 1}. Lower --lr (the "
+                f"rate is now {rate:.2g}) or check the images."
+            )
+        record["seconds"] = time.perf_counter() - self._begun
+        self.history.append(record)
+        if self.trainer.is_global_zero and not self.settings.quiet:
+            print(self._line(record), flush=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what training changes, the trainable parameters and the buffers, and how it went."""
+        trained = {
+            name
+            for name, value in self.state_dict(keep_vars=True).items()
+            if value.requires_grad or not isinstance(value, nn.Parameter)
+        }
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if name in trained}
+        checkpoint["history"], checkpoint["step_seconds"] = self.history, self.step_seconds
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over how it went."""
+        if self.trainer.state.fn == "fit":
+            self.history, self.step_seconds = list(checkpoint["history"]), list(checkpoint["step_seconds"])
+
+    def _gathered(self, part: str) -> Batch:
+        """Join the outputs of all batches and processes, in the order of the images."""
+        logits = torch.cat([one for one, _ in self._seen])
+        labels = torch.cat([one for _, one in self._seen])
+        self._seen.clear()
+        if self.trainer.world_size > 1:
+            # Process r holds the images r, r + world, …, and the last ones may hold a repeated first image.
+            count = len(self.trainer.datamodule.parts[part])  # type: ignore[attr-defined]
+            # (W, n, C) → (n, W, C) → (n·W, C)
+            logits, labels = (
+                torch.as_tensor(self.all_gather(own)).transpose(0, 1).flatten(0, 1)[:count]
+                for own in (logits, labels)
+            )
+        return logits, labels
+
+    def _line(self, record: dict[str, float]) -> str:
+        epoch = len(self.history)
+        kept = "  best so far" if self.best_epoch == epoch else ""
+        return (
+            f"epoch {epoch:>3}  train loss {record['train_loss']:.4f}  val loss {record['val_loss']:.4f}  "
+            f"val macro-F1 {record['val_macro_f1']:.4f}  {record['seconds']:5.1f} s{kept}"
+        )
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, share: float = 0.1) -> LambdaLR:
+    """Raise the learning rate over a share of the steps, then lower it to 0 in a cosine."""
+    warmup = max(1, int(share * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+    return LambdaLR(optimizer, factor)

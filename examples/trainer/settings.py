@@ -1,0 +1,269 @@
+"""Every setting of a run: its type, its default, what it means, and which go together.
+
+jsonargparse makes the command line and the YAML file of this class.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .errors import TrainerError
+from .flags import flag, options_of
+
+DEFAULT = "tf_efficientnet_lite0"
+
+# Peak learning rates that suit AdamW and a short schedule; a union takes the lowest of its parts. On breast
+# ultrasound tsa learned nothing at 1e-3, and oft and conv_adapter nothing at 3e-3 (docs/study.md).
+RATES = {"full": 3e-4, "attention": 3e-4, "tsa": 3e-4, "oft": 3e-4, "conv_adapter": 3e-4, "svdiff": 1e-2}
+RATE = 3e-3
+
+# What a run's result does not depend on.
+FREE = ("output", "cache_features", "num_workers", "quiet", "no_figures", "logger", "accelerator")
+TABLES = (".csv", ".tsv", ".txt")
+TABLE_ONLY = ("path_column", "label_column", "patient_column", "group_column")
+POSITIVE = ("epochs", "patience", "batch_size", "accumulate", "devices", "lr")
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """What a run depends on.
+
+    Attributes:
+        data: a folder with one subfolder a class, a table (.csv, .tsv), a MedMNIST .npz, or hf:NAME, a data set
+            of Hugging Face by name or folder (default: patches of scikit-image's immunohistochemistry image)
+        test_data: images of another site, in the form of `data`: the test, while `data` trains and validates
+        path_column: of a table, names the image files; a suffix may be missing (default: path)
+        label_column: of a table, names the classes (default: label)
+        patient_column: of a table; one patient's images stay in one part (default: patient, where there is one)
+        group_column: of a table, names subgroups such as sex: the test is scored for each
+        volumes: read a folder of DICOM slices as one volume
+        skip_broken: leave out images that cannot be read, instead of stopping
+        masks: take X_mask.png beside X.png for an image too
+        image_size: side in pixels
+        num_workers: processes that augment; images are decoded once and kept in memory
+        val_fraction: share of the images that choose the epoch
+        test_fraction: share of the images that are tested on
+        train_fraction: share of the training part to use, of every class; a smaller one lies within a larger one
+        k_folds: cross-validation, tested on one of K folds; 0 for none
+        fold: the fold to test on, from 0
+        model: a timm model, or monai:NAME, a network of MONAI, which may be 3-d
+        no_pretrained: begin with random weights
+        method: a method of medpeft, or several as in bias+norm
+        option: of the method, such as rank=4, in a union lora.rank=4; may be repeated
+        target: layers to adapt, such as 'blocks.5.*' or attention; may be repeated (default: the method's own)
+        exclude: layers to leave as they are; may be repeated
+        head: name of the head, which trains as a whole (default: found)
+        batchnorm: running statistics of BatchNorm (default: adapt for full, else frozen)
+        epochs: at most
+        patience: epochs without a better validation macro-F1 before it stops
+        batch_size: images of one optimizer step, over all devices and micro-batches
+        accumulate: micro-batches of a step, for less memory
+        lr: peak learning rate of AdamW; it warms up, then falls in a cosine (default: by method, 3e-4 to 1e-2)
+        weight_decay: of AdamW
+        warmup: share of the steps in which the learning rate rises
+        augment: flips, turns, shifts and changes of light of the training images (default: light)
+        class_weights: weight rare classes up in the loss
+        balanced_sampler: draw every class equally often, with replacement
+        seed: of split, head, adapters and batches
+        cache_features: for methods that train the head alone, a folder for features that are computed once
+        accelerator: where it computes
+        devices: how many; under torchrun, as many a node
+        strategy: of several devices; ddp keeps the model on each, fsdp2 shards it (auto is ddp)
+        precision: of the floats
+        checkpoint_activations: compute activations again in the backward pass instead of keeping them
+        compile: torch.compile the model
+        logger: beside the CSV; may be repeated
+        output: folder of the results (default: runs/DATA-MODEL-METHOD-SEED-DIGEST)
+        quiet: print nothing
+        no_figures: draw nothing, which takes a second
+    """
+
+    data: str | None = None
+    test_data: str | None = None
+    path_column: str | None = None
+    label_column: str | None = None
+    patient_column: str | None = None
+    group_column: str | None = None
+    volumes: bool = False
+    skip_broken: bool = False
+    masks: bool = False
+    image_size: int = 160
+    num_workers: int = 0
+    val_fraction: float = 0.15
+    test_fraction: float | None = None
+    train_fraction: float = 1.0
+    k_folds: int = 0
+    fold: int = 0
+    model: str = DEFAULT
+    no_pretrained: bool = False
+    method: str = "ssf"
+    option: dict[str, Any] = field(default_factory=dict)
+    target: list[str] | str | None = None
+    exclude: list[str] | str | None = None
+    head: str | None = None
+    batchnorm: Literal["frozen", "adapt"] | None = None
+    epochs: int = 10
+    patience: int = 5
+    batch_size: int = 16
+    accumulate: int = 1
+    lr: float | None = None
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    augment: Literal["none", "light", "strong"] | None = None
+    class_weights: bool = False
+    balanced_sampler: bool = False
+    seed: int = 0
+    cache_features: Path | None = None
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = 1
+    strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    checkpoint_activations: bool = False
+    compile: bool = False
+    logger: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list)
+    output: Path | None = None
+    quiet: bool = False
+    no_figures: bool = False
+
+    def checked(self) -> "Settings":
+        """Give settings with every default filled in; no image is read.
+
+        Raises:
+            TrainerError, medpeft.MedpeftError: a value makes no sense, or two do not go together.
+        """
+        option = options_of(self.method, self.option)
+        rate = self.lr
+        if rate is None:
+            rate = min(RATES.get(name, RATE) for name in option)
+        full = replace(
+            self, option=option, lr=rate, test_fraction=_test_fraction(self), augment=_augment(self)
+        )
+        full.output = None if self.output is None else Path(self.output)
+        _check_values(full)
+        _check_data(full)
+        _check_run(full)
+        if full.output is None:
+            data = "tissue" if full.data is None else Path(full.data).stem
+            name = f"{data}-{full.model}-{full.method}-{full.seed}-{full.digest()}"
+            full.output = Path("runs") / name.replace("/", "_").replace(":", "_")
+        if full.output.exists() and not full.output.is_dir():
+            raise TrainerError(f"--output {full.output} is a file. Name a folder.")
+        return full
+
+    def digest(self) -> str:
+        """Name what the result depends on, in eight characters."""
+        text = json.dumps({k: v for k, v in self.plain().items() if k not in FREE}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+    def plain(self) -> dict[str, Any]:
+        """Give every setting as a plain value, for a file."""
+        values = {}
+        for own in fields(self):
+            value = getattr(self, own.name)
+            values[own.name] = str(value) if isinstance(value, Path) else value
+        return values
+
+    def changes(self, before: dict[str, Any]) -> list[str]:
+        """Describe the settings that differ from a file's in what the result depends on."""
+        now = json.loads(json.dumps(self.plain()))
+        differing = [name for name in now if name not in FREE and before.get(name) != now[name]]
+        return [f"{flag(name)} was {before.get(name)!r} and is {now[name]!r}" for name in differing]
+
+
+def _test_fraction(settings: Settings) -> float:
+    """Give the share of the test: 0.2, or none where the test comes from another site."""
+    if settings.test_fraction is None:
+        return 0.0 if settings.test_data else 0.2
+    if settings.test_data and settings.test_fraction:
+        raise TrainerError("--test-fraction has no use beside --test-data, which is the test. Leave one out.")
+    return settings.test_fraction
+
+
+def _augment(settings: Settings) -> Literal["none", "light", "strong"]:
+    """Give the augmentation: of a feature that is computed once there is one view of each image."""
+    if settings.cache_features is None:
+        return settings.augment or "light"
+    if settings.augment in ("light", "strong"):
+        raise TrainerError(
+            f"--augment {settings.augment} has no use with --cache-features: a feature is computed once."
+        )
+    return "none"
+
+
+def _check_values(settings: Settings) -> None:
+    for name in POSITIVE:
+        if not getattr(settings, name) > 0:
+            raise TrainerError(f"{flag(name)} is {getattr(settings, name)}; it must be above 0.")
+    if settings.lr is not None and settings.lr > 10:
+        raise TrainerError(f"--lr is {settings.lr}; a rate above 10 cannot be meant.")
+    if settings.image_size < 8:
+        raise TrainerError(f"--image-size is {settings.image_size}; it must be at least 8.")
+    if not 0 <= settings.weight_decay < 10:
+        raise TrainerError(f"--weight-decay is {settings.weight_decay}; it must be at least 0 and below 10.")
+    if not 0 <= settings.warmup < 1:
+        raise TrainerError(f"--warmup is {settings.warmup}; it must be at least 0 and below 1.")
+    if not 0 < settings.train_fraction <= 1:
+        raise TrainerError(
+            f"--train-fraction is {settings.train_fraction}; it must be above 0 and at most 1."
+        )
+    if not 0 <= settings.seed < 1_000_000:
+        raise TrainerError(f"--seed is {settings.seed}; it must be from 0 to 999999.")
+    if settings.num_workers < 0:
+        raise TrainerError(f"--num-workers is {settings.num_workers}; it must be at least 0.")
+
+
+def _check_data(settings: Settings) -> None:
+    data = settings.data or ""
+    tabular = data.startswith("hf:") or data.lower().endswith(TABLES)
+    for name in TABLE_ONLY:
+        value = getattr(settings, name)
+        if value is not None and not tabular:
+            raise TrainerError(
+                f"{flag(name)} {value} names a column, and --data {settings.data} has none. Give a .csv."
+            )
+    for name in ("data", "test_data"):
+        value = getattr(settings, name)
+        if value and not value.startswith("hf:") and not Path(value).exists():
+            raise TrainerError(
+                f"{flag(name)} {value} does not exist. Give a folder, a .csv, a .npz or hf:NAME."
+            )
+    if settings.test_data and settings.data is None:
+        raise TrainerError("--test-data needs --data: the default data have no other site.")
+    test, val = settings.test_fraction, settings.val_fraction
+    shares = test is not None and 0 < val < 1 and 0 <= test < 1 and val + test < 1
+    if not shares or (test == 0 and not settings.test_data):
+        raise TrainerError(
+            f"--val-fraction {val} and --test-fraction {test} leave nothing to train on, or "
+            "are not above 0. Their sum must stay below 1."
+        )
+    folds, fold = settings.k_folds, settings.fold
+    if folds < 0 or folds == 1 or not 0 <= fold < max(folds, 1):
+        raise TrainerError(f"--k-folds is {folds} and --fold {fold}; take at least 2 folds, numbered from 0.")
+    if folds and settings.test_data:
+        raise TrainerError("--k-folds tests on every image once, and --test-data is the test. Leave one out.")
+
+
+def _check_run(settings: Settings) -> None:
+    parts = settings.accumulate * settings.devices
+    if settings.batch_size % parts:
+        raise TrainerError(
+            f"--batch-size {settings.batch_size} is the images of one optimizer step, and does not divide by "
+            f"--accumulate {settings.accumulate} × {settings.devices} devices. Take a multiple of {parts}."
+        )
+    if settings.devices == 1 and settings.strategy != "auto":
+        raise TrainerError(f"--strategy {settings.strategy} is for several devices. Add --devices.")
+    if settings.class_weights and settings.balanced_sampler:
+        raise TrainerError("--class-weights and --balanced-sampler weight rare classes twice. Leave one out.")
+    cuda = torch.cuda.is_available() and settings.accelerator in ("auto", "cuda")
+    if settings.precision == "16-mixed" and not cuda:
+        raise TrainerError(
+            "--precision 16-mixed needs a CUDA GPU: the gradients are scaled there. Elsewhere take bf16-mixed."
+        )
+    if settings.cache_features is not None and settings.devices > 1:
+        raise TrainerError("--cache-features computes the features once, on one device. Take --devices 1.")
+    if settings.cache_features is not None and Path(settings.cache_features).is_file():
+        raise TrainerError(f"--cache-features {settings.cache_features} is a file. Name a folder.")
