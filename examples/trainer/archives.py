@@ -103,7 +103,7 @@ def _reader(rows: Any, place: int, image: str) -> Callable[[], npt.NDArray[np.ge
 def _splits(name: str) -> dict[str, Any]:
     """Load the splits that are train, validation or test; all, where none is."""
     try:
-        import datasets  # type: ignore[import-untyped]
+        import datasets
     except ImportError as error:
         raise TrainerError(
             f"--data {PREFIX}{name} needs Hugging Face's datasets: pip install datasets."

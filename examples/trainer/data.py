@@ -15,7 +15,7 @@ from monai.transforms.utility.array import CastToType
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.transforms import v2  # type: ignore[import-untyped]
+from torchvision.transforms import v2
 
 from .errors import TrainerError
 from .images import Integers
