@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from .summary import crossings, is_full, pareto_front
+from .tables import by_last_score, percent
 
 # Okabe and Ito's colours, told apart with any colour vision, but for their yellow, which is too pale for
 # lines.
@@ -82,7 +84,7 @@ def draw_pareto(rows: pd.DataFrame, cost: str, title: str, path: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.margins(x=0.1)
     axes.set(xlabel=COSTS[cost], ylabel="test macro-F1")
-    _name_points(figure, axes, shown["x"], shown["mean"], names)
+    _name_points(figure, axes, shown.assign(name=names, colour=shown["label"].map(dark_colours(looks))))
     figure.savefig(path)
 
 
@@ -99,12 +101,13 @@ def draw_volume(rows: pd.DataFrame, title: str, path: Path) -> None:
     """
     figure, axes = _picture(title)
     looks = looks_of(list(rows["label"]))
-    ends = []
+    lines = {}
     for place, (label, part) in enumerate(rows.sort_values("fraction").groupby("label", sort=False)):
         colour, marker = looks[str(label)]
         # Beside each other, so that no interval covers another.
         x = part["fraction"] * 1.04 ** (place - len(looks) / 2)
-        axes.plot(x, part["mean"], marker=marker, color=colour, markersize=7, linewidth=1.5)
+        (line,) = axes.plot(x, part["mean"], marker=marker, color=colour, markersize=7, linewidth=1.5)
+        lines[str(label)] = line
         axes.vlines(x, part["low"], part["high"], color=colour, alpha=0.4, linewidth=1.5)
         for _, first, ahead in crossings(part):
             at = (part["fraction"] == first).to_numpy().argmax()
@@ -113,31 +116,47 @@ def draw_volume(rows: pd.DataFrame, title: str, path: Path) -> None:
             axes.annotate(
                 words, (x.iloc[at], part["mean"].iloc[at]), (-12, 12), textcoords="offset points", ha="right"
             )
-        ends.append((x.iloc[-1], part["mean"].iloc[-1], str(label)))
     counts = dict(zip(rows["fraction"], rows["train_images"], strict=True))
     axes.set_xscale("log")
-    axes.set_xticks(sorted(counts), [f"{100 * share:.3g} %\n{counts[share]:,}" for share in sorted(counts)])
+    axes.set_xticks(sorted(counts), [f"{percent(share)}\n{counts[share]:,}" for share in sorted(counts)])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlim(0.8 * rows["fraction"].min(), 2.6 * rows["fraction"].max())
+    axes.margins(x=0.08)
     axes.set(xlabel="share and number of the training images; bars: 95 % intervals", ylabel="test macro-F1")
-    _name_points(figure, axes, *map(list, zip(*ends, strict=True)))
+    order = by_last_score(rows)
+    axes.legend(list(map(lines.__getitem__, order)), order, loc="lower right", fontsize=9, framealpha=0.7)
     figure.savefig(path)
 
 
-def _name_points(
-    figure: Figure, axes: Axes, x: Sequence[float], y: Sequence[float], names: Sequence[str]
-) -> None:
+def dark_colours(looks: Looks) -> dict[str, str]:
+    """Give for every label a darker tone of its colour, in which its name can be read."""
+    darker = {}
+    for label, (colour, _) in looks.items():
+        darker[label] = to_hex(0.6 * np.array(to_rgb(colour)))
+    return darker
+
+
+def _name_points(figure: Figure, axes: Axes, points: pd.DataFrame) -> None:
     """Write each point's name beside it, where it covers no other name and no marker.
 
     Further away it has a line to its point. adjustText left four of a study's thirteen names on markers.
     """
     figure.draw_without_rendering()
-    points = axes.transData.transform(np.column_stack([x, y]))
     half = 5.5 * figure.dpi / 72
-    taken = [Bbox.from_extents(px - half, py - half, px + half, py + half) for px, py in points]
+    taken = []
+    for x, y in axes.transData.transform(points[["x", "mean"]].to_numpy(dtype=float)):
+        taken.append(Bbox.from_extents(x - half, y - half, x + half, y + half))
     inside = axes.get_window_extent().expanded(1.02, 1)
-    for at, name in sorted(zip(zip(x, y, strict=True), names, strict=True), key=lambda pair: -pair[0][1]):
-        label = axes.annotate(name, at, (0, 0), textcoords="offset points", fontsize=9, va="center", zorder=4)
+    for point in points.sort_values("mean", ascending=False).to_dict("records"):
+        at = point["x"], point["mean"]
+        label = axes.annotate(
+            point["name"],
+            at,
+            (0, 0),
+            textcoords="offset points",
+            fontsize=9,
+            va="center",
+            color=point["colour"],
+        )
         label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         for offset, side in OFFSETS:
             label.set(position=offset, horizontalalignment=side)
