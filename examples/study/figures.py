@@ -131,7 +131,8 @@ def dark_colours(looks: Looks) -> dict[str, str]:
     """Give for every label a darker tone of its colour, in which its name can be read."""
     darker = {}
     for label, (colour, _) in looks.items():
-        darker[label] = to_hex(0.6 * np.array(to_rgb(colour)))
+        red, green, blue = to_rgb(colour)
+        darker[label] = to_hex((0.6 * red, 0.6 * green, 0.6 * blue))
     return darker
 
 
