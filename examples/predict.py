@@ -2,7 +2,8 @@
 
     python examples/predict.py runs/mine/adapter.safetensors my/images --output predictions.csv
 
-The adapter's file says which model it belongs to, how images become its input, and how sure it may be (the temperature).
+The adapter's file says which model it belongs to, how images become its input, and how sure it may be (the
+temperature).
 Where the labels are known (folders named as the classes, or a column of a table), the scores are printed too.
 """
 
@@ -21,9 +22,10 @@ from trainer.flags import spelled
 from trainer.images import load
 from trainer.models import build_model
 from trainer.results import write_predictions
-from trainer.scores import score, table
+from trainer.rows import Rows
+from trainer.scores import scaled, score, table
 from trainer.settings import Settings
-from trainer.tables import rows_to_predict
+from trainer.sources import rows_to_predict
 
 import medpeft
 
@@ -91,31 +93,48 @@ def run(adapter: Path, data: str, flags: Flags) -> dict[str, Any] | None:
     )
     rows = rows_to_predict(data, settings, classes)
     model = rebuild(adapter, metadata, preprocessing).to(device)
-    kept: list[int] = []
-    notes = list(rows.notes)
-    logits: list[Tensor] = []
-    for start in range(0, len(rows.items), CHUNK):
-        chunk = rows.items[start : start + CHUNK]
-        loaded = load(
-            chunk, preprocessing.image_size, stored=preprocessing.stored, skip_broken=flags.skip_broken
-        )
-        notes += [f"left out: {text}" for text in loaded.broken]
-        kept += [start + int(row) for row in loaded.rows]
-        logits += logits_of(model, loaded.pixels, preprocessing, flags.batch_size, device)
-    for note in notes:
-        print(note, file=sys.stderr)
-    probabilities = torch.softmax(torch.cat(logits) / metadata["temperature"], 1)
-    labels = [rows.labels[i] for i in kept] if rows.labels else None
-    write_predictions(flags.output, [rows.names[i] for i in kept], classes, probabilities, labels)
+    kept, logits = predicted(model, rows, preprocessing, flags, device)
+    probabilities = scaled(logits, metadata["temperature"])
+    names, labels = kept.column("name"), kept.column("label")
+    write_predictions(flags.output, names, classes, probabilities, labels)
     scores = None
-    if labels is not None:
+    if labels:
         truth = torch.tensor([classes.index(label) for label in labels])
         scores = score(probabilities, truth)
-        if not flags.quiet:
-            print(table(probabilities, truth, classes, scores) + "\n")
-    if not flags.quiet:
-        print(f"Wrote the probabilities of {len(kept)} images to {flags.output}")
+        say(flags, table(probabilities, truth, classes, scores) + "\n")
+    say(flags, f"Wrote the probabilities of {len(names)} images to {flags.output}")
     return scores
+
+
+@torch.no_grad()
+def predicted(
+    model: nn.Module, rows: Rows, preprocessing: Preprocessing, flags: Flags, device: torch.device
+) -> tuple[Rows, Tensor]:
+    """Give the rows that could be read, and their logits (N, C); say what was left out."""
+    kept: list[int] = []
+    logits: list[Tensor] = []
+    notes = list(rows.notes)
+    items = rows.column("item")
+    for start in range(0, len(items), CHUNK):
+        loaded = load(
+            items[start : start + CHUNK],
+            preprocessing.image_size,
+            stored=preprocessing.stored,
+            skip_broken=flags.skip_broken,
+        )
+        kept += (start + loaded.rows).tolist()
+        notes += [f"left out: {text}" for text in loaded.broken]
+        batches = map(preprocessing, loaded.pixels.split(flags.batch_size))
+        logits += [model(batch.to(device)).float().cpu() for batch in batches]
+    for note in notes:
+        print(note, file=sys.stderr)
+    return Rows(rows.table.iloc[kept]), torch.cat(logits)
+
+
+def say(flags: Flags, text: str) -> None:
+    """Print a text, unless nothing is to be printed."""
+    if not flags.quiet:
+        print(text)
 
 
 def checked_device(flags: Flags) -> torch.device:
@@ -140,22 +159,13 @@ def checked_device(flags: Flags) -> torch.device:
 
 def rebuild(adapter: Path, metadata: dict[str, Any], preprocessing: Preprocessing) -> nn.Module:
     """Build the model that an adapter belongs to, and put the adapter on it."""
-    # Random weights, where the run had no pretrained ones, come from its seed; `load` sees to it that they are
-    # the same.
+    # Random weights, where the run had no pretrained ones, come from its seed; `load` checks that they do.
     torch.manual_seed(metadata["seed"])
     classes, dimensions = len(metadata["classes"]), len(preprocessing.stored)
     model = build_model(
         metadata["model"], classes, preprocessing.image_size, metadata["pretrained"], dimensions
     )
     return medpeft.load(model, adapter).eval()
-
-
-@torch.no_grad()
-def logits_of(
-    model: nn.Module, pixels: Tensor, preprocessing: Preprocessing, batch_size: int, device: torch.device
-) -> list[Tensor]:
-    """Give the logits (B, C) of each batch of stored pixels (N, 1 or 3, H, W), of volumes (N, 1 or 3, D, H, W)."""
-    return [model(preprocessing(batch).to(device)).float().cpu() for batch in pixels.split(batch_size)]
 
 
 if __name__ == "__main__":

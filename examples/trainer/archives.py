@@ -1,12 +1,13 @@
 """Data sets that bring images and split in a form of their own: MedMNIST, and Hugging Face's `datasets`."""
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from .errors import TrainerError
 from .images import pixels_of
@@ -22,51 +23,41 @@ def npz_rows(file: Path) -> Rows:
     Raises:
         TrainerError: it is no such file, or has several labels for each image.
     """
-    arrays = _npz_arrays(file)
-    rows = Rows([], [], [], [])
-    assert rows.parts is not None
-    for part in ("train", "val", "test"):
-        numbers, images = arrays[f"{part}_labels"], arrays[f"{part}_images"]
-        if numbers.ndim == 2 and numbers.shape[1] == 1:
-            numbers = numbers[:, 0]
-        if numbers.ndim != 1:
-            raise TrainerError(
-                f"{file} has labels of shape {numbers.shape}: several for each image. This trainer takes one class "
-                "for each image."
-            )
-        if images.ndim not in (3, 4):
-            raise TrainerError(
-                f"{file} has images of shape {images.shape}; (N, H, W), (N, H, W, 3) or (N, D, H, W) is needed."
-            )
-        rows.items += list(images)
-        rows.labels += numbers.astype(str).tolist()
-        rows.names += [f"{part}/{i}" for i in range(len(numbers))]
-        rows.parts += [part] * len(numbers)
-    return rows
-
-
-def _npz_arrays(file: Path) -> dict[str, npt.NDArray[np.generic]]:
     try:
         with np.load(file) as opened:
             arrays = dict(opened)
     except (OSError, ValueError, BadZipFile) as error:
         raise TrainerError(f"{file} could not be read as a NumPy archive: {error}") from error
-    needed = [f"{part}_{kind}" for part in ("train", "val", "test") for kind in ("images", "labels")]
-    missing = [name for name in needed if name not in arrays]
-    if missing:
-        raise TrainerError(
-            f"{file} has the arrays {', '.join(arrays)}, and no {', '.join(missing)}. "
-            "A MedMNIST file has images and labels for train, val and test."
-        )
-    return arrays
+    tables = []
+    for part in ("train", "val", "test"):
+        images, labels = arrays.get(f"{part}_images"), arrays.get(f"{part}_labels")
+        if images is None or labels is None:
+            raise TrainerError(
+                f"{file} has the arrays {', '.join(arrays)}, and no {part}_images or no {part}_labels. "
+                "A MedMNIST file has images and labels for train, val and test."
+            )
+        if labels.ndim > 2 or labels.shape[1:] not in ((), (1,)):
+            raise TrainerError(
+                f"{file} has labels of shape {labels.shape}: several for each image. "
+                "This trainer takes one class for each image."
+            )
+        if images.ndim not in (3, 4):
+            raise TrainerError(
+                f"{file} has images of shape {images.shape}; "
+                "(N, H, W), (N, H, W, 3) or (N, D, H, W) is needed."
+            )
+        table = pd.DataFrame({"item": list(images), "label": labels.reshape(-1).astype(str), "part": part})
+        table["name"] = part + "/" + table.index.astype(str)
+        tables.append(table)
+    return Rows(pd.concat(tables, ignore_index=True))
 
 
 def huggingface_rows(name: str, settings: Settings) -> Rows:
     """List a data set by its name on the hub or its folder, without the prefix.
 
-    The column of images is the one whose feature is an image; the labels are in `--label-column`, else in `label`,
-    else in the only column of classes. Splits named train, validation and test are kept; a single split is split
-    like a folder.
+    The column of images is the one whose feature is an image; the labels are in `--label-column`, else in
+    `label`, else in the only column of classes. Splits named train, validation and test are kept; a single
+    split is split like a folder.
 
     Raises:
         TrainerError: it cannot be loaded, or has no column of images or labels.
@@ -77,27 +68,28 @@ def huggingface_rows(name: str, settings: Settings) -> Rows:
     for column in (settings.patient_column, settings.group_column):
         if column and column not in first.column_names:
             raise TrainerError(f"{name} has the columns {', '.join(first.column_names)}, and no '{column}'.")
-    patient = settings.patient_column or "patient"
+    columns = {"patient": settings.patient_column or "patient", "group": settings.group_column}
     spelled = getattr(first.features[label], "names", None)
-    rows = Rows([], [], [])
-    parts: list[str] = []
-    patients: list[str] = []
-    groups: list[str] = []
+    tables = []
     for key, own in splits.items():
-        rows.items += [_reader(own, i, image) for i in range(len(own))]
-        rows.names += [f"{key}/{i}" for i in range(len(own))]
-        rows.labels += [spelled[int(value)] if spelled else str(value) for value in own[label]]
-        parts += [key] * len(own)
-        patients += map(str, own[patient]) if patient in first.column_names else []
-        groups += map(str, own[settings.group_column]) if settings.group_column else []
-    rows.parts = name_parts(parts, name) if len(splits) > 1 else None
-    rows.patients, rows.groups = patients or None, groups or None
-    return rows
+        # Decoded later: the whole data set would not lie in memory.
+        items = [partial(_decode, own, i, image) for i in range(len(own))]
+        table = pd.DataFrame({"item": items, "label": own[label]})
+        if spelled:
+            table["label"] = table["label"].map(lambda value: spelled[int(value)])
+        table["label"] = table["label"].astype(str)
+        table["name"] = key + "/" + table.index.astype(str)
+        if len(splits) > 1:
+            table["part"] = name_parts([key], name)[0]
+        for target, column in columns.items():
+            if column in first.column_names:
+                table[target] = list(map(str, own[column]))
+        tables.append(table)
+    return Rows(pd.concat(tables, ignore_index=True))
 
 
-def _reader(rows: Any, place: int, image: str) -> Callable[[], npt.NDArray[np.generic]]:
-    """Decode later: the whole data set would not lie in memory."""
-    return lambda: pixels_of(rows[place][image])
+def _decode(rows: Any, place: int, image: str) -> npt.NDArray[np.generic]:
+    return pixels_of(rows[place][image])
 
 
 def _splits(name: str) -> dict[str, Any]:
@@ -108,28 +100,32 @@ def _splits(name: str) -> dict[str, Any]:
         raise TrainerError(
             f"--data {PREFIX}{name} needs Hugging Face's datasets: pip install datasets."
         ) from error
-    folder = Path(name)
-    saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+    folder, read = Path(name), datasets.load_dataset
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        read = datasets.load_from_disk
     try:
-        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+        found = read(name)
     # Offline, or of a wrong name, it raises whatever its download library raises.
     except Exception as error:
-        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        problem = [*str(error).splitlines(), type(error).__name__][0]
         raise TrainerError(
-            f"--data {PREFIX}{name} could not be loaded: {problem} Give a name on the hub, a folder written by "
-            "save_to_disk, or a folder of images."
+            f"--data {PREFIX}{name} could not be loaded: {problem} Give a name on the hub, a folder "
+            "written by save_to_disk, or a folder of images."
         ) from error
-    splits = {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
-    return {key: rows for key, rows in splits.items() if key.lower() in PARTS} or splits
+    if isinstance(found, datasets.Dataset):
+        return {"train": found}
+    return {key: rows for key, rows in found.items() if key.lower() in PARTS} or dict(found)
 
 
 def _columns(name: str, features: dict[str, Any], asked: str | None) -> tuple[str, str]:
     """Find the column of images and that of labels."""
-    images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
-    classes = [column for column, feature in features.items() if type(feature).__name__ == "ClassLabel"]
-    labels = [asked] if asked in features else classes
-    if asked is None and "label" in features:
-        labels = ["label"]
+    of_type: dict[str, list[str]] = {"Image": [], "ClassLabel": []}
+    for column, feature in features.items():
+        of_type.setdefault(type(feature).__name__, []).append(column)
+    images, labels = of_type["Image"], of_type["ClassLabel"]
+    for named in ("label", asked or ""):
+        if named in features:
+            labels = [named]
     if len(images) != 1 or len(labels) != 1:
         described = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
         raise TrainerError(f"{name} has the columns {described}; one of images is needed, and a 'label'.")

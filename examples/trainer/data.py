@@ -50,21 +50,21 @@ class Preprocessing:
         return (self.image_size,) * len(self.stored)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Turn stored pixels (…, C, H, W) or (…, C, D, H, W), uint8, into the input: RGB, float32, normalised."""
-        dimensions = len(self.stored)
-        size = self.input_shape
+        """Turn stored pixels (…, C, H, W) or (…, C, D, H, W), uint8, into the input: RGB and normalised."""
+        size, dimensions = self.input_shape, len(self.stored)
         if dimensions == 2:
             image: Tensor = _for_images(size, self.mean, self.std)(pixels)
             return image
-        values = pixels.float() / 255
-        batch = values if values.ndim == 5 else values[None]
+        # (…, 1 or 3, D, H, W) → (B, 1 or 3, D, H, W)
+        values = pixels.reshape(-1, *pixels.shape[-4:]).float() / 255
         if self.stored != size:
-            batch = interpolate(batch, size, mode="trilinear")
+            values = interpolate(values, size, mode="trilinear")
         # (B, 1 or 3, D, H, W) → (B, 3, D, H, W)
-        batch = batch.expand(-1, 3, -1, -1, -1)
-        mean, std = (torch.tensor(v).reshape(3, 1, 1, 1) for v in (self.mean, self.std))
-        batch = (batch - mean) / std
-        return batch if values.ndim == 5 else batch[0]
+        values = values.expand(-1, 3, -1, -1, -1)
+        mean, std = torch.tensor([self.mean, self.std]).reshape(2, 3, 1, 1, 1)
+        # (B, 3, D, H, W) → (…, 3, D, H, W)
+        volumes: Tensor = ((values - mean) / std).reshape(*pixels.shape[:-4], 3, *size)
+        return volumes
 
     def to_metadata(self) -> dict[str, Any]:
         """Give plain values for a file's header."""
@@ -100,14 +100,16 @@ def augmentation(strength: str, shape: tuple[int, ...]) -> Any:
     torchvision's for images: they take a third of the time of MONAI's, or less, which are for volumes.
 
     Args:
-        strength: "light": flips, small turns, shifts and changes of light are as likely in the next image of the
-            same scanner, and no finding leaves the view. "strong": larger ones, blur too. "none": nothing.
+        strength: "light": flips, small turns, shifts and changes of light are as likely in the next image of
+            the same scanner, and no finding leaves the view. "strong": larger ones, blur too. "none": none.
         shape: (H, W) or (D, H, W).
     """
     if strength == "none":
         return v2.Identity()
     strong = strength == "strong"
-    angle, shift, scale, light = (25, 0.1, 0.25, 0.4) if strong else (10, 0.05, 0.1, 0.2)
+    angle, shift, scale, light, zoom, shear = (10, 0.05, 0.1, 0.2, (0.9, 1.1), None)
+    if strong:
+        angle, shift, scale, light, zoom, shear = (25, 0.1, 0.25, 0.4, (0.8, 1.25), 5)
     if len(shape) == 3:
         turn = RandAffine(
             1.0,
@@ -117,10 +119,9 @@ def augmentation(strength: str, shape: tuple[int, ...]) -> Any:
             padding_mode="zeros",
         )
         return Compose([RandFlip(0.5, 2), turn, RandScaleIntensity(light, 1.0), CastToType(torch.uint8)])
-    zoom = (0.8, 1.25) if strong else (0.9, 1.1)
     drawn = [
         v2.RandomHorizontalFlip(),
-        v2.RandomAffine(angle, (shift, shift), zoom, 5 if strong else None, interpolation=2),
+        v2.RandomAffine(angle, (shift, shift), zoom, shear, interpolation=2),
         v2.ColorJitter(brightness=light, contrast=light),
     ]
     if strong:
@@ -131,8 +132,8 @@ def augmentation(strength: str, shape: tuple[int, ...]) -> Any:
 class Part(Dataset[Batch]):
     """One part of a split: inputs with their labels.
 
-    An image is asked for by its place, or by its place and the epoch, which decide its augmentation in whichever
-    process.
+    An image is asked for by its place, or by its place and the epoch, which decide its augmentation in
+    whichever process.
     """
 
     def __init__(
@@ -193,11 +194,12 @@ class EpochOrder(DistributedSampler[Any]):
     def __init__(self, part: Part | FeaturePart, seed: int, world: int, rank: int, balance: bool) -> None:
         super().__init__(part, world, rank, seed=1000 * seed)
         counts = torch.bincount(part.labels)
-        self.weights = 1.0 / counts[part.labels] if balance else None
+        self.weights = 1.0 / counts[part.labels]
+        self.balance = balance
 
     def __iter__(self) -> Iterator[Key]:
         places = super().__iter__()
-        if self.weights is not None:
+        if self.balance:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             drawn = torch.multinomial(self.weights, self.total_size, True, generator=generator)
             places = iter(drawn[self.rank :: self.num_replicas].tolist())
@@ -213,7 +215,7 @@ class DataModule(lightning.LightningDataModule):
         self.parts, self.settings = parts, settings
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Batch the training part; `--batch-size` counts the images of an optimizer step, over all processes."""
+        """Batch the training part; `batch_size` counts the images of a step over all processes."""
         world, rank = self._process()
         part, settings = self.parts["train"], self.settings
         order = EpochOrder(part, settings.seed, world, rank, settings.balanced_sampler)

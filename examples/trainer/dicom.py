@@ -50,7 +50,8 @@ def read_series(folder: Path) -> npt.NDArray[np.generic]:
     shapes = {one.shape for one in slices}
     if len(shapes) != 1:
         raise ValueError(f"its slices have {len(shapes)} shapes, such as {min(shapes)} and {max(shapes)}")
-    return slices[0] if len(slices) == 1 else np.stack(slices)
+    volume = np.stack(slices)
+    return volume.squeeze(0) if len(slices) == 1 else volume
 
 
 def shown(header: Any) -> npt.NDArray[np.generic]:
@@ -65,21 +66,25 @@ def shown(header: Any) -> npt.NDArray[np.generic]:
     if kind == "PALETTE COLOR":
         coloured = pixels_module.apply_color_lut(pixels, header)
         # A palette of 16 bits uses all of them: 65535 is 255.
-        return np.asarray(coloured if coloured.dtype == np.uint8 else (coloured / 257).round(), np.uint8)
+        if coloured.dtype != np.uint8:
+            coloured = (coloured / 257).round()
+        return np.asarray(coloured, np.uint8)
     if int(header.get("SamplesPerPixel") or 1) > 1:
         return pixels
     values = pixels_module.apply_modality_lut(pixels, header).astype(np.float64)
     share = _shown_by_table(header, values)
     if share is None:
         share = _shown_by_window(header, values)
-    inverted = kind == "MONOCHROME1"
-    if share is not None:
-        eight_bit: npt.NDArray[np.uint8] = (255 * (1 - share if inverted else share)).round().astype(np.uint8)
-        return eight_bit
-    plain = np.array_equal(values, pixels) and int(header.get("BitsStored") or 0) == 8
-    if plain and pixels.dtype == np.uint8:
-        return 255 - pixels if inverted else pixels
-    return _without_padding(header, pixels, -values if inverted else values)
+    if share is None and int(header.get("BitsStored") or 0) == 8 and np.array_equal(values, pixels):
+        share = (values - values.min().clip(max=0)) / 255
+    if kind == "MONOCHROME1":
+        values = -values
+    if share is None:
+        return _without_padding(header, pixels, values)
+    if kind == "MONOCHROME1":
+        share = 1 - share
+    eight_bit: npt.NDArray[np.uint8] = (255 * share).round().astype(np.uint8)
+    return eight_bit
 
 
 def patient_of(path: Path) -> str:
@@ -108,7 +113,7 @@ def _place(header: Any) -> tuple[float, float]:
 
 
 def _bring_up_functional_groups(header: Any) -> None:
-    """Let an enhanced file of several frames say its rescaling and window as others do: those of all frames or the first."""
+    """Let an enhanced file of several frames say its rescaling and window where others do."""
     groups = [*header.get("SharedFunctionalGroupsSequence", [])]
     groups += [*header.get("PerFrameFunctionalGroupsSequence", [])][:1]
     for group in groups:
@@ -132,7 +137,7 @@ def _shown_by_table(header: Any, values: Pixels) -> Pixels | None:
 
 
 def _shown_by_window(header: Any, values: Pixels) -> Pixels | None:
-    """Apply the first window (DICOM PS3.3 C.11.2.1.2 and .3), if the file has one; give shares of its range."""
+    """Apply the first window (DICOM PS3.3 C.11.2.1.2), if the file has one; give shares of its range."""
     centers, widths = header.get("WindowCenter"), header.get("WindowWidth")
     # Some files have the tags without a value.
     if centers is None or widths is None or np.size(centers) == 0 or np.size(widths) == 0:

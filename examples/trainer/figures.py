@@ -1,4 +1,4 @@
-"""Pictures of a run: did it learn, did it stop in time, what does it confuse, and is it right when it is sure?"""
+"""Pictures of a run: did it learn, did it stop in time, what does it confuse, is it right when it is sure?"""
 
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def _draw_confusion(axes: Axes, confusion: np.ndarray, names: list[str], cell: f
         colorbar=False,
         im_kw={"vmin": 0, "vmax": 1},
         text_kw={"fontsize": size},
-        xticks_rotation=90 if upright else 0,
+        xticks_rotation=90 * upright,
     )
     for place in np.ndindex(confusion.shape):
         display.text_[place].set_text(str(confusion[place]))
@@ -140,8 +140,7 @@ def draw_roc(probabilities: Tensor, labels: Tensor, classes: list[str], path: Pa
     figure = Figure(figsize=(5.4, 5.4), dpi=150, layout=ConstrainedLayoutEngine())
     axes = figure.subplots()
     # Of two classes, one curve is the other's mirror image.
-    shown = range(1, 2) if len(classes) == 2 else range(min(len(classes), MOST_CURVES))
-    for i in shown:
+    for i in range(int(len(classes) == 2), min(len(classes), MOST_CURVES)):
         positive = (labels == i).numpy()
         if positive.all() or not positive.any():
             continue
@@ -168,4 +167,6 @@ def _plain(axes: Axes) -> None:
 
 def _shorten(name: str) -> str:
     # From the middle: long names often differ at their end.
-    return name if len(name) <= 22 else f"{name[:11]}…{name[-10:]}"
+    if len(name) > 22:
+        return f"{name[:11]}…{name[-10:]}"
+    return name

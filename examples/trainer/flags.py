@@ -16,7 +16,7 @@ def flag(name: str) -> str:
 
 
 def options_of(method: str, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Turn `{"rank": 4}`, or in a union `{"lora": {"rank": 4}}`, into the options of every method by its name.
+    """Turn `{"rank": 4}`, in a union `{"lora": {"rank": 4}}`, into the options of every method by its name.
 
     Raises:
         TrainerError: it is not clear whose option one is.
@@ -34,9 +34,11 @@ def options_of(method: str, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 f"--option {name}={value} could be for any of {', '.join(options)}. "
                 f"Say for which: --option {next(iter(options))}.{name}={value}"
             )
-        taker = options[owner] if dot else next(iter(options.values()))
-        more = value if isinstance(value, dict) else {own: value}
-        taker |= {key: read_value(one) for key, one in more.items()}
+        more = {own: value}
+        if isinstance(value, dict):
+            more = value
+        for key, one in more.items():
+            options[owner or next(iter(options))][key] = read_value(one)
     return options
 
 

@@ -7,6 +7,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,32 +79,38 @@ def load(
     Raises:
         TrainerError: some cannot be read, and are not to be left out; or none can; or images and volumes mix.
     """
-
-    def attempt(item: Any) -> tuple[Bytes, str, str] | str:
-        try:
-            array = decode(item)
-        except TrainerError as error:
-            return str(error)
-        patient = patient_of(item) if isinstance(item, Path) else ""
-        return _shrunk(array, stored or size), digest(array), patient
-
     # A bar only on a terminal: a log would be full of carriage returns.
+    attempt = partial(_attempt, size=size, stored=stored)
     decoded = thread_map(
         attempt, items, max_workers=4, desc="reading images", unit="image", leave=False, disable=None
     )
-    found = [(row, one) for row, one in enumerate(decoded) if not isinstance(one, str)]
-    broken = [one for one in decoded if isinstance(one, str)]
-    if broken and not (skip_broken and found):
+    arrays, rows, digests, patients, blank, broken = [], [], [], [], [], []
+    for row, one in enumerate(decoded):
+        if isinstance(one, str):
+            broken.append(one)
+            continue
+        array, own_digest, patient = one
+        arrays.append(array)
+        rows.append(row)
+        digests.append(own_digest)
+        patients.append(patient)
+        blank.append(array.min() == array.max())
+    if broken and not (skip_broken and arrays):
         raise TrainerError(_complaint(broken, len(decoded)))
-    arrays = [one[0] for _, one in found]
-    return Loaded(
-        stack(arrays, size if stored is None else stored),
-        np.array([row for row, _ in found], dtype=np.int64),
-        [one[1] for _, one in found],
-        [one[2] for _, one in found],
-        np.array([array.min() == array.max() for array in arrays]),
-        broken,
-    )
+    pixels = stack(_of_one_size(arrays, size, stored))
+    return Loaded(pixels, np.array(rows), digests, patients, np.array(blank), broken)
+
+
+def _attempt(item: Any, size: int, stored: Sequence[int] | None) -> tuple[Bytes, str, str] | str:
+    """Give an image, its digest and its patient, or what is wrong with it."""
+    try:
+        array = decode(item)
+    except TrainerError as error:
+        return str(error)
+    patient = ""
+    if isinstance(item, Path):
+        patient = patient_of(item)
+    return _shrunk(array, size, stored), digest(array), patient
 
 
 def decode(item: Any) -> Bytes:
@@ -133,11 +140,10 @@ def as_image(array: npt.NDArray[np.generic]) -> Bytes:
     """
     if array.ndim >= 3 and array.shape[-1] == 4:
         array = array[..., :3]
-    colour = array.ndim in (3, 4) and array.shape[-1] == 3
-    if not colour and array.ndim not in (2, 3):
+    if array.ndim - int(_is_colour(array)) not in (2, 3):
         raise ValueError(
-            f"it has the shape {array.shape}; a grey or RGB image of shape (H, W) or (H, W, 3), or a volume, is "
-            "needed"
+            f"it has the shape {array.shape}; a grey or RGB image of shape (H, W) or (H, W, 3), or a volume, "
+            "is needed"
         )
     if 0 in array.shape:
         raise ValueError("it has no pixels")
@@ -154,53 +160,47 @@ def to_uint8(array: npt.NDArray[np.generic]) -> Bytes:
         return array.astype(np.uint8, copy=False)
     values = array.astype(np.float64)
     finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
     values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     stretched = (values - low) * (255 / max(high - low, 1e-12))
     return stretched.round().astype(np.uint8)
 
 
-def resize(array: Bytes, height: int, width: int | None = None) -> Bytes:
-    """Resize an image, to a square where no width is given. The whole stays in view: a crop might cut off the finding."""
-    size = (height, height if width is None else width)
-    if array.shape[:2] == size:
+def resize(array: Bytes, size: Sequence[int]) -> Bytes:
+    """Resize an image to (H, W), a volume to (D, H, W); nothing is cut off, which might be the finding."""
+    if array.shape[: len(size)] == tuple(size):
         return array
-    return np.asarray(Image.fromarray(array).resize(size[::-1], Image.Resampling.BICUBIC))
+    if len(size) == 2:
+        return np.asarray(Image.fromarray(array).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    # (D, H, W) or (D, H, W, C) → (C, D, H, W)
+    channels = torch.from_numpy(array).reshape(*array.shape[:3], -1).movedim(-1, 0).float()
+    resized = torch.as_tensor(Resize(size, mode="trilinear", anti_aliasing=True)(channels))
+    # (C, D, H, W) → (D, H, W) or (D, H, W, C)
+    values = resized.round().clamp(0, 255).byte().movedim(0, -1)
+    return values.reshape(*size, *array.shape[3:]).numpy()
 
 
-def resize_volume(array: Bytes, size: Sequence[int]) -> Bytes:
-    """Resize a volume (D, H, W) or (D, H, W, 3)."""
-    grey = array.ndim == 3
-    if array.shape[:3] == tuple(size):
-        return array
-    # (D, H, W, C) → (C, D, H, W)
-    channels = torch.from_numpy(array[..., None] if grey else array).permute(3, 0, 1, 2).float()
-    resized = Resize(size, mode="trilinear", anti_aliasing=True)(channels)
-    values = torch.as_tensor(resized).round().clamp(0, 255).byte().permute(1, 2, 3, 0).numpy()
-    return values[..., 0] if grey else values
+def dimensions_of(array: Bytes) -> int:
+    """Say whether it is an image, 2, or a volume, 3."""
+    return array.ndim - int(_is_colour(array))
 
 
-def stack(arrays: Sequence[Bytes], size: int | Sequence[int]) -> Tensor:
-    """Join images into one tensor (N, C, H, W), volumes into (N, C, D, H, W); grey becomes RGB beside RGB.
+def _is_colour(array: npt.NDArray[np.generic]) -> bool:
+    return array.ndim > 2 and array.shape[-1] == 3
 
-    Raises:
-        TrainerError: images and volumes mix.
-    """
-    colour = [array.shape[-1] == 3 and array.ndim > 2 for array in arrays]
-    planes = {array.ndim - shade for array, shade in zip(arrays, colour, strict=True)}
-    if len(planes) > 1:
-        raise TrainerError("Some of the images are volumes, and some are not. Give the one or the other.")
-    dimensions = planes.pop()
-    shape = tuple(size) if isinstance(size, Sequence) else (size,) * dimensions
-    if isinstance(size, int) and len({array.shape[:dimensions] for array in arrays}) == 1:
-        shape = arrays[0].shape[:dimensions]
-    result = []
-    for array, shade in zip(arrays, colour, strict=True):
-        fitted = resize(array, *shape) if dimensions == 2 else resize_volume(array, shape)
-        fitted = fitted if shade else fitted[..., None]
-        result.append(np.repeat(fitted, 3, axis=-1) if any(colour) and not shade else fitted)
+
+def stack(arrays: Sequence[Bytes]) -> Tensor:
+    """Join images of one size as (N, C, H, W), volumes as (N, C, D, H, W); grey becomes RGB beside RGB."""
+    colours = list(map(_is_colour, arrays))
+    channels = []
+    for array, colour in zip(arrays, colours, strict=True):
+        if not colour:
+            array = array[..., None]
+        if any(colours) and not colour:
+            array = np.repeat(array, 3, axis=-1)
+        channels.append(array)
     # (N, …, C) → (N, C, …)
-    return torch.from_numpy(np.stack(result)).movedim(-1, 1).contiguous()
+    return torch.from_numpy(np.stack(channels)).movedim(-1, 1).contiguous()
 
 
 def digest(array: Bytes) -> str:
@@ -208,23 +208,38 @@ def digest(array: Bytes) -> str:
     return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
 
 
-def _shrunk(array: Bytes, size: int | Sequence[int]) -> Bytes:
+def _shrunk(array: Bytes, size: int, stored: Sequence[int] | None) -> Bytes:
     """Resize what is larger than needed at once, so that a set of large images never lies in memory."""
-    volume = array.ndim == 4 or (array.ndim == 3 and array.shape[-1] != 3)
-    dimensions = 3 if volume else 2
-    shape = (size,) * dimensions if isinstance(size, int) else tuple(size)
-    if max(array.shape[:dimensions]) <= max(shape) or len(shape) != dimensions:
+    dimensions = dimensions_of(array)
+    if stored is not None and len(stored) == dimensions:
+        return resize(array, stored)
+    if max(array.shape[:dimensions]) <= size:
         return array
-    return resize_volume(array, shape) if volume else resize(array, *shape)
+    return resize(array, (size,) * dimensions)
+
+
+def _of_one_size(arrays: Sequence[Bytes], size: int, stored: Sequence[int] | None) -> list[Bytes]:
+    kinds = set(map(dimensions_of, arrays))
+    if len(kinds) > 1:
+        raise TrainerError("Some of the images are volumes, and some are not. Give the one or the other.")
+    dimensions = kinds.pop()
+    shapes = {array.shape[:dimensions] for array in arrays}
+    shape = (size,) * dimensions
+    if len(shapes) == 1:
+        shape = min(shapes)
+    return [resize(array, stored or shape) for array in arrays]
 
 
 def _complaint(broken: list[str], count: int) -> str:
-    if len(broken) == 1:
-        return f"{broken[0]} Or leave it out with --skip-broken." if count > 1 else broken[0]
-    shown = "\n  ".join(broken[:SHOWN])
-    more = f"\n  and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
-    hint = "" if len(broken) == count else "\nLeave them out with --skip-broken."
-    return f"{len(broken)} of {count} images cannot be read:\n  {shown}{more}{hint}"
+    if count == 1:
+        return broken[0]
+    lines = [f"{len(broken)} of {count} images cannot be read:", *broken[:SHOWN]]
+    if len(broken) > SHOWN:
+        lines.append(f"and {len(broken) - SHOWN} more")
+    text = "\n  ".join(lines)
+    if len(broken) < count:
+        text += "\nLeave them out with --skip-broken."
+    return text
 
 
 def _read(path: Path) -> npt.NDArray[np.generic]:
@@ -257,11 +272,13 @@ def pixels_of(opened: Image.Image) -> npt.NDArray[np.generic]:
     image = ImageOps.exif_transpose(opened)
     if image.mode.startswith(("I", "F")):
         return np.asarray(image)
-    return np.asarray(image.convert("L" if image.mode in {"1", "L", "LA"} else "RGB"))
+    if image.mode in {"1", "L", "LA"}:
+        return np.asarray(image.convert("L"))
+    return np.asarray(image.convert("RGB"))
 
 
 def _read_nifti(path: Path) -> npt.NDArray[np.generic]:
-    """Read a volume as ITK orders its voxels: from the feet up, each slice seen from there, the front on top."""
+    """Read a volume as ITK orders its voxels: from the feet up, each slice seen from there."""
     reader = NibabelReader(as_closest_canonical=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -270,4 +287,6 @@ def _read_nifti(path: Path) -> npt.NDArray[np.generic]:
         raise ValueError(f"it has the shape {values.shape}; one volume (X, Y, Z) is needed")
     # (X, Y, Z) of right, front, top → (Z, Y, X)
     volume = np.asarray(values).transpose(2, 1, 0)[:, ::-1, ::-1]
-    return np.ascontiguousarray(volume[0] if len(volume) == 1 else volume)
+    if len(volume) == 1:
+        volume = volume[0]
+    return np.ascontiguousarray(volume)

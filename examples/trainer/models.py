@@ -1,6 +1,7 @@
 """Any timm model with its pretrained weights and input statistics; and networks of MONAI, in 2-d and 3-d."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import monai.networks.nets
@@ -49,11 +50,14 @@ def build_model(
             f"{MONAI}DenseNet121 --no-pretrained, or store every slice as an image."
         )
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        hint = did_you_mean(name.split(".")[0], timm.list_models())
         raise TrainerError(f"timm has no model '{name}'.{hint} See timm.list_models().")
     if name == DEFAULT and pretrained:
         return _lite0_from_wheel(classes)
+    return _timm_model(name, classes, image_size, pretrained)
+
+
+def _timm_model(name: str, classes: int, image_size: int, pretrained: bool) -> nn.Module:
     options: dict[str, Any] = {"num_classes": classes}
     if _has_fixed_size(name):
         options["img_size"] = image_size
@@ -61,7 +65,7 @@ def build_model(
         return timm.create_model(name, pretrained=pretrained, **options)
     # Offline, timm raises whatever its download library raises, and that changes with versions.
     except Exception as error:
-        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        problem = [*str(error).splitlines(), type(error).__name__][0]
         what, cure = "The model", f"Is --image-size {image_size} one that it can take?"
         if pretrained:
             what = "The pretrained weights of"
@@ -76,43 +80,37 @@ def adapted_model(settings: Settings, classes: int, dimensions: int = 2) -> nn.M
     """Build the model of a run and apply the method to it."""
     model = build_model(settings.model, classes, settings.image_size, not settings.no_pretrained, dimensions)
     if settings.strategy != "fsdp2" and dimensions == 2:
-        # Convolutions on a CPU take a third less time with channels last; shards are rows, and lie as they are.
+        # Convolutions on a CPU take a third less time with channels last; shards lie as they are.
         model = model.to(memory_format=torch.channels_last)
     if settings.checkpoint_activations:
         checkpoint_activations(model)
-    return medpeft.apply(
-        model,
-        settings.option,
-        target=settings.target,
-        exclude=settings.exclude,
-        head=settings.head or "auto",
-        batchnorm=settings.batchnorm,
-        seed=settings.seed,
-    )
+    return medpeft.apply(model, settings.option, seed=settings.seed, **where(settings))
+
+
+def where(settings: Settings) -> dict[str, Any]:
+    """Give the keywords of `medpeft.apply` and `medpeft.plan` that say what of a model is adapted."""
+    return {
+        "target": settings.target,
+        "exclude": settings.exclude,
+        "head": settings.head or "auto",
+        "batchnorm": settings.batchnorm,
+    }
 
 
 def check_model(settings: Settings) -> None:
-    """Plan the method on the model without memory for its weights, before minutes are spent on reading images.
+    """Plan the method on a model without memory, before minutes are spent on reading images.
 
     Raises:
         TrainerError, medpeft.MedpeftError: there is no such model, method or option, or they do not fit.
     """
-    if settings.model.startswith(MONAI) and not settings.no_pretrained:
+    of_monai = settings.model.startswith(MONAI)
+    if of_monai and not settings.no_pretrained:
         raise TrainerError(f"--model {settings.model} has no pretrained weights. Add --no-pretrained.")
     with torch.device("meta"):
-        model = build_model(
-            settings.model, 2, settings.image_size, False, 3 if settings.model.startswith(MONAI) else 2
-        )
+        model = build_model(settings.model, 2, settings.image_size, False, 2 + of_monai)
     if settings.checkpoint_activations:
         checkpoint_activations(model)
-    medpeft.plan(
-        model,
-        settings.option,
-        target=settings.target,
-        exclude=settings.exclude,
-        head=settings.head or "auto",
-        batchnorm=settings.batchnorm,
-    )
+    medpeft.plan(model, settings.option, **where(settings))
     if settings.cache_features is not None and set(settings.option) != {"linear_probe"}:
         raise TrainerError(
             f"--cache-features is for methods that train the head alone, and {settings.method} trains more. "
@@ -121,13 +119,13 @@ def check_model(settings: Settings) -> None:
 
 
 def input_statistics(model: nn.Module) -> tuple[list[float], list[float]]:
-    """Give the mean and standard deviation (RGB, of values in [0, 1]) of the pretraining; of none, those of ImageNet."""
+    """Give the mean and standard deviation of the pretraining, else of ImageNet (RGB, from 0 to 1)."""
     config = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
     return list(config["mean"]), list(config["std"])
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Let a timm model compute the activations of its blocks again in the backward pass, instead of keeping them.
+    """Let a timm model compute the activations of its blocks again in the backward pass.
 
     Raises:
         TrainerError: the model cannot.
@@ -136,8 +134,8 @@ def checkpoint_activations(model: nn.Module) -> None:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError, NotImplementedError) as error:
         raise TrainerError(
-            f"{type(model).__name__} cannot compute its activations again. Leave --checkpoint-activations out; "
-            "--accumulate saves memory too."
+            f"{type(model).__name__} cannot compute its activations again. Leave --checkpoint-activations "
+            "out; --accumulate saves memory too."
         ) from error
 
 
@@ -146,8 +144,7 @@ def _monai_network(name: str, classes: int, pretrained: bool, dimensions: int) -
         raise TrainerError(f"--model {MONAI}{name} has no pretrained weights. Add --no-pretrained.")
     make = getattr(monai.networks.nets, name, None)
     if not callable(make):
-        near = difflib.get_close_matches(name, dir(monai.networks.nets), 3)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        hint = did_you_mean(name, dir(monai.networks.nets))
         raise TrainerError(f"MONAI has no network '{name}'.{hint}")
     problem = ""
     for channels, outputs in CHANNELS:
@@ -159,6 +156,14 @@ def _monai_network(name: str, classes: int, pretrained: bool, dimensions: int) -
         assert isinstance(network, nn.Module)
         return network
     raise TrainerError(f"MONAI's {name} cannot be built as a classifier: {problem}")
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """Suggest names that are spelled nearly so."""
+    near = difflib.get_close_matches(name, known, 3)
+    if not near:
+        return ""
+    return f" Did you mean {' or '.join(near)}?"
 
 
 def _has_fixed_size(name: str) -> bool:

@@ -62,7 +62,7 @@ class Finetuning(lightning.LightningModule):
         return scores.index(max(scores)) + 1 if scores else 0
 
     def configure_model(self) -> None:
-        """Shard the blocks one by one, then the rest, for FSDP2: only one block at a time is whole in memory."""
+        """Shard the blocks one by one, then the rest, for FSDP2: one block at a time is whole in memory."""
         if self.settings.strategy != "fsdp2" or self._sharded:
             return
         assert self.device_mesh is not None
@@ -144,8 +144,8 @@ class Finetuning(lightning.LightningModule):
         if not math.isfinite(record["train_loss"]):
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise TrainerError(
-                f"The training loss became {record['train_loss']} in epoch {len(self.history) + 1}. Lower --lr (the "
-                f"rate is now {rate:.2g}) or check the images."
+                f"The training loss became {record['train_loss']} in epoch {len(self.history) + 1}. "
+                f"Lower --lr (the rate is now {rate:.2g}) or check the images."
             )
         record["seconds"] = time.perf_counter() - self._begun
         self.history.append(record)

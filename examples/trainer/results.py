@@ -1,4 +1,4 @@
-"""What a run leaves: the adapter, its settings and scores, every prediction, the figures; and what it cost."""
+"""What a run leaves: the adapter, its settings and scores, every prediction, the figures; what it cost."""
 
 import json
 import resource
@@ -116,7 +116,7 @@ def draw(settings: Settings, images: Images, rows: Integers, logits: Tensor, rec
     labels = torch.from_numpy(images.labels[rows])
     temperature, test = record["temperature"], record["test"]
     probabilities = scaled(logits, temperature)
-    source = "tissue" if settings.data is None else Path(settings.data).stem
+    source = Path(settings.data or "tissue").stem
     draw_training(
         record["history"],
         record["best_epoch"],
@@ -138,7 +138,7 @@ def write_predictions(
     names: Sequence[str],
     classes: Sequence[str],
     probabilities: Tensor,
-    labels: Sequence[str] | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
     """Write a CSV with the columns `path`, `label` (where known), `prediction`, and one a class, `p(CLASS)`.
 
@@ -147,10 +147,10 @@ def write_predictions(
         names: of the N images.
         classes: the names of the C classes.
         probabilities: (N, C).
-        labels: the true classes of the images.
+        labels: the true classes of the images, none where they are not known.
     """
     table = pd.DataFrame({"path": list(names)})
-    if labels is not None:
+    if labels:
         table["label"] = list(labels)
     table["prediction"] = [classes[i] for i in probabilities.argmax(1).tolist()]
     for place, name in enumerate(classes):
@@ -218,4 +218,4 @@ def saved_bytes(model: nn.Module, batch: int, shape: tuple[int, ...]) -> int | N
         costs = medpeft.report(model, example_input=torch.empty(batch, 3, *shape)).costs
     except medpeft.MedpeftError:
         return None
-    return None if costs is None else costs.saved_bytes
+    return getattr(costs, "saved_bytes", None)

@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from torch import Tensor
 
 from .errors import TrainerError
@@ -30,22 +30,18 @@ class Rows:
     """What a source says of its images, before one of them is read.
 
     Attributes:
-        items: what `images.load` reads.
-        names: as the source names them.
-        labels: the names of their classes.
-        parts: "train", "val" or "test" of each, where the source splits them.
-        patients: of each, where the source tells; images of one stay together.
-        groups: subgroups of patients, such as their sex, where they were asked for.
+        table: a row an image. `item` is what `images.load` reads, `name` how the source names it, `label` its
+            class; where the source tells, `part` ("train", "val" or "test"), `patient` (whose images stay
+            together) and `group` (of patients, such as their sex).
         notes: lines for the user.
     """
 
-    items: list[Any]
-    names: list[str]
-    labels: list[str]
-    parts: list[str] | None = None
-    patients: list[str] | None = None
-    groups: list[str] | None = None
+    table: pd.DataFrame
     notes: list[str] = field(default_factory=list)
+
+    def column(self, name: str) -> list[str]:
+        """Give a column, empty where there is none."""
+        return list(self.table.get(name, []))
 
 
 @dataclass
@@ -57,9 +53,9 @@ class Images:
         labels: (N,), positions in `classes`.
         classes: the names of the classes, in a fixed order.
         groups: (N,), images with one number never fall into different parts of a split.
-        parts: (N,), "train", "val" or "test" where the data bring their own split, else None.
+        parts: (N,), "train", "val" or "test" where the data bring their own split, else empty.
         names: of the N images.
-        subgroups: of the N patients, None where they are not asked for.
+        subgroups: of the N patients, empty where they are not asked for.
         broken: what is wrong with each image that was left out.
         notes: lines for the user.
     """
@@ -68,9 +64,9 @@ class Images:
     labels: Integers
     classes: list[str]
     groups: Integers
-    parts: npt.NDArray[np.str_] | None
+    parts: npt.NDArray[np.str_]
     names: list[str]
-    subgroups: list[str] | None = None
+    subgroups: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -84,29 +80,24 @@ def read_images(rows: Rows, size: int, skip_broken: bool = False) -> Images:
     Raises:
         TrainerError: the classes make no sense, or images cannot be read.
     """
-    check_classes(rows.labels)
-    loaded = load(rows.items, size, skip_broken=skip_broken)
-
-    def kept(column: Sequence[str]) -> list[str]:
-        return [column[i] for i in loaded.rows]
-
-    keys: list[Sequence[str]] = [loaded.digests, _each_its_own(loaded.patients)]
-    if rows.patients is not None:
-        keys.append(kept(rows.patients))
-    labels, classes = number_classes(kept(rows.labels))
-    notes = list(rows.notes)
+    check_classes(rows.column("label"))
+    loaded = load(rows.column("item"), size, skip_broken=skip_broken)
+    kept = Rows(rows.table.iloc[loaded.rows])
+    named = kept.column("patient") or loaded.digests
+    in_files = [patient or f"image {row}" for row, patient in enumerate(loaded.patients)]
+    labels, classes = number_classes(kept.column("label"))
+    names, notes = kept.column("name"), list(rows.notes)
     blank = np.flatnonzero(loaded.blank)
     if len(blank):
-        first = kept(rows.names)[blank[0]]
-        notes.append(f"{len(blank)} images are blank, of one value everywhere; the first: {first}")
+        notes.append(f"{len(blank)} images are blank, of one value everywhere; the first: {names[blank[0]]}")
     return Images(
         loaded.pixels,
         labels,
         classes,
-        join_groups(*keys),
-        np.array(kept(rows.parts)) if rows.parts is not None else None,
-        kept(rows.names),
-        kept(rows.groups) if rows.groups is not None else None,
+        join_groups(loaded.digests, in_files, named),
+        np.array(kept.column("part"), dtype=np.str_),
+        names,
+        kept.column("group"),
         loaded.broken,
         notes,
     )
@@ -117,12 +108,15 @@ def number_classes(names: Sequence[str]) -> tuple[Integers, list[str]]:
     classes = sorted(set(names))
     with suppress(ValueError):
         classes = sorted(classes, key=float)
-    place = {name: i for i, name in enumerate(classes)}
-    return np.array([place[name] for name in names], dtype=np.int64), classes
+    return np.array([classes.index(name) for name in names], dtype=np.int64), classes
 
 
 def check_classes(names: Sequence[str]) -> None:
-    """Raise a TrainerError where classes are spelled in several ways, hold several labels, or are only one."""
+    """Check that every class is spelled in one way, that none is several, and that there are two.
+
+    Raises:
+        TrainerError: it is not so.
+    """
     spellings: dict[str, list[str]] = defaultdict(list)
     for name in sorted(set(names)):
         spellings[_plain(name)].append(name)
@@ -132,10 +126,9 @@ def check_classes(names: Sequence[str]) -> None:
             )
     for several in spellings.values():
         if len(several) > 1:
-            written = " and ".join(f"'{name}'" for name in several)
             raise TrainerError(
-                f"The classes {written} differ in spelling alone. If they are one, write them alike; if not, name "
-                "them apart."
+                f"The classes '{several[0]}' and '{several[1]}' differ in spelling alone. If they are one, "
+                "write them alike; if not, name them apart."
             )
     if len(spellings) < 2:
         raise TrainerError(f"The data have only the class '{names[0]}'. At least two are needed.")
@@ -143,10 +136,12 @@ def check_classes(names: Sequence[str]) -> None:
 
 def name_parts(names: Sequence[str], source: object) -> list[str]:
     """Turn valid, testing and the like into val, test, train; raise a TrainerError for anything else."""
-    unknown = sorted({name for name in names if name.strip().lower() not in PARTS})
-    if unknown:
-        raise TrainerError(f"{source} has the split '{unknown[0]}'. Use train, val and test.")
-    return [PARTS[name.strip().lower()] for name in names]
+    parts = []
+    for name in names:
+        if name.strip().lower() not in PARTS:
+            raise TrainerError(f"{source} has the split '{name}'. Use train, val and test.")
+        parts.append(PARTS[name.strip().lower()])
+    return parts
 
 
 def _plain(name: str) -> str:
@@ -155,7 +150,3 @@ def _plain(name: str) -> str:
         return str(float(name))
     except ValueError:
         return "".join(name.casefold().replace("_", " ").replace("-", " ").split())
-
-
-def _each_its_own(patients: Sequence[str]) -> list[str]:
-    return [patient or f"image {row}" for row, patient in enumerate(patients)]

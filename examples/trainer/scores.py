@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import pandas as pd
 import torch
 from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
 from sklearn.metrics import classification_report
@@ -23,6 +24,14 @@ from torchmetrics.wrappers import BootStrapper
 
 BINS = 15  # of the calibration error, as in Guo et al., On calibration of modern neural networks, 2017
 DRAWS = 200  # of the bootstrap
+SHOWN = {
+    "macro_f1": "macro-F1",
+    "balanced_accuracy": "balanced accuracy",
+    "auroc": "AUROC, one vs rest",
+    "average_precision": "average precision",
+    "mcc": "MCC",
+    "calibration_error": "calibration error",
+}
 
 # Beyond these, a small validation part that is all right, or all wrong, would drive the temperature to 0 or
 # infinity.
@@ -43,11 +52,11 @@ def score(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
         labels: (N,).
 
     Returns:
-        `macro_f1`; `balanced_accuracy`, the mean recall of the classes that occur; `auroc`, macro one against the
-        rest, NaN where a class has none or nothing but positives, with the number of such classes in
-        `auroc_undefined_classes`; `auroc_per_class`; `average_precision`, macro one against the rest, NaN like
-        `auroc`; `mcc`, Matthews' correlation coefficient; `calibration_error`, expected, over 15 bins of the
-        confidence; `recall_per_class`, the sensitivity; `specificity_per_class`; `precision_per_class`;
+        `macro_f1`; `balanced_accuracy`, the mean recall of the classes that occur; `auroc`, macro one against
+        the rest, NaN where a class has none or nothing but positives, with the number of such classes in
+        `auroc_undefined_classes`; `auroc_per_class`; `average_precision`, macro one against the rest, NaN
+        like `auroc`; `mcc`, Matthews' correlation; `calibration_error`, expected, over 15 bins;
+        `recall_per_class`, the sensitivity; `specificity_per_class`; `precision_per_class`;
         `confusion_matrix`, rows true and columns predicted.
     """
     count = probabilities.shape[1]
@@ -114,43 +123,29 @@ def score_subgroups(
 def table(probabilities: Tensor, labels: Tensor, classes: list[str], scores: dict[str, Any]) -> str:
     """Lay out the scores, those of every class, and the confusion matrix in aligned columns."""
     undefined = scores["auroc_undefined_classes"]
-    note = f"  (undefined for {undefined} of {len(classes)} classes)" if undefined else ""
+    lines = []
+    for name, words in SHOWN.items():
+        lines.append(f"  {words:<20}{scores[name]:.4f}")
+    if undefined:
+        lines.append(f"  (AUROC is undefined for {undefined} of {len(classes)} classes)")
     places = list(range(len(classes)))
-    lines = [
-        f"  {'macro-F1':<20}{scores['macro_f1']:.4f}",
-        f"  {'balanced accuracy':<20}{scores['balanced_accuracy']:.4f}",
-        f"  {'AUROC, one vs rest':<20}{scores['auroc']:.4f}{note}",
-        f"  {'average precision':<20}{scores['average_precision']:.4f}",
-        f"  {'MCC':<20}{scores['mcc']:.4f}",
-        f"  {'calibration error':<20}{scores['calibration_error']:.4f}",
-        "",
-        classification_report(
-            labels, probabilities.argmax(1), labels=places, target_names=classes, zero_division=0, digits=3
-        ).rstrip(),
-        "",
-        "Confusion matrix (rows true, columns predicted)",
-    ]
-    first = max(map(len, classes))
-    widths = [max(len(name), 5) for name in classes]
-    for name, row in zip(["", *classes], [classes, *scores["confusion_matrix"]], strict=True):
-        cells = [f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)]
-        lines.append(f"  {name:<{first}}  " + "  ".join(cells))
-    return "\n".join(lines)
+    report = classification_report(
+        labels, probabilities.argmax(1), labels=places, target_names=classes, zero_division=0, digits=3
+    )
+    confusion = pd.DataFrame(scores["confusion_matrix"], classes, classes)
+    title = "Confusion matrix (rows true, columns predicted)"
+    return "\n".join([*lines, "", report.rstrip(), "", title, confusion.to_string()])
 
 
 def subgroup_table(found: dict[str, dict[str, Any]]) -> str:
     """Lay out the scores of subgroups."""
-    shown = ("macro_f1", "balanced_accuracy", "auroc", "calibration_error")
-    width = max(len("subgroup"), *map(len, found))
-    lines = [f"{'subgroup':<{width}}  {'images':>6}" + "".join(f"  {name:>17}" for name in shown)]
-    for name, scores in found.items():
-        cells = "".join(f"  {scores[key]:>17.4f}" for key in shown)
-        lines.append(f"{name:<{width}}  {scores['images']:>6}{cells}")
-    return "\n".join(lines)
+    columns = ["images", *SHOWN]
+    table = pd.DataFrame.from_dict(found, orient="index")[columns].rename_axis("subgroup")
+    return str(table.to_string(float_format="{:.4f}".format))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Find the temperature with the lowest cross entropy, so that 0.8 is right in 80 of 100 cases (Guo et al.).
+    """Find the temperature with the lowest cross entropy, so that 0.8 is right in 80 of 100 cases.
 
     It changes no prediction, only how sure of it the model is.
 
@@ -185,7 +180,9 @@ def without_nan(value: Any) -> Any:
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _of_class(metric: Any, scores: Tensor, positive: Tensor) -> float:

@@ -33,12 +33,12 @@ class Settings:
     """What a run depends on.
 
     Attributes:
-        data: a folder with one subfolder a class, a table (.csv, .tsv), a MedMNIST .npz, or hf:NAME, a data set
-            of Hugging Face by name or folder (default: patches of scikit-image's immunohistochemistry image)
+        data: a folder with one subfolder a class, a table (.csv, .tsv), a MedMNIST .npz, or hf:NAME, a data
+            set of Hugging Face by name or folder (default: patches of scikit-image's stained tissue)
         test_data: images of another site, in the form of `data`: the test, while `data` trains and validates
         path_column: of a table, names the image files; a suffix may be missing (default: path)
         label_column: of a table, names the classes (default: label)
-        patient_column: of a table; one patient's images stay in one part (default: patient, where there is one)
+        patient_column: of a table; one patient's images stay in one part (default: patient, if any)
         group_column: of a table, names subgroups such as sex: the test is scored for each
         volumes: read a folder of DICOM slices as one volume
         skip_broken: leave out images that cannot be read, instead of stopping
@@ -47,14 +47,14 @@ class Settings:
         num_workers: processes that augment; images are decoded once and kept in memory
         val_fraction: share of the images that choose the epoch
         test_fraction: share of the images that are tested on
-        train_fraction: share of the training part to use, of every class; a smaller one lies within a larger one
+        train_fraction: share of the training part to use, of every class; 0.1 lies within 0.25
         k_folds: cross-validation, tested on one of K folds; 0 for none
         fold: the fold to test on, from 0
         model: a timm model, or monai:NAME, a network of MONAI, which may be 3-d
         no_pretrained: begin with random weights
         method: a method of medpeft, or several as in bias+norm
         option: of the method, such as rank=4, in a union lora.rank=4; may be repeated
-        target: layers to adapt, such as 'blocks.5.*' or attention; may be repeated (default: the method's own)
+        target: layers to adapt, such as 'blocks.5.*' or attention; may be repeated (default: by method)
         exclude: layers to leave as they are; may be repeated
         head: name of the head, which trains as a whole (default: found)
         batchnorm: running statistics of BatchNorm (default: adapt for full, else frozen)
@@ -62,7 +62,7 @@ class Settings:
         patience: epochs without a better validation macro-F1 before it stops
         batch_size: images of one optimizer step, over all devices and micro-batches
         accumulate: micro-batches of a step, for less memory
-        lr: peak learning rate of AdamW; it warms up, then falls in a cosine (default: by method, 3e-4 to 1e-2)
+        lr: peak learning rate of AdamW; it warms up, then falls in a cosine (default: by method)
         weight_decay: of AdamW
         warmup: share of the steps in which the learning rate rises
         augment: flips, turns, shifts and changes of light of the training images (default: light)
@@ -142,14 +142,14 @@ class Settings:
         full = replace(
             self, option=option, lr=rate, test_fraction=_test_fraction(self), augment=_augment(self)
         )
-        full.output = None if self.output is None else Path(self.output)
         _check_values(full)
         _check_data(full)
         _check_run(full)
         if full.output is None:
-            data = "tissue" if full.data is None else Path(full.data).stem
+            data = Path(full.data or "tissue").stem
             name = f"{data}-{full.model}-{full.method}-{full.seed}-{full.digest()}"
             full.output = Path("runs") / name.replace("/", "_").replace(":", "_")
+        full.output = Path(full.output)
         if full.output.exists() and not full.output.is_dir():
             raise TrainerError(f"--output {full.output} is a file. Name a folder.")
         return full
@@ -163,8 +163,9 @@ class Settings:
         """Give every setting as a plain value, for a file."""
         values = {}
         for own in fields(self):
-            value = getattr(self, own.name)
-            values[own.name] = str(value) if isinstance(value, Path) else value
+            values[own.name] = getattr(self, own.name)
+            if isinstance(values[own.name], Path):
+                values[own.name] = str(values[own.name])
         return values
 
     def changes(self, before: dict[str, Any]) -> list[str]:
@@ -261,7 +262,7 @@ def _check_run(settings: Settings) -> None:
     cuda = torch.cuda.is_available() and settings.accelerator in ("auto", "cuda")
     if settings.precision == "16-mixed" and not cuda:
         raise TrainerError(
-            "--precision 16-mixed needs a CUDA GPU: the gradients are scaled there. Elsewhere take bf16-mixed."
+            "--precision 16-mixed needs a CUDA GPU: gradients are scaled there. Elsewhere take bf16-mixed."
         )
     if settings.cache_features is not None and settings.devices > 1:
         raise TrainerError("--cache-features computes the features once, on one device. Take --devices 1.")

@@ -29,7 +29,10 @@ def split(images: Images, settings: Settings) -> dict[str, Integers]:
     Raises:
         TrainerError: a class is too rare, or a part would be empty.
     """
-    found = _folded(images, settings) if settings.k_folds else _shared_out(images, settings)
+    divide = _shared_out
+    if settings.k_folds:
+        divide = _folded
+    found = divide(images, settings)
     for part in NAMES:
         if len(found[part]) == 0:
             raise TrainerError(
@@ -48,7 +51,7 @@ def split(images: Images, settings: Settings) -> dict[str, Integers]:
 def _shared_out(images: Images, settings: Settings) -> dict[str, Integers]:
     everything = np.arange(len(images))
     shares = {"test": settings.test_fraction or 0.2, "val": settings.val_fraction}
-    if images.parts is None:
+    if not len(images.parts):
         return _draw(images, everything, shares, settings.seed)
     found = {part: everything[images.parts == part] for part in NAMES}
     if len(found["val"]) == 0 and len(found["train"]) > 0:
@@ -59,7 +62,7 @@ def _shared_out(images: Images, settings: Settings) -> dict[str, Integers]:
 def _folded(images: Images, settings: Settings) -> dict[str, Integers]:
     """Give the parts of one fold of a cross-validation: over all its folds, every image is tested once."""
     folds, number = settings.k_folds, settings.fold
-    if images.parts is not None:
+    if len(images.parts):
         raise TrainerError(
             "The data bring their own split, which --k-folds would mix up. Leave one of the two out."
         )
@@ -80,8 +83,8 @@ def training_subset(images: Images, rows: Integers, fraction: float, seed: int) 
     """Keep a share of some rows.
 
     Each class's groups stand in an order that the seed alone decides; the first of them are taken until the
-    class has its share, rounded up. So one seed's 10 % lies within its 25 %. A group that holds several classes
-    counts for each.
+    class has its share, rounded up. So one seed's 10 % lies within its 25 %. A group that holds several
+    classes counts for each.
     """
     if fraction == 1:
         return rows

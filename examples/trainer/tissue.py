@@ -8,6 +8,7 @@ that neither colour nor darkness gives the label away.
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from skimage.color import rgb2gray, rgb2hed
 from skimage.data import immunohistochemistry
 
@@ -27,14 +28,12 @@ def tissue_rows() -> Rows:
     corners = patch_corners(section.shape[0])
     amounts = np.array([_patch(stain, corner).mean() for corner in corners])
     middle = np.median(amounts)
-    rows = Rows([], [], [], patients=[])
-    assert rows.patients is not None
+    rows = []
     for (y, x), amount in zip(corners, amounts, strict=True):
-        rows.items.append(_equalise(_patch(grey, (y, x))))
-        rows.names.append(f"row {y} column {x}")
-        rows.labels.append("stained" if amount > middle else "unstained")
-        rows.patients.append(f"block {y // BLOCK} {x // BLOCK}")
-    return rows
+        label = ("unstained", "stained")[int(amount > middle)]
+        patch = _equalise(_patch(grey, (y, x)))
+        rows.append((patch, f"row {y} column {x}", label, f"block {y // BLOCK} {x // BLOCK}"))
+    return Rows(pd.DataFrame(rows, columns=["item", "name", "label", "patient"]))
 
 
 def patch_corners(side: int, step: int = STEP) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from trainer.data import Part, Preprocessing
 from trainer.models import build_model
 from trainer.scores import scaled, score
 from trainer.splits import split
-from trainer.tables import read_data
+from trainer.sources import read_data
 
 import medpeft
 

@@ -7,7 +7,7 @@ from PIL import Image
 from small_training import checked
 from trainer.errors import TrainerError
 from trainer.splits import split
-from trainer.tables import read_data
+from trainer.sources import read_data
 
 
 def medmnist(path, shape=(28, 28), classes=3, **changed):

@@ -13,7 +13,7 @@ from trainer.rows import Images
 def images(count, shape=(8, 8)):
     pixels = torch.full((count, 1, *shape), 255, dtype=torch.uint8)
     pixels[..., : shape[-1] // 2] = 90
-    return Images(pixels, np.arange(count) % 2, ["a", "b"], np.arange(count), None, list("x" * count))
+    return Images(pixels, np.arange(count) % 2, ["a", "b"], np.arange(count), np.array([]), list("x" * count))
 
 
 def part_of(count, shape=(8, 8), augment="none", side=16):

@@ -10,7 +10,7 @@ from pictures import RNG, grey
 from small_training import checked
 from trainer.errors import TrainerError
 from trainer.images import decode
-from trainer.tables import read_data
+from trainer.sources import read_data
 
 
 def dicom(path, pixels, **header):

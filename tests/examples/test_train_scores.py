@@ -64,7 +64,7 @@ def test_auroc_is_nan_with_a_count_where_a_class_does_not_occur(predictions):
     assert scores["auroc_undefined_classes"] == 1
     assert [math.isnan(value) for value in scores["auroc_per_class"]] == [False, False, True]
     shown = table(probabilities[kept], labels[kept], CLASSES, scores)
-    assert "nan  (undefined for 1 of 3 classes)" in shown
+    assert "(AUROC is undefined for 1 of 3 classes)" in shown
 
 
 def test_auroc_is_nan_for_every_class_where_only_one_occurs(predictions):

@@ -18,7 +18,7 @@ def images_of(labels, groups=None, parts=None):
         labels=labels,
         classes=[str(i) for i in range(labels.max() + 1)],
         groups=np.arange(len(labels)) if groups is None else np.asarray(groups),
-        parts=None if parts is None else np.asarray(parts),
+        parts=np.array([] if parts is None else parts),
         names=[str(i) for i in range(len(labels))],
     )
 

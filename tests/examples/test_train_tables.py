@@ -10,7 +10,8 @@ from places import ROOT
 from small_training import checked
 from trainer.errors import TrainerError
 from trainer.images import decode
-from trainer.tables import read_data, read_table
+from trainer.sources import read_data
+from trainer.tables import read_table
 
 
 def read(data, size=16, **more):
@@ -49,7 +50,7 @@ def test_a_folder_gives_one_class_a_subfolder(folder):
     assert images.labels.tolist() == [0] * 4 + [1] * 4
     assert images.pixels.shape == (8, 1, 16, 16)
     assert images.pixels.dtype == torch.uint8
-    assert images.parts is None
+    assert not len(images.parts)
 
 
 def test_one_colour_image_makes_all_colour(folder):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small_training import checked
 from trainer.splits import split
-from trainer.tables import read_data
+from trainer.sources import read_data
 from trainer.tissue import PATCH, patch_corners
 
 
