@@ -28,7 +28,7 @@ def per_100_lines(folder, kinds):
     return 100 * sum(isinstance(node, kinds) for path in files(folder) for node in nodes(path)) / lines
 
 
-@pytest.mark.parametrize("folder", ["medpeft", "benchmarks"])
+@pytest.mark.parametrize("folder", ["medpeft", "benchmarks", "examples"])
 def test_code_is_not_pressed(folder):
     assert per_100_lines(folder, COMPREHENSIONS) <= 2.5
     assert per_100_lines(folder, ast.IfExp) <= 1.5

@@ -16,8 +16,8 @@ from small_training import checked, draw_stripes, flags, messages, run
 from trainer.data import Part, Preprocessing
 from trainer.models import build_model
 from trainer.scores import scaled, score
-from trainer.splits import split
 from trainer.sources import read_data
+from trainer.splits import split
 
 import medpeft
 

@@ -6,8 +6,8 @@ from pictures import RNG, grey
 from PIL import Image
 from small_training import checked
 from trainer.errors import TrainerError
-from trainer.splits import split
 from trainer.sources import read_data
+from trainer.splits import split
 
 
 def medmnist(path, shape=(28, 28), classes=3, **changed):

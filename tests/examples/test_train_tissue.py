@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from small_training import checked
-from trainer.splits import split
 from trainer.sources import read_data
+from trainer.splits import split
 from trainer.tissue import PATCH, patch_corners
 
 
