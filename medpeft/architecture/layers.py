@@ -59,6 +59,11 @@ def child_at(module: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
+def is_differentiable(tensor: Tensor) -> bool:
+    """Whether a tensor holds floating-point or complex numbers: of all others torch makes no gradient."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def own_tensor(layer: nn.Module, name: str) -> Tensor | None:
     """Return the layer's parameter or buffer of that name, None where it has none.
 

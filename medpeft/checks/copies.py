@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..adapters.record import Applied, applied
+from ..architecture.layers import is_differentiable
 from ..errors import MedpeftError
 
 Result = TypeVar("Result")
@@ -157,7 +158,7 @@ def run(model: nn.Module, example: Any) -> list[Tensor]:
         output = model(**example)
     else:
         output = model(example)
-    floating = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() or tensor.is_complex()]
+    floating = [tensor for tensor in tensors_in(output) if is_differentiable(tensor)]
     if not floating:
         kind = type(output).__name__
         raise MedpeftError(f"{type(model).__name__} returned {kind} without a floating-point tensor in it.")

@@ -17,6 +17,7 @@ from ..adapters.record import Applied, applied, named_state
 from ..adapters.registry import Method, methods
 from ..adapters.sharing import home_of
 from ..adapters.stand_in import rebound
+from ..architecture.layers import is_differentiable
 from ..architecture.site import Site
 from ..errors import MedpeftError
 from .install import Built
@@ -113,7 +114,7 @@ def _adapter_of(method: Method, site: Site, record: Applied) -> Adapter:
         MedpeftError: it would change a weight of integers, which cannot take its small changes.
     """
     weight = site.tensor(site.weight) if site.weight else None
-    is_quantised = weight is not None and not (weight.is_floating_point() or weight.is_complex())
+    is_quantised = weight is not None and not is_differentiable(weight)
     refusal = MedpeftError(
         f"{method.name!r} changes or takes apart the weight of {site.name}, which is quantised: exclude it, "
         "or use a method that acts on the layer's output, such as 'lora' or 'ssf'."

@@ -19,7 +19,7 @@ from ..adapters.options import require_options
 from ..adapters.record import Adapted, own_tensors
 from ..adapters.registry import find
 from ..architecture.convolution import standardises
-from ..architecture.layers import own_tensor
+from ..architecture.layers import is_differentiable, own_tensor
 from ..errors import MedpeftError, require
 from ..sharding import gathered, is_sharded, like, reshard, whole
 from .apply import make_plain
@@ -196,7 +196,7 @@ def _fitted(value: Tensor, model: nn.Module, layer: nn.Module, own: Tensor | Non
     if own is not None:
         return like(value, own)
     for _, tensor in chain(layer.named_parameters(recurse=False), own_tensors(model)):
-        if tensor.is_floating_point() or tensor.is_complex():
+        if is_differentiable(tensor):
             return value.to(tensor.dtype)
     return value
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..adapters.registry import Method
 from ..adapters.requests import Request
-from ..architecture.layers import made_by
+from ..architecture.layers import is_differentiable, made_by
 from ..architecture.network import Network
 from ..architecture.site import Site, Unfit
 from ..architecture.targets import Target, choose, patterns
@@ -63,8 +63,8 @@ def _selected(network: Network, request: Request) -> Iterator[tuple[str, str]]:
     for name, parameter in network.model.named_parameters():
         stands_for = made_by(name)
         owner = stands_for.rpartition(".")[0]
-        if not (parameter.is_floating_point() or parameter.is_complex()):
-            continue  # Integers have no gradient.
+        if not is_differentiable(parameter):
+            continue
         if network.in_head(owner):
             continue
         if predicate(stands_for, parameter, network.layer(owner), **options):

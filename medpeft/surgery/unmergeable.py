@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..architecture.layers import own_tensor
+from ..architecture.layers import is_differentiable, own_tensor
 from ..errors import require
 from ..sharding import is_sharded, whole
 
@@ -53,9 +53,8 @@ def require_floating(layer: nn.Module) -> None:
         return
     kind = type(weight.data).__name__
     quantised = weight.is_quantized or (kind != "Tensor" and not is_sharded(weight))
-    floating = weight.is_floating_point() or weight.is_complex()
     require(
-        floating and not quantised,
+        is_differentiable(weight) and not quantised,
         f"its weight is quantised or of integers ({kind} of {weight.dtype}), which would round the update "
         "away: merge first, then quantise",
     )
