@@ -43,13 +43,6 @@ def require(condition: bool, message: str) -> None:
         raise MedpeftError(message)
 
 
-def require_choice(option: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise `MedpeftError` unless `value` is one of `choices`."""
-    names = ", ".join(map(repr, choices))
-    is_known = any(type(value) is type(choice) and value == choice for choice in choices)
-    require(is_known, f"{option}={value!r} is not known: choose one of {names}.")
-
-
 def clipped(value: object) -> str:
     """Show a value by the beginning of its `repr`, on one line."""
     try:

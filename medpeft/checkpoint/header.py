@@ -7,10 +7,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
+from ..adapters.options import DTYPES
+from ..adapters.record import BatchNormPolicy
 from ..errors import CheckpointError
 from .file import Entry, Layout, digest, memory, parse, read_layout, read_tensors, short
 from .fingerprint import label
@@ -30,9 +32,9 @@ _FIELDS = {
     "sites": list_of(list_of(text, lengths=(3,))),
     "selected": by_name(text),
     "head": list_of(text),
-    "batchnorm": one_of("frozen", "adapt"),
+    "batchnorm": one_of(*get_args(BatchNormPolicy)),
     "statistics": list_of(text),
-    "dtype": optional(one_of("float64", "float32", "float16", "bfloat16")),
+    "dtype": optional(one_of(*map(short, DTYPES))),
     "seed": whole_number,
     "input": optional(fields({})),
     "base": fields({**dict.fromkeys(_BASE_TEXTS, text), "tensors": by_name(text)}),

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from ..adapters.record import (
 )
 from ..adapters.running import switching
 from ..architecture.layers import within
-from ..errors import CheckpointError, MedpeftError, require_choice
+from ..errors import CheckpointError, MedpeftError
 from ..sharding import is_sharded
 from ..surgery.apply import carry_out
 from ..surgery.build import build, state_of_built
@@ -45,6 +45,9 @@ from .fingerprint import class_of
 from .header import Header, read, read_values
 from .messages import clip
 from .source import Source, name_of, opened
+
+HeadPolicy = Literal["strict", "skip", "reinit"]
+"""What becomes of the head in a file: `load` says what each does."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def load(
     path: Source,
     *,
     check_base: bool = True,
-    head: str = "strict",
+    head: HeadPolicy = "strict",
     keep_base: bool | None = None,
 ) -> nn.Module:
     """Load a checkpoint: onto the base it was trained on, or into a model adapted in the same way.
@@ -122,9 +125,8 @@ def load(
         True
     """
     require_model(model, path)
-    require_choice("head", head, ("strict", "skip", "reinit"))
-    switches = {"check_base": check_base, "keep_base": keep_base}
-    require_options("", switches, {"check_base": bool, "keep_base": bool | None})
+    arguments = {"head": head, "check_base": check_base, "keep_base": keep_base}
+    require_options("", arguments, {"head": HeadPolicy, "check_base": bool, "keep_base": bool | None})
     prepared = _prepare(model, path, check_base=check_base, head=head, keep_base=keep_base)
     if prepared.planned is None:
         _fill(model, require_applied(model), prepared.values)
@@ -134,7 +136,7 @@ def load(
 
 
 def _prepare(
-    model: nn.Module, path: Source, *, check_base: bool, head: str, keep_base: bool | None
+    model: nn.Module, path: Source, *, check_base: bool, head: HeadPolicy, keep_base: bool | None
 ) -> _Prepared:
     """Read and check everything; the model stays as it is."""
     with opened(path) as file:
@@ -173,14 +175,14 @@ def _fill(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
         record.aside = None
 
 
-def _skipped(record: Applied, head: str) -> tuple[str, ...]:
+def _skipped(record: Applied, head: HeadPolicy) -> tuple[str, ...]:
     """Return the names of the modules that are not loaded."""
     if head == "strict":
         return ()
     return record.head
 
 
-def _record(model: nn.Module, header: Header, *, head: str, keep_base: bool | None) -> Applied:
+def _record(model: nn.Module, header: Header, *, head: HeadPolicy, keep_base: bool | None) -> Applied:
     """Return the record of the adapted model, or the one that loading the file leaves on its base."""
     require_values(model)
     if applied(model) is not None:
@@ -200,7 +202,7 @@ def _record(model: nn.Module, header: Header, *, head: str, keep_base: bool | No
     return _new_record(model, header, head=head, keep_base=keep_base)
 
 
-def _new_record(model: nn.Module, header: Header, *, head: str, keep_base: bool | None) -> Applied:
+def _new_record(model: nn.Module, header: Header, *, head: HeadPolicy, keep_base: bool | None) -> Applied:
     """Complete the record in the file by facts about this model."""
     record = saved_record(header)
     skipped = _skipped(record, head)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..adapters.batchnorm import statistics_names
-from ..adapters.options import require_common
+from ..adapters.options import require_common, require_options
 from ..adapters.record import Applied, BatchNormPolicy
 from ..adapters.registry import Method, find
 from ..adapters.requests import Methods, Request, resolve
@@ -18,7 +18,7 @@ from ..architecture.layers import within
 from ..architecture.network import Network
 from ..architecture.site import Site
 from ..architecture.targets import Target
-from ..errors import listed, require, require_choice
+from ..errors import listed, require
 from ..table import Row, Table
 from .build import Planned, build, count_new, in_order
 from .pick import pick
@@ -147,7 +147,7 @@ def _record(
     is_full = any(request.method.name == "full" for request in requests)
     if batchnorm is None:
         batchnorm = "adapt" if is_full else "frozen"
-    require_choice("batchnorm", batchnorm, ("frozen", "adapt"))
+    require_options("", {"batchnorm": batchnorm}, {"batchnorm": BatchNormPolicy})
     if keep_base is None:
         keep_base = not is_full
     return Applied(
