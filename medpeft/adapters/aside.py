@@ -94,11 +94,13 @@ def others_in_place(
     settled = Settled(settle)
     with settled, settled:
         with switching(model, action):
+            if not has_open_block(model):
+                restore(model, record)  # A block that was cut short may have left half of its values.
             if record.aside is None or record.aside.action != action:
                 require_acting(Adapted.of(model), action)
-            open_block(model, block)
             if record.aside is None:
                 put(model, record, action, values, swaps=swaps)
+            open_block(model, block)
             _enable(model, False)
         yield
 
@@ -124,12 +126,13 @@ def restore(model: nn.Module, record: Applied) -> None:
         return
     reshard(model)
     present = _tensors(model)
+    replaced = misfits(present, aside.values)
     for name, tensor in aside.tensors.items():
         if tensor is not None and name in present:
             tensor.data = tensor.data.to(present[name])  # The model may have been moved or cast meanwhile.
     _place(model, aside.tensors)
     for name, value in aside.values.items():
-        if name in present and present[name].shape == value.shape:
+        if name not in replaced:
             present[name].copy_(value)
     _enable(model, True)
     record.aside = None

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import medpeft
+from medpeft.adapters.aside import others_in_place, put
+from medpeft.adapters.record import Adapted
 
 
 def base():
@@ -181,3 +183,15 @@ def test_backward_through_a_forward_of_before_works_after_merged():
 
     loss.backward()
     assert model[0].adapters.lora.up.grad.abs().sum() > 0
+
+
+def test_a_block_does_not_build_on_what_another_has_left_half_done():
+    model = trained()
+    expected, plain = model(X), base()(X)
+    adapted = Adapted.of(model)
+    first = next(iter(adapted.record.base))
+    put(model, adapted.record, "disabled", {first: adapted.record.base[first]})  # as far as it came
+
+    with others_in_place(adapted, "disabled", adapted.record.base):
+        assert torch.equal(model(X), plain)
+    assert torch.equal(model(X), expected)
