@@ -1,11 +1,12 @@
 """Other values in the place of a model's own: put in, and brought back whatever happens meanwhile.
 
+`disabled`, for one, puts the base's values in the place of the trained ones for a `with` block.
+
 - What was there is kept on the model's record before anything is written, so no local variable alone holds
   trained values.
-- An interrupt may come at any line. Every step can be done twice, and what ends a change is done a second
-  time if an interrupt cut it short (`Settled`).
-- A block that was ended by force, or a copy that was made inside one, has no end of its own: the next call
-  brings everything back (`recovered`).
+- An interrupt may come at any line. What brings values back can be done twice, and is (`Settled`).
+- Where nobody is left to bring them back, after a block that was ended by force, or in a deepcopy of a model
+  made inside a block, the next call does so (`recovered`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from .running import Token, close_block, has_open_block, open_block, switching
 class Settled:
     """A `with` block that calls a function at its end, which completes or undoes what was done inside.
 
-    Write `with settled, settled:`. If an interrupt cuts the first call short, the second makes up for it.
+    Write `with settled, settled:`. It is then called twice. If an interrupt cuts the first call short, the
+    second makes up for it; otherwise the second finds nothing to do.
     """
 
     def __init__(self, settle: Callable[[], None]) -> None:
@@ -53,10 +55,10 @@ def put(
     Args:
         model: The model.
         record: Its record.
-        action: The call that does so.
+        action: Name of the call that does so. Blocks of one action may overlap.
         values: The values, by name.
-        swaps: Whether new tensors take the place of the old ones, so that backward can still use these. FSDP2
-            keeps a reference to a sharded tensor, and puts it back whenever the layer runs: it is written to.
+        swaps: Whether new tensors take the place of the old ones, which a backward pass may still need.
+            Sharded tensors are written to all the same: FSDP2 puts its own back whenever the layer runs.
     """
     reshard(model)
     present = _tensors(model)
@@ -83,7 +85,8 @@ def others_in_place(
 ) -> Iterator[None]:
     """Put other values in the place of the trained ones, with the adapters off, for a `with` block.
 
-    Of blocks that are open at once, the first puts them in, and the last brings the trained ones back.
+    Blocks of one action may be open at once. The first puts its values in, later ones find them there, and
+    the last brings the trained ones back.
     """
     model, record, block = adapted.model, adapted.record, Token()
 
@@ -120,7 +123,10 @@ def _enable(model: nn.Module, enabled: bool) -> None:
 
 @torch.no_grad()
 def restore(model: nn.Module, record: Applied) -> None:
-    """Bring back what is aside; a tensor that the user has replaced by one of another shape stays his."""
+    """Bring back what is aside, and switch the adapters on.
+
+    Values whose tensor the user has replaced by one of another shape, such as a new head's, are given up.
+    """
     aside = record.aside
     if aside is None:
         return
@@ -148,7 +154,7 @@ def recover(model: nn.Module, record: Applied, action: str) -> None:
 
 
 def recovered(model: nn.Module, action: str) -> Adapted:
-    """Look at a model, in which nothing is aside any more that no open block needs there.
+    """Look at a model, after bringing back whatever is aside that no open block needs there.
 
     Raises:
         MedpeftError: it is not adapted.
@@ -170,7 +176,7 @@ def misfits(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Map names to all parameters and buffers; those of adapters also have their names in a file."""
+    """Map names to all parameters and buffers; those of adapters also go by their names in a file."""
     tensors: dict[str, Tensor] = dict(own_state(model))
     tensors.update(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
