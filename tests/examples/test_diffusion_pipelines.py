@@ -8,24 +8,14 @@ from denoisers import STRATEGIES
 from diffusion.pipelines import open_pipeline
 from diffusion.tiny import build_tiny
 from models import randomise_adapters
-from small_diffusion import SIDE, TEXTS, draw_spots, flags, images_of, run, save_pipeline, settings
+from small_diffusion import SIDE, TEXTS, flags, images_of, run, settings
 
 import medpeft
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return draw_spots(tmp_path_factory.mktemp("spots"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
-
-
 @pytest.fixture
-def pipeline(folder):
-    return open_pipeline(str(folder))
+def pipeline(tiny_pipeline):
+    return open_pipeline(str(tiny_pipeline))
 
 
 def test_gradient_checkpointing_changes_no_gradient(pipeline):
@@ -53,10 +43,10 @@ def test_images_do_not_depend_on_the_batch_size(pipeline, monkeypatch):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_merged_pipeline_generates_the_same_images_as_the_adapted_one(
-    strategy, pipeline, folder, tmp_path
+    strategy, pipeline, tiny_pipeline, tmp_path
 ):
     base = images_of(pipeline)
-    text_to_image.adapt(settings("--pipeline", folder, "--method", strategy), pipeline.unet)
+    text_to_image.adapt(settings("--pipeline", tiny_pipeline, "--method", strategy), pipeline.unet)
     unet = randomise_adapters(pipeline.unet, size=0.3)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -67,7 +57,7 @@ def test_the_merged_pipeline_generates_the_same_images_as_the_adapted_one(
     assert not torch.allclose(adapted, base, atol=1e-2)
 
     medpeft.save(unet, tmp_path / "adapter.safetensors")
-    pipeline.unet = medpeft.load(open_pipeline(str(folder)).unet, tmp_path / "adapter.safetensors")
+    pipeline.unet = medpeft.load(open_pipeline(str(tiny_pipeline)).unet, tmp_path / "adapter.safetensors")
     assert torch.allclose(images_of(pipeline), adapted, atol=1e-5)
 
     medpeft.merge(pipeline.unet)
@@ -103,9 +93,9 @@ def sdxl(tmp_path_factory):
     return folder
 
 
-def test_sdxl_trains_and_its_lora_file_generates_the_same_in_diffusers(data, sdxl, tmp_path):
+def test_sdxl_trains_and_its_lora_file_generates_the_same_in_diffusers(spots, sdxl, tmp_path):
     plain = ["--steps", 3, "--lr", 0.05, "--image_size", SIDE, "--cache", tmp_path / "latents"]
-    given = flags(data, sdxl, tmp_path, *plain)
+    given = flags(spots, sdxl, tmp_path, *plain)
     assert np.isfinite(run(*given)["losses"]).all()
     ours, theirs = open_pipeline(str(sdxl)), open_pipeline(str(sdxl))
     base = images_of(ours)

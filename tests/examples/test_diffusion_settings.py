@@ -7,17 +7,7 @@ import generate as generate_script
 import pytest
 import yaml
 from places import ROOT
-from small_diffusion import SIDE, draw_spots, messages, save_pipeline, settings
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return draw_spots(tmp_path_factory.mktemp("spots"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+from small_diffusion import SIDE, messages, settings
 
 
 @pytest.mark.parametrize(
@@ -52,10 +42,10 @@ def test_wrong_settings_of_generate_are_answered_with_what_to_do(given, said, ca
         (["--data", "nowhere"], "--data nowhere cannot be read"),
     ],
 )
-def test_wrong_settings_are_answered_with_what_to_do(more, said, data, folder, tmp_path, capsys):
-    pipeline = [] if "--new_class" in more else ["--pipeline", folder]
+def test_wrong_settings_are_answered_with_what_to_do(more, said, spots, tiny_pipeline, tmp_path, capsys):
+    pipeline = [] if "--new_class" in more else ["--pipeline", tiny_pipeline]
     output = tmp_path / "run"
-    given = ["--data", data, "--image_size", SIDE, "--output", output, *pipeline, *more]
+    given = ["--data", spots, "--image_size", SIDE, "--output", output, *pipeline, *more]
     assert said in messages(capsys, *given)
     assert not output.exists()
 

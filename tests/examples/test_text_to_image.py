@@ -10,38 +10,27 @@ import torch
 from diffusion.pipelines import open_pipeline
 from PIL import Image
 from safetensors.torch import load_file
-from small_diffusion import SIDE, TEXTS, draw_spots, flags, images_of, messages, run, save_pipeline
+from small_diffusion import SIDE, TEXTS, flags, images_of, messages, run
 
 import medpeft
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return draw_spots(tmp_path_factory.mktemp("spots"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
-
 
 # A whole run
 
 
 @pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
+def finished(spots, tmp_path_factory):
     """From nothing: a tiny pipeline that is pretrained on dark spots for a moment, then LoRA on light ones."""
     output = tmp_path_factory.mktemp("runs") / "lora"
     steps = ["--tiny_steps", 10, "--steps", 6, "--lr", 0.02, "--ema", 0.5]
     small = ["--batch_size", 4, "--image_size", SIDE, "--sample_every", 4, "--inference_steps", 2]
     scored = ["--option.parts=qkvo", "--score_samples", 2]
-    record = run("--data", data, "--output", output, *steps, *small, *scored)
+    record = run("--data", spots, "--output", output, *steps, *small, *scored)
     return output, record
 
 
-def test_training_lowers_the_loss(data, folder, tmp_path):
+def test_training_lowers_the_loss(spots, tiny_pipeline, tmp_path):
     plain = ["--method", "full", "--steps", 40, "--lr", 2e-3, "--snr_gamma", 0]
-    record = run(*flags(data, folder, tmp_path, *plain))
+    record = run(*flags(spots, tiny_pipeline, tmp_path, *plain))
     losses = record["losses"]
     assert len(losses) == 40
     assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4])
@@ -100,9 +89,9 @@ def test_the_averaged_weights_are_what_is_saved(finished):
     assert any(not torch.equal(saved[name], last) for name, last in content["unet"].items())
 
 
-def test_a_tiny_pipeline_pretrained_otherwise_is_not_taken(finished, data, capsys):
+def test_a_tiny_pipeline_pretrained_otherwise_is_not_taken(finished, spots, capsys):
     output, _ = finished
-    said = messages(capsys, "--data", data, "--output", output.parent / "other", "--image_size", SIDE)
+    said = messages(capsys, "--data", spots, "--output", output.parent / "other", "--image_size", SIDE)
     assert "'steps': 10}, and {" in said
     assert "'steps': 1500} is asked for" in said
 
@@ -110,9 +99,9 @@ def test_a_tiny_pipeline_pretrained_otherwise_is_not_taken(finished, data, capsy
 # Going on
 
 
-def test_an_interrupted_run_repeats_the_uninterrupted_one(data, folder, tmp_path, monkeypatch):
+def test_an_interrupted_run_repeats_the_uninterrupted_one(spots, tiny_pipeline, tmp_path, monkeypatch):
     given = ["--method", "norm", "--steps", 4, "--ema", 0.5, "--weight_decay", 0.1]
-    whole = run(*flags(data, folder, tmp_path / "whole", *given))
+    whole = run(*flags(spots, tiny_pipeline, tmp_path / "whole", *given))
     save = text_to_image.save_training
 
     def save_and_stop(*args):
@@ -121,7 +110,7 @@ def test_an_interrupted_run_repeats_the_uninterrupted_one(data, folder, tmp_path
 
     monkeypatch.setattr(text_to_image, "save_training", save_and_stop)
     more = [*given, "--cache", tmp_path / "latents"]
-    given = flags(data, folder, tmp_path / "parts", *more)
+    given = flags(spots, tiny_pipeline, tmp_path / "parts", *more)
     assert text_to_image.main([str(flag) for flag in given]) == 130
     monkeypatch.setattr(text_to_image, "save_training", save)
     parts = run(*given)
@@ -132,9 +121,9 @@ def test_an_interrupted_run_repeats_the_uninterrupted_one(data, folder, tmp_path
 
 
 def test_a_finished_run_is_not_repeated_and_only_scored_where_that_is_new(
-    data, folder, tmp_path, monkeypatch
+    spots, tiny_pipeline, tmp_path, monkeypatch
 ):
-    given = flags(data, folder, tmp_path, "--method", "norm", "--steps", 1)
+    given = flags(spots, tiny_pipeline, tmp_path, "--method", "norm", "--steps", 1)
     first = run(*given)
     monkeypatch.setattr("diffusion.training.take_step", lambda *_: pytest.fail("trained again"))
 
@@ -144,10 +133,12 @@ def test_a_finished_run_is_not_repeated_and_only_scored_where_that_is_new(
     assert scored["scores"]["after"]["generated"] == 2
 
 
-def test_other_settings_in_the_same_folder_are_refused(data, folder, tmp_path, capsys):
-    run(*flags(data, folder, tmp_path, "--method", "norm", "--steps", 1))
+def test_other_settings_in_the_same_folder_are_refused(spots, tiny_pipeline, tmp_path, capsys):
+    run(*flags(spots, tiny_pipeline, tmp_path, "--method", "norm", "--steps", 1))
 
-    said = messages(capsys, *flags(data, folder, tmp_path, "--method", "norm", "--steps", 1, "--ema", 0.5))
+    said = messages(
+        capsys, *flags(spots, tiny_pipeline, tmp_path, "--method", "norm", "--steps", 1, "--ema", 0.5)
+    )
 
     assert "--ema was 0.99 and is 0.5" in said
 
@@ -155,25 +146,25 @@ def test_other_settings_in_the_same_folder_are_refused(data, folder, tmp_path, c
 # Options of training
 
 
-def test_half_precision_and_checkpointing_train(data, folder, tmp_path):
+def test_half_precision_and_checkpointing_train(spots, tiny_pipeline, tmp_path):
     options = ["--precision", "bf16", "--gradient_checkpointing", "true"]
     options += ["--method", "svdiff", "--svd_cache", tmp_path / "svd", "--steps", 2]
-    record = run(*flags(data, folder, tmp_path / "run", *options))
+    record = run(*flags(spots, tiny_pipeline, tmp_path / "run", *options))
     assert np.isfinite(record["losses"]).all()
     assert any((tmp_path / "svd").iterdir())
     assert not (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
 
 
-def test_without_classes_every_image_trains_and_no_list_of_texts_is_saved(data, folder, tmp_path):
+def test_without_classes_every_image_trains_and_no_list_of_texts_is_saved(spots, tiny_pipeline, tmp_path):
     reports = tmp_path / "reports"
     reports.mkdir()
     lines = []
     for i in range(6):
-        (reports / f"{i}.png").write_bytes((data / f"{i}.png").read_bytes())
+        (reports / f"{i}.png").write_bytes((spots / f"{i}.png").read_bytes())
         lines.append(json.dumps({"file_name": f"{i}.png", "text": f"a report of {i}"}))
     (reports / "metadata.jsonl").write_text("\n".join(lines))
     more = ["--method", "norm", "--steps", 1, "--tokens=[2,77]"]
-    record = run(*flags(reports, folder, tmp_path / "run", *more))
+    record = run(*flags(reports, tiny_pipeline, tmp_path / "run", *more))
     assert sum(record["images"].values()) == 6
     assert medpeft.inspect(tmp_path / "run" / "adapter.safetensors").classes is None
 
@@ -205,7 +196,7 @@ def test_adapters_are_compared_from_the_same_noise(finished, tmp_path, capsys):
         assert np.array_equal(np.asarray(image), images["lora lora 1"][1].permute(1, 2, 0))
 
 
-def test_no_adapter_that_fits_leaves_nothing_to_generate(folder, tmp_path, capsys):
-    given = ["--pipeline", str(folder), "--base", "false", "--prompt", "x", "--output", str(tmp_path)]
+def test_no_adapter_that_fits_leaves_nothing_to_generate(tiny_pipeline, tmp_path, capsys):
+    given = ["--pipeline", str(tiny_pipeline), "--base", "false", "--prompt", "x", "--output", str(tmp_path)]
     assert generate_script.main(given) == 2
     assert "nothing was generated" in capsys.readouterr().err
