@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pictures import RNG, grey
 from PIL import Image
-from small_training import checked
+from small_training import checked, read
 from trainer.errors import TrainerError
 from trainer.sources import read_data
 from trainer.splits import split
@@ -51,7 +51,7 @@ def test_a_medmnist_file_that_does_not_fit_is_refused(tmp_path, changed, message
 def test_a_damaged_archive_is_named(tmp_path):
     (tmp_path / "toy.npz").write_bytes(b"PK no archive")
     with pytest.raises(TrainerError, match=r"toy\.npz could not be read as a NumPy archive"):
-        read_data(checked(data=str(tmp_path / "toy.npz"), image_size=16))
+        read(tmp_path / "toy.npz")
 
 
 def test_a_saved_data_set_of_hugging_face_is_read_with_its_splits(tmp_path):

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import RNG, grey
-from small_training import checked
+from small_training import read
 from trainer.errors import TrainerError
 from trainer.images import decode
-from trainer.sources import read_data
 
 
 def dicom(path, pixels, **header):
@@ -94,7 +93,7 @@ def test_dicom_in_colour_stays_colour(tmp_path):
 def test_a_folder_of_dicom_keeps_patients_together(tmp_path):
     for i, (name, patient) in enumerate([("a", "p"), ("a", "q"), ("b", "p"), ("b", "")]):
         dicom(tmp_path / name / f"{i}.dcm", grey(), PatientID=patient)
-    groups = read_data(checked(data=str(tmp_path), image_size=16)).groups
+    groups = read(tmp_path).groups
     assert groups[0] == groups[2]
     assert len(set(groups.tolist())) == 3
 
@@ -183,12 +182,12 @@ def test_a_folder_of_one_series_is_a_volume_in_the_order_of_its_places(tmp_path)
                 PatientID=name,
             )
     assert np.array_equal(decode(tmp_path / "a" / "case"), volume)
-    images = read_data(checked(data=str(tmp_path), volumes=True, image_size=16))
+    images = read(tmp_path, volumes=True)
     assert images.pixels.shape == (2, 1, 5, 8, 10)
     assert images.names == ["a/case", "b/case"]
     # The patients differ, and copies are one group all the same.
     assert len(set(images.groups.tolist())) == 1
-    assert len(read_data(checked(data=str(tmp_path), image_size=16))) == 10
+    assert len(read(tmp_path)) == 10
     dicom(tmp_path / "a" / "case" / "other", volume[0], SeriesInstanceUID="1.2.4")
     with pytest.raises(TrainerError, match="DICOM files of 2 series"):
         decode(tmp_path / "a" / "case")
@@ -199,7 +198,7 @@ def test_files_without_a_suffix_are_read_beside_others(tmp_path):
         for i, own in enumerate(("X.dcm", "IM0001", "1.2.840.113619.5")):
             dicom(tmp_path / name / own, grey(50 + 9 * i) + RNG.integers(0, 9, (20, 20), np.uint8))
         (tmp_path / name / "README").write_text("no image")
-    images = read_data(checked(data=str(tmp_path), image_size=16))
+    images = read(tmp_path)
     assert len(images) == 6
     assert images.notes[0] == "a: 1 files are no images and are passed over: 1 no suffix"
 

@@ -5,6 +5,7 @@ import train
 from PIL import Image
 from trainer.run import run as run_settings
 from trainer.settings import Settings
+from trainer.sources import read_data
 
 TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32"]
 
@@ -41,3 +42,8 @@ def messages(capsys, *given):
 def checked(**values):
     """Settings with their defaults filled in."""
     return Settings(**values).checked()
+
+
+def read(data, size=16, **more):
+    """Images of a folder or table, at a small size."""
+    return read_data(checked(data=str(data), image_size=size, **more))
