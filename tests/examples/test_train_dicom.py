@@ -69,9 +69,9 @@ def test_a_dicom_file_is_rescaled_and_windowed(tmp_path, function, share):
 
 
 def test_dicom_without_a_window_uses_the_whole_range(tmp_path):
-    read = decode(dicom(tmp_path / "mr.dcm", STORED))
-    assert (read.min(), read.max()) == (0, 255)
-    assert (np.diff(read.ravel().astype(int)) >= 0).all()
+    shown = decode(dicom(tmp_path / "mr.dcm", STORED))
+    assert (shown.min(), shown.max()) == (0, 255)
+    assert (np.diff(shown.ravel().astype(int)) >= 0).all()
 
 
 @pytest.mark.parametrize("window", [{}, {"WindowCenter": 1000, "WindowWidth": 500}])
