@@ -16,6 +16,7 @@ from ..adapters.record import (
     Applied,
     BatchNormPolicy,
     applied,
+    require_applied,
     set_applied,
     trained_tensors,
 )
@@ -186,6 +187,13 @@ def make_plain(adapted: Adapted, action: str, values: Mapping[str, Tensor]) -> N
     with switching(model, action), settled, settled:
         put(model, record, action, values)
         set_applied(model, None)
+
+
+def forget(model: nn.Module) -> None:
+    """Take adapters, wiring and record off; the model's own tensors stay as they are."""
+    record = require_applied(model)
+    set_applied(model, None)
+    _take_off(model, record)
 
 
 def _take_off(model: nn.Module, record: Applied) -> None:
