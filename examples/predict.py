@@ -8,7 +8,7 @@ Where the labels are known (folders named as the classes, or a column of a table
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from trainer.images import load
 from trainer.models import build_model
 from trainer.results import write_predictions
 from trainer.rows import Rows
-from trainer.scores import scaled, score, table
 from trainer.settings import Settings
 from trainer.sources import rows_to_predict
+from trainer.tasks import TASKS, Outcome, Task
 
 import medpeft
 
@@ -83,7 +83,7 @@ def run(adapter: Path, data: str, flags: Flags) -> dict[str, Any] | None:
     device = checked_device(flags)
     metadata = medpeft.inspect(adapter).metadata
     preprocessing = Preprocessing.from_metadata(metadata, adapter)
-    classes = metadata["classes"]
+    task = task_of(metadata)
     settings = Settings(
         path_column=flags.path_column,
         label_column=flags.label_column,
@@ -91,28 +91,38 @@ def run(adapter: Path, data: str, flags: Flags) -> dict[str, Any] | None:
         volumes=metadata.get("volumes", False),
         skip_broken=flags.skip_broken,
     )
-    rows = rows_to_predict(data, settings, classes)
+    rows = rows_to_predict(data, settings, task.names)
     model = rebuild(adapter, metadata, preprocessing).to(device)
-    kept, logits = predicted(model, rows, preprocessing, flags, device)
-    probabilities = scaled(logits, metadata["temperature"])
-    names, labels = kept.column("name"), kept.column("label")
-    write_predictions(flags.output, names, classes, probabilities, labels)
-    scores = None
-    if labels:
-        truth = torch.tensor([classes.index(label) for label in labels])
-        scores = score(probabilities, truth)
-        say(flags, table(probabilities, truth, classes, scores) + "\n")
-    say(flags, f"Wrote the probabilities of {len(names)} images to {flags.output}")
+    kept, outputs = predicted(task, model, rows, preprocessing, flags, device)
+    names = kept.column("name")
+    scores = truths = None
+    if kept.column("label"):
+        targets = task.read_as(kept.table, preprocessing.stored)
+        outcome, truths = Outcome(outputs, targets, metadata), task.truths(targets)
+        scores = task.scores(outcome)
+        say(flags, task.table(outcome, scores) + "\n")
+    write_predictions(flags.output, names, task.predictions(outputs, metadata), truths)
+    say(flags, f"Wrote the predictions for {len(names)} images to {flags.output}")
     return scores
+
+
+def task_of(metadata: Mapping[str, Any]) -> Task:
+    """Make the task of an adapter; files of before there were several are of one label."""
+    return TASKS[metadata.get("task", "classify")](metadata["classes"])
 
 
 @torch.no_grad()
 def predicted(
-    model: nn.Module, rows: Rows, preprocessing: Preprocessing, flags: Flags, device: torch.device
+    task: Task,
+    model: nn.Module,
+    rows: Rows,
+    preprocessing: Preprocessing,
+    flags: Flags,
+    device: torch.device,
 ) -> tuple[Rows, Tensor]:
-    """Give the rows that could be read, and their logits (N, C); say what was left out."""
+    """Give the rows that could be read, and the outputs for them (N, …); say what was left out."""
     kept: list[int] = []
-    logits: list[Tensor] = []
+    outputs: list[Tensor] = []
     notes = list(rows.notes)
     items = rows.column("item")
     for start in range(0, len(items), CHUNK):
@@ -125,10 +135,10 @@ def predicted(
         kept += (start + loaded.rows).tolist()
         notes += [f"left out: {text}" for text in loaded.broken]
         batches = map(preprocessing, loaded.pixels.split(flags.batch_size))
-        logits += [model(batch.to(device)).float().cpu() for batch in batches]
+        outputs += [task.infer(model, batch.to(device)).cpu() for batch in batches]
     for note in notes:
         print(note, file=sys.stderr)
-    return Rows(rows.table.iloc[kept]), torch.cat(logits)
+    return Rows(rows.table.iloc[kept]), torch.cat(outputs)
 
 
 def say(flags: Flags, text: str) -> None:
@@ -161,9 +171,9 @@ def rebuild(adapter: Path, metadata: dict[str, Any], preprocessing: Preprocessin
     """Build the model that an adapter belongs to, and put the adapter on it."""
     # Random weights, where the run had no pretrained ones, come from its seed; `load` checks that they do.
     torch.manual_seed(metadata["seed"])
-    classes, dimensions = len(metadata["classes"]), len(preprocessing.stored)
+    outputs, dimensions = task_of(metadata).outputs, len(preprocessing.stored)
     model = build_model(
-        metadata["model"], classes, preprocessing.image_size, metadata["pretrained"], dimensions
+        metadata["model"], outputs, preprocessing.image_size, metadata["pretrained"], dimensions
     )
     return medpeft.load(model, adapter).eval()
 

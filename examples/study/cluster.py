@@ -11,6 +11,7 @@ from typing import Any
 from trainer.errors import TrainerError
 from trainer.run import run
 from trainer.settings import Settings
+from trainer.tasks import TASKS
 
 from .trials import Trial
 
@@ -138,7 +139,7 @@ class Progress(tune.Callback):
 def _outcome(trial: Trial, ended: Any) -> str:
     result = ended.last_result
     return f"{trial}: " + (
-        f"failed. {result['failed']}" if "failed" in result else f"macro-F1 {result['macro_f1']:.3f}"
+        f"failed. {result['failed']}" if "failed" in result else f"{result['words']} {result['score']:.3f}"
     )
 
 
@@ -146,10 +147,10 @@ def _train(config: dict[str, int], settings: Sequence[Settings]) -> dict[str, An
     """Train and test one run, in a process of Ray's."""
     own = settings[config["number"]]
     try:
-        score = run(own)["test"]["macro_f1"]
+        metrics, task = run(own), TASKS[own.task]
         # What resuming took is not needed any more; for full fine-tuning it is several times the model.
         shutil.rmtree(Path(str(own.output)) / "checkpoints", ignore_errors=True)
-        return {"macro_f1": score}
+        return {"score": metrics["test"][task.score], "words": task.words[task.score]}
     # Whatever it is, it ends one run and not the study: a learning rate at which the loss is no number, a
     # model too large.
     except Exception as error:

@@ -114,7 +114,7 @@ def beyond(rates: Sequence[float], best: float) -> float | None:
 
 
 def best_rate(records: Sequence[Record]) -> float:
-    """Give the rate of the best mean validation macro-F1; among equals, of the lowest validation loss.
+    """Give the rate of the best mean validation score; among equals, of the lowest validation loss.
 
     A rate that failed on a seed stands behind those that did not.
     """
@@ -125,7 +125,7 @@ def best_rate(records: Sequence[Record]) -> float:
     def worth(rate: float) -> tuple[int, float, float]:
         tried = runs[rate]
         losses = [metrics["history"][metrics["best_epoch"] - 1]["val_loss"] for metrics in tried]
-        return len(tried), mean(metrics["best_val_macro_f1"] for metrics in tried), -mean(losses)
+        return len(tried), mean(metrics["best_val_score"] for metrics in tried), -mean(losses)
 
     return max(runs, key=worth)
 

@@ -13,6 +13,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from trainer.errors import TrainerError
 from trainer.run import run
 from trainer.settings import Settings
+from trainer.tasks import TASKS
 
 import medpeft
 
@@ -21,7 +22,8 @@ from .trials import shapes_of, write_settings
 
 DECAYS = (0.0, 0.001, 0.01, 0.1)
 AUGMENTATIONS = ("none", "light", "strong")
-SCORE = "best_val_macro_f1"
+SCORE = "best_val_score"
+WORST = -1e9  # of a trial that broke off: some scores may be negative
 
 
 def search_space(settings: Settings, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,18 +90,22 @@ class Stopped(BaseException):
 
 
 class Report(lightning.Callback):
-    """Tell Ray Tune of every epoch; a trial that ASHA stops ends there."""
+    """Tell Ray Tune of every epoch; a trial that ASHA stops ends there.
 
-    def __init__(self) -> None:
-        self.best = 0.0
+    Args:
+        watched: what Lightning calls the score.
+    """
+
+    def __init__(self, watched: str) -> None:
+        self.watched, self.best = watched, WORST
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Report the best score so far."""
         if not trainer.sanity_checking:
-            score = float(trainer.callback_metrics["val_macro_f1"])
+            score = float(trainer.callback_metrics[self.watched])
             self.best = max(self.best, score)
             try:
-                tune.report({SCORE: self.best, "val_macro_f1": score, "epoch": trainer.current_epoch + 1})
+                tune.report({SCORE: self.best, "val_score": score, "epoch": trainer.current_epoch + 1})
             except SystemExit as error:
                 # So Ray ends a trial, and so Lightning ends at an interrupt, which this is none of.
                 raise Stopped from error
@@ -112,14 +118,14 @@ def _try(point: dict[str, Any], settings: Settings, folder: Path) -> None:
     own = replace(own, patience=own.epochs, quiet=True)
     own = replace(own, output=folder / "runs" / own.digest())
     try:
-        run(own, callbacks=[Report()])
+        run(own, callbacks=[Report(f"val_{TASKS[own.task].score}")])
     except Stopped:
         return
     except (TrainerError, medpeft.MedpeftError) as error:
         # The loss is no number at this rate, or the options do not go together: a bad point, not the end of
         # the search.
         reason = str(error).splitlines()[0]
-        tune.report({SCORE: 0.0, "val_macro_f1": 0.0, "epoch": own.epochs, "error": reason})
+        tune.report({SCORE: WORST, "val_score": WORST, "epoch": own.epochs, "error": reason})
 
 
 def make_tuner(
@@ -196,7 +202,7 @@ def _outcome(trial: Any) -> str:
     for name, value in trial.config.items():
         point.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
     result = trial.last_result
-    return f"{', '.join(point)}: validation macro-F1 {result[SCORE]:.3f} in {result['epoch']} epochs"
+    return f"{', '.join(point)}: validation score {result[SCORE]:.3f} in {result['epoch']} epochs"
 
 
 def write_search(
@@ -215,7 +221,7 @@ def write_search(
     )
     shown = trials[[*start, SCORE, "epoch", *trials.columns.intersection(["error"])]]
     shown.to_csv(folder / "trials.csv", index=False)
-    if not len(shown) or shown[SCORE].iloc[0] <= 0:
+    if not len(shown) or shown[SCORE].iloc[0] <= WORST:
         raise TrainerError(f"No trial could be trained; {folder / 'trials.csv'} says why.")
     best = results.get_best_result(SCORE, "max", scope="all").config or {}
     point = {name: value for name, value in best.items() if name in start}

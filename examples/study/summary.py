@@ -104,7 +104,7 @@ def choose_baseline(records: Sequence[Record], wanted: str | None) -> str:
     """Name the row to compare with: the one asked for, or the full fine-tuning that validates best."""
     scores: dict[str, list[float]] = {}
     for record in records:
-        scores.setdefault(record.label, []).append(record.metrics["best_val_macro_f1"])
+        scores.setdefault(record.label, []).append(record.metrics["best_val_score"])
     if wanted in scores:
         return wanted
     candidates = [label for label in scores if is_full(label)] or list(scores)
@@ -253,7 +253,7 @@ def _indicator(label: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], c
 
 def _sum_up(group: list[Record], draws: int) -> dict[str, Any]:
     runs = pd.json_normalize([record.metrics for record in group])
-    numbers = ["test.macro_f1", "best_val_macro_f1", "settings.lr", "trainable"]
+    numbers = ["test.macro_f1", "best_val_score", "settings.lr", "trainable"]
     numbers += [f"test.{name}" for name in OTHER_SCORES] + [key for key, _ in COSTS.values()]
     # What a run has not, such as an AUROC where a class is missing, is NaN.
     runs = runs.assign(**runs.reindex(columns=numbers).astype(float))
@@ -261,7 +261,7 @@ def _sum_up(group: list[Record], draws: int) -> dict[str, Any]:
     row["mean"], row["sd"] = _spread(runs["test.macro_f1"])
     scores = draw_scores([side_by_side([record]) for record in group], draws)
     row["low"], row["high"] = np.quantile(scores, [0.025, 0.975])
-    row["val"] = runs["best_val_macro_f1"].mean()
+    row["val"] = runs["best_val_score"].mean()
     for name in OTHER_SCORES:
         row[name], row[f"{name}_sd"] = _spread(runs[f"test.{name}"])
     row["lr"], row["trainable"] = runs["settings.lr"].median(), int(runs["trainable"].iloc[0])

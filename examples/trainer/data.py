@@ -130,7 +130,7 @@ def augmentation(strength: str, shape: tuple[int, ...]) -> Any:
 
 
 class Part(Dataset[Batch]):
-    """One part of a split: inputs with their labels.
+    """One part of a split: inputs with their targets.
 
     An image is asked for by its place, or by its place and the epoch, which decide its augmentation in
     whichever process.
@@ -145,16 +145,17 @@ class Part(Dataset[Batch]):
         seed: int = 0,
     ) -> None:
         self.pixels = images.pixels[torch.from_numpy(rows)]
-        self.labels = torch.from_numpy(images.labels[rows])
+        self.targets = images.targets[torch.from_numpy(rows)]
+        self.strata = torch.from_numpy(images.strata[rows])
         self.preprocessing, self.seed = preprocessing, seed
         self.augment = augmentation(augment, preprocessing.stored)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def __getitem__(self, key: int | Key) -> Batch:
         if isinstance(key, int):
-            return self.preprocessing(self.pixels[key]), self.labels[key]
+            return self.preprocessing(self.pixels[key]), self.targets[key]
         place, epoch = key
         drawn = int(np.random.SeedSequence([self.seed, epoch, place]).generate_state(1)[0])
         if isinstance(self.augment, Compose):
@@ -163,21 +164,21 @@ class Part(Dataset[Batch]):
             # Not torch.manual_seed, which would seed the GPUs too, and with them the model's dropout.
             torch.default_generator.manual_seed(drawn)
             changed = torch.as_tensor(self.augment(self.pixels[place]))
-        return self.preprocessing(changed), self.labels[place]
+        return self.preprocessing(changed), self.targets[place]
 
 
 class FeaturePart(Dataset[Batch]):
-    """One part of a split: features (D,) with their labels, asked for as in `Part`."""
+    """One part of a split: features (D,) with their targets, asked for as in `Part`."""
 
-    def __init__(self, features: Tensor, labels: Tensor) -> None:
-        self.features, self.labels = features, labels
+    def __init__(self, features: Tensor, part: Part) -> None:
+        self.features, self.targets, self.strata = features, part.targets, part.strata
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def __getitem__(self, key: int | Key) -> Batch:
         place = key if isinstance(key, int) else key[0]
-        return self.features[place], self.labels[place]
+        return self.features[place], self.targets[place]
 
 
 class EpochOrder(DistributedSampler[Any]):
@@ -188,13 +189,13 @@ class EpochOrder(DistributedSampler[Any]):
         seed: of the run.
         world: number of processes; each takes every `world`-th image.
         rank: of this one.
-        balance: draw every class equally often, with replacement.
+        balance: draw every class (or stratum) equally often, with replacement.
     """
 
     def __init__(self, part: Part | FeaturePart, seed: int, world: int, rank: int, balance: bool) -> None:
         super().__init__(part, world, rank, seed=1000 * seed)
-        counts = torch.bincount(part.labels)
-        self.weights = 1.0 / counts[part.labels]
+        counts = torch.bincount(part.strata)
+        self.weights = 1.0 / counts[part.strata]
         self.balance = balance
 
     def __iter__(self) -> Iterator[Key]:

@@ -16,8 +16,15 @@ from .errors import TrainerError
 from .settings import Settings
 
 
-def make_trainer(settings: Settings, callbacks: Sequence[lightning.Callback] = ()) -> lightning.Trainer:
+def make_trainer(
+    settings: Settings, watched: str, callbacks: Sequence[lightning.Callback] = ()
+) -> lightning.Trainer:
     """Make Lightning's `Trainer`.
+
+    Args:
+        settings: of the run.
+        watched: the score of the validation part that chooses the epoch; the higher the better.
+        callbacks: further ones.
 
     Raises:
         TrainerError: the devices cannot be had.
@@ -29,11 +36,9 @@ def make_trainer(settings: Settings, callbacks: Sequence[lightning.Callback] = (
             data_parallel_size=settings.devices, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
     checkpoints = folder / "checkpoints"
-    best = ModelCheckpoint(
-        checkpoints, "best", monitor="val_macro_f1", mode="max", enable_version_counter=False
-    )
+    best = ModelCheckpoint(checkpoints, "best", monitor=watched, mode="max", enable_version_counter=False)
     last = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)
-    stop = EarlyStopping("val_macro_f1", mode="max", patience=settings.patience, check_finite=False)
+    stop = EarlyStopping(watched, mode="max", patience=settings.patience, check_finite=False)
     try:
         return lightning.Trainer(
             accelerator=settings.accelerator,

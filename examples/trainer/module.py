@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 
 import medpeft
 
 from .data import Batch
 from .errors import TrainerError
-from .scores import macro_f1
 from .settings import Settings
+from .tasks import Task
 
 
 class Finetuning(lightning.LightningModule):
@@ -27,20 +26,28 @@ class Finetuning(lightning.LightningModule):
         model: after `medpeft.apply`.
         network: what is called: the model, or its head on cached features.
         settings: of the run.
-        weights: (C,) of the classes in the loss, None for equal ones.
+        task: says what the loss and the scores are.
+        weights: of the loss, None for equal ones.
 
     Attributes:
-        history: one record an epoch: `train_loss`, `val_loss`, `val_macro_f1`, `seconds`.
+        history: one record an epoch: `train_loss`, `val_loss`, `val_SCORE`, `seconds`.
         step_seconds: how long each batch took, without waiting for its images.
         peak: of the memory in bytes, and what was measured.
-        outputs: the logits (N, C) and labels (N,) of the last validation and test, whole on every process.
+        outputs: what the task keeps of outputs and targets (N, …) of the last validation and test, whole on
+            every process.
     """
 
     def __init__(
-        self, model: nn.Module, network: nn.Module, settings: Settings, weights: Tensor | None = None
+        self,
+        model: nn.Module,
+        network: nn.Module,
+        settings: Settings,
+        task: Task,
+        weights: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.network, self.settings = network, settings
+        self.network, self.settings, self.task = network, settings, task
+        self.watched = f"val_{task.score}"
         # Not a child: with cached features only the head is moved, trained and kept.
         self.whole = (model,)
         self.weights: Tensor | None
@@ -57,8 +64,8 @@ class Finetuning(lightning.LightningModule):
 
     @property
     def best_epoch(self) -> int:
-        """The first epoch, counted from 1, with the highest validation macro-F1; 0 before the first."""
-        scores = [record["val_macro_f1"] for record in self.history]
+        """The first epoch, counted from 1, with the highest validation score; 0 before the first."""
+        scores = [record[self.watched] for record in self.history]
         return scores.index(max(scores)) + 1 if scores else 0
 
     def configure_model(self) -> None:
@@ -102,11 +109,10 @@ class Finetuning(lightning.LightningModule):
         self._step_begun = time.perf_counter()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Give the mean loss of a batch; class weights are 1 in the mean."""
-        images, labels = batch
-        logits = self.network(images)
-        loss = cross_entropy(logits, labels, self.weights, reduction="none").mean()
-        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(labels))
+        """Give the mean loss of a batch."""
+        images, targets = batch
+        loss = self.task.loss(self.network(images), targets, self.weights)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(targets))
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -116,21 +122,21 @@ class Finetuning(lightning.LightningModule):
         self.step_seconds.append(time.perf_counter() - self._step_begun)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep the logits."""
-        self._seen.append((self.network(batch[0]).float(), batch[1]))
+        """Keep the outputs."""
+        self._see(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Keep the logits."""
-        self._seen.append((self.network(batch[0]).float(), batch[1]))
+        """Keep the outputs."""
+        self._see(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Score the validation part."""
-        logits, labels = self.outputs["val"] = self._gathered("val")
-        self.log("val_loss", cross_entropy(logits, labels, self.weights))
-        self.log("val_macro_f1", macro_f1(logits, labels))
+        outputs, targets = self.outputs["val"] = self._gathered("val")
+        self.log("val_loss", self.task.kept_loss(outputs, targets, self.weights))
+        self.log(self.watched, self.task.watch(outputs, targets))
 
     def on_test_epoch_end(self) -> None:
-        """Keep the test's logits."""
+        """Keep the test's outputs."""
         self.outputs["test"] = self._gathered("test")
 
     def on_train_epoch_end(self) -> None:
@@ -140,7 +146,7 @@ class Finetuning(lightning.LightningModule):
             TrainerError: the loss is no longer a number.
         """
         values = self.trainer.callback_metrics
-        record = {name: float(values[name]) for name in ("train_loss", "val_loss", "val_macro_f1")}
+        record = {name: float(values[name]) for name in ("train_loss", "val_loss", self.watched)}
         if not math.isfinite(record["train_loss"]):
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise TrainerError(
@@ -168,28 +174,31 @@ class Finetuning(lightning.LightningModule):
         if self.trainer.state.fn == "fit":
             self.history, self.step_seconds = list(checkpoint["history"]), list(checkpoint["step_seconds"])
 
+    def _see(self, batch: Batch) -> None:
+        images, targets = batch
+        self._seen.append(self.task.keep(self.task.infer(self.network, images), targets))
+
     def _gathered(self, part: str) -> Batch:
         """Join the outputs of all batches and processes, in the order of the images."""
-        logits = torch.cat([one for one, _ in self._seen])
-        labels = torch.cat([one for _, one in self._seen])
+        outputs = torch.cat([one for one, _ in self._seen])
+        targets = torch.cat([one for _, one in self._seen])
         self._seen.clear()
         if self.trainer.world_size > 1:
             # Process r holds the images r, r + world, …, and the last ones may hold a repeated first image.
             count = len(self.trainer.datamodule.parts[part])  # type: ignore[attr-defined]
-            # (W, n, C) → (n, W, C) → (n·W, C)
-            logits, labels = (
+            # (W, n, …) → (n, W, …) → (n·W, …)
+            outputs, targets = (
                 torch.as_tensor(self.all_gather(own)).transpose(0, 1).flatten(0, 1)[:count]
-                for own in (logits, labels)
+                for own in (outputs, targets)
             )
-        return logits, labels
+        return outputs, targets
 
     def _line(self, record: dict[str, float]) -> str:
         epoch = len(self.history)
         kept = "  best so far" if self.best_epoch == epoch else ""
-        return (
-            f"epoch {epoch:>3}  train loss {record['train_loss']:.4f}  val loss {record['val_loss']:.4f}  "
-            f"val macro-F1 {record['val_macro_f1']:.4f}  {record['seconds']:5.1f} s{kept}"
-        )
+        words, score = self.task.words[self.task.score], record[self.watched]
+        losses = f"train loss {record['train_loss']:.4f}  val loss {record['val_loss']:.4f}"
+        return f"epoch {epoch:>3}  {losses}  val {words} {score:.4f}  {record['seconds']:5.1f} s{kept}"
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, share: float = 0.1) -> LambdaLR:

@@ -8,22 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 import medpeft
 
 from .data import Preprocessing
 from .errors import TrainerError
-from .figures import draw_reliability, draw_roc, draw_training, titled
 from .images import Integers
 from .rows import Images
-from .scores import scaled, without_nan
+from .scores import without_nan
 from .settings import Settings
 from .splits import NAMES, divided_groups
+from .tasks import Outcome, Task
 
 FINISHED, SETTINGS = "metrics.json", "settings.yaml"
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -66,41 +65,42 @@ def begin(settings: Settings) -> None:
 
 
 def save_adapter(
-    settings: Settings, model: nn.Module, preprocessing: Preprocessing, record: dict[str, Any]
+    settings: Settings, task: Task, model: nn.Module, preprocessing: Preprocessing, record: dict[str, Any]
 ) -> None:
     """Write the adapter with what it takes to use it; called on every process where the model is sharded."""
     metadata = {
+        "task": settings.task,
         "model": settings.model,
         "pretrained": not settings.no_pretrained,
         "seed": settings.seed,
         "classes": record["classes"],
         "preprocessing": preprocessing.to_metadata(),
         "volumes": settings.volumes,
-        "temperature": record["temperature"],
-        "test_macro_f1": record["test"]["macro_f1"],
+        f"test_{task.score}": record["test"][task.score],
+        **record["fitted"],
     }
     medpeft.save(model, Path(str(settings.output)) / "adapter.safetensors", metadata=metadata)
 
 
 def write_results(
-    settings: Settings, images: Images, rows: Integers, logits: Tensor, record: dict[str, Any]
+    settings: Settings, task: Task, names: Sequence[str], outcome: Outcome, record: dict[str, Any]
 ) -> dict[str, Any]:
     """Write the predictions, the figures and, last of all, the metrics; give these as they are in the file.
 
     Args:
         settings: of the run.
-        images: the data.
-        rows: of the test.
-        logits: (N, C) of the test.
+        task: of the run.
+        names: of the N images of the test.
+        outcome: of the test.
         record: the metrics.
     """
     folder = Path(str(settings.output))
-    probabilities = scaled(logits, record["temperature"])
-    names = [images.names[i] for i in rows]
-    labels = [images.classes[i] for i in images.labels[rows]]
-    write_predictions(folder / "predictions.csv", names, images.classes, probabilities, labels)
+    predictions = task.predictions(outcome.outputs, outcome.fitted)
+    write_predictions(folder / "predictions.csv", names, predictions, task.truths(outcome.targets))
     if not settings.no_figures:
-        draw(settings, images, rows, logits, record)
+        source, score = Path(settings.data or "default data").stem, record["test"][task.score]
+        words = f"{settings.method} on {settings.model}, {source}: test {task.words[task.score]} {score:.3f}"
+        task.draw(outcome, record, words, folder)
     record = without_nan(record)
     unfinished = folder / "metrics.unfinished"
     unfinished.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -110,63 +110,32 @@ def write_results(
     return record
 
 
-def draw(settings: Settings, images: Images, rows: Integers, logits: Tensor, record: dict[str, Any]) -> None:
-    """Draw the run."""
-    folder, classes = Path(str(settings.output)), images.classes
-    labels = torch.from_numpy(images.labels[rows])
-    temperature, test = record["temperature"], record["test"]
-    probabilities = scaled(logits, temperature)
-    source = Path(settings.data or "tissue").stem
-    draw_training(
-        record["history"],
-        record["best_epoch"],
-        torch.tensor(test["confusion_matrix"]),
-        classes,
-        f"{settings.method} on {settings.model}, {source}: test macro-F1 {test['macro_f1']:.3f}",
-        folder / "training.png",
-    )
-    panels = {
-        titled("as trained", test["calibration_error_untempered"]): scaled(logits, 1),
-        titled(f"temperature {temperature:.2f}", test["calibration_error"]): probabilities,
-    }
-    draw_reliability(panels, labels, folder / "reliability.png")
-    draw_roc(probabilities, labels, classes, folder / "roc.png")
-
-
 def write_predictions(
-    path: Path,
-    names: Sequence[str],
-    classes: Sequence[str],
-    probabilities: Tensor,
-    labels: Sequence[str] = (),
+    path: Path, names: Sequence[str], predictions: pd.DataFrame, truths: pd.DataFrame | None = None
 ) -> None:
-    """Write a CSV with the columns `path`, `label` (where known), `prediction`, and one a class, `p(CLASS)`.
+    """Write a CSV with the column `path`, then what is true of each image where it is known, then the rest.
 
     Args:
         path: the file to write.
         names: of the N images.
-        classes: the names of the C classes.
-        probabilities: (N, C).
-        labels: the true classes of the images, none where they are not known.
+        predictions: N rows.
+        truths: N rows, None where nothing is known.
     """
-    table = pd.DataFrame({"path": list(names)})
-    if labels:
-        table["label"] = list(labels)
-    table["prediction"] = [classes[i] for i in probabilities.argmax(1).tolist()]
-    for place, name in enumerate(classes):
-        table[f"p({name})"] = probabilities[:, place].tolist()
-    table.to_csv(path, index=False)
+    tables = [pd.DataFrame({"path": list(names)}), predictions]
+    if truths is not None:
+        tables.insert(1, truths)
+    pd.concat(tables, axis=1).to_csv(path, index=False)
 
 
-def count(images: Images, rows: Integers) -> dict[str, int]:
-    """Count the images of each class among some rows."""
-    counts = np.bincount(images.labels[rows], minlength=len(images.classes))
-    return dict(zip(images.classes, counts.tolist(), strict=True))
+def describe(counts: dict[str, dict[str, int]], images: Images, found: dict[str, Integers]) -> str:
+    """Lay out how many images are in each part, and what there is to know about the data.
 
-
-def describe(images: Images, found: dict[str, Integers]) -> str:
-    """Lay out how many images of each class are in each part, and what there is to know about the data."""
-    table = pd.DataFrame({part: count(images, found[part]) for part in NAMES})
+    Args:
+        counts: for each part, how many images there are of which kind.
+        images: the data.
+        found: the positions of each part's images.
+    """
+    table = pd.DataFrame({part: counts[part] for part in NAMES})
     lines = [table.rename_axis("images").to_string(index_names=False)]
     if images.broken:
         first = images.broken[0]

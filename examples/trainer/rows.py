@@ -1,8 +1,6 @@
 """A labelled set of images: first as rows that name them, then with their pixels."""
 
-from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +11,7 @@ from torch import Tensor
 from .errors import TrainerError
 from .images import Integers, load
 from .splits import join_groups
+from .tasks import Task
 
 PARTS = {
     "train": "train",
@@ -50,8 +49,9 @@ class Images:
 
     Attributes:
         pixels: (N, C, H, W) or (N, C, D, H, W), uint8; C is 1 (grey) or 3 (RGB).
-        labels: (N,), positions in `classes`.
-        classes: the names of the classes, in a fixed order.
+        targets: (N, …), what is learned about each; of one label a position in `classes`.
+        classes: the names of the model's outputs, in a fixed order: of the classes, if there is one label.
+        strata: (N,), positions in `stratum_names`: each keeps its share in every part of a split.
         groups: (N,), images with one number never fall into different parts of a split.
         parts: (N,), "train", "val" or "test" where the data bring their own split, else empty.
         names: of the N images.
@@ -61,8 +61,10 @@ class Images:
     """
 
     pixels: Tensor
-    labels: Integers
+    targets: Tensor
     classes: list[str]
+    strata: Integers
+    stratum_names: list[str]
     groups: Integers
     parts: npt.NDArray[np.str_]
     names: list[str]
@@ -71,29 +73,31 @@ class Images:
     notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.strata)
 
 
-def read_images(rows: Rows, size: int, skip_broken: bool = False) -> Images:
-    """Read the images that rows name.
+def read_images(rows: Rows, task: type[Task], size: int, skip_broken: bool = False) -> Images:
+    """Read the images that rows name, and what is to be learned about them.
 
     Raises:
-        TrainerError: the classes make no sense, or images cannot be read.
+        TrainerError: the labels make no sense, or images cannot be read.
     """
-    check_classes(rows.column("label"))
+    task.check(rows.table)
     loaded = load(rows.column("item"), size, skip_broken=skip_broken)
     kept = Rows(rows.table.iloc[loaded.rows])
     named = kept.column("patient") or loaded.digests
     in_files = [patient or f"image {row}" for row, patient in enumerate(loaded.patients)]
-    labels, classes = number_classes(kept.column("label"))
-    names, notes = kept.column("name"), list(rows.notes)
+    targets = task.read(kept.table, loaded.pixels.shape[2:])
+    names, notes = kept.column("name"), rows.notes + targets.notes
     blank = np.flatnonzero(loaded.blank)
     if len(blank):
         notes.append(f"{len(blank)} images are blank, of one value everywhere; the first: {names[blank[0]]}")
     return Images(
         loaded.pixels,
-        labels,
-        classes,
+        targets.values,
+        targets.names,
+        targets.strata,
+        targets.stratum_names,
         join_groups(loaded.digests, in_files, named),
         np.array(kept.column("part"), dtype=np.str_),
         names,
@@ -101,37 +105,6 @@ def read_images(rows: Rows, size: int, skip_broken: bool = False) -> Images:
         loaded.broken,
         notes,
     )
-
-
-def number_classes(names: Sequence[str]) -> tuple[Integers, list[str]]:
-    """Give each name's number (N,), and the distinct names in order; numbers keep theirs, 2 before 10."""
-    classes = sorted(set(names))
-    with suppress(ValueError):
-        classes = sorted(classes, key=float)
-    return np.array([classes.index(name) for name in names], dtype=np.int64), classes
-
-
-def check_classes(names: Sequence[str]) -> None:
-    """Check that every class is spelled in one way, that none is several, and that there are two.
-
-    Raises:
-        TrainerError: it is not so.
-    """
-    spellings: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(set(names)):
-        spellings[_plain(name)].append(name)
-        if "|" in name:
-            raise TrainerError(
-                f"The label '{name}' names several classes, and this trainer takes one class for each image."
-            )
-    for several in spellings.values():
-        if len(several) > 1:
-            raise TrainerError(
-                f"The classes '{several[0]}' and '{several[1]}' differ in spelling alone. If they are one, "
-                "write them alike; if not, name them apart."
-            )
-    if len(spellings) < 2:
-        raise TrainerError(f"The data have only the class '{names[0]}'. At least two are needed.")
 
 
 def name_parts(names: Sequence[str], source: object) -> list[str]:
@@ -142,11 +115,3 @@ def name_parts(names: Sequence[str], source: object) -> list[str]:
             raise TrainerError(f"{source} has the split '{name}'. Use train, val and test.")
         parts.append(PARTS[name.strip().lower()])
     return parts
-
-
-def _plain(name: str) -> str:
-    """Write a name without what people spell differently: case, blanks, underscores, `1.0` for `1`."""
-    try:
-        return str(float(name))
-    except ValueError:
-        return "".join(name.casefold().replace("_", " ").replace("-", " ").split())

@@ -13,7 +13,7 @@ import lightning
 import numpy as np
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import medpeft
 
@@ -25,7 +25,6 @@ from .models import adapted_model, check_model, input_statistics
 from .module import Finetuning
 from .results import (
     begin,
-    count,
     describe,
     earlier,
     forget_peak,
@@ -35,18 +34,19 @@ from .results import (
     write_results,
 )
 from .rows import Images
-from .scores import fit_temperature, interval, scaled, score, score_subgroups, subgroup_table, table
 from .settings import Settings
 from .sources import read_data
 from .splits import split
+from .tasks import TASKS, Outcome, Task
 
 
 @dataclass
-class Task:
+class Work:
     """What one run works with.
 
     Attributes:
         settings: checked.
+        task: what is asked of the images.
         images: the data.
         found: the positions of the images in each part.
         model: adapted.
@@ -54,6 +54,7 @@ class Task:
     """
 
     settings: Settings
+    task: Task
     images: Images
     found: dict[str, Integers]
     model: nn.Module
@@ -77,78 +78,84 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
     settings = settings.checked()
     finished = earlier(settings)
     if finished is not None:
-        say(settings, f"{settings.output} has this run already: macro-F1 {finished['test']['macro_f1']:.4f}")
+        kind = TASKS[settings.task]
+        score = f"{kind.words[kind.score]} {finished['test'][kind.score]:.4f}"
+        say(settings, f"{settings.output} has this run already: {score}")
         return finished
     check_model(settings)
     with quietly():
-        trainer = make_trainer(settings, callbacks)
-        task = prepare(settings)
+        trainer = make_trainer(settings, f"val_{TASKS[settings.task].score}", callbacks)
+        work = prepare(settings)
+        record = describe_work(work, trainer)
         if trainer.is_global_zero:
             begin(settings)
-        say(settings, describe(task.images, task.found))
-        say(settings, f"\n{medpeft.report(task.model)}\n")
-        record = describe_task(task, trainer)
-        module = train(task, trainer)
-        record |= how_it_went(module) | evaluate(task, module)
+        say(settings, describe(record["images"], work.images, work.found))
+        say(settings, f"\n{medpeft.report(work.model)}\n")
+        module = train(work, trainer)
+        record |= how_it_went(module) | evaluate(work, module)
         record["seconds"] = time.perf_counter() - begun
         record["versions"] = {"torch": torch.__version__, "timm": timm.__version__}
-        return conclude(task, trainer, module, record)
+        return conclude(work, trainer, module, record)
 
 
-def prepare(settings: Settings) -> Task:
+def prepare(settings: Settings) -> Work:
     """Read and split the images, and adapt the model that fits them."""
     images = read_data(settings)
+    task = TASKS[settings.task](images.classes)
     found = split(images, settings)
     lightning.seed_everything(settings.seed, verbose=False)
     stored = tuple(images.pixels.shape[2:])
-    model = adapted_model(settings, len(images.classes), len(stored))
+    model = adapted_model(settings, task.outputs, len(stored))
     mean, std = input_statistics(model)
-    return Task(settings, images, found, model, Preprocessing(stored, settings.image_size, mean, std))
+    preprocessing = Preprocessing(stored, settings.image_size, mean, std)
+    return Work(settings, task, images, found, model, preprocessing)
 
 
-def describe_task(task: Task, trainer: lightning.Trainer) -> dict[str, Any]:
+def describe_work(work: Work, trainer: lightning.Trainer) -> dict[str, Any]:
     """Give what is known before the training."""
-    settings = task.settings
+    settings = work.settings
     at_once = settings.batch_size // (settings.accumulate * trainer.world_size)
     return {
         "settings": settings.plain(),
         "digest": settings.digest(),
-        "classes": task.images.classes,
-        "images": {part: count(task.images, rows) for part, rows in task.found.items()},
-        "broken_images": task.images.broken,
-        "trainable": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
-        "saved_bytes": saved_bytes(task.model, at_once, task.preprocessing.input_shape),
+        "classes": work.images.classes,
+        "images": {part: work.task.count(work.images.targets[rows]) for part, rows in work.found.items()},
+        "broken_images": work.images.broken,
+        "trainable": sum(p.numel() for p in work.model.parameters() if p.requires_grad),
+        "saved_bytes": saved_bytes(work.model, at_once, work.preprocessing.input_shape),
     }
 
 
-def parts_of(task: Task) -> tuple[nn.Module, dict[str, Part] | dict[str, FeaturePart]]:
+def parts_of(work: Work) -> tuple[nn.Module, dict[str, Part] | dict[str, FeaturePart]]:
     """Give what is trained and what it is fed: the model and images, or its head and their features."""
-    settings, images, found = task.settings, task.images, task.found
+    settings, images, found = work.settings, work.images, work.found
     if settings.cache_features is None:
         parts = {}
         for part, rows in found.items():
-            parts[part] = Part(images, rows, task.preprocessing, seed=settings.seed)
-        parts["train"].augment = augmentation(str(settings.augment), task.preprocessing.stored)
-        return task.model, parts
-    everything = Part(images, np.arange(len(images)), task.preprocessing)
-    features, file, there = cached_features(settings, task.model, everything)
+            parts[part] = Part(images, rows, work.preprocessing, seed=settings.seed)
+        parts["train"].augment = augmentation(str(settings.augment), work.preprocessing.stored)
+        return work.model, parts
+    everything = Part(images, np.arange(len(images)), work.preprocessing)
+    features, file, there = cached_features(settings, work.model, everything)
     did = "Took" if there else "Computed"
     say(settings, f"{did} the features of {len(features)} images: {file}")
-    labels = torch.from_numpy(images.labels)
-    cached = {part: FeaturePart(features[rows], labels[rows]) for part, rows in found.items()}
-    return trained_head(task.model)[1], cached
+    cached = {}
+    for part, rows in found.items():
+        cached[part] = FeaturePart(features[rows], Part(images, rows, work.preprocessing))
+    return trained_head(work.model)[1], cached
 
 
-def train(task: Task, trainer: lightning.Trainer) -> Finetuning:
+def train(work: Work, trainer: lightning.Trainer) -> Finetuning:
     """Train from the start or the last whole epoch; give the best epoch, with its outputs."""
-    settings = task.settings
-    network, parts = parts_of(task)
+    settings = work.settings
+    network, parts = parts_of(work)
     if settings.compile:
         network.compile()
     weights = None
     if settings.class_weights:
-        weights = class_weights(task.images, task.found["train"])
-    module, data = Finetuning(task.model, network, settings, weights), DataModule(parts, settings)
+        weights = work.task.weigh(work.images.targets[work.found["train"]])
+    module = Finetuning(work.model, network, settings, work.task, weights)
+    data = DataModule(parts, settings)
     folder = Path(str(settings.output)) / "checkpoints"
     last = None
     if (folder / "last.ckpt").exists():
@@ -167,12 +174,6 @@ def train(task: Task, trainer: lightning.Trainer) -> Finetuning:
     return module
 
 
-def class_weights(images: Images, rows: Integers) -> Tensor:
-    """Give (C,) weights by which every class has the same weight in the training loss."""
-    counts = np.bincount(images.labels[rows], minlength=len(images.classes))
-    return torch.tensor(len(rows) / (len(counts) * counts), dtype=torch.float32)
-
-
 def how_it_went(module: Finetuning) -> dict[str, Any]:
     """Give the history and the cost of the training."""
     return {
@@ -180,47 +181,50 @@ def how_it_went(module: Finetuning) -> dict[str, Any]:
         "peak_bytes": module.peak[0],
         "peak_memory": module.peak[1],
         "best_epoch": module.best_epoch,
-        "best_val_macro_f1": module.history[module.best_epoch - 1]["val_macro_f1"],
+        "score": module.task.score,
+        "best_val_score": module.history[module.best_epoch - 1][module.watched],
         "history": module.history,
     }
 
 
-def evaluate(task: Task, module: Finetuning) -> dict[str, Any]:
-    """Fit the temperature on the validation part, and score that part and the test at it."""
-    temperature = fit_temperature(*module.outputs["val"])
-    result: dict[str, Any] = {"temperature": temperature}
-    for part, (logits, truth) in module.outputs.items():
-        labels = truth.cpu()
-        result[part] = score(scaled(logits, temperature), labels)
-        untempered = score(scaled(logits, 1), labels)["calibration_error"]
-        result[part]["calibration_error_untempered"] = untempered
-    logits, truth = module.outputs["test"]
-    probabilities, labels = scaled(logits, temperature), truth.cpu()
-    result["test"]["macro_f1_interval"] = interval(probabilities, labels, task.settings.seed)
-    if task.images.subgroups:
-        subgroups = [task.images.subgroups[i] for i in task.found["test"]]
-        result["test_subgroups"] = score_subgroups(probabilities, labels, subgroups)
+def outcome_of(module: Finetuning, part: str, fitted: dict[str, Any]) -> Outcome:
+    """Give what the best epoch says about a part."""
+    outputs, targets = module.outputs[part]
+    return Outcome(outputs.cpu(), targets.cpu(), fitted)
+
+
+def evaluate(work: Work, module: Finetuning) -> dict[str, Any]:
+    """Fit what the predictions need to the validation part, and score that part and the test with it."""
+    fitted = work.task.fit(*module.outputs["val"])
+    result: dict[str, Any] = {"fitted": fitted}
+    for part in ("val", "test"):
+        result[part] = work.task.scores(outcome_of(module, part, fitted))
+    test = outcome_of(module, "test", fitted)
+    result["test"][f"{work.task.score}_interval"] = work.task.interval(test, work.settings.seed)
+    if work.images.subgroups:
+        subgroups = [work.images.subgroups[i] for i in work.found["test"]]
+        result["test_subgroups"] = work.task.score_subgroups(test, subgroups)
     return result
 
 
 def conclude(
-    task: Task, trainer: lightning.Trainer, module: Finetuning, record: dict[str, Any]
+    work: Work, trainer: lightning.Trainer, module: Finetuning, record: dict[str, Any]
 ) -> dict[str, Any]:
     """Print the scores and write everything that a run leaves; give the metrics as they are in their file."""
-    settings, rows = task.settings, task.found["test"]
-    logits, labels = module.outputs["test"]
-    probabilities = scaled(logits, record["temperature"])
+    settings, task, rows = work.settings, work.task, work.found["test"]
+    test = outcome_of(module, "test", record["fitted"])
     say(settings, f"\nTest on {len(rows)} images")
-    say(settings, table(probabilities, labels.cpu(), task.images.classes, record["test"]))
+    say(settings, task.table(test, record["test"]))
     if "test_subgroups" in record:
-        say(settings, "\n" + subgroup_table(record["test_subgroups"]))
+        say(settings, "\n" + task.subgroup_table(record["test_subgroups"]))
     # What is sharded is gathered by all processes together; of equal copies one is enough.
     if settings.strategy == "fsdp2" or trainer.is_global_zero:
-        save_adapter(settings, task.model, task.preprocessing, record)
+        save_adapter(settings, task, work.model, work.preprocessing, record)
     # A process that is still reading the checkpoint is waited for.
     trainer.strategy.barrier()
     if trainer.is_global_zero:
-        record = write_results(settings, task.images, rows, logits, record)
+        names = [work.images.names[i] for i in rows]
+        record = write_results(settings, task, names, test, record)
     trainer.strategy.barrier()
     say(settings, f"\nSaved the adapter, the metrics and the predictions to {settings.output}")
     return record

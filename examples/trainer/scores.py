@@ -1,7 +1,6 @@
 """Test scores that stay honest on small and unbalanced data."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -10,7 +9,6 @@ from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
 from sklearn.metrics import classification_report
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics.classification import MulticlassF1Score
 from torchmetrics.functional.classification import (
     binary_auroc,
     binary_average_precision,
@@ -20,10 +18,8 @@ from torchmetrics.functional.classification import (
     multiclass_matthews_corrcoef,
     multiclass_specificity,
 )
-from torchmetrics.wrappers import BootStrapper
 
 BINS = 15  # of the calibration error, as in Guo et al., On calibration of modern neural networks, 2017
-DRAWS = 200  # of the bootstrap
 SHOWN = {
     "macro_f1": "macro-F1",
     "balanced_accuracy": "balanced accuracy",
@@ -86,40 +82,6 @@ def score(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def interval(probabilities: Tensor, labels: Tensor, seed: int) -> list[float]:
-    """Give the 95 % interval of the macro-F1, by drawing the images anew."""
-    metric = MulticlassF1Score(num_classes=probabilities.shape[1], average="macro")
-    ends = BootStrapper(
-        metric,
-        DRAWS,
-        mean=False,
-        std=False,
-        quantile=torch.tensor([0.025, 0.975]),
-        sampling_strategy="multinomial",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        ends.update(probabilities.argmax(1), labels)
-    return [float(end) for end in ends.compute()["quantile"]]
-
-
-def score_subgroups(
-    probabilities: Tensor, labels: Tensor, subgroups: Sequence[str]
-) -> dict[str, dict[str, Any]]:
-    """Score each subgroup of patients by itself, with the number of its images in `images`.
-
-    Args:
-        probabilities: (N, C).
-        labels: (N,).
-        subgroups: of the N images.
-    """
-    found = {}
-    for name in sorted(set(subgroups)):
-        rows = torch.tensor([subgroup == name for subgroup in subgroups])
-        found[name] = {"images": int(rows.sum()), **score(probabilities[rows], labels[rows])}
-    return found
-
-
 def table(probabilities: Tensor, labels: Tensor, classes: list[str], scores: dict[str, Any]) -> str:
     """Lay out the scores, those of every class, and the confusion matrix in aligned columns."""
     undefined = scores["auroc_undefined_classes"]
@@ -135,13 +97,6 @@ def table(probabilities: Tensor, labels: Tensor, classes: list[str], scores: dic
     confusion = pd.DataFrame(scores["confusion_matrix"], classes, classes)
     title = "Confusion matrix (rows true, columns predicted)"
     return "\n".join([*lines, "", report.rstrip(), "", title, confusion.to_string()])
-
-
-def subgroup_table(found: dict[str, dict[str, Any]]) -> str:
-    """Lay out the scores of subgroups."""
-    columns = ["images", *SHOWN]
-    table = pd.DataFrame.from_dict(found, orient="index")[columns].rename_axis("subgroup")
-    return str(table.to_string(float_format="{:.4f}".format))
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

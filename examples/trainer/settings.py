@@ -33,6 +33,7 @@ class Settings:
     """What a run depends on.
 
     Attributes:
+        task: what is asked of an image: classify, one label
         data: a folder with one subfolder a class, a table (.csv, .tsv), a MedMNIST .npz, or hf:NAME, a data
             set of Hugging Face by name or folder (default: patches of scikit-image's stained tissue)
         test_data: images of another site, in the form of `data`: the test, while `data` trains and validates
@@ -59,7 +60,7 @@ class Settings:
         head: name of the head, which trains as a whole (default: found)
         batchnorm: running statistics of BatchNorm (default: adapt for full, else frozen)
         epochs: at most
-        patience: epochs without a better validation macro-F1 before it stops
+        patience: epochs without a better validation score before it stops
         batch_size: images of one optimizer step, over all devices and micro-batches
         accumulate: micro-batches of a step, for less memory
         lr: peak learning rate of AdamW; it warms up, then falls in a cosine (default: by method)
@@ -82,6 +83,7 @@ class Settings:
         no_figures: draw nothing, which takes a second
     """
 
+    task: Literal["classify"] = "classify"
     data: str | None = None
     test_data: str | None = None
     path_column: str | None = None
@@ -170,9 +172,11 @@ class Settings:
 
     def changes(self, before: dict[str, Any]) -> list[str]:
         """Describe the settings that differ from a file's in what the result depends on."""
-        now = json.loads(json.dumps(self.plain()))
-        differing = [name for name in now if name not in FREE and before.get(name) != now[name]]
-        return [f"{flag(name)} was {before.get(name)!r} and is {now[name]!r}" for name in differing]
+        now, usual = json.loads(json.dumps(self.plain())), Settings().plain()
+        # A setting that is younger than the file had its default.
+        then = {name: before.get(name, usual[name]) for name in now}
+        differing = [name for name in now if name not in FREE and then[name] != now[name]]
+        return [f"{flag(name)} was {then[name]!r} and is {now[name]!r}" for name in differing]
 
 
 def _test_fraction(settings: Settings) -> float:

@@ -13,6 +13,7 @@ from .images import SUFFIXES, is_image
 from .rows import PARTS, Images, Rows, name_parts, read_images
 from .settings import TABLES, Settings
 from .tables import table_rows
+from .tasks import TASKS
 from .tissue import tissue_rows
 
 MASK = re.compile(r"(.+?)[ _-]*(mask|seg|segmentation|annotation)s?([ _-]*\d+)?", re.IGNORECASE)
@@ -27,7 +28,7 @@ def read_data(settings: Settings) -> Images:
     rows = rows_of(settings.data, settings)
     if settings.test_data is not None:
         rows = _with_test(rows, rows_of(settings.test_data, settings))
-    return read_images(rows, settings.image_size, settings.skip_broken)
+    return read_images(rows, TASKS[settings.task], settings.image_size, settings.skip_broken)
 
 
 def rows_of(data: str | None, settings: Settings) -> Rows:

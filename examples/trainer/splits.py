@@ -38,8 +38,8 @@ def split(images: Images, settings: Settings) -> dict[str, Integers]:
             raise TrainerError(
                 f"The data's own split has no '{part}' images. Mark some, or leave the split out."
             )
-    seen = set(images.labels[found["train"]].tolist())
-    unseen = [name for i, name in enumerate(images.classes) if i not in seen]
+    seen = set(images.strata[found["train"]].tolist())
+    unseen = [name for i, name in enumerate(images.stratum_names) if i not in seen]
     if unseen:
         raise TrainerError(
             f"Class '{unseen[0]}' has no training image in this split. Try another --seed, or add images."
@@ -66,13 +66,13 @@ def _folded(images: Images, settings: Settings) -> dict[str, Integers]:
         raise TrainerError(
             "The data bring their own split, which --k-folds would mix up. Leave one of the two out."
         )
-    rarest, members = _rarest_class(images.labels, images.groups)
+    rarest, members = _rarest_class(images.strata, images.groups)
     if members < folds or members < 3:
         raise TrainerError(
-            f"Class '{images.classes[rarest]}' has {members} independent images (copies and images of one "
+            f"Class '{images.stratum_names[rarest]}' has {members} independent images (copies and images of one "
             f"patient count once), and --k-folds {folds} needs {max(folds, 3)}."
         )
-    fold_of = _folds(images.labels, images.groups, folds, settings.seed)
+    fold_of = _folds(images.strata, images.groups, folds, settings.seed)
     rest = np.flatnonzero(fold_of != number)
     share = settings.val_fraction * len(images) / len(rest)
     found = _draw(images, rest, {"val": share}, settings.seed)
@@ -88,7 +88,7 @@ def training_subset(images: Images, rows: Integers, fraction: float, seed: int) 
     """
     if fraction == 1:
         return rows
-    groups, labels = images.groups[rows], images.labels[rows]
+    groups, labels = images.groups[rows], images.strata[rows]
     numbers, place = np.unique(groups, return_inverse=True)
     rank = np.random.default_rng(seed).permutation(len(numbers))[place]
     chosen: set[int] = set()
@@ -133,11 +133,11 @@ def _first_rows(numbers: Integers) -> Integers:
 
 def _draw(images: Images, rows: Integers, shares: dict[str, float], seed: int) -> dict[str, Integers]:
     """Draw parts out of some rows; what is left is the training part."""
-    labels, groups = images.labels[rows], images.groups[rows]
+    labels, groups = images.strata[rows], images.groups[rows]
     rarest, members = _rarest_class(labels, groups)
     if members <= len(shares):
         raise TrainerError(
-            f"Class '{images.classes[rarest]}' has {members} independent images (copies and "
+            f"Class '{images.stratum_names[rarest]}' has {members} independent images (copies and "
             f"images of one patient count once); a split needs {len(shares) + 1}. "
             "Add images, or leave the class out."
         )

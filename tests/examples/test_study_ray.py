@@ -131,7 +131,7 @@ def test_an_interrupted_search_goes_on_with_what_is_left(searched):
     assert before.items() <= ended(folder).items(), "a finished trial was trained again"
     trials = pd.read_csv(folder / "trials.csv")
     assert len(trials) == 3
-    assert trials["best_val_macro_f1"].is_monotonic_decreasing
+    assert trials["best_val_score"].is_monotonic_decreasing
     assert {0.003} <= set(trials["lr"].round(9)), "the trainer's own settings are among those tried"
     assert f"train.py --config {folder / 'best.yaml'}" in (folder / "log").read_text()
 

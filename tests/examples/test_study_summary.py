@@ -43,7 +43,7 @@ def record(
         "settings": settings,
         "images": {"train": {"a": round(100 * fraction)}, "test": {"a": len(true)}},
         "test": {"macro_f1": float(macro_f1(counts)), "auroc": None, "calibration_error": 0.1 + seed / 10},
-        "best_val_macro_f1": val,
+        "best_val_score": val,
         "trainable": 100 * len(label),
         "saved_bytes": 2**20 * (1 + len(label)),
         "step_seconds": 0.01 * len(label),

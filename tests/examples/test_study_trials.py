@@ -127,7 +127,7 @@ def test_what_a_row_trains_with_can_be_read_again(tmp_path):
 
 def validated(lr, score, loss=1.0):
     history = [{"val_loss": loss}]
-    metrics = {"settings": {"lr": lr}, "best_val_macro_f1": score, "best_epoch": 1, "history": history}
+    metrics = {"settings": {"lr": lr}, "best_val_score": score, "best_epoch": 1, "history": history}
     return Record("ssf", "a_model", "one_set", metrics, None)
 
 

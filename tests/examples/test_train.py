@@ -48,7 +48,7 @@ def test_training_lowers_the_loss_and_learns(finished):
     assert record["test"]["macro_f1"] > 0.7
     low, high = record["test"]["macro_f1_interval"]
     assert low <= record["test"]["macro_f1"] <= high
-    assert record["best_val_macro_f1"] == max(epoch["val_macro_f1"] for epoch in record["history"])
+    assert record["best_val_score"] == max(epoch["val_macro_f1"] for epoch in record["history"])
 
 
 def test_the_adapter_is_saved_with_what_it_takes_to_use_it(finished):
@@ -72,7 +72,7 @@ def test_the_adapter_on_a_fresh_base_gives_the_same_scores(folder, finished):
     inputs, labels = (torch.stack(own) for own in zip(*(part[i] for i in range(len(part))), strict=True))
     with torch.no_grad():
         logits = model.eval()(inputs)
-    again = score(scaled(logits, record["temperature"]), labels)
+    again = score(scaled(logits, record["fitted"]["temperature"]), labels)
     assert again["confusion_matrix"] == record["test"]["confusion_matrix"]
     assert again["calibration_error"] == pytest.approx(record["test"]["calibration_error"], abs=1e-4)
     assert score(scaled(logits, 1), labels)["calibration_error"] == pytest.approx(

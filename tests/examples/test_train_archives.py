@@ -74,7 +74,7 @@ def test_a_saved_data_set_of_hugging_face_is_read_with_its_splits(tmp_path):
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     images = read_data(checked(data=f"hf:{tmp_path / 'saved'}", image_size=20, group_column="sex"))
     assert images.classes == ["mass", "none"]
-    assert images.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert images.targets.tolist() == [0, 1, 0, 1, 0, 1]
     assert images.parts.tolist() == ["train"] * 4 + ["val", "test"]
     assert images.groups[0] == images.groups[1] != images.groups[2]
     assert images.subgroups == ["f", "m"] * 3

@@ -13,7 +13,9 @@ from trainer.rows import Images
 def images(count, shape=(8, 8)):
     pixels = torch.full((count, 1, *shape), 255, dtype=torch.uint8)
     pixels[..., : shape[-1] // 2] = 90
-    return Images(pixels, np.arange(count) % 2, ["a", "b"], np.arange(count), np.array([]), list("x" * count))
+    labels, classes, groups = np.arange(count) % 2, ["a", "b"], np.arange(count)
+    targets = torch.from_numpy(labels)
+    return Images(pixels, targets, classes, labels, classes, groups, np.array([]), list("x" * count))
 
 
 def part_of(count, shape=(8, 8), augment="none", side=16):
@@ -80,9 +82,9 @@ def test_two_processes_together_see_the_steps_of_one():
 
 def test_a_balanced_order_draws_every_class_as_often():
     part = part_of(2000)
-    part.labels = torch.tensor([0] * 1600 + [1] * 400)
+    part.strata = torch.tensor([0] * 1600 + [1] * 400)
     drawn = list(EpochOrder(part, 0, 1, 0, True))
-    assert float(part.labels[[place for place, _ in drawn]].float().mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(part.strata[[place for place, _ in drawn]].float().mean()) == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize(("count", "steps"), [(9, 2), (10, 3), (1, 1), (8, 2)])

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import chain, repeat
 from pathlib import Path
 
 import lightning
@@ -101,8 +102,8 @@ def test_a_run_cut_off_goes_on_bit_for_bit(folder, tmp_path, method):
 
 
 def test_training_stops_early_keeps_the_best_epoch_and_does_not_go_on(folder, tmp_path, monkeypatch):
-    scores = iter([0.5, 0.8, 0.7, 0.6, *[0.9] * 4])
-    monkeypatch.setattr("trainer.module.macro_f1", lambda logits, labels: next(scores))
+    scores = chain([0.5, 0.8, 0.7, 0.6], repeat(0.9))
+    monkeypatch.setattr("trainer.tasks.classify.macro_f1", lambda logits, labels: next(scores))
     more = {"epochs": 5, "patience": 2}
     # Cut off after the training had stopped, before the test.
     with monkeypatch.context() as patch:
@@ -118,7 +119,7 @@ def test_training_stops_early_keeps_the_best_epoch_and_does_not_go_on(folder, tm
     record = run(folder, tmp_path, [Count()], **more)
     assert len(record["history"]) == 4
     assert record["best_epoch"] == 2
-    assert record["best_val_macro_f1"] == pytest.approx(0.8)
+    assert record["best_val_score"] == pytest.approx(0.8)
     assert not seen
 
 
@@ -135,7 +136,9 @@ def test_an_interrupt_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch):
 
 
 def test_a_loss_that_is_no_number_stops_with_advice(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trainer.module.cross_entropy", lambda *args, **more: args[0].sum() * float("nan"))
+    monkeypatch.setattr(
+        "trainer.tasks.classify.cross_entropy", lambda *args, **more: args[0].sum() * float("nan")
+    )
     given = ["--data", folder, "--output", tmp_path, "--model", "test_efficientnet", "--no-pretrained"]
     error = messages(capsys, *given, "--image-size", 32)
     assert "The training loss became nan in epoch 1" in error

@@ -14,7 +14,9 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 from torch.nn.functional import one_hot
-from trainer.scores import fit_temperature, interval, score, table, without_nan
+from trainer.scores import fit_temperature, score, table, without_nan
+from trainer.tasks import Outcome
+from trainer.tasks.classify import Classify
 
 CLASSES = ["benign", "malignant", "normal"]
 
@@ -110,10 +112,11 @@ def test_every_class_has_its_sensitivity_specificity_and_precision(predictions):
 
 def test_the_interval_holds_the_score_repeats_and_narrows_with_more_images(predictions):
     probabilities, labels = predictions
-    low, high = interval(probabilities, labels, 0)
+    task, logits = Classify(CLASSES), probabilities.log()
+    low, high = task.interval(Outcome(logits, labels, {}), 0)
     assert low < score(probabilities, labels)["macro_f1"] < high
-    assert interval(probabilities, labels, 0) == [low, high]
-    more = interval(probabilities.repeat(9, 1), labels.repeat(9), 0)
+    assert task.interval(Outcome(logits, labels, {}), 0) == [low, high]
+    more = task.interval(Outcome(logits.repeat(9, 1), labels.repeat(9), {}), 0)
     assert more[1] - more[0] < 0.5 * (high - low)
 
 

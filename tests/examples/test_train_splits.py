@@ -13,10 +13,13 @@ from trainer.splits import divided_groups, join_groups, split, training_subset
 
 def images_of(labels, groups=None, parts=None):
     labels = np.asarray(labels, dtype=np.int64)
+    classes = [str(i) for i in range(labels.max() + 1)]
     return Images(
         pixels=torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8),
-        labels=labels,
-        classes=[str(i) for i in range(labels.max() + 1)],
+        targets=torch.from_numpy(labels),
+        classes=classes,
+        strata=labels,
+        stratum_names=classes,
         groups=np.arange(len(labels)) if groups is None else np.asarray(groups),
         parts=np.array([] if parts is None else parts),
         names=[str(i) for i in range(len(labels))],
@@ -170,7 +173,7 @@ def test_every_image_is_tested_in_exactly_one_fold_with_its_group(patients):
         assert sorted(np.concatenate(list(found.values())).tolist()) == list(range(300))
         assert divided_groups(patients, found) == 0
         assert len(found["val"]) == pytest.approx(45, abs=10)
-        assert set(patients.labels[found["test"]]) == {0, 1, 2}
+        assert set(patients.strata[found["test"]]) == {0, 1, 2}
 
 
 def test_folds_of_data_with_a_split_or_of_too_few_images_are_refused():

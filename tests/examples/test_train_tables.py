@@ -45,7 +45,7 @@ def table(folder):
 def test_a_folder_gives_one_class_a_subfolder(folder):
     images = read(folder, 16)
     assert images.classes == ["benign", "malignant"]
-    assert images.labels.tolist() == [0] * 4 + [1] * 4
+    assert images.targets.tolist() == [0] * 4 + [1] * 4
     assert images.pixels.shape == (8, 1, 16, 16)
     assert images.pixels.dtype == torch.uint8
     assert not len(images.parts)
@@ -104,7 +104,7 @@ def test_missing_data_and_unknown_kinds_are_named(tmp_path):
 def test_breast_ultrasound_is_read_with_its_one_pair_of_copies():
     images = read(BUSI, 32)
     assert images.classes == ["benign", "malignant", "normal"]
-    assert np.bincount(images.labels).tolist() == [437, 210, 133]
+    assert np.bincount(images.strata).tolist() == [437, 210, 133]
     assert len(set(images.groups.tolist())) == 779
 
 
@@ -119,7 +119,7 @@ def test_a_table_names_images_labels_patients_and_parts(table):
     ]
     images = read(table(["path", "label", "patient", "split"], rows), 16)
     assert images.classes == ["2", "10"]
-    assert images.labels.tolist() == [1, 0, 1]
+    assert images.targets.tolist() == [1, 0, 1]
     assert images.parts.tolist() == ["train", "val", "test"]
     assert images.groups[0] == images.groups[1] != images.groups[2]
 
@@ -178,7 +178,7 @@ def test_all_broken_images_are_named_and_counted(broken):
 
 def test_broken_images_are_left_out_only_when_asked(broken, table):
     images = read(broken, 16, skip_broken=True)
-    assert images.labels.tolist() == [0] * 3 + [1] * 3
+    assert images.targets.tolist() == [0] * 3 + [1] * 3
     assert images.names == [
         f"{name}.png" for name in ("benign/0", "benign/2", "benign/3", *(f"malignant/{i}" for i in range(3)))
     ]

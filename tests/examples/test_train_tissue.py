@@ -11,7 +11,7 @@ from trainer.tissue import PATCH, patch_corners
 def test_half_of_the_tissue_patches_are_stained():
     images = read_data(checked())
     assert images.pixels.shape == (576, 1, PATCH, PATCH)
-    assert images.labels.mean() == 0.5
+    assert images.strata.mean() == 0.5
 
 
 def test_tissue_patches_have_equal_brightness():
@@ -33,4 +33,4 @@ def test_tissue_patches_of_different_parts_share_no_pixel():
 @pytest.mark.parametrize("part", ["train", "val", "test"])
 def test_every_part_of_the_tissue_has_both_classes(part):
     images = read_data(checked())
-    assert 0.3 < images.labels[split(images, checked())[part]].mean() < 0.7
+    assert 0.3 < images.strata[split(images, checked())[part]].mean() < 0.7

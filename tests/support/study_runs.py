@@ -55,7 +55,7 @@ def write_run(settings):
         "step_seconds": 0.01,
         "seconds": 1.0,
         "best_epoch": 1,
-        "best_val_macro_f1": val,
+        "best_val_score": val,
         "history": [{"train_loss": 1.0, "val_loss": 1.0, "val_macro_f1": val}],
         "test": {"macro_f1": f1_score(labels, predicted, average="macro")},
     }

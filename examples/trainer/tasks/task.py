@@ -1,0 +1,185 @@
+"""What a task is: how images are labelled, learned, scored, written down and drawn."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+Integers = npt.NDArray[np.int64]
+DRAWS = 200  # of the bootstrap
+
+
+@dataclass
+class Targets:
+    """What is to be learned about N images.
+
+    Attributes:
+        values: (N, …), one target an image.
+        names: of the outputs: classes, findings, structures, or the quantity.
+        strata: (N,), positions in `stratum_names`: each stratum keeps its share in every part of a split.
+        stratum_names: in a message.
+        notes: lines for the user.
+    """
+
+    values: Tensor
+    names: list[str]
+    strata: Integers
+    stratum_names: list[str]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """What a model said about some images, and what is true.
+
+    Attributes:
+        outputs: (N, …), of the model, on the CPU; what the task keeps of them.
+        targets: (N, …).
+        fitted: what was fitted on the validation part, such as the temperature.
+    """
+
+    outputs: Tensor
+    targets: Tensor
+    fitted: Mapping[str, Any]
+
+    def rows(self, chosen: Tensor) -> "Outcome":
+        """Give the outcome of some of the images, by their positions or a mask."""
+        return Outcome(self.outputs[chosen], self.targets[chosen], self.fitted)
+
+
+class Task(ABC):
+    """What is asked about an image.
+
+    Attributes:
+        score: by which the epoch is chosen and methods are compared; the higher the better.
+        words: what the scores are called, those that are printed, `score` the first.
+        loss_words: what the loss is called.
+        names: of the outputs.
+    """
+
+    score: ClassVar[str]
+    words: ClassVar[dict[str, str]]
+    loss_words: ClassVar[str]
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs the model has."""
+        return len(self.names)
+
+    @classmethod
+    @abstractmethod
+    def check(cls, rows: pd.DataFrame) -> None:
+        """Check what can be checked before an image is read.
+
+        Raises:
+            TrainerError: the labels make no sense.
+        """
+
+    @classmethod
+    @abstractmethod
+    def read(cls, rows: pd.DataFrame, shape: Sequence[int]) -> Targets:
+        """Read the targets of a labelled set.
+
+        Args:
+            rows: one an image, as of `Rows.table`.
+            shape: of the images in memory, (H, W) or (D, H, W).
+        """
+
+    @abstractmethod
+    def read_as(self, rows: pd.DataFrame, shape: Sequence[int]) -> Tensor:
+        """Read targets for a model that has its names already."""
+
+    def weigh(self, targets: Tensor) -> Tensor | None:
+        """Give weights for the loss by which what is rare counts as much as what is common."""
+        return None
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """Give the mean loss of a batch."""
+
+    def keep(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Reduce the outputs and targets of a batch to what the scores need."""
+        return outputs, targets
+
+    def kept_loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """Give the mean loss of what was kept of a part."""
+        return self.loss(outputs, targets, weights)
+
+    def infer(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Give the outputs for images that are not trained on."""
+        outputs: Tensor = network(images)
+        return outputs.float()
+
+    @abstractmethod
+    def watch(self, outputs: Tensor, targets: Tensor) -> float:
+        """Compute `score` alone, of outputs as they are."""
+
+    def fit(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
+        """Fit what the predictions need, such as a temperature, to the validation part."""
+        return {}
+
+    @abstractmethod
+    def scores(self, outcome: Outcome) -> dict[str, Any]:
+        """Score an outcome: each of `words` and more, NaN where one is not defined."""
+
+    @abstractmethod
+    def table(self, outcome: Outcome, scores: Mapping[str, Any]) -> str:
+        """Lay out scores for a terminal."""
+
+    @abstractmethod
+    def predictions(self, outputs: Tensor, fitted: Mapping[str, Any]) -> pd.DataFrame:
+        """Give what is predicted of each image: the columns of predictions.csv."""
+
+    @abstractmethod
+    def truths(self, targets: Tensor) -> pd.DataFrame:
+        """Give what is true of each image: further columns."""
+
+    @abstractmethod
+    def count(self, targets: Tensor) -> dict[str, int]:
+        """Count images by what is true of them."""
+
+    @abstractmethod
+    def draw(self, outcome: Outcome, record: Mapping[str, Any], title: str, folder: Path) -> None:
+        """Draw a run: how it was trained, and its test.
+
+        Args:
+            outcome: of the test.
+            record: the metrics.
+            title: one line above all.
+            folder: for the pictures.
+        """
+
+    def interval(self, outcome: Outcome, seed: int) -> list[float]:
+        """Give the 95 % interval of `score`, by drawing the images anew (Efron & Tibshirani, 1993)."""
+        generator = torch.Generator().manual_seed(seed)
+        count = len(outcome.targets)
+        found = []
+        for _ in range(DRAWS):
+            drawn = torch.randint(count, (count,), generator=generator)
+            found.append(self.watch(outcome.outputs[drawn], outcome.targets[drawn]))
+        low, high = np.nanquantile(found, [0.025, 0.975])
+        return [float(low), float(high)]
+
+    def score_subgroups(self, outcome: Outcome, subgroups: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Score each subgroup of patients by itself, with the number of its images in `images`."""
+        found = {}
+        for name in sorted(set(subgroups)):
+            rows = torch.tensor([subgroup == name for subgroup in subgroups])
+            found[name] = {"images": int(rows.sum()), **self.scores(outcome.rows(rows))}
+        return found
+
+    def subgroup_table(self, found: Mapping[str, Mapping[str, Any]]) -> str:
+        """Lay out the scores of subgroups."""
+        columns = ["images", *self.words]
+        table = pd.DataFrame.from_dict(found, orient="index")[columns].rename_axis("subgroup")
+        return str(table.to_string(float_format="{:.4f}".format))
