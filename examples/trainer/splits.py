@@ -69,8 +69,8 @@ def _folded(images: Images, settings: Settings) -> dict[str, Integers]:
     rarest, members = _rarest_class(images.strata, images.groups)
     if members < folds or members < 3:
         raise TrainerError(
-            f"Class '{images.stratum_names[rarest]}' has {members} independent images (copies and images of one "
-            f"patient count once), and --k-folds {folds} needs {max(folds, 3)}."
+            f"Class '{images.stratum_names[rarest]}' has {members} independent images (copies and images of "
+            f"one patient count once), and --k-folds {folds} needs {max(folds, 3)}."
         )
     fold_of = _folds(images.strata, images.groups, folds, settings.seed)
     rest = np.flatnonzero(fold_of != number)
