@@ -92,6 +92,8 @@ def run(adapter: Path, data: str, flags: Flags) -> dict[str, Any] | None:
         skip_broken=flags.skip_broken,
     )
     rows = rows_to_predict(data, settings, task.names)
+    if rows.column("label"):
+        check_named(task, rows, data)
     model = rebuild(adapter, metadata, preprocessing).to(device)
     kept, outputs = predicted(task, model, rows, preprocessing, flags, device)
     names = kept.column("name")
@@ -104,6 +106,15 @@ def run(adapter: Path, data: str, flags: Flags) -> dict[str, Any] | None:
     write_predictions(flags.output, names, task.predictions(outputs, metadata), truths)
     say(flags, f"Wrote the predictions for {len(names)} images to {flags.output}")
     return scores
+
+
+def check_named(task: Task, rows: Rows, data: str) -> None:
+    """Raise a TrainerError for a label that the adapter does not know."""
+    unknown = sorted(set(task.named(rows.table)) - set(task.names))
+    if unknown:
+        raise TrainerError(
+            f"{data} has the label '{unknown[0]}', and the adapter the classes {', '.join(task.names)}."
+        )
 
 
 def task_of(metadata: Mapping[str, Any]) -> Task:

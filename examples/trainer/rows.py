@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .errors import TrainerError
 from .images import Integers, load
-from .splits import join_groups
-from .tasks import Task
+from .settings import Settings
+from .splits import join_groups, merge_rare
+from .tasks import TASKS
 
 PARTS = {
     "train": "train",
@@ -76,18 +77,21 @@ class Images:
         return len(self.strata)
 
 
-def read_images(rows: Rows, task: type[Task], size: int, skip_broken: bool = False) -> Images:
+def read_images(rows: Rows, settings: Settings) -> Images:
     """Read the images that rows name, and what is to be learned about them.
 
     Raises:
         TrainerError: the labels make no sense, or images cannot be read.
     """
-    task.check(rows.table)
-    loaded = load(rows.column("item"), size, skip_broken=skip_broken)
+    task = TASKS[settings.task]
+    task.check(rows.table, settings)
+    loaded = load(rows.column("item"), settings.image_size, skip_broken=settings.skip_broken)
     kept = Rows(rows.table.iloc[loaded.rows])
     named = kept.column("patient") or loaded.digests
     in_files = [patient or f"image {row}" for row, patient in enumerate(loaded.patients)]
-    targets = task.read(kept.table, loaded.pixels.shape[2:])
+    targets = task.read(kept.table, loaded.pixels.shape[2:], settings)
+    groups = join_groups(loaded.digests, in_files, named)
+    strata = targets.strata if targets.exact else merge_rare(targets.strata, groups)
     names, notes = kept.column("name"), rows.notes + targets.notes
     blank = np.flatnonzero(loaded.blank)
     if len(blank):
@@ -96,9 +100,9 @@ def read_images(rows: Rows, task: type[Task], size: int, skip_broken: bool = Fal
         loaded.pixels,
         targets.values,
         targets.names,
-        targets.strata,
+        strata,
         targets.stratum_names,
-        join_groups(loaded.digests, in_files, named),
+        groups,
         np.array(kept.column("part"), dtype=np.str_),
         names,
         kept.column("group"),

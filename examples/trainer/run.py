@@ -101,8 +101,8 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
 def prepare(settings: Settings) -> Work:
     """Read and split the images, and adapt the model that fits them."""
     images = read_data(settings)
-    task = TASKS[settings.task](images.classes)
     found = split(images, settings)
+    task = TASKS[settings.task](images.classes).prepared(images.targets[found["train"]])
     lightning.seed_everything(settings.seed, verbose=False)
     stored = tuple(images.pixels.shape[2:])
     model = adapted_model(settings, task.outputs, len(stored))

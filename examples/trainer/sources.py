@@ -13,7 +13,7 @@ from .images import SUFFIXES, is_image
 from .rows import PARTS, Images, Rows, name_parts, read_images
 from .settings import TABLES, Settings
 from .tables import table_rows
-from .tasks import TASKS
+from .tasks import TASKS, Task
 from .tissue import tissue_rows
 
 MASK = re.compile(r"(.+?)[ _-]*(mask|seg|segmentation|annotation)s?([ _-]*\d+)?", re.IGNORECASE)
@@ -27,8 +27,8 @@ def read_data(settings: Settings) -> Images:
     """
     rows = rows_of(settings.data, settings)
     if settings.test_data is not None:
-        rows = _with_test(rows, rows_of(settings.test_data, settings))
-    return read_images(rows, TASKS[settings.task], settings.image_size, settings.skip_broken)
+        rows = _with_test(rows, rows_of(settings.test_data, settings), TASKS[settings.task])
+    return read_images(rows, settings)
 
 
 def rows_of(data: str | None, settings: Settings) -> Rows:
@@ -74,18 +74,13 @@ def rows_to_predict(data: str, settings: Settings, classes: Sequence[str]) -> Ro
         rows = rows_of(data, settings)
     if rows.table.empty:
         raise TrainerError(f"{data} has no images. Give a folder with some, at any depth, or a table.")
-    unknown = sorted(set(rows.column("label")) - set(classes))
-    if unknown:
-        raise TrainerError(
-            f"{data} has the label '{unknown[0]}', and the adapter the classes {', '.join(classes)}."
-        )
     return rows
 
 
-def _with_test(rows: Rows, test: Rows) -> Rows:
+def _with_test(rows: Rows, test: Rows, task: type[Task]) -> Rows:
     """Add the images of another site as the test."""
-    classes = sorted(set(rows.column("label")))
-    new = sorted(set(test.column("label")) - set(classes))
+    classes = sorted(set(task.named(rows.table)))
+    new = sorted(set(task.named(test.table)) - set(classes))
     if new:
         raise TrainerError(
             f"--test-data has the class '{new[0]}', and --data only {', '.join(classes)}. "

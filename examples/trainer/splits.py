@@ -126,6 +126,15 @@ def join_groups(*columns: Sequence[Hashable]) -> Integers:
     return np.unique(_first_rows(numbers), return_inverse=True)[1].astype(np.int64)
 
 
+def merge_rare(strata: Integers, groups: Integers) -> Integers:
+    """Let strata that are found in too few groups for a share in every part join the largest one."""
+    groups_of = [len(np.unique(groups[strata == stratum])) for stratum in range(strata.max() + 1)]
+    rare = np.flatnonzero(np.array(groups_of) < FOLDS)
+    merged = strata.copy()
+    merged[np.isin(strata, rare)] = np.bincount(strata).argmax()
+    return merged
+
+
 def _first_rows(numbers: Integers) -> Integers:
     _, first, place = np.unique(numbers, return_index=True, return_inverse=True)
     return first[place].astype(np.int64)

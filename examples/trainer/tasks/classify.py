@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from ..errors import TrainerError
 from ..figures import draw_reliability, draw_roc, draw_training, titled
 from ..scores import SHOWN, fit_temperature, macro_f1, scaled, score, table
+from ..settings import Settings
 from .task import Integers, Outcome, Targets, Task
 
 
@@ -26,25 +27,24 @@ class Classify(Task):
     loss_words = "cross entropy"
 
     @classmethod
-    def check(cls, rows: pd.DataFrame) -> None:
+    def check(cls, rows: pd.DataFrame, settings: Settings) -> None:
         """Check that the classes make sense."""
-        check_classes(list(rows["label"]))
+        check_classes(cls.named(rows))
 
     @classmethod
-    def read(cls, rows: pd.DataFrame, shape: Sequence[int]) -> Targets:
+    def named(cls, rows: pd.DataFrame) -> list[str]:
+        """Give the labels."""
+        return list(rows["label"])
+
+    @classmethod
+    def read(cls, rows: pd.DataFrame, shape: Sequence[int], settings: Settings) -> Targets:
         """Number the classes."""
         labels, classes = number_classes(list(rows["label"]))
         return Targets(torch.from_numpy(labels), classes, labels, classes)
 
     def read_as(self, rows: pd.DataFrame, shape: Sequence[int]) -> Tensor:
-        """Number the labels; a TrainerError names one that is no class."""
-        labels = list(rows["label"])
-        unknown = sorted(set(labels) - set(self.names))
-        if unknown:
-            raise TrainerError(
-                f"The data have the label '{unknown[0]}', and the adapter the classes {', '.join(self.names)}."
-            )
-        return torch.tensor([self.names.index(label) for label in labels])
+        """Number the labels."""
+        return torch.tensor([self.names.index(label) for label in rows["label"]])
 
     def weigh(self, targets: Tensor) -> Tensor:
         """Give (C,) weights by which every class has the same weight."""

@@ -4,13 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..settings import Settings
 
 Integers = npt.NDArray[np.int64]
 DRAWS = 200  # of the bootstrap
@@ -25,6 +28,7 @@ class Targets:
         names: of the outputs: classes, findings, structures, or the quantity.
         strata: (N,), positions in `stratum_names`: each stratum keeps its share in every part of a split.
         stratum_names: in a message.
+        exact: whether a split must have every stratum in every part; else rare ones join the largest.
         notes: lines for the user.
     """
 
@@ -32,6 +36,7 @@ class Targets:
     names: list[str]
     strata: Integers
     stratum_names: list[str]
+    exact: bool = True
     notes: list[str] = field(default_factory=list)
 
 
@@ -78,22 +83,36 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def check(cls, rows: pd.DataFrame) -> None:
+    def check(cls, rows: pd.DataFrame, settings: "Settings") -> None:
         """Check what can be checked before an image is read.
+
+        Args:
+            rows: one an image, as of `Rows.table`.
+            settings: of the run.
 
         Raises:
             TrainerError: the labels make no sense.
         """
 
     @classmethod
+    def named(cls, rows: pd.DataFrame) -> list[str]:
+        """Give the names of classes or findings that rows bring: those of another site must be among them."""
+        return []
+
+    @classmethod
     @abstractmethod
-    def read(cls, rows: pd.DataFrame, shape: Sequence[int]) -> Targets:
+    def read(cls, rows: pd.DataFrame, shape: Sequence[int], settings: "Settings") -> Targets:
         """Read the targets of a labelled set.
 
         Args:
             rows: one an image, as of `Rows.table`.
             shape: of the images in memory, (H, W) or (D, H, W).
+            settings: of the run.
         """
+
+    def prepared(self, targets: Tensor) -> "Task":
+        """Give the task as it is once it knows the targets of the training part."""
+        return self
 
     @abstractmethod
     def read_as(self, rows: pd.DataFrame, shape: Sequence[int]) -> Tensor:
