@@ -9,7 +9,7 @@ Where the labels are known (folders named as the classes, or a column of a table
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Flags:
         output: the CSV to write
         path_column: of a table, names the image files (default: path)
         label_column: of a table, names the classes, for the scores (default: label, where there is one)
+        finding_column: of a table, for several findings, names one; may be repeated
         masks: take X_mask.png beside X.png for an image too
         batch_size: images that are computed at once
         device: such as cuda or cpu (default: a GPU if there is one)
@@ -50,6 +51,7 @@ class Flags:
     output: Path = Path("predictions.csv")
     path_column: str | None = None
     label_column: str | None = None
+    finding_column: list[str] = field(default_factory=list)
     masks: bool = False
     batch_size: int = 32
     device: str | None = None
@@ -85,6 +87,8 @@ def run(adapter: Path, data: str, flags: Flags) -> dict[str, Any] | None:
     preprocessing = Preprocessing.from_metadata(metadata, adapter)
     task = task_of(metadata)
     settings = Settings(
+        task=metadata.get("task", "classify"),
+        finding_column=flags.finding_column,
         path_column=flags.path_column,
         label_column=flags.label_column,
         masks=flags.masks,
@@ -92,13 +96,13 @@ def run(adapter: Path, data: str, flags: Flags) -> dict[str, Any] | None:
         skip_broken=flags.skip_broken,
     )
     rows = rows_to_predict(data, settings, task.names)
-    if rows.column("label"):
+    if task.labelled(rows.table):
         check_named(task, rows, data)
     model = rebuild(adapter, metadata, preprocessing).to(device)
     kept, outputs = predicted(task, model, rows, preprocessing, flags, device)
     names = kept.column("name")
     scores = truths = None
-    if kept.column("label"):
+    if task.labelled(kept.table):
         targets = task.read_as(kept.table, preprocessing.stored)
         outcome, truths = Outcome(outputs, targets, metadata), task.truths(targets)
         scores = task.scores(outcome)

@@ -17,11 +17,11 @@ from .settings import Settings
 PREFIX = "hf:"
 
 
-def npz_rows(file: Path) -> Rows:
+def npz_rows(file: Path, task: str = "classify") -> Rows:
     """List a MedMNIST or MedMNIST+ file (Yang et al. 2023, https://medmnist.com) of images or volumes.
 
     Raises:
-        TrainerError: it is no such file, or has several labels for each image.
+        TrainerError: it is no such file, or has not as many labels for each image as the task takes.
     """
     try:
         with np.load(file) as opened:
@@ -36,17 +36,23 @@ def npz_rows(file: Path) -> Rows:
                 f"{file} has the arrays {', '.join(arrays)}, and no {part}_images or no {part}_labels. "
                 "A MedMNIST file has images and labels for train, val and test."
             )
-        if labels.ndim > 2 or labels.shape[1:] not in ((), (1,)):
+        several = labels.ndim == 2 and labels.shape[1] > 1
+        if labels.ndim > 2 or several != (task == "multilabel"):
             raise TrainerError(
-                f"{file} has labels of shape {labels.shape}: several for each image. "
-                "This trainer takes one class for each image."
+                f"{file} has labels of shape {labels.shape}. --task multilabel takes several for each image, "
+                "(N, K), and every other task one."
             )
         if images.ndim not in (3, 4):
             raise TrainerError(
                 f"{file} has images of shape {images.shape}; "
                 "(N, H, W), (N, H, W, 3) or (N, D, H, W) is needed."
             )
-        table = pd.DataFrame({"item": list(images), "label": labels.reshape(-1).astype(str), "part": part})
+        table = pd.DataFrame({"item": list(images), "part": part})
+        if several:
+            for place in range(labels.shape[1]):
+                table[f"label:{place}"] = labels[:, place].astype(str)
+        else:
+            table["label"] = labels.reshape(-1).astype(str)
         table["name"] = part + "/" + table.index.astype(str)
         tables.append(table)
     return Rows(pd.concat(tables, ignore_index=True))

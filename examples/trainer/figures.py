@@ -1,6 +1,8 @@
 """Pictures of a run: did it learn, did it stop in time, what does it confuse, is it right when it is sure?"""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +15,9 @@ from torch import Tensor
 
 from .scores import BINS
 
+if TYPE_CHECKING:
+    from .tasks import Task
+
 # From the palette of Okabe and Ito, told apart with any colour vision; markers differ as well.
 TRAIN, VAL, BEST = "#0072B2", "#D55E00", "#595959"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#595959")
@@ -21,26 +26,19 @@ CELL = 0.55  # inches, room for four digits
 MOST_CURVES = 12
 
 
-def draw_training(
-    history: list[dict[str, float]],
-    best_epoch: int,
-    confusion: Tensor,
-    classes: list[str],
-    title: str,
-    path: Path,
-) -> None:
+def draw_training(record: Mapping[str, Any], task: "Task", confusion: Tensor, title: str, path: Path) -> None:
     """Draw the losses, the validation score and the confusion matrix of the test.
 
     Args:
-        history: one record an epoch: `train_loss`, `val_loss`, `val_macro_f1`.
-        best_epoch: counted from 1.
+        record: the metrics, with `history` and `best_epoch`.
+        task: has the names of the C classes.
         confusion: (C, C) counts, rows true and columns predicted.
-        classes: the names of the C classes.
         title: one line above all.
         path: the PNG to write.
     """
-    side = min(12.0, max(3.6, CELL * len(classes)))
-    names = [_shorten(name) for name in classes]
+    count = len(task.names)
+    side = min(12.0, max(3.6, CELL * count))
+    names = [_shorten(name) for name in task.names]
     # The matrix needs room for its labels too, about 0.09 inches a character.
     margin = 0.9 + 0.09 * max(map(len, names))
     figure = Figure(
@@ -49,24 +47,39 @@ def draw_training(
         layout=ConstrainedLayoutEngine(w_pad=0.12),
     )
     left, middle, right = figure.subplots(1, 3, width_ratios=[4.3, 4.3, side + margin])
-    epochs = range(1, len(history) + 1)
-    left.plot(epochs, [record["train_loss"] for record in history], "o-", color=TRAIN, label="training")
-    left.plot(epochs, [record["val_loss"] for record in history], "s--", color=VAL, label="validation")
-    _finish_curve(left, len(history), best_epoch, "cross entropy")
-    left.set_ylim(bottom=0)
-    middle.plot(epochs, [record["val_macro_f1"] for record in history], "s--", color=VAL, label="validation")
-    _finish_curve(middle, len(history), best_epoch, "macro-F1")
-    middle.set_ylim(0, 1.02)
-    _draw_confusion(right, confusion.numpy(), names, 72 * side / len(classes))
+    draw_curves(left, middle, record, task)
+    _draw_confusion(right, confusion.numpy(), names, 72 * side / count)
     figure.suptitle(title, fontsize=12)
     figure.savefig(path)
+
+
+def draw_curves(left: Axes, right: Axes, record: Mapping[str, Any], task: "Task") -> None:
+    """Draw the losses and the validation score over the epochs.
+
+    Args:
+        left: for the losses.
+        right: for the score.
+        record: the metrics, with `history` and `best_epoch`.
+        task: says what the loss and the score are called.
+    """
+    history, best_epoch = record["history"], record["best_epoch"]
+    epochs = range(1, len(history) + 1)
+    left.plot(epochs, [epoch["train_loss"] for epoch in history], "o-", color=TRAIN, label="training")
+    left.plot(epochs, [epoch["val_loss"] for epoch in history], "s--", color=VAL, label="validation")
+    _finish_curve(left, len(history), best_epoch, task.loss_words)
+    left.set_ylim(bottom=0)
+    scores = [epoch[f"val_{task.score}"] for epoch in history]
+    right.plot(epochs, scores, "s--", color=VAL, label="validation")
+    _finish_curve(right, len(history), best_epoch, task.words[task.score])
+    # A score such as R² may be below 0.
+    right.set_ylim(min(0, *scores), 1.02)
 
 
 def _finish_curve(axes: Axes, epochs: int, best_epoch: int, label: str) -> None:
     axes.axvline(best_epoch, color=BEST, linewidth=1, linestyle=":", label="kept epoch")
     axes.set(xlabel="epoch", ylabel=label, xlim=(0.5, epochs + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _plain(axes)
+    plain(axes)
     axes.legend(frameon=False)
 
 
@@ -118,8 +131,8 @@ def draw_reliability(panels: dict[str, Tensor], labels: Tensor, path: Path) -> N
         upper.set_title(title, fontsize=11)
         lower.hist(confidence.numpy(), bins=BINS, range=(0, 1), color="#56B4E9", edgecolor="white")
         lower.set_xlabel("confidence")
-        _plain(upper)
-        _plain(lower)
+        plain(upper)
+        plain(lower)
     axes[0, 0].set_ylabel("share that is right")
     axes[1, 0].set_ylabel("images")
     # Outside: within the axes a point may lie anywhere.
@@ -137,21 +150,27 @@ def draw_roc(probabilities: Tensor, labels: Tensor, classes: list[str], path: Pa
         classes: the names of the C classes.
         path: the PNG to write.
     """
-    figure = Figure(figsize=(5.4, 5.4), dpi=150, layout=ConstrainedLayoutEngine())
-    axes = figure.subplots()
+    curves = {}
     # Of two classes, one curve is the other's mirror image.
     for i in range(int(len(classes) == 2), min(len(classes), MOST_CURVES)):
-        positive = (labels == i).numpy()
+        curves[classes[i]] = probabilities[:, i], labels == i
+    figure = Figure(figsize=(5.4, 5.4), dpi=150, layout=ConstrainedLayoutEngine())
+    draw_roc_curves(figure.subplots(), curves)
+    figure.savefig(path)
+
+
+def draw_roc_curves(axes: Axes, curves: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Draw ROC curves, by name the scores (n,) and what is positive (n,); the first dozen that have both."""
+    for i, (name, (scores, positive)) in enumerate(list(curves.items())[:MOST_CURVES]):
         if positive.all() or not positive.any():
             continue
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
         RocCurveDisplay.from_predictions(
-            positive, probabilities[:, i].numpy(), ax=axes, name=_shorten(classes[i]), curve_kwargs=style
+            positive.numpy(), scores.numpy(), ax=axes, name=_shorten(name), curve_kwargs=style
         )
     axes.plot([0, 1], [0, 1], color=BEST, linewidth=1, linestyle=":")
     axes.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.02))
-    _plain(axes)
-    figure.savefig(path)
+    plain(axes)
 
 
 def titled(name: str, error: float) -> str:
@@ -159,7 +178,8 @@ def titled(name: str, error: float) -> str:
     return f"{name}, calibration error {error:.3f}"
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Take the frame off, and put a light grid behind."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)

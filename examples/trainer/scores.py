@@ -1,6 +1,7 @@
 """Test scores that stay honest on small and unbalanced data."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -60,8 +61,8 @@ def score(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
     confusion = multiclass_confusion_matrix(predicted, labels, num_classes=count)
     aurocs, precisions = [], []
     for i in range(count):
-        aurocs.append(_of_class(binary_auroc, probabilities[:, i], labels == i))
-        precisions.append(_of_class(binary_average_precision, probabilities[:, i], labels == i))
+        aurocs.append(score_class(binary_auroc, probabilities[:, i], labels == i))
+        precisions.append(score_class(binary_average_precision, probabilities[:, i], labels == i))
     right, support, named = confusion.diag(), confusion.sum(1), confusion.sum(0)
     recall = right / support
     return {
@@ -99,27 +100,30 @@ def table(probabilities: Tensor, labels: Tensor, classes: list[str], scores: dic
     return "\n".join([*lines, "", report.rstrip(), "", title, confusion.to_string()])
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Find the temperature with the lowest cross entropy, so that 0.8 is right in 80 of 100 cases.
+def fit_temperature(
+    logits: Tensor, targets: Tensor, loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+) -> float:
+    """Find the temperature with the lowest loss, so that 0.8 is right in 80 of 100 cases.
 
     It changes no prediction, only how sure of it the model is.
 
     Args:
         logits: (N, C) of images that the model was not trained on.
-        labels: (N,).
+        targets: (N, …), of classes (N,).
+        loss: of logits and targets, a likelihood.
 
     Returns:
         A number from 0.1 to 10; 1 where a logit is not finite.
     """
     if not torch.isfinite(logits).all():
         return 1.0
-    exact, truth = logits.double().cpu(), labels.cpu()
+    exact, truth = logits.double().cpu(), targets.cpu()
 
-    def loss(log_temperature: float) -> float:
-        return float(cross_entropy(exact / math.exp(log_temperature), truth))
+    def at(log_temperature: float) -> float:
+        return float(loss(exact / math.exp(log_temperature), truth))
 
     found = minimize_scalar(
-        loss, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded", options={"xatol": 1e-5}
+        at, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded", options={"xatol": 1e-5}
     )
     return math.exp(float(found.x))
 
@@ -140,7 +144,8 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def _of_class(metric: Any, scores: Tensor, positive: Tensor) -> float:
+def score_class(metric: Any, scores: Tensor, positive: Tensor) -> float:
+    """Score one class against the rest, (N,) and (N,); NaN where it has no positives or nothing else."""
     # torchmetrics answers 0 where a curve is undefined, which would read as a terrible model.
     if positive.all() or not positive.any() or not torch.isfinite(scores).all():
         return math.nan

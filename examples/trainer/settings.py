@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from .checks import check_data, check_run, check_task, check_values
 from .errors import TrainerError
 from .flags import flag, options_of
 
@@ -23,9 +22,6 @@ RATE = 3e-3
 
 # What a run's result does not depend on.
 FREE = ("output", "cache_features", "num_workers", "quiet", "no_figures", "logger", "accelerator")
-TABLES = (".csv", ".tsv", ".txt")
-TABLE_ONLY = ("path_column", "label_column", "patient_column", "group_column")
-POSITIVE = ("epochs", "patience", "batch_size", "accumulate", "devices", "lr")
 
 
 @dataclass(kw_only=True)
@@ -33,12 +29,19 @@ class Settings:
     """What a run depends on.
 
     Attributes:
-        task: what is asked of an image: classify, one label
+        task: what is asked of an image: classify, one label; multilabel, findings that are there or not;
+            ordinal, a grade; regress, a quantity
         data: a folder with one subfolder a class, a table (.csv, .tsv), a MedMNIST .npz, or hf:NAME, a data
             set of Hugging Face by name or folder (default: patches of scikit-image's stained tissue)
         test_data: images of another site, in the form of `data`: the test, while `data` trains and validates
         path_column: of a table, names the image files; a suffix may be missing (default: path)
-        label_column: of a table, names the classes (default: label)
+        label_column: of a table, names the class, the grade or the quantity, or of multilabel all findings as
+            in Effusion|Edema (default: label)
+        finding_column: of a table, for multilabel: a finding, 1 where it is there, 0 where it is not; may be
+            repeated, and takes the place of --label-column
+        missing: for multilabel, what an empty cell of a finding means
+        uncertain: for multilabel, what -1 means
+        grade: for ordinal, the grades from the lowest, where they are no numbers; may be repeated
         patient_column: of a table; one patient's images stay in one part (default: patient, if any)
         group_column: of a table, names subgroups such as sex: the test is scored for each
         volumes: read a folder of DICOM slices as one volume
@@ -83,11 +86,15 @@ class Settings:
         no_figures: draw nothing, which takes a second
     """
 
-    task: Literal["classify"] = "classify"
+    task: Literal["classify", "multilabel", "ordinal", "regress"] = "classify"
     data: str | None = None
     test_data: str | None = None
     path_column: str | None = None
     label_column: str | None = None
+    finding_column: list[str] = field(default_factory=list)
+    missing: Literal["ignore", "negative"] = "ignore"
+    uncertain: Literal["ignore", "negative", "positive"] = "ignore"
+    grade: list[str] = field(default_factory=list)
     patient_column: str | None = None
     group_column: str | None = None
     volumes: bool = False
@@ -144,9 +151,10 @@ class Settings:
         full = replace(
             self, option=option, lr=rate, test_fraction=_test_fraction(self), augment=_augment(self)
         )
-        _check_values(full)
-        _check_data(full)
-        _check_run(full)
+        check_values(full)
+        check_data(full)
+        check_task(full)
+        check_run(full)
         if full.output is None:
             data = Path(full.data or "tissue").stem
             name = f"{data}-{full.model}-{full.method}-{full.seed}-{full.digest()}"
@@ -197,78 +205,3 @@ def _augment(settings: Settings) -> Literal["none", "light", "strong"]:
             f"--augment {settings.augment} has no use with --cache-features: a feature is computed once."
         )
     return "none"
-
-
-def _check_values(settings: Settings) -> None:
-    for name in POSITIVE:
-        if not getattr(settings, name) > 0:
-            raise TrainerError(f"{flag(name)} is {getattr(settings, name)}; it must be above 0.")
-    if settings.lr is not None and settings.lr > 10:
-        raise TrainerError(f"--lr is {settings.lr}; a rate above 10 cannot be meant.")
-    if settings.image_size < 8:
-        raise TrainerError(f"--image-size is {settings.image_size}; it must be at least 8.")
-    if not 0 <= settings.weight_decay < 10:
-        raise TrainerError(f"--weight-decay is {settings.weight_decay}; it must be at least 0 and below 10.")
-    if not 0 <= settings.warmup < 1:
-        raise TrainerError(f"--warmup is {settings.warmup}; it must be at least 0 and below 1.")
-    if not 0 < settings.train_fraction <= 1:
-        raise TrainerError(
-            f"--train-fraction is {settings.train_fraction}; it must be above 0 and at most 1."
-        )
-    if not 0 <= settings.seed < 1_000_000:
-        raise TrainerError(f"--seed is {settings.seed}; it must be from 0 to 999999.")
-    if settings.num_workers < 0:
-        raise TrainerError(f"--num-workers is {settings.num_workers}; it must be at least 0.")
-
-
-def _check_data(settings: Settings) -> None:
-    data = settings.data or ""
-    tabular = data.startswith("hf:") or data.lower().endswith(TABLES)
-    for name in TABLE_ONLY:
-        value = getattr(settings, name)
-        if value is not None and not tabular:
-            raise TrainerError(
-                f"{flag(name)} {value} names a column, and --data {settings.data} has none. Give a .csv."
-            )
-    for name in ("data", "test_data"):
-        value = getattr(settings, name)
-        if value and not value.startswith("hf:") and not Path(value).exists():
-            raise TrainerError(
-                f"{flag(name)} {value} does not exist. Give a folder, a .csv, a .npz or hf:NAME."
-            )
-    if settings.test_data and settings.data is None:
-        raise TrainerError("--test-data needs --data: the default data have no other site.")
-    test, val = settings.test_fraction, settings.val_fraction
-    shares = test is not None and 0 < val < 1 and 0 <= test < 1 and val + test < 1
-    if not shares or (test == 0 and not settings.test_data):
-        raise TrainerError(
-            f"--val-fraction {val} and --test-fraction {test} leave nothing to train on, or "
-            "are not above 0. Their sum must stay below 1."
-        )
-    folds, fold = settings.k_folds, settings.fold
-    if folds < 0 or folds == 1 or not 0 <= fold < max(folds, 1):
-        raise TrainerError(f"--k-folds is {folds} and --fold {fold}; take at least 2 folds, numbered from 0.")
-    if folds and settings.test_data:
-        raise TrainerError("--k-folds tests on every image once, and --test-data is the test. Leave one out.")
-
-
-def _check_run(settings: Settings) -> None:
-    parts = settings.accumulate * settings.devices
-    if settings.batch_size % parts:
-        raise TrainerError(
-            f"--batch-size {settings.batch_size} is the images of one optimizer step, and does not divide by "
-            f"--accumulate {settings.accumulate} × {settings.devices} devices. Take a multiple of {parts}."
-        )
-    if settings.devices == 1 and settings.strategy != "auto":
-        raise TrainerError(f"--strategy {settings.strategy} is for several devices. Add --devices.")
-    if settings.class_weights and settings.balanced_sampler:
-        raise TrainerError("--class-weights and --balanced-sampler weight rare classes twice. Leave one out.")
-    cuda = torch.cuda.is_available() and settings.accelerator in ("auto", "cuda")
-    if settings.precision == "16-mixed" and not cuda:
-        raise TrainerError(
-            "--precision 16-mixed needs a CUDA GPU: gradients are scaled there. Elsewhere take bf16-mixed."
-        )
-    if settings.cache_features is not None and settings.devices > 1:
-        raise TrainerError("--cache-features computes the features once, on one device. Take --devices 1.")
-    if settings.cache_features is not None and Path(settings.cache_features).is_file():
-        raise TrainerError(f"--cache-features {settings.cache_features} is a file. Name a folder.")

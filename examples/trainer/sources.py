@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 
 from .archives import PREFIX, huggingface_rows, npz_rows
+from .checks import TABLES
 from .errors import TrainerError
 from .images import SUFFIXES, is_image
 from .rows import PARTS, Images, Rows, name_parts, read_images
-from .settings import TABLES, Settings
+from .settings import Settings
 from .tables import table_rows
 from .tasks import TASKS, Task
 from .tissue import tissue_rows
@@ -34,7 +35,7 @@ def read_data(settings: Settings) -> Images:
 def rows_of(data: str | None, settings: Settings) -> Rows:
     """List the images of a source, without reading one."""
     if data is None:
-        return tissue_rows()
+        return tissue_rows(settings.task)
     if data.startswith(PREFIX):
         return huggingface_rows(data.removeprefix(PREFIX), settings)
     path = Path(data)
@@ -43,7 +44,7 @@ def rows_of(data: str | None, settings: Settings) -> Rows:
     if path.suffix.lower() in TABLES:
         return table_rows(path, settings)
     if path.suffix.lower() == ".npz":
-        return npz_rows(path)
+        return npz_rows(path, settings.task)
     raise TrainerError(
         f"--data {path} is a {path.suffix or 'nameless'} file. Give a folder with one subfolder a class, "
         "a .csv with the columns path and label, a MedMNIST .npz, or hf:NAME for a data set of Hugging Face."

@@ -38,11 +38,11 @@ def split(images: Images, settings: Settings) -> dict[str, Integers]:
             raise TrainerError(
                 f"The data's own split has no '{part}' images. Mark some, or leave the split out."
             )
-    seen = set(images.strata[found["train"]].tolist())
-    unseen = [name for i, name in enumerate(images.stratum_names) if i not in seen]
+    unseen = sorted(set(images.strata.tolist()) - set(images.strata[found["train"]].tolist()))
     if unseen:
         raise TrainerError(
-            f"Class '{unseen[0]}' has no training image in this split. Try another --seed, or add images."
+            f"Class '{images.stratum_names[unseen[0]]}' has no training image in this split. "
+            "Try another --seed, or add images."
         )
     found["train"] = training_subset(images, found["train"], settings.train_fraction, settings.seed)
     return {part: found[part] for part in NAMES}

@@ -38,18 +38,7 @@ def table_rows(file: Path, settings: Settings, labelled: bool = True) -> Rows:
         labelled: False where the labels may be missing.
     """
     table = read_table(file)
-    found = {
-        "name": _column(file, table, settings.path_column, "path", "--path-column"),
-        "label": _column(file, table, settings.label_column, "label", "--label-column", labelled),
-        "patient": _column(file, table, settings.patient_column, "patient", "--patient-column", False),
-        "part": _column(file, table, None, "split", "", False),
-        "group": _column(file, table, settings.group_column, None, "--group-column", False),
-    }
-    rows = pd.DataFrame(index=table.index)
-    for name, column in found.items():
-        if column is not None:
-            _check_filled(file, table, column)
-            rows[name] = table[column]
+    rows = _rows_of_columns(file, table, settings, labelled)
     rows["item"] = rows["name"].map(lambda name: _existing(file.parent, name))
     missing = rows["name"][~rows["item"].map(Path.exists)]
     if len(missing) and not settings.skip_broken:
@@ -66,6 +55,30 @@ def table_rows(file: Path, settings: Settings, labelled: bool = True) -> Rows:
             if _plain(name) in PATIENTS:
                 notes[0] += f" '{name}' looks like one: --patient-column '{name}'."
     return Rows(rows, notes)
+
+
+def _rows_of_columns(file: Path, table: pd.DataFrame, settings: Settings, labelled: bool) -> pd.DataFrame:
+    """Take over the columns that say something of an image, under the names of `Rows.table`."""
+    # Cells of findings may be empty: what that means is a setting.
+    findings = settings.task == "multilabel"
+    needs_label = labelled and not settings.finding_column
+    found = {
+        "name": _column(file, table, settings.path_column, "path", "--path-column"),
+        "label": _column(file, table, settings.label_column, "label", "--label-column", needs_label),
+        "patient": _column(file, table, settings.patient_column, "patient", "--patient-column", False),
+        "part": _column(file, table, None, "split", "", False),
+        "group": _column(file, table, settings.group_column, None, "--group-column", False),
+    }
+    rows = pd.DataFrame(index=table.index)
+    for name, column in found.items():
+        if column is None:
+            continue
+        if not (findings and name == "label"):
+            _check_filled(file, table, column)
+        rows[name] = table[column]
+    for wanted in settings.finding_column:
+        rows[f"label:{wanted}"] = table[_column(file, table, wanted, None, "--finding-column")]
+    return rows
 
 
 def read_table(file: Path) -> pd.DataFrame:

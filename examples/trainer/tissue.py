@@ -17,23 +17,40 @@ from .rows import Rows
 PATCH, STEP, BLOCK = 32, 16, 64  # pixels
 
 
-def tissue_rows() -> Rows:
-    """Cut the 512 × 512 image into 576 overlapping patches of 32 × 32, half of them positive.
+def tissue_rows(task: str = "classify") -> Rows:
+    """Cut the 512 × 512 image into 576 overlapping patches of 32 × 32.
 
     Patches overlap only within their block of 64 × 64 pixels. The block stands for a patient, so patches in
     different parts of a split never share a pixel.
+
+    Args:
+        task: decides what is asked: classify, whether there is more of the stain than in half of the patches;
+            multilabel, that, and the same of the blue counterstain of nuclei; ordinal, in which quarter the
+            amount of the stain lies; regress, the amount.
     """
     section = immunohistochemistry()  # type: ignore[no-untyped-call]
-    grey, stain = rgb2gray(section), rgb2hed(section)[..., 2]
+    grey, stains = rgb2gray(section), rgb2hed(section)
     corners = patch_corners(section.shape[0])
-    amounts = np.array([_patch(stain, corner).mean() for corner in corners])
-    middle = np.median(amounts)
-    rows = []
-    for (y, x), amount in zip(corners, amounts, strict=True):
-        label = ("unstained", "stained")[int(amount > middle)]
-        patch = _equalise(_patch(grey, (y, x)))
-        rows.append((patch, f"row {y} column {x}", label, f"block {y // BLOCK} {x // BLOCK}"))
-    return Rows(pd.DataFrame(rows, columns=["item", "name", "label", "patient"]))
+    table = pd.DataFrame({"item": [_equalise(_patch(grey, corner)) for corner in corners]})
+    table["name"] = [f"row {y} column {x}" for y, x in corners]
+    table["patient"] = [f"block {y // BLOCK} {x // BLOCK}" for y, x in corners]
+    amounts = pd.Series([_patch(stains[..., 2], corner).mean() for corner in corners])
+    nuclei = pd.Series([_patch(stains[..., 0], corner).mean() for corner in corners])
+    match task:
+        case "classify":
+            table["label"] = _above_half(amounts).map({0: "unstained", 1: "stained"})
+        case "multilabel":
+            table["label:stained"] = _above_half(amounts).astype(str)
+            table["label:nuclei"] = _above_half(nuclei).astype(str)
+        case "ordinal":
+            table["label"] = pd.qcut(amounts, 4, labels=False).astype(str)
+        case "regress":
+            table["label"] = (100 * amounts).round(4).astype(str)
+    return Rows(table)
+
+
+def _above_half(amounts: pd.Series) -> pd.Series:
+    return (amounts > amounts.median()).astype(int)
 
 
 def patch_corners(side: int, step: int = STEP) -> list[tuple[int, int]]:

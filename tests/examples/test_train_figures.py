@@ -8,6 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from trainer.figures import draw_reliability, draw_roc, draw_training
+from trainer.tasks.classify import Classify
 
 
 @pytest.fixture
@@ -46,7 +47,8 @@ def test_labels_of_many_long_classes_do_not_overlap(tmp_path, drawn):
     names = [f"a very long class name number {i}" for i in range(9)]
     record = {"train_loss": 1.0, "val_loss": 1.1, "val_macro_f1": 0.4}
     counts = torch.full((9, 9), 1234)
-    draw_training([record] * 30, 7, counts, names, "title", tmp_path / "figure.png")
+    metrics = {"history": [record] * 30, "best_epoch": 7}
+    draw_training(metrics, Classify(names), counts, "title", tmp_path / "figure.png")
     axes = drawn[0].axes[2]
     assert {text.get_text() for text in axes.texts} == {"1234"}
     renderer = FigureCanvasAgg(drawn[0]).get_renderer()

@@ -1,22 +1,19 @@
 """One label for each image."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..errors import TrainerError
 from ..figures import draw_reliability, draw_roc, draw_training, titled
 from ..scores import SHOWN, fit_temperature, macro_f1, scaled, score, table
 from ..settings import Settings
-from .task import Integers, Outcome, Targets, Task
+from .names import check_classes, number_classes
+from .task import Outcome, Targets, Task
 
 
 class Classify(Task):
@@ -94,14 +91,7 @@ class Classify(Task):
         """Draw the training with the confusion matrix, the calibration and the ROC curves."""
         test, temperature = record["test"], outcome.fitted["temperature"]
         probabilities = probabilities_of(outcome)
-        draw_training(
-            record["history"],
-            record["best_epoch"],
-            torch.tensor(test["confusion_matrix"]),
-            self.names,
-            title,
-            folder / "training.png",
-        )
+        draw_training(record, self, torch.tensor(test["confusion_matrix"]), title, folder / "training.png")
         panels = {
             titled("as trained", test["calibration_error_untempered"]): scaled(outcome.outputs, 1),
             titled(f"temperature {temperature:.2f}", test["calibration_error"]): probabilities,
@@ -113,42 +103,3 @@ class Classify(Task):
 def probabilities_of(outcome: Outcome) -> Tensor:
     """Give the probabilities (N, C) at the fitted temperature."""
     return scaled(outcome.outputs, outcome.fitted["temperature"])
-
-
-def number_classes(names: Sequence[str]) -> tuple[Integers, list[str]]:
-    """Give each name's number (N,), and the distinct names in order; numbers keep theirs, 2 before 10."""
-    classes = sorted(set(names))
-    with suppress(ValueError):
-        classes = sorted(classes, key=float)
-    return np.array([classes.index(name) for name in names], dtype=np.int64), classes
-
-
-def check_classes(names: Sequence[str]) -> None:
-    """Check that every class is spelled in one way, that none is several, and that there are two.
-
-    Raises:
-        TrainerError: it is not so.
-    """
-    spellings: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(set(names)):
-        spellings[_plain(name)].append(name)
-        if "|" in name:
-            raise TrainerError(
-                f"The label '{name}' names several classes, and this trainer takes one class for each image."
-            )
-    for several in spellings.values():
-        if len(several) > 1:
-            raise TrainerError(
-                f"The classes '{several[0]}' and '{several[1]}' differ in spelling alone. If they are one, "
-                "write them alike; if not, name them apart."
-            )
-    if len(spellings) < 2:
-        raise TrainerError(f"The data have only the class '{names[0]}'. At least two are needed.")
-
-
-def _plain(name: str) -> str:
-    """Write a name without what people spell differently: case, blanks, underscores, `1.0` for `1`."""
-    try:
-        return str(float(name))
-    except ValueError:
-        return "".join(name.casefold().replace("_", " ").replace("-", " ").split())

@@ -95,6 +95,11 @@ class Task(ABC):
         """
 
     @classmethod
+    def labelled(cls, rows: pd.DataFrame) -> bool:
+        """Say whether rows bring what the task asks for."""
+        return "label" in rows
+
+    @classmethod
     def named(cls, rows: pd.DataFrame) -> list[str]:
         """Give the names of classes or findings that rows bring: those of another site must be among them."""
         return []

@@ -1,0 +1,117 @@
+"""Settings that make no sense, or do not go together, are refused before anything is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import TrainerError
+from .flags import flag
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+TABLES = (".csv", ".tsv", ".txt")
+TABLE_ONLY = ("path_column", "label_column", "patient_column", "group_column", "finding_column")
+POSITIVE = ("epochs", "patience", "batch_size", "accumulate", "devices", "lr")
+# Settings that are of use to some tasks alone.
+OF_TASKS = {
+    "finding_column": ("multilabel",),
+    "missing": ("multilabel",),
+    "uncertain": ("multilabel",),
+    "grade": ("ordinal",),
+    "class_weights": ("classify", "multilabel"),
+    "balanced_sampler": ("classify", "ordinal"),
+}
+
+
+def check_values(settings: Settings) -> None:
+    """Check each number by itself."""
+    for name in POSITIVE:
+        if not getattr(settings, name) > 0:
+            raise TrainerError(f"{flag(name)} is {getattr(settings, name)}; it must be above 0.")
+    if settings.lr is not None and settings.lr > 10:
+        raise TrainerError(f"--lr is {settings.lr}; a rate above 10 cannot be meant.")
+    if settings.image_size < 8:
+        raise TrainerError(f"--image-size is {settings.image_size}; it must be at least 8.")
+    if not 0 <= settings.weight_decay < 10:
+        raise TrainerError(f"--weight-decay is {settings.weight_decay}; it must be at least 0 and below 10.")
+    if not 0 <= settings.warmup < 1:
+        raise TrainerError(f"--warmup is {settings.warmup}; it must be at least 0 and below 1.")
+    if not 0 < settings.train_fraction <= 1:
+        raise TrainerError(
+            f"--train-fraction is {settings.train_fraction}; it must be above 0 and at most 1."
+        )
+    if not 0 <= settings.seed < 1_000_000:
+        raise TrainerError(f"--seed is {settings.seed}; it must be from 0 to 999999.")
+    if settings.num_workers < 0:
+        raise TrainerError(f"--num-workers is {settings.num_workers}; it must be at least 0.")
+
+
+def check_data(settings: Settings) -> None:
+    """Check where the data come from and how they are split."""
+    data = settings.data or ""
+    tabular = data.startswith("hf:") or data.lower().endswith(TABLES)
+    for name in TABLE_ONLY:
+        value = getattr(settings, name)
+        if value and not tabular:
+            raise TrainerError(
+                f"{flag(name)} {value} names a column, and --data {settings.data} has none. Give a .csv."
+            )
+    for name in ("data", "test_data"):
+        value = getattr(settings, name)
+        if value and not value.startswith("hf:") and not Path(value).exists():
+            raise TrainerError(
+                f"{flag(name)} {value} does not exist. Give a folder, a .csv, a .npz or hf:NAME."
+            )
+    if settings.test_data and settings.data is None:
+        raise TrainerError("--test-data needs --data: the default data have no other site.")
+    test, val = settings.test_fraction, settings.val_fraction
+    shares = test is not None and 0 < val < 1 and 0 <= test < 1 and val + test < 1
+    if not shares or (test == 0 and not settings.test_data):
+        raise TrainerError(
+            f"--val-fraction {val} and --test-fraction {test} leave nothing to train on, or "
+            "are not above 0. Their sum must stay below 1."
+        )
+    folds, fold = settings.k_folds, settings.fold
+    if folds < 0 or folds == 1 or not 0 <= fold < max(folds, 1):
+        raise TrainerError(f"--k-folds is {folds} and --fold {fold}; take at least 2 folds, numbered from 0.")
+    if folds and settings.test_data:
+        raise TrainerError("--k-folds tests on every image once, and --test-data is the test. Leave one out.")
+
+
+def check_run(settings: Settings) -> None:
+    """Check how it trains."""
+    parts = settings.accumulate * settings.devices
+    if settings.batch_size % parts:
+        raise TrainerError(
+            f"--batch-size {settings.batch_size} is the images of one optimizer step, and does not divide by "
+            f"--accumulate {settings.accumulate} × {settings.devices} devices. Take a multiple of {parts}."
+        )
+    if settings.devices == 1 and settings.strategy != "auto":
+        raise TrainerError(f"--strategy {settings.strategy} is for several devices. Add --devices.")
+    if settings.class_weights and settings.balanced_sampler:
+        raise TrainerError("--class-weights and --balanced-sampler weight rare classes twice. Leave one out.")
+    cuda = torch.cuda.is_available() and settings.accelerator in ("auto", "cuda")
+    if settings.precision == "16-mixed" and not cuda:
+        raise TrainerError(
+            "--precision 16-mixed needs a CUDA GPU: gradients are scaled there. Elsewhere take bf16-mixed."
+        )
+    if settings.cache_features is not None and settings.devices > 1:
+        raise TrainerError("--cache-features computes the features once, on one device. Take --devices 1.")
+    if settings.cache_features is not None and Path(settings.cache_features).is_file():
+        raise TrainerError(f"--cache-features {settings.cache_features} is a file. Name a folder.")
+
+
+def check_task(settings: Settings) -> None:
+    """Check that what is given is of use to the task."""
+    usual = type(settings)()
+    for name, tasks in OF_TASKS.items():
+        if settings.task not in tasks and getattr(settings, name) != getattr(usual, name):
+            raise TrainerError(
+                f"{flag(name)} is for --task {' or '.join(tasks)}, and this is {settings.task}. Leave it out."
+            )
+    if settings.finding_column and settings.label_column:
+        raise TrainerError("--finding-column takes the place of --label-column. Leave one out.")
