@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from .summary import crossings, is_full, pareto_front
-from .tables import by_last_score, percent
+from .tables import by_last_score, percent, task_of
 
 # Okabe and Ito's colours, told apart with any colour vision, but for their yellow, which is too pale for
 # lines.
@@ -51,7 +51,7 @@ def looks_of(labels: Sequence[str]) -> Looks:
 
 
 def draw_pareto(rows: pd.DataFrame, cost: str, title: str, path: Path) -> None:
-    """Draw the mean macro-F1 of every method against one cost, with its interval and its name.
+    """Draw the mean score of every method against one cost, with its interval and its name.
 
     A grey line joins the methods that no other beats: none costs less and scores more.
 
@@ -83,13 +83,13 @@ def draw_pareto(rows: pd.DataFrame, cost: str, title: str, path: Path) -> None:
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.margins(x=0.1)
-    axes.set(xlabel=COSTS[cost], ylabel="test macro-F1")
+    axes.set(xlabel=COSTS[cost], ylabel=f"test {_words(rows)}")
     _name_points(figure, axes, shown.assign(name=names, colour=shown["label"].map(dark_colours(looks))))
     figure.savefig(path)
 
 
 def draw_volume(rows: pd.DataFrame, title: str, path: Path) -> None:
-    """Draw the mean macro-F1 against the number of training images, each method with its interval.
+    """Draw the mean score against the number of training images, each method with its interval.
 
     A cross marks the first share from which on a method is ahead of the baseline, or behind it, after it was
     not: only where the difference can be told from none on both sides.
@@ -121,10 +121,17 @@ def draw_volume(rows: pd.DataFrame, title: str, path: Path) -> None:
     axes.set_xticks(sorted(counts), [f"{percent(share)}\n{counts[share]:,}" for share in sorted(counts)])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.08)
-    axes.set(xlabel="share and number of the training images; bars: 95 % intervals", ylabel="test macro-F1")
+    axes.set(
+        xlabel="share and number of the training images; bars: 95 % intervals", ylabel=f"test {_words(rows)}"
+    )
     order = by_last_score(rows)
     axes.legend(list(map(lines.__getitem__, order)), order, loc="lower right", fontsize=9, framealpha=0.7)
     figure.savefig(path)
+
+
+def _words(rows: pd.DataFrame) -> str:
+    task = task_of(rows)
+    return task.words[task.score]
 
 
 def dark_colours(looks: Looks) -> dict[str, str]:

@@ -91,7 +91,7 @@ def write_comparison(done: Sequence[Record], page: Page, folder: Path, baseline:
                 if group[cost].notna().any():
                     picture = folder / f"pareto-{file_name(title)}-{cost}.png"
                     figures.draw_pareto(group, cost, title, picture)
-                    section.add_picture(picture, f"Macro-F1 of every method against {name}")
+                    section.add_picture(picture, f"Score of every method against {name}")
             named[f"{title}: other scores"] = tables.detail_table(group)
             section.add_table("details", "Other scores", named[f"{title}: other scores"])
             section.add_table("costs", "Costs", tables.cost_table(group))
@@ -110,7 +110,7 @@ def write_volume(done: Sequence[Record], page: Page, folder: Path, baseline: str
         section = Section(title)
         picture = folder / f"volume-{file_name(title)}.png"
         figures.draw_volume(rows, title, picture)
-        section.add_picture(picture, "Macro-F1 against the number of training images")
+        section.add_picture(picture, "Score against the number of training images")
         named[title] = tables.volume_table(rows)
         named[f"{title}: learning rates"] = tables.rate_table(rows)
         section.add_table("volume", "", named[title])
@@ -136,9 +136,10 @@ def answer(rows: pd.DataFrame) -> str:
     """
     baseline = str(rows["baseline"].iloc[0])
     score = rows.set_index("label")["mean"].get(baseline, float("nan"))
-    name = f"{baseline} (macro-F1 {score:.3f})"
+    words = tables.task_of(rows).words[tables.task_of(rows).score]
+    name = f"{baseline} ({words} {score:.3f})"
     if is_full(baseline):
-        name = f"full fine-tuning ({baseline}, macro-F1 {score:.3f})"
+        name = f"full fine-tuning ({baseline}, {words} {score:.3f})"
     parts: list[str] = []
     for verdict, words, than in ((BETTER, "better", " than"), (ALIKE, "", ""), (WORSE, "worse", " than")):
         labels = list(rows["label"][rows["verdict"] == verdict])

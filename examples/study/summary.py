@@ -1,9 +1,7 @@
 """What many runs say together: mean, spread and interval of a row, its difference from full fine-tuning.
 
-Chance is drawn twice, by the bootstrap (Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapters
-8 and 13): as many runs as there are, with replacement, and for each of them as many test images as it has,
-with replacement. A difference is drawn from the images that both rows were tested on, so that images which
-are hard for both do not count as chance.
+Intervals are drawn (`bootstrap.py`). A difference is drawn from the images that both rows were tested on, so
+that images which are hard for both do not count as chance.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,16 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from trainer.tasks import TASKS, Task
 
-Floats = npt.NDArray[np.float64]
+from .bootstrap import draw_scores
 
-OTHER_SCORES = {
-    "balanced_accuracy": "Balanced accuracy",
-    "auroc": "AUROC",
-    "average_precision": "Average precision",
-    "mcc": "MCC",
-    "calibration_error": "Calibration error",
-}
 # By column, what metrics.json calls it, and the factor.
 COSTS = {
     "saved_mib": ("saved_bytes", 2**-20),
@@ -42,7 +34,7 @@ class Record:
         model: the model's name.
         data: the data set's name.
         metrics: what the run wrote to metrics.json.
-        predictions: what it wrote to predictions.csv; of its columns `label` and `prediction` are used.
+        predictions: what it wrote to predictions.csv, as text.
     """
 
     label: str
@@ -50,6 +42,16 @@ class Record:
     data: str
     metrics: dict[str, Any]
     predictions: pd.DataFrame
+
+    @property
+    def task(self) -> type[Task]:
+        """What was asked of the images."""
+        return TASKS[self.metrics["settings"].get("task") or "classify"]
+
+    @property
+    def score(self) -> float:
+        """The score of the test by which methods are compared."""
+        return float(self.metrics["test"][self.task.score])
 
     @property
     def split(self) -> tuple[int, int]:
@@ -74,10 +76,10 @@ def summarise(records: Iterable[Record], baseline: str | None = None, *, draws: 
 
     Returns:
         A row for each model, data set, share of the training images and label, the best first in each of
-        these, with `runs`, `mean` and `sd` of the test macro-F1 (NaN for one run), `low` and `high` of its 95
-        % interval, the mean `val` of the validation macro-F1, each of `OTHER_SCORES` and its deviation in
-        `…_sd`, the costs, and against the `baseline`: `difference`, `difference_low`, `difference_high` and
-        in a word the `verdict`.
+        these, with its `task`, `runs`, `mean` and `sd` of the test score (NaN for one run), `low` and `high`
+        of its 95 % interval, the mean `val` of the validation score, each other score of the task and its
+        deviation in `…_sd`, the costs, and against the `baseline`: `difference`, `difference_low`,
+        `difference_high` and in a word the `verdict`.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     labels: dict[tuple[str, str], list[Record]] = {}
@@ -87,7 +89,8 @@ def summarise(records: Iterable[Record], baseline: str | None = None, *, draws: 
     rows = []
     for (model, data, fraction, label), group in groups.items():
         against = choose_baseline(labels[model, data], baseline)
-        row = {"model": model, "data": data, "fraction": fraction, "label": label, **_sum_up(group, draws)}
+        row = {"model": model, "data": data, "fraction": fraction, "label": label}
+        row |= {"task": group[0].metrics["settings"].get("task") or "classify", **_sum_up(group, draws)}
         reference = groups.get((model, data, fraction, against), [])
         rows.append(
             {**row, "baseline": against, **compare(group, reference if label != against else [], draws)}
@@ -98,6 +101,11 @@ def summarise(records: Iterable[Record], baseline: str | None = None, *, draws: 
         ["place", "fraction", "mean"], ascending=[True, True, False]
     )
     return table.drop(columns="place").reset_index(drop=True)
+
+
+def other_scores(task: type[Task]) -> dict[str, str]:
+    """Give the scores of a task beside the one by which methods are compared, with what they are called."""
+    return {name: words for name, words in task.words.items() if name != task.score}
 
 
 def choose_baseline(records: Sequence[Record], wanted: str | None) -> str:
@@ -117,13 +125,13 @@ def is_full(label: str) -> bool:
 
 
 def compare(ours: Sequence[Record], reference: Sequence[Record], draws: int) -> dict[str, Any]:
-    """Give the mean difference of the macro-F1 on the splits of both rows, its interval and the verdict."""
+    """Give the mean difference of the scores on the splits of both rows, its interval and the verdict."""
     other = {record.split: record for record in reference}
     pairs = [(record, other[record.split]) for record in ours if record.split in other]
     names = ("difference", "difference_low", "difference_high", "verdict")
     if not pairs:
         return dict(zip(names, (np.nan, np.nan, np.nan, ""), strict=True))
-    scores = draw_scores([side_by_side(pair) for pair in pairs], draws)
+    scores = draw_scores([side_by_side(pair) for pair in pairs], ours[0].task.score, draws)
     low, high = np.quantile(scores[:, 0] - scores[:, 1], [0.025, 0.975])
     verdict = ALIKE
     if low > 0:
@@ -132,64 +140,17 @@ def compare(ours: Sequence[Record], reference: Sequence[Record], draws: int) -> 
         verdict = WORSE
     total = 0.0
     for own, theirs in pairs:
-        total += own.metrics["test"]["macro_f1"] - theirs.metrics["test"]["macro_f1"]
+        total += own.score - theirs.score
     return dict(zip(names, (total / len(pairs), float(low), float(high), verdict), strict=True))
 
 
-def side_by_side(records: Sequence[Record]) -> pd.DataFrame:
-    """Lay out the labels of the images that all of some runs were tested on, and each run's predictions."""
+def side_by_side(records: Sequence[Record]) -> list[pd.DataFrame]:
+    """Give the predictions of some runs for the images that all of them were tested on, in one order."""
     tables = [record.predictions.drop_duplicates("path").set_index("path") for record in records]
-    columns = {"label": tables[0]["label"]}
-    for place, table in enumerate(tables):
-        columns[str(place)] = table["prediction"]
-    return pd.concat(columns, axis=1, join="inner")
-
-
-def draw_scores(runs: Sequence[pd.DataFrame], draws: int = 2000, seed: int = 0) -> Floats:
-    """Draw runs, and for each the test images, with replacement; give the mean macro-F1 of every draw.
-
-    Args:
-        runs: for each a row an image, with its `label` and one or more columns of predictions.
-        draws: how many.
-        seed: the same seed gives the same draws.
-
-    Returns:
-        (draws, columns of predictions).
-    """
-    rng = np.random.default_rng(seed)
-    names = np.unique(pd.concat(runs).to_numpy(dtype=str))
-    tables = [_count(run, names) for run in runs]
-    total = np.zeros((draws, runs[0].shape[1] - 1))
-    for _ in runs:
-        picked = rng.integers(len(runs), size=draws)
-        for number, (cells, counts) in enumerate(tables):
-            where = np.flatnonzero(picked == number)
-            drawn = rng.multinomial(counts.sum(), counts / counts.sum(), size=len(where))
-            for column in range(total.shape[1]):
-                confusion = drawn @ _indicator(cells[:, 0], cells[:, column + 1], len(names))
-                # (draws, C·C) → (draws, C, C)
-                total[where, column] += macro_f1(confusion.reshape(-1, len(names), len(names)))
-    return total / len(runs)
-
-
-def macro_f1(confusion: npt.ArrayLike) -> Floats:
-    """Average the F1 of the classes that occur, among the true labels or the predictions.
-
-    scikit-learn and torchmetrics take one matrix at a time, and an interval takes thousands.
-
-    Args:
-        confusion: (..., C, C) counts, rows true and columns predicted.
-
-    Returns:
-        (...), NaN where there are no counts at all.
-    """
-    counts = np.asarray(confusion, dtype=np.float64)
-    hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    either = counts.sum(-1) + counts.sum(-2)
-    f1 = np.divide(2 * hits, either, out=np.zeros_like(hits), where=either > 0)
-    occurring = (either > 0).sum(-1)
-    mean: Floats = np.divide(f1.sum(-1), occurring, out=np.full(occurring.shape, np.nan), where=occurring > 0)
-    return mean
+    shared = tables[0].index
+    for table in tables[1:]:
+        shared = shared[shared.isin(table.index)]
+    return [table.loc[shared] for table in tables]
 
 
 def across_data(summary: pd.DataFrame) -> pd.DataFrame:
@@ -235,34 +196,19 @@ def crossings(rows: pd.DataFrame) -> list[tuple[float, float, bool]]:
     return found
 
 
-def _count(
-    run: pd.DataFrame, names: npt.NDArray[np.str_]
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Give the distinct rows of a run as class numbers (U, columns), and how often each occurs (U,)."""
-    numbers = np.searchsorted(names, run.to_numpy(dtype=str))
-    cells, counts = np.unique(numbers, axis=0, return_counts=True)
-    return cells, counts
-
-
-def _indicator(label: npt.NDArray[np.int64], predicted: npt.NDArray[np.int64], classes: int) -> Floats:
-    """Mark for each distinct row its cell of the confusion matrix: (U,), (U,) → (U, C·C)."""
-    table = np.zeros((len(label), classes * classes))
-    table[np.arange(len(label)), label * classes + predicted] = 1
-    return table
-
-
 def _sum_up(group: list[Record], draws: int) -> dict[str, Any]:
+    task = group[0].task
     runs = pd.json_normalize([record.metrics for record in group])
-    numbers = ["test.macro_f1", "best_val_score", "settings.lr", "trainable"]
-    numbers += [f"test.{name}" for name in OTHER_SCORES] + [key for key, _ in COSTS.values()]
+    numbers = ["best_val_score", "settings.lr", "trainable"]
+    numbers += [f"test.{name}" for name in task.words] + [key for key, _ in COSTS.values()]
     # What a run has not, such as an AUROC where a class is missing, is NaN.
     runs = runs.assign(**runs.reindex(columns=numbers).astype(float))
     row: dict[str, Any] = {"runs": len(runs)}
-    row["mean"], row["sd"] = _spread(runs["test.macro_f1"])
-    scores = draw_scores([side_by_side([record]) for record in group], draws)
+    row["mean"], row["sd"] = _spread(runs[f"test.{task.score}"])
+    scores = draw_scores([side_by_side([record]) for record in group], task.score, draws)
     row["low"], row["high"] = np.quantile(scores, [0.025, 0.975])
     row["val"] = runs["best_val_score"].mean()
-    for name in OTHER_SCORES:
+    for name in other_scores(task):
         row[name], row[f"{name}_sd"] = _spread(runs[f"test.{name}"])
     row["lr"], row["trainable"] = runs["settings.lr"].median(), int(runs["trainable"].iloc[0])
     row["train_images"] = round(runs.filter(regex=r"^images\.train\.").sum(axis=1).mean())

@@ -6,8 +6,9 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment
 from pandas.io.formats.style import Styler
+from trainer.tasks import TASKS, Task
 
-from .summary import BETTER, OTHER_SCORES, WORSE, across_data
+from .summary import BETTER, WORSE, across_data, other_scores
 
 # A template is what the Markdown is: pandas needs one more package for it.
 MARKDOWN = Environment(autoescape=False, trim_blocks=True).from_string(
@@ -75,7 +76,7 @@ class Table:
 
 
 def score_table(summary: pd.DataFrame) -> Table:
-    """Lay out the macro-F1 of one model on all the training images.
+    """Lay out the scores of one model on all the training images.
 
     Args:
         summary: of `summarise`, rows of one model.
@@ -86,10 +87,10 @@ def score_table(summary: pd.DataFrame) -> Table:
     """
     both = across_data(summary).sort_values("rank", kind="stable")
     table = Table(list(both.index))
-    several = summary["data"].nunique() > 1
+    several, score = summary["data"].nunique() > 1, score_words(summary)
     for name, group in summary.groupby("data", sort=False):
         rows = group.set_index("label")
-        table.add(f"Macro-F1 on {name}", rows.apply(score_text, axis=1), rows["mean"] == rows["mean"].max())
+        table.add(f"{score} on {name}", rows.apply(score_text, axis=1), rows["mean"] == rows["mean"].max())
         title = f"Against {rows['baseline'].iloc[0]}"
         table.add(f"{title} on {name}" if several else title, rows.apply(difference_text, axis=1))
     if several:
@@ -104,7 +105,7 @@ def score_table(summary: pd.DataFrame) -> Table:
 
 
 def volume_table(rows: pd.DataFrame) -> Table:
-    """Lay out the macro-F1 of one model on one data set, a column for each share of the training images."""
+    """Lay out the scores of one model on one data set, a column for each share of the training images."""
     table = Table(by_last_score(rows))
     for fraction, group in rows.groupby("fraction"):
         part = group.set_index("label")
@@ -126,11 +127,11 @@ def detail_table(rows: pd.DataFrame) -> Table:
     """Lay out the other scores of one model on one data set: `mean ± sd` over the runs."""
     found = rows.set_index("label")
     table = Table(list(found.index))
-    for name, title in OTHER_SCORES.items():
+    task = task_of(rows)
+    for name, title in other_scores(task).items():
         text = found.apply(lambda row, name=name: spread_text(row[name], row[f"{name}_sd"]), axis=1)
-        # An error is the better the lower it is.
-        best = found[name].min() if name == "calibration_error" else found[name].max()
-        table.add(title, text, found[name] == best)
+        best = found[name].min() if name in task.lower else found[name].max()
+        table.add(capitalised(title), text, found[name] == best)
     return table
 
 
@@ -169,6 +170,22 @@ def write_tables(tables: Mapping[str, Table], summary: pd.DataFrame, folder: Pat
     (folder / f"{stem}.tex").write_text("\n".join(latex), encoding="utf-8")
     summary.to_csv(folder / f"{stem}.csv", index=False)
     return "\n".join(markdown)
+
+
+def task_of(rows: pd.DataFrame) -> type[Task]:
+    """Give the task of rows of `summarise`."""
+    return TASKS[str(rows["task"].iloc[0])]
+
+
+def score_words(rows: pd.DataFrame) -> str:
+    """Say what the score of rows of `summarise` is called."""
+    task = task_of(rows)
+    return capitalised(task.words[task.score])
+
+
+def capitalised(words: str) -> str:
+    """Begin with a capital letter."""
+    return words[0].upper() + words[1:]
 
 
 def score_text(row: pd.Series) -> str:

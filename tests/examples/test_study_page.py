@@ -88,7 +88,7 @@ def test_names_are_escaped_in_every_format():
 def test_the_other_scores_are_tabled_and_the_lowest_error_is_the_best(done):
     table = detail_table(summarise([*done[:5], *runs_of(["ssf"], seeds=[1])], draws=50))
     assert table.text.loc["ssf"].to_dict() == {
-        "Balanced accuracy": "–", "AUROC": "–", "Average precision": "–", "MCC": "0.480 ± 0.000",
+        "Balanced accuracy": "–", "AUROC, one vs rest": "–", "Average precision": "–", "MCC": "0.480 ± 0.000",
         "Calibration error": "0.150 ± 0.071",
     }  # fmt: skip
     assert table.text.loc["bias+norm", "MCC"] == "0.400"
@@ -146,7 +146,9 @@ def volume(verdicts):
     for share, verdict in zip((0.01, 0.1, 1.0), verdicts, strict=True):
         rows.append({"label": "ssf", "fraction": share, "mean": 0.6 + share / 4, "verdict": verdict})
     table = (
-        pd.DataFrame(rows).fillna({"verdict": ""}).assign(sd=0.01, baseline="full", data="one_set", lr=0.003)
+        pd.DataFrame(rows)
+        .fillna({"verdict": ""})
+        .assign(sd=0.01, baseline="full", task="classify", data="one_set", lr=0.003)
     )
     table = table.assign(low=table["mean"] - 0.1, high=table["mean"] + 0.1)
     return table.assign(train_images=(500 * table["fraction"]).astype(int))
@@ -205,7 +207,12 @@ def crowd():
     memory = [0.08, 616, 616, 616, 621, 621, 632, 634, 646, 663, 674, 684, 719]
     score = [0.726, 0.832, 0.825, 0.811, 0.816, 0.803, 0.833, 0.775, 0.801, 0.796, 0.771, 0.779, 0.755]
     table = pd.DataFrame(
-        {"saved_mib": memory, "mean": score, "label": [f"some_method_{i}" for i in range(13)]}
+        {
+            "saved_mib": memory,
+            "mean": score,
+            "label": [f"some_method_{i}" for i in range(13)],
+            "task": "classify",
+        }
     )
     return table.assign(low=table["mean"] - 0.04, high=table["mean"] + 0.04)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
+from study.bootstrap import draw_scores, macro_f1
 from study.summary import (
     ALIKE,
     BETTER,
@@ -11,8 +12,6 @@ from study.summary import (
     Record,
     across_data,
     crossings,
-    draw_scores,
-    macro_f1,
     pareto_front,
     summarise,
 )
@@ -80,7 +79,7 @@ def test_the_bootstrap_of_one_run_is_that_of_resampled_predictions():
         matrix = np.zeros((2, 2))
         np.add.at(matrix, tuple(numbers[rng.integers(60, size=60)].T), 1)
         scores.append(macro_f1(matrix))
-    found = np.quantile(draw_scores([run])[:, 0], [0.025, 0.975])
+    found = np.quantile(draw_scores([[run]])[:, 0], [0.025, 0.975])
     assert found == pytest.approx(np.quantile(scores, [0.025, 0.975]), abs=0.015)
 
 

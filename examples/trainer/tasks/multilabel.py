@@ -249,7 +249,7 @@ def masked_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) 
 
 
 def best_threshold(probabilities: Tensor, positive: Tensor) -> float:
-    """Find the probability from which on to say that a finding is there, for the best F1; 0.5 without cases."""
+    """Find from which probability on to say that a finding is there, for the best F1; 0.5 without cases."""
     if not positive.any():
         return 0.5
     order = probabilities.argsort(descending=True)

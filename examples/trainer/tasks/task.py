@@ -65,12 +65,14 @@ class Task(ABC):
     Attributes:
         score: by which the epoch is chosen and methods are compared; the higher the better.
         words: what the scores are called, those that are printed, `score` the first.
+        lower: the scores that are the better the lower they are.
         loss_words: what the loss is called.
         names: of the outputs.
     """
 
     score: ClassVar[str]
     words: ClassVar[dict[str, str]]
+    lower: ClassVar[frozenset[str]] = frozenset({"calibration_error", "mae", "rmse"})
     loss_words: ClassVar[str]
 
     def __init__(self, names: Sequence[str]) -> None:
