@@ -79,7 +79,8 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
     if finished is not None:
         say(settings, f"{settings.output} has this run already: macro-F1 {finished['test']['macro_f1']:.4f}")
         return finished
-    check_model(settings)
+    for note in check_model(settings):
+        say(settings, note)
     with quietly():
         trainer = make_trainer(settings, callbacks)
         task = prepare(settings)
