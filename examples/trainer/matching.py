@@ -101,10 +101,24 @@ def _renamed(model: nn.Module, state: State) -> Iterator[State]:
     chunks = {re.sub(r"(^|\.)blocks\.\d+\.(\d+\.)", r"\1blocks.\2", name): name for name in state}
     if len(chunks) == len(state):
         yield {new: state[name] for new, name in chunks.items()}
+    yield _of_children(model, state)
     if isinstance(model, SwinUNETR):
         plain = {re.sub(r"\.fc([12])\.", r".linear\1.", name): value for name, value in state.items()}
         yield plain
         yield _of_swin_unetr(plain)
+
+
+def _of_children(model: nn.Module, state: State) -> State:
+    """Name children that are numbered, as RadImageNet's are: a Sequential of the model's children."""
+    children = [name for name, _ in model.named_children()]
+    result: State = {}
+    for name, value in state.items():
+        parts = name.split(".")
+        numbers = [place for place, part in enumerate(parts) if part.isdigit()]
+        if numbers and int(parts[numbers[0]]) < len(children):
+            parts[numbers[0]] = children[int(parts[numbers[0]])]
+        result[".".join(parts)] = value
+    return result
 
 
 def _of_swin_unetr(state: State) -> State:

@@ -7,6 +7,7 @@ import predict
 import pytest
 import timm
 import torch
+import torchvision
 from monai.networks.nets import SwinUNETR
 from safetensors.torch import save_file
 from small_training import draw_stripes, messages, run
@@ -151,6 +152,16 @@ def test_layers_that_the_model_lacks_are_named_with_the_option_that_makes_them()
     model = vit(init_values=1e-5)
     assert fill(model, uni, "w.pth").fresh == []
     assert same_trunk(model, uni)
+
+
+def test_radimagenet_numbers_the_children_of_a_network_of_torchvision():
+    torch.manual_seed(1)
+    trained, model = torchvision.models.resnet18(), torchvision.models.resnet18(num_classes=2)
+    encoder = torch.nn.Sequential(*list(trained.children())[:9])
+    filled = fill(model, prefixed("backbone.", encoder.state_dict()), "w.pth")
+    assert (filled.fresh, filled.unused) == ([], [])
+    own = trained.state_dict()
+    assert same_trunk(model, {name: value for name, value in own.items() if not name.startswith("fc.")})
 
 
 SWIN = {"feature_size": 12, "depths": (1, 1, 1, 1), "spatial_dims": 2}
