@@ -1,5 +1,6 @@
 """Networks are found by name in four libraries, built for the data, and planned without memory."""
 
+import shlex
 import sys
 import types
 
@@ -7,12 +8,14 @@ import pytest
 import timm
 import torch
 import torchvision
+import train
+from places import ROOT
 from small_training import draw_stripes, flags, messages, parsed, run
 from timm.models import save_for_hf
 from torch import nn
 from trainer.errors import TrainerError
 from trainer.models import adapted_model, build_model, check_model, input_statistics, without_memory
-from trainer.networks import NumbersOnCPU, parameters_of
+from trainer.networks import NumbersOnCPU, parameters_of, resolved
 from trainer.settings import Settings
 
 import medpeft
@@ -23,6 +26,20 @@ X = torch.zeros(2, 3, 32, 32)
 
 def settings(model, **more):
     return Settings(model=model, no_pretrained=True, **{"image_size": 32, **more}).checked()
+
+
+def test_the_commands_of_the_page_of_backbones_are_read_and_name_models():
+    page = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line for line in page.splitlines() if line.startswith("python examples/train.py")]
+    assert len(commands) >= 13
+    for command in commands:
+        given = train.parse(shlex.split(command)[2:])
+        library, colon, name = given.model.partition(":")
+        if not colon:
+            assert timm.is_model(given.model), command
+        elif library == "torchvision":
+            assert name in torchvision.models.list_models()
+        resolved(given.model_option)
 
 
 # torchvision
