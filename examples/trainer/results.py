@@ -23,6 +23,7 @@ from .scores import without_nan
 from .settings import Settings
 from .splits import NAMES, divided_groups
 from .tasks import Outcome, Task
+from .weights import digest
 
 FINISHED, SETTINGS = "metrics.json", "settings.yaml"
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -71,7 +72,9 @@ def save_adapter(
     metadata = {
         "task": settings.task,
         "model": settings.model,
-        "pretrained": not settings.no_pretrained,
+        "pretrained": not (settings.no_pretrained or settings.weights),
+        "model_option": settings.model_option,
+        "weights": _identity(settings),
         "seed": settings.seed,
         "classes": record["classes"],
         "preprocessing": preprocessing.to_metadata(),
@@ -80,6 +83,13 @@ def save_adapter(
         **record["fitted"],
     }
     medpeft.save(model, Path(str(settings.output)) / "adapter.safetensors", metadata=metadata)
+
+
+def _identity(settings: Settings) -> dict[str, Any] | None:
+    """Say which file the weights came from, for `predict.py`, which needs it again."""
+    if settings.weights is None:
+        return None
+    return {"file": settings.weights.name, "sha256": digest(settings.weights), "head": settings.head}
 
 
 def write_results(

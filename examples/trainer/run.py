@@ -82,7 +82,8 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
         score = f"{kind.words[kind.score]} {finished['test'][kind.score]:.4f}"
         say(settings, f"{settings.output} has this run already: {score}")
         return finished
-    check_model(settings)
+    for note in check_model(settings):
+        say(settings, note)
     with quietly():
         trainer = make_trainer(settings, f"val_{TASKS[settings.task].score}", callbacks)
         work = prepare(settings)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from .checks import check_data, check_run, check_task, check_values
 from .errors import TrainerError
-from .flags import flag, options_of
+from .flags import flag, options_of, read_value
 
 DEFAULT = "tf_efficientnet_lite0"
 
@@ -54,7 +54,12 @@ class Settings:
         train_fraction: share of the training part to use, of every class; 0.1 lies within 0.25
         k_folds: cross-validation, tested on one of K folds; 0 for none
         fold: the fold to test on, from 0
-        model: a timm model, or monai:NAME, a network of MONAI, which may be 3-d
+        model: a timm model, hf-hub:NAME or local-dir:PATH in timm's form, torchvision:NAME, or monai:NAME,
+            which may be 3-d
+        model_option: of the model, such as init_values=1e-5; may be repeated
+        weights: a file of pretrained weights (.safetensors, .pth, .pt) for the model; nothing is downloaded
+        input_mean: one, or as [0.5,0.4,0.3] of red, green and blue from 0 to 1 (default: the model's)
+        input_std: likewise
         no_pretrained: begin with random weights
         method: a method of medpeft, or several as in bias+norm
         option: of the method, such as rank=4, in a union lora.rank=4; may be repeated
@@ -108,6 +113,10 @@ class Settings:
     k_folds: int = 0
     fold: int = 0
     model: str = DEFAULT
+    model_option: dict[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+    input_mean: list[float] | None = None
+    input_std: list[float] | None = None
     no_pretrained: bool = False
     method: str = "ssf"
     option: dict[str, Any] = field(default_factory=dict)
@@ -149,7 +158,12 @@ class Settings:
         if rate is None:
             rate = min(RATES.get(name, RATE) for name in option)
         full = replace(
-            self, option=option, lr=rate, test_fraction=_test_fraction(self), augment=_augment(self)
+            self,
+            option=option,
+            lr=rate,
+            test_fraction=_test_fraction(self),
+            augment=_augment(self),
+            model_option={name: read_value(value) for name, value in self.model_option.items()},
         )
         check_values(full)
         check_data(full)

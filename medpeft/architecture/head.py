@@ -19,6 +19,7 @@ _TRANSFORMERS = ("classifier", "cls_classifier", "distillation_classifier", "dec
 _MONAI = (
     *("classification_head", "class_layers.out", "class_layers", "_fc", "last_linear", "fc", "out"),
     *("conv_final", "final_conv", "output_block", "out_tr", "seg_head", "final"),  # segmentation
+    *("segmentation_head", "out_0"),  # FlexibleUNet, MedNeXt
 )
 _LIBRARIES = ("torchvision", "transformers", "monai", "diffusers", "open_clip", "timm")
 
@@ -89,9 +90,9 @@ def _unlisted_classifiers(model: nn.Module, heads: set[nn.Module]) -> set[nn.Mod
 
 
 def _by_monai(model: nn.Module) -> tuple[str, ...]:
-    """The first of MONAI's usual names; its `UNet` ends in the last of its `model`."""
+    """The first of MONAI's usual names; its `UNet` and `AttentionUnet` end in the last of their `model`."""
     layers = model._modules.get("model")
-    if type(model).__name__ == "UNet" and isinstance(layers, nn.Sequential):
+    if type(model).__name__ in ("UNet", "AttentionUnet") and isinstance(layers, nn.Sequential):
         return (f"model.{len(layers) - 1}",)
     return _with_parameters(model, _MONAI)[:1]
 

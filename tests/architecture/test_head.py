@@ -69,6 +69,24 @@ def test_both_heads_of_a_distilled_model_train():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "head"),
+    [
+        ("AttentionUnet", {"channels": (2, 4), "strides": (2,)}, "model.2"),
+        ("FlexibleUNet", {"backbone": "efficientnet-b0"}, "segmentation_head"),
+        ("MedNeXt", {"init_filters": 4}, "out_0"),
+    ],
+)
+def test_segmenting_networks_of_monai_end_in_their_head(name, options, head):
+    from monai.networks import nets
+
+    with torch.device("meta"):
+        model = getattr(nets, name)(spatial_dims=2, in_channels=1, out_channels=3, **options)
+
+    assert find_head(model) == (head,)
+    assert [p.shape[0] for p in model.get_submodule(head).parameters() if p.ndim == 1] == [3]
+
+
 def test_a_model_of_ones_own_with_a_usual_name_has_that_head():
     model = nn.Sequential()
     model.body, model.fc = nn.Linear(4, 4), nn.Linear(4, 2)

@@ -84,7 +84,7 @@ def test_a_network_of_monai_takes_volumes_and_images(name):
 def test_a_network_that_monai_does_not_have_is_answered_with_a_near_name():
     with pytest.raises(TrainerError, match=r"MONAI has no network 'DenseNet12'\. Did you mean DenseNet121"):
         build_model("monai:DenseNet12", 2, 32, pretrained=False)
-    with pytest.raises(TrainerError, match="cannot be built as a classifier"):
+    with pytest.raises(TrainerError, match="VNet cannot be built in 2-d"):
         build_model("monai:VNet", 2, 32, pretrained=False)
     with pytest.raises(TrainerError, match=r"no pretrained weights\. Add --no-pretrained"):
         build_model("monai:DenseNet121", 2, 32)

@@ -66,6 +66,7 @@ def test_flags_are_spelled_as_the_settings():
         (["--fold", "1"], "--k-folds is 0 and --fold 1"),
         (["--seed", "-1"], "--seed is -1; it must be from 0 to 999999"),
         (["--option", "rank"], "--option rank is not of the form NAME=VALUE"),
+        (["--model-option", "depth"], "--model-option depth is not of the form NAME=VALUE"),
         (["--data", "nowhere"], "--data nowhere does not exist"),
         (["--test-fraction", "0.9"], "Their sum must stay below 1"),
         (["--precision", "16-mixed", "--accelerator", "cpu"], "--precision 16-mixed needs a CUDA GPU"),
