@@ -125,6 +125,21 @@ class FlexibleAdapter(Adapter):
         raise NotImplementedError
 
 
+class DroppingAdapter(Adapter):
+    """An adapter with a dropout of its input.
+
+    Where it acts on the weight, the layer in training computes W·x + b + (W' − W)·dropout(x): its change acts
+    on what is left of the input, and the weight itself on all of it.
+
+    Attributes:
+        drops: Whether `dropout` ever drops anything.
+        dropout: Drops elements of the layer's input, in training alone.
+    """
+
+    drops: bool
+    dropout: nn.Dropout
+
+
 class SecondPlace(Adapter):
     """The second place of an adapter, at another layer. It has no parameters and holds the first place."""
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..architecture.layers import as_kept, outputs_first, own_tensor
-from .adapter import Adapter, FlexibleAdapter, SecondPlace
+from .adapter import Adapter, DroppingAdapter, FlexibleAdapter, SecondPlace
 
 
 class Adapters(nn.ModuleDict):
@@ -22,6 +22,7 @@ class Adapters(nn.ModuleDict):
             goes in first and comes out last, like brackets.
         on_weight: Names of the adapters that change the weight, in order.
         flexible: Name of the `FlexibleAdapter` in `on_weight`, "" for none.
+        dropping: Name of the `DroppingAdapter` in `on_weight` that drops something, "" for none.
         leaving: Names of the adapters that change the output, in order.
         handovers: Names of the adapters for which another place leaves a value.
     """
@@ -41,6 +42,11 @@ class Adapters(nn.ModuleDict):
         self.flexible = next(
             (name for name in self.on_weight if isinstance(adapters[name], FlexibleAdapter)), ""
         )
+        self.dropping = ""
+        for name in self.on_weight:
+            adapter = adapters[name]
+            if isinstance(adapter, DroppingAdapter) and adapter.drops:
+                self.dropping = name
         self.leaving = [name for name in names if "output" in adapters[name].acts_on]
         inputs = [name for name in names if "input" in adapters[name].acts_on]
         brackets = [name for name in inputs if name in self.leaving]

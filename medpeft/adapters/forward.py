@@ -117,6 +117,8 @@ def _run_adapted(
         output = type(layer).forward(layer, *args, **kwargs)
     elif not adapters.on_weight:
         output = _run(layer, wiring, {}, args, kwargs)
+    elif adapters.dropping and adapters._modules[adapters.dropping].training:
+        output = _run_dropping(layer, adapters, wiring, args, kwargs)
     elif not adapters.flexible or not isinstance(x, Tensor):
         tensors = adapted_tensors(layer, adapters, x)
         output = _run(layer, wiring, tensors, args, kwargs)
@@ -165,6 +167,29 @@ def _first_name(kwargs: dict[str, Any], wiring: Wiring) -> str:
         if name in kwargs:
             return name
     return next(iter(kwargs))
+
+
+def _run_dropping(
+    layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run a layer with an adapter whose change of the weight acts on an input of which some is dropped.
+
+    It is W·x + b + (W' − W)·dropout(x), where W' has that change and W, b have those of all other adapters.
+    """
+    dropping: Any = adapters._modules[adapters.dropping]
+    without = adapted_tensors(layer, adapters, without=dropping)
+    output = _run(layer, wiring, without, args, kwargs)
+    change = adapted_tensors(layer, adapters)
+    for name in (dropping._weight, dropping._bias):
+        before = without.get(name, own_tensor(layer, name))
+        if before is not None:
+            change[name] = change.get(name, before) - before
+    if args:
+        args = (dropping.dropout(args[0]), *args[1:])
+    else:
+        first = _first_name(kwargs, wiring)
+        kwargs = {**kwargs, first: dropping.dropout(kwargs[first])}
+    return output + _run(layer, wiring, change, args, kwargs)
 
 
 def _run_flexibly(

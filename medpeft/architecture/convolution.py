@@ -11,9 +11,15 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import MedpeftError
-from .layers import CONVS, class_names
+from .layers import CONVS, class_names, lies_transposed
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_LINEAR_FORWARDS = (
+    nn.Linear.forward,
+    nn.ConvTranspose1d.forward,
+    nn.ConvTranspose2d.forward,
+    nn.ConvTranspose3d.forward,
+)
 _STANDARDISED = re.compile(r"StdConv|WeightStandardi|WSConv")
 
 
@@ -194,6 +200,16 @@ def slides_plainly(layer: nn.Module) -> bool:
             computes: type[nn.Conv1d | nn.Conv2d | nn.Conv3d] = type(layer)
             return computes.forward is conv.forward and computes._conv_forward is conv._conv_forward
     return False
+
+
+def is_affine(layer: nn.Module) -> bool:
+    """Whether the layer computes W·x + b, by a forward of torch's or transformers' own."""
+    # accelerate keeps the layer's own forward aside; any other forward on the instance may compute more.
+    if "forward" in layer.__dict__ and "_old_forward" not in layer.__dict__:
+        return False
+    if lies_transposed(layer):
+        return True
+    return type(layer).forward in _LINEAR_FORWARDS or slides_plainly(layer)
 
 
 def standardises(layer: nn.Module) -> bool:

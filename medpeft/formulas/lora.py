@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import ON_WEIGHT, Adapter, cast
+from ..adapters.adapter import ON_WEIGHT, DroppingAdapter, cast
 from ..adapters.in_place import in_place, writes_fresh_output
 from ..adapters.kernels import add_low_rank, add_pointwise
 from ..adapters.options import Count, Factor, Parts, Probability
 from ..adapters.registry import register
-from ..architecture.convolution import Geometry, slides_plainly
+from ..architecture.convolution import Geometry, is_affine, slides_plainly
 from ..architecture.network import Network
 from ..architecture.rows import evenly_spaced, part_sizes, place_channels, replace_rows, take_rows
 from ..architecture.site import Site
@@ -38,18 +38,18 @@ from ..errors import MedpeftError, require
     fast=("up",),
     search={"rank": (2, 4, 8, 16, 32), "dora": (False, True)},
 )
-class LoRA(Adapter):
+class LoRA(DroppingAdapter):
     """A low-rank change of the weight: W + (α/r)·B·A, by default of every query and value projection.
 
     A is (r, fan-in) and B (out, r), on the weight taken as a matrix. In a fused projection every adapted part
-    has its own. A convolution runs as two: A at the host's stride, padding and dilation on each of its
-    groups, then B as 1×1.
+    has its own. A convolution runs as two: A at the host's stride, padding and dilation, then B as 1×1. Of a
+    grouped one the weight itself is changed.
 
     Args:
         site: A linear, convolution or embedding layer, or the `in_proj_weight` of an attention.
         rank: r.
         alpha: α; r if None.
-        dropout: Probability of dropping an element of the input of A.
+        dropout: Probability of dropping an element of the input of A; with `dora` of the input of W' − W.
         init: "kaiming": A from Kaiming-uniform(√5) and B zero. "pissa": both from the singular vectors of
             W / (α/r). "olora": from the QR decomposition of W. Their product is then subtracted, so that the
             base weight keeps its bits.
@@ -136,19 +136,21 @@ class LoRA(Adapter):
         shortens = getattr(site.layer, "max_norm", None) is not None
         # A grouped convolution's weight is small. A on every group costs ten times the step of a depthwise
         # network.
-        if dora or site.kind == "transposed" or slides_oddly or shortens or (grouped and not self.drops):
+        if dora or site.kind == "transposed" or slides_oddly or shortens or grouped:
             self.acts_on = ON_WEIGHT
         require(
-            self.acts_on != ON_WEIGHT or not self.drops,
-            f"dropout={self.dropout.p!r} cannot act at {site.name}, where LoRA changes the weight itself "
-            "(dora=True, a transposed or standardised convolution, an embedding with a max_norm, or a weight "
-            "that its parent reads): "
-            "use dropout=0.",
+            self.acts_on != ON_WEIGHT or not self.drops or self._can_drop(site),
+            f"dropout={self.dropout.p!r} cannot act at {site.name}, where LoRA changes the weight itself, "
+            "and no input can be dropped for that change alone (an embedding, a standardised convolution, a "
+            "layer with a forward of its own, or a weight that its parent reads): use dropout=0.",
         )
         in_a_row = all(part.groups == 1 for part in self.rows) and (site.kind == "linear" or not self.rows)
-        self.simple = (
-            in_a_row and not grouped and not self.starts_from_weight and writes_fresh_output(site.layer)
-        )
+        self.simple = in_a_row and not self.starts_from_weight and writes_fresh_output(site.layer)
+
+    @staticmethod
+    def _can_drop(site: Site) -> bool:
+        """Whether a change of the weight can act on another input than the weight does."""
+        return not site.only_weight and is_affine(site.layer)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + s·B·A·drop(x), in the channels of the chosen parts."""
@@ -196,13 +198,12 @@ class LoRA(Adapter):
         return torch.cat(projected, -1)
 
     def _convolved(self, x: Tensor, down: Tensor, up: Tensor, geometry: Geometry) -> Tensor:
-        """A as a convolution of every group of channels, then B as a 1×1 one."""
-        groups, axis = geometry.groups, geometry.channel_axis
-        kernel = geometry.as_kernel(torch.cat([down] * groups))  # (r, C·k·…) → (G·r, C, k, …)
-        hidden = geometry.convolve(x, kernel, groups)
+        """A as a convolution, then B as a 1×1 one."""
+        hidden = geometry.convolve(x, geometry.as_kernel(down))
         if len(self.sizes) == 1:
-            return geometry.pointwise(hidden, up, groups, strided=False)
+            return geometry.pointwise(hidden, up, strided=False)
         # (N, parts·r, …) → (N, …, parts·r), and back with the channels of the parts
+        axis = geometry.channel_axis
         return self._projected(hidden.movedim(axis, -1), up).movedim(-1, axis)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -273,29 +273,6 @@ def test_freezing_a_trains_b_alone():
     assert medpeft.report(model).trainable == 2 * (2 * 16 * 2)
 
 
-def test_dropout_acts_on_the_input_in_training_alone():
-    linear, x = nn.Linear(5, 7), drawn(4, 5)
-    model, _, p = applied(linear, "lora", rank=2, dropout=0.5)
-    weight, bias = numbers(linear)
-    base = x.numpy() @ weight.T + bias
-
-    assert_computes(model, x, base + x.numpy() @ (p["up"] @ p["down"]).T)
-    model.train()
-    torch.manual_seed(0)
-    got = model(x).detach().numpy()
-    torch.manual_seed(0)
-    dropped = torch.dropout(x, 0.5, True).numpy()
-    assert np.allclose(got, base + dropped @ (p["up"] @ p["down"]).T, rtol=1e-12)
-
-
-def test_dropout_is_refused_where_the_weight_itself_is_adapted():
-    with pytest.raises(
-        medpeft.MedpeftError,
-        match=r"dropout=0\.5 cannot act at blocks\.0\.attn\.qkv, where LoRA changes the weight",
-    ):
-        medpeft.apply(make("beit"), "lora", dropout=0.5)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
