@@ -7,7 +7,7 @@ import pytest
 import safetensors
 import torch
 from checkpoints import refusal, saved_file, trained
-from golden.model import Golden, example
+from golden.model import Golden, base_of, example
 from models import make
 from places import TESTS
 from safetensors.torch import load_file
@@ -83,11 +83,11 @@ def test_files_of_schema_1_are_read_for_ever():
     expected = load_file(folder / "outputs.safetensors")
     assert len(expected) >= 19
     for case, output in expected.items():
-        model = medpeft.load(Golden(), folder / f"{case}.safetensors").eval()
+        model = medpeft.load(base_of(case), folder / f"{case}.safetensors").eval()
         difference = (model(example()) - output).abs().max() / output.abs().max()
         assert difference < 1e-5, f"{case} computes something else: {difference:.1e}"
         assert medpeft.inspect(folder / f"{case}.safetensors").metadata["case"] == case
-        assert not torch.allclose(Golden().eval()(example()), output, atol=1e-3), f"{case} does nothing"
+        assert not torch.allclose(base_of(case).eval()(example()), output, atol=1e-3), f"{case} does nothing"
 
 
 def test_files_that_lack_an_option_get_the_value_that_computes_as_they_did():
@@ -99,6 +99,21 @@ def test_files_that_lack_an_option_get_the_value_that_computes_as_they_did():
         header = medpeft.inspect(folder / f"{method}.safetensors")
         assert not older.keys() & header.methods[method].keys()
         assert saved_record(header).methods[method] == {**header.methods[method], **older}
+
+
+def test_files_that_name_a_place_of_later_date_act_there():
+    folder = TESTS / "golden" / "schema1"
+    expected = load_file(folder / "outputs.safetensors")
+    assert (
+        medpeft.inspect(folder / "conv_adapter_authors.safetensors").methods["conv_adapter"]["place"]
+        == "authors"
+    )
+    assert not torch.allclose(expected["conv_adapter_authors"], expected["conv_adapter"], atol=1e-4)
+
+    path = folder / "convpass_around.safetensors"
+    assert medpeft.inspect(path).methods["convpass"]["windows"] == "around"
+    model = medpeft.load(base_of(path.stem), path)
+    assert set(model.blocks[0].drop_path.adapters.keys()) == {"convpass_partner"}
 
 
 def test_every_built_in_method_has_a_golden_file():

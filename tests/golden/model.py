@@ -64,6 +64,52 @@ class Golden(nn.Module):
         return self.head(self.blocks(x.flatten(2).transpose(1, 2)).mean(1))
 
 
+def window_partition(x, size):
+    b, h, w, d = x.shape
+    # (B, H, W, D) → (B·H/s·W/s, s², D)
+    cut = x.view(b, h // size, size, w // size, size, d).permute(0, 1, 3, 2, 4, 5)
+    return cut.reshape(-1, size * size, d)
+
+
+def window_reverse(windows, size, shape):
+    b, h, w, d = shape
+    # (B·H/s·W/s, s², D) → (B, H, W, D)
+    cut = windows.view(b, h // size, w // size, size, size, d).permute(0, 1, 3, 2, 4, 5)
+    return cut.reshape(shape)
+
+
+class WindowBlock(Block):
+    """A block that cuts its tokens, (B, H, W, D), into windows for the attention, as Swin's does."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.drop_path = nn.Identity()
+
+    def forward(self, x):
+        attended = self.attn(window_partition(self.norm1(x), 2))
+        x = x + self.drop_path(window_reverse(attended, 2, x.shape))
+        return x + self.mlp(self.norm2(x))
+
+
+class GoldenWindows(nn.Module):
+    """The base of files whose adapters stand around windows."""
+
+    def __init__(self, classes=3, width=4):
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, stride=2, padding=1)
+        self.blocks = nn.Sequential(WindowBlock(width))
+        self.head = nn.Linear(width, classes)
+        fill(self)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x).movedim(1, -1)).mean((1, 2)))
+
+
+def base_of(case):
+    """The base of a golden file, by its name."""
+    return GoldenWindows() if case == "convpass_around" else Golden()
+
+
 @torch.no_grad()
 def fill(model, start=1, only=None):
     """Give every parameter and running statistic its place in one sequence.

@@ -6,7 +6,7 @@ Files that exist are left alone: that old ones stay readable is what they are th
 from pathlib import Path
 
 import torch
-from model import Golden, example, fill
+from model import base_of, example, fill
 from safetensors.torch import load_file, save_file
 
 import medpeft
@@ -17,6 +17,8 @@ HERE = Path(__file__).parent / f"schema{SCHEMA}"
 CASES = {
     **{name: (name, {}) for name in medpeft.methods()},
     "bn_adapting": ("bn", {"batchnorm": "adapt"}),
+    "conv_adapter_authors": ("conv_adapter", {"place": "authors", "activation": "backbone"}),
+    "convpass_around": ("convpass", {"windows": "around"}),
     "fact_tucker": ("fact", {"rank": 2, "form": "tucker"}),
     "lora_dora": ("lora", {"rank": 2, "dora": True}),
     "lora_everywhere": (
@@ -37,7 +39,7 @@ def write():
     for case, (method, options) in CASES.items():
         if case in found:
             continue
-        model = medpeft.apply(Golden(), method, seed=3, **options).eval()
+        model = medpeft.apply(base_of(case), method, seed=3, **options).eval()
         changed = {name for name, p in model.named_parameters() if p.requires_grad}
         changed |= {name for name, _ in model.named_buffers() if options.get("batchnorm") == "adapt"}
         with torch.no_grad():
