@@ -185,6 +185,13 @@ def is_batchnorm(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm)
 
 
+def is_norm_of_buffers(layer: nn.Module) -> bool:
+    """Whether a norm keeps its weight and bias as buffers, which never train, as `FrozenBatchNorm2d` does."""
+    if not any("Norm" in name for name in class_names(layer)):
+        return False
+    return "weight" in layer._buffers and "bias" in layer._buffers
+
+
 def is_activation(layer: nn.Module) -> bool:
     """Whether the layer is an activation, by the name of the module that defines its class."""
     return "activation" in type(layer).__module__ and not list(layer.children())

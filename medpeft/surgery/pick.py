@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..adapters.registry import Method
 from ..adapters.requests import Request
-from ..architecture.layers import is_differentiable, made_by
+from ..architecture.layers import is_differentiable, is_norm_of_buffers, made_by
 from ..architecture.network import Network
 from ..architecture.site import Site, Unfit
 from ..architecture.targets import Target, choose, patterns
@@ -84,4 +84,18 @@ def _fits_nothing(network: Network, method: Method, target: Target, unfit: Unfit
     return (
         f"{method.name!r} found nothing to train in {type(network.model).__name__} (target={target!r}): "
         f"{reason}{hint} This model has {', '.join(most) or 'no parameters'}."
+        f"{_norms_of_buffers(network, method)}"
     )
+
+
+def _norms_of_buffers(network: Network, method: Method) -> str:
+    """Say that the model has norms whose weight and bias a selective method cannot train."""
+    if method.adapter is not None:
+        return ""
+    for name, module in network.modules.items():
+        if is_norm_of_buffers(module):
+            return (
+                f" {name} ({type(module).__name__}) keeps its weight and bias as buffers, which never train: "
+                "build the model with BatchNorm, whose statistics medpeft freezes."
+            )
+    return ""

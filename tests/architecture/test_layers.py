@@ -1,8 +1,11 @@
 """What a layer is."""
 
+import copy
+
 import pytest
 import timm.layers
 import torch
+import torchvision
 from models import make
 from torch import nn
 
@@ -42,6 +45,30 @@ def test_norms_are_known_with_the_axis_of_their_channels(layer, axis, methods):
             else:
                 with pytest.raises(medpeft.MedpeftError, match=f"'{method}' found nothing to train"):
                     medpeft.plan(nn.Sequential(layer), method, head=None)
+
+
+@pytest.mark.parametrize(
+    "frozen", [torchvision.ops.FrozenBatchNorm2d(4), timm.layers.FrozenBatchNormAct2d(4)], ids=["tv", "timm"]
+)
+def test_norms_of_buffers_never_train_and_a_model_without_anything_else_says_why(frozen):
+    def model(bias):
+        return nn.Sequential(nn.Conv2d(3, 4, 3, bias=bias), copy.deepcopy(frozen), nn.Conv2d(4, 2, 1))
+
+    for method in ("bias", "bitfit", "bn", "norm"):
+        with pytest.raises(
+            medpeft.MedpeftError, match=rf"1 \({type(frozen).__name__}\) keeps its weight and"
+        ):
+            medpeft.plan(model(bias=False), method, head="2")
+    with pytest.raises(medpeft.MedpeftError) as raised:
+        medpeft.plan(model(bias=False), "adaptformer", head="2")
+    assert "buffers" not in str(raised.value)
+
+    tuned = medpeft.apply(model(bias=True), "bias", head=None)
+    assert [name for name, p in tuned.named_parameters() if p.requires_grad] == ["0.bias", "2.bias"]
+    for method in ("full", "ssf", "lora+bias"):
+        tuned = medpeft.apply(model(bias=True), method, head="2")
+        assert not tuned[1].bias.requires_grad
+        medpeft.check(tuned, torch.rand(2, 3, 6, 6))
 
 
 def test_the_axis_of_hugging_faces_convnext_norm_is_what_it_was_made_with():
