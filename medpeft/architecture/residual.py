@@ -4,6 +4,7 @@ A convolution's place in a block is read from the order in which modules are reg
 
 - its unit: the largest module around it that has no other layer, such as MONAI's `Convolution`
 - its norm: the one that follows in the same parent; `norm1` for `conv1` where all norms come last
+- the norm before it, in a block that normalises first: `norm1` of `conv1`, or the one that precedes
 - its activation: the one that follows, or is in the norm (timm's `BatchNormAct2d`), or, before a further
   convolution, the only one of the parent. After the block's last convolution it acts on the sum.
 """
@@ -27,6 +28,7 @@ from .layers import (
     is_norm,
     is_residual_block,
     kind_of,
+    norm_channels,
     parents,
 )
 
@@ -131,6 +133,30 @@ def after(name: str, block: str, modules: Mapping[str, nn.Module]) -> str:
     if not steps or is_layernorm(modules[steps[-1]]):
         return ""
     return steps[-1]
+
+
+def before(name: str, block: str, modules: Mapping[str, nn.Module]) -> str:
+    """Name of the norm from which a convolution gets its input, where the block normalises first; else ""."""
+    if not _normalises_first(modules[block]):
+        return ""
+    unit = _unit(name, block, modules)
+    parent = unit.rpartition(".")[0]
+    number = re.fullmatch(r"conv(\d+)", unit.rpartition(".")[2])
+    norm = ""
+    for child, module in modules[parent].named_children():
+        path = f"{parent}.{child}"
+        if number is not None and is_norm(module) and re.fullmatch(rf"\D*{number[1]}", child):
+            norm = path
+            break
+        if path == unit:
+            break
+        if is_norm(module):
+            norm = path
+        elif kind_of(module):
+            norm = ""
+    if norm and norm_channels(modules[norm]) != modules[name].in_channels:
+        return ""
+    return norm
 
 
 def _normalises_first(block: nn.Module) -> bool:

@@ -21,7 +21,15 @@ from ..adapters.registry import register
 from ..architecture.convolution import Geometry
 from ..architecture.layers import CONVS, in_body
 from ..architecture.network import Network
-from ..architecture.residual import activation_of, after, block_around, downsamples, ends, is_inverted
+from ..architecture.residual import (
+    activation_of,
+    after,
+    before,
+    block_around,
+    downsamples,
+    ends,
+    is_inverted,
+)
 from ..architecture.site import Partner, Site
 from ..errors import MedpeftError
 
@@ -40,14 +48,15 @@ class ConvAdapter(Adapter):
     """A separable bottleneck beside the convolutions of residual blocks: y + α ⊙ up(act(down(x))).
 
     x is (B, I, …), the convolution's input, and y its output after the norm and the activation that follow.
-    In a block that normalises first, and in ConvNeXt's, y is the convolution's own output. Of an inverted
-    residual block, x and y are the input and the output. `down` is a depthwise-separable convolution of I to
+    In a block that normalises first, x is what the norm before the convolution is given, and y the
+    convolution's own output, as in ConvNeXt's. Of an inverted residual block, x and y are the input and the
+    output. `down` is a depthwise-separable convolution of I to
     I / γ channels in I / γ groups. It slides as the adapted convolution does, so that both see the same
     field. `up` is a 1×1 convolution. α has one value per channel and starts at 1.
 
     Args:
-        site: A convolution, or an inverted residual block. The partners of a convolution are its block and
-            the norm or activation after which the sum is taken.
+        site: A convolution, or an inverted residual block. The partners of a convolution are its block, and
+            the norm before it or the norm or activation after which the sum is taken.
         reduction: γ. If it does not divide I, the next smaller width that does is taken.
         form: "parallel" beside the convolution, "sequential" after it, on y.
         activation: "backbone" for the activation of the block around it, or "relu".
@@ -74,7 +83,8 @@ class ConvAdapter(Adapter):
         if activation == "backbone" and site.draft.activation is not None:
             self.act = _like(site.draft.activation)
         nn.init.kaiming_uniform_(self.down, a=5**0.5, generator=site.generator)
-        self.adds_later = bool(site.partners)
+        makers = [partner.make for partner in site.partners]
+        self.starts_earlier, self.adds_later = Before in makers, Finished in makers
         # Opened by the block, not by the convolution: its place is `Around`.
         self.entered = Handover()
 
@@ -115,10 +125,22 @@ class ConvAdapter(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute y + α ⊙ up(act(down(x))); where y is not finished yet, leave x for the place that is."""
-        if not self.adds_later:
-            return self.added(x, y)
-        self.entered.leave(x)
-        return y
+        if self.adds_later:
+            self.entered.leave(x)
+            return y
+        if self.starts_earlier:
+            x = self._before_norm()
+        return self.added(x, y)
+
+    def _before_norm(self) -> Tensor:
+        """Take what the norm before the convolution was given."""
+        entered: Tensor | None = self.entered.take_once()
+        if entered is None:
+            raise MedpeftError(
+                f"{self.method!r} found no norm before {self.name} to start from: use place='convolution', "
+                "or exclude it."
+            )
+        return entered
 
     def added(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute y + α ⊙ up(act(down(x))), or of y where the form is sequential."""
@@ -154,6 +176,17 @@ class Around(SecondPlace):
         )
 
 
+class Before(SecondPlace):
+    """The norm before the convolution, in a block that normalises first. Its input is the adapter's x."""
+
+    first: ConvAdapter
+
+    def enter(self, x: Tensor, others: dict[str, Any]) -> Tensor:
+        """Leave `x` for the adapter of the convolution, and return it unchanged."""
+        self.first.entered.leave(x)
+        return x
+
+
 class Finished(SecondPlace):
     """The norm or activation after the convolution. Where a block calls it again, the first call counts."""
 
@@ -168,15 +201,15 @@ class Finished(SecondPlace):
 
 
 def _site_in(block: str, site: Site, network: Network) -> Site:
-    """A convolution of a residual block, with the place where its output is finished."""
-    last = after(site.name, block, network.modules)
-    if not last:
+    """A convolution of a residual block, with the norm before it or the place where y is finished."""
+    modules = network.modules
+    norm, last = before(site.name, block, modules), after(site.name, block, modules)
+    second = last or norm
+    if not second:
         return site
-    places = ((block, Around), (last, Finished))
-    partners = []
-    for name, make in places:
-        partners.append(Partner(Site(name, network.modules[name], "", ""), make))
-    return replace(site, partners=tuple(partners))
+    around = Partner(Site(block, modules[block], "", ""), Around)
+    make = Finished if last else Before
+    return replace(site, partners=(around, Partner(Site(second, modules[second], "", ""), make)))
 
 
 def _beside(site: Site) -> tuple[Geometry, int, int]:

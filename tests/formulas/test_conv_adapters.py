@@ -8,12 +8,12 @@ import timm
 import torch
 import torchvision
 from by_hand import gelu, numbers, relu
+from conv_adapter_oracles import adapted_block, bottleneck
 from layer_oracles import GEOMETRIES, assert_computes, base_convolution, convolved, drawn
 from models import make, randomise, randomise_adapters
 from torch import nn
 
 import medpeft
-from medpeft.formulas.conv_adapter import ConvAdapter
 
 
 def applied_at(layer, method, **options):
@@ -46,23 +46,6 @@ def test_conv_adapter_after_a_convolution():
     hidden = relu(convolved(y, p["down"], padding=1, groups=2))
     assert p["down"].shape == (2, 4, 3, 3)
     assert_computes(model, x, y + p["scale"][:, None, None] * np.einsum("oh,nhij->noij", p["up"], hidden))
-
-
-def adapted_block(model, name, **options):
-    """The block of a model with random weights and adapters, its adapter's numbers, and its plain copy."""
-    randomise(model.double().eval())
-    plain = copy.deepcopy(model.get_submodule(name))
-    medpeft.apply(model, "conv_adapter", reduction=2, **options)
-    randomise_adapters(model, size=0.3)
-    block = model.get_submodule(name)
-    (adapter,) = (m for m in block.modules() if isinstance(m, ConvAdapter))
-    return block, plain, numbers(adapter)
-
-
-def bottleneck(p, x, act, stride=1, padding=1):
-    """α ⊙ up(act(down(x))) in NumPy."""
-    hidden = act(convolved(x, p["down"], stride=stride, padding=padding, groups=len(p["down"])))
-    return torch.from_numpy(p["scale"][:, None, None] * np.einsum("oh,nhij->noij", p["up"], hidden))
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
