@@ -112,8 +112,8 @@ def norms():
     return model
 
 
-def trained(method, **options):
-    model = medpeft.apply(norms(), method, head="4", **options)
+def trained(method, base=norms, **options):
+    model = medpeft.apply(base(), method, head="4", **options)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += torch.rand_like(parameter) / 4
@@ -192,6 +192,36 @@ def test_statistics_that_are_not_those_of_apply_are_found_and_not_saved(change, 
     ):
         medpeft.save(model, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def synchronised_norms():
+    return nn.SyncBatchNorm.convert_sync_batchnorm(norms())
+
+
+@pytest.mark.parametrize("batchnorm", ["frozen", "adapt"])
+@pytest.mark.parametrize("method", ["bias", "bn", "ssf", "lora"])
+@pytest.mark.parametrize(("base", "other"), [(norms, synchronised_norms), (synchronised_norms, norms)])
+def test_files_of_a_model_converted_before_apply_and_of_the_plain_one_fit_each_other(
+    base, other, method, batchnorm, tmp_path
+):
+    target = "linear" if method == "lora" else None
+    model = trained(method, base, batchnorm=batchnorm, target=target)
+    medpeft.save(model, tmp_path / "a.safetensors")
+
+    loaded = medpeft.load(other(), tmp_path / "a.safetensors").eval()
+    assert type(loaded[1]) is not type(model[1])
+    assert torch.equal(loaded(X), model(X))
+    assert not torch.equal(base().eval()(X), model(X))
+
+
+def test_a_model_converted_after_apply_is_saved_as_what_it_computes(tmp_path):
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(trained("bias"))
+    medpeft.save(model, tmp_path / "a.safetensors")
+
+    for base in (norms, synchronised_norms):
+        assert torch.equal(medpeft.load(base(), tmp_path / "a.safetensors").eval()(X), model(X))
+    assert isinstance(medpeft.remove(model)[1], nn.SyncBatchNorm)
+    assert torch.equal(model(X), norms().eval()(X))
 
 
 def test_a_converted_norm_that_lost_its_adapters_is_found_and_not_saved(tmp_path):
