@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import require
 from ..sharding import is_sharded, like, reshard
-from .record import Adapted, Applied, Aside, adapted_layers, own_state
+from .record import Adapted, Applied, Aside, adapted_layers, applied, own_state, require_applied
 from .running import Token, close_block, has_open_block, open_block, switching
 
 
@@ -81,28 +81,37 @@ def put(
 
 @contextmanager
 def others_in_place(
-    adapted: Adapted, action: str, values: Mapping[str, Tensor], *, swaps: bool = False
+    model: nn.Module, action: str, values: Callable[[Adapted], Mapping[str, Tensor]], *, swaps: bool = False
 ) -> Iterator[None]:
     """Put other values in the place of the trained ones, with the adapters off, for a `with` block.
 
     Blocks of one action may be open at once. The first puts its values in, later ones find them there, and
     the last brings the trained ones back.
+
+    Args:
+        model: The model.
+        action: Name of the call that does so.
+        values: Computes the values, by name, of the adapted model. It is called when no other thread can put
+            values in or bring them back meanwhile.
+        swaps: As in `put`.
     """
-    model, record, block = adapted.model, adapted.record, Token()
+    require_applied(model)
+    block = Token()
 
     def settle() -> None:
         close_block(model, block)
-        recover(model, record, action)
+        record = applied(model)
+        if record is not None:
+            recover(model, record, action)
 
     settled = Settled(settle)
     with settled, settled:
         with switching(model, action):
-            if not has_open_block(model):
-                restore(model, record)  # A block that was cut short may have left half of its values.
-            if record.aside is None or record.aside.action != action:
-                require_acting(Adapted.of(model), action)
-            if record.aside is None:
-                put(model, record, action, values, swaps=swaps)
+            adapted = recovered(model, action)  # A block that was cut short may have left half of its values.
+            aside = adapted.record.aside
+            if aside is None or aside.action != action:
+                require_acting(adapted, action)
+                put(model, adapted.record, action, values(adapted), swaps=swaps)
             open_block(model, block)
             _enable(model, False)
         yield

@@ -127,11 +127,12 @@ def load(
     require_model(model, path)
     arguments = {"head": head, "check_base": check_base, "keep_base": keep_base}
     require_options("", arguments, {"head": HeadPolicy, "check_base": bool, "keep_base": bool | None})
-    prepared = _prepare(model, path, check_base=check_base, head=head, keep_base=keep_base)
-    if prepared.planned is None:
-        _fill(model, require_applied(model), prepared.values)
-    else:
-        carry_out(prepared.planned, prepared.built, prepared.values)
+    with switching(model, "load"):
+        prepared = _prepare(model, path, check_base=check_base, head=head, keep_base=keep_base)
+        if prepared.planned is None:
+            _fill(model, require_applied(model), prepared.values)
+        else:
+            carry_out(prepared.planned, prepared.built, prepared.values)
     return model
 
 
@@ -170,7 +171,7 @@ def _fill(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
         restore(model, record)
 
     settled = Settled(settle)
-    with switching(model, "load"), settled, settled:
+    with settled, settled:
         put(model, record, "load", values)
         record.aside = None
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import weight_name
 from ..adapters.aside import recovered
 from ..adapters.record import Adapted, require_model
+from ..adapters.running import switching
 from ..adapters.samples import changed_statistics, changes_since_apply, made_of_other_weights
 from ..adapters.wiring import is_wired
 from ..errors import CheckpointError, clipped, listed
@@ -55,16 +56,22 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     """
     require_model(model, path)
     _require_path(path)
-    reshard(model)
-    adapted = recovered(model, "save")
-    _require_savable(adapted)
     copied = _as_json({} if metadata is None else metadata, "metadata")
     if not isinstance(copied, dict) or not optional(list_of(text))(copied.get("classes")):
         raise CheckpointError("metadata must be a dict, and its 'classes' the names of the classes.")
-    document = _document(adapted, copied)
+    with switching(model, "save"):  # So that no other thread puts other values in meanwhile.
+        _save(model, os.fspath(path), copied)
+
+
+def _save(model: nn.Module, path: str, metadata: dict[str, Any]) -> None:
+    """Write the file of a model whose values stay in place meanwhile."""
+    reshard(model)
+    adapted = recovered(model, "save")
+    _require_savable(adapted)
+    document = _document(adapted, metadata)
     tensors = {name: plain(tensor) for name, tensor in adapted.saved.items()}
     if is_first(adapted.saved.values()):
-        write(os.fspath(path), tensors, {KEY: compose(document, tensors)})
+        write(path, tensors, {KEY: compose(document, tensors)})
 
 
 def _require_path(path: object) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.aside import recovered
-from ..adapters.record import Adapted
+from ..adapters.record import Adapted, require_applied
+from ..adapters.running import switching
 from ..architecture.head import Head
 from ..checkpoint.file import MAX_HEADER, parse, write
 from ..checkpoint.save import plain
@@ -64,13 +65,15 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ...     print(*sorted(os.listdir(directory)))
         adapter_config.json adapter_model.safetensors
     """
-    adapted = recovered(model, "to_peft")
-    factors = export_factors(adapted, with_head=True)
-    tensors = _renamed(factors) | _head_tensors(model, adapted.record.head)
-    config = _configuration(adapted, factors)
-    if is_first(model.parameters()):
-        write(os.path.join(directory, _TENSORS), tensors, {"format": "pt"})
-        _write_json(os.path.join(directory, _CONFIGURATION), config)
+    require_applied(model)
+    with switching(model, "to_peft"):  # So that no other thread puts another head in meanwhile.
+        adapted = recovered(model, "to_peft")
+        factors = export_factors(adapted, with_head=True)
+        tensors = _renamed(factors) | _head_tensors(model, adapted.record.head)
+        config = _configuration(adapted, factors)
+        if is_first(model.parameters()):
+            write(os.path.join(directory, _TENSORS), tensors, {"format": "pt"})
+            _write_json(os.path.join(directory, _CONFIGURATION), config)
 
 
 def _renamed(factors: Mapping[str, Factors]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -167,14 +167,27 @@ def remove(model: nn.Module) -> nn.Module:
         >>> list(model.state_dict()) == keys
         True
     """
-    adapted = recovered(model, "remove")
-    require_acting(adapted, "remove")
-    make_plain(adapted, "remove", _base(adapted, "remove"))
+
+    def base(adapted: Adapted) -> dict[str, Tensor]:
+        return _base(adapted, "remove")
+
+    make_plain(model, "remove", base)
     return model
 
 
-def make_plain(adapted: Adapted, action: str, values: Mapping[str, Tensor]) -> None:
-    """Put values into a model for good and take all of medpeft off it: both, or, if interrupted, neither."""
+def make_plain(model: nn.Module, action: str, values: Callable[[Adapted], Mapping[str, Tensor]]) -> None:
+    """Put values into a model for good and take all of medpeft off it: both, or, if interrupted, neither.
+
+    The values are computed when no other thread can put values in or bring them back meanwhile.
+    """
+    require_applied(model)
+    with switching(model, action):
+        adapted = recovered(model, action)
+        require_acting(adapted, action)
+        _put_for_good(adapted, action, values(adapted))
+
+
+def _put_for_good(adapted: Adapted, action: str, values: Mapping[str, Tensor]) -> None:
     model, record = adapted.model, adapted.record
 
     def settle() -> None:
@@ -184,7 +197,7 @@ def make_plain(adapted: Adapted, action: str, values: Mapping[str, Tensor]) -> N
             _take_off(model, record)
 
     settled = Settled(settle)
-    with switching(model, action), settled, settled:
+    with settled, settled:
         put(model, record, action, values)
         set_applied(model, None)
 
@@ -224,8 +237,11 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         ...     torch.equal(model(x), base)
         True
     """
-    adapted = recovered(model, "disabled")
-    with others_in_place(adapted, "disabled", _base(adapted, "disabled")):
+
+    def base(adapted: Adapted) -> dict[str, Tensor]:
+        return _base(adapted, "disabled")
+
+    with others_in_place(model, "disabled", base):
         yield model
 
 

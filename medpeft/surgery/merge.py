@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapters import Adapters
-from ..adapters.aside import others_in_place, recovered, require_acting
+from ..adapters.aside import others_in_place
 from ..adapters.options import require_options
 from ..adapters.record import Adapted, own_tensors
 from ..adapters.registry import find
@@ -86,12 +86,16 @@ def merge(
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
     require_options("", {"tolerance": tolerance, "min_kept": min_kept}, _SHARES)
-    adapted = recovered(model, "merge")
-    merged_tensors = _merged_tensors(adapted, min_kept)
-    if example_input is not None:
-        _require_same_outputs(adapted, merged_tensors, example_input, tolerance)
-    make_plain(adapted, "merge", _values(merged_tensors))
-    created = [item.full_name for item in merged_tensors if item.own is None]
+    created: list[str] = []
+
+    def values(adapted: Adapted) -> dict[str, Tensor]:
+        merged_tensors = _merged_tensors(adapted, min_kept)
+        if example_input is not None:
+            _require_same_outputs(adapted, merged_tensors, example_input, tolerance)
+        created.extend(item.full_name for item in merged_tensors if item.own is None)
+        return _values(merged_tensors)
+
+    make_plain(model, "merge", values)
     if created:
         warnings.warn(_warning_of_created(created), stacklevel=2)
     return model
@@ -134,9 +138,11 @@ def merged(model: nn.Module, *, min_kept: float = 0.9) -> Iterator[nn.Module]:
         True
     """
     require_options("", {"min_kept": min_kept}, _SHARES)
-    adapted = recovered(model, "merged")
-    values = _values(_merged_tensors(adapted, min_kept))
-    with others_in_place(adapted, "merged", values, swaps=True):
+
+    def values(adapted: Adapted) -> dict[str, Tensor]:
+        return _values(_merged_tensors(adapted, min_kept))
+
+    with others_in_place(model, "merged", values, swaps=True):
         yield model
 
 
@@ -147,7 +153,6 @@ def _merged_tensors(adapted: Adapted, min_kept: float) -> list[Merged]:
     Raises:
         MedpeftError: a layer cannot be merged; every such layer is named with the reason.
     """
-    require_acting(adapted, "merging")
     reshard(adapted.model)
     merged_tensors: list[Merged] = []
     problems: list[str] = []
@@ -246,7 +251,7 @@ def _require_same_outputs(
 ) -> None:
     """Raise `MedpeftError` if the outputs of the merged model differ by more than the tolerance."""
     before = outputs_of(adapted.model, example_input)
-    with others_in_place(adapted, "merged", _values(merged_tensors), swaps=True):
+    with others_in_place(adapted.model, "merged", lambda _: _values(merged_tensors), swaps=True):
         after = outputs_of(adapted.model, example_input)
     difference = largest_difference(before, after)
     _log.info("merged outputs differ by %.2e of the largest", difference)

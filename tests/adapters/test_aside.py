@@ -7,30 +7,12 @@ import threading
 
 import pytest
 import torch
+from put_aside import BLOCKS, X, base, trained
 from torch import nn
 
 import medpeft
 from medpeft.adapters.aside import others_in_place, put
 from medpeft.adapters.record import Adapted
-
-
-def base():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
-
-
-def trained():
-    model = medpeft.apply(base(), {"lora": {"target": "0"}, "bias": {}}, head="2")
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter))
-    return model
-
-
-X = torch.linspace(-1, 1, 24).view(4, 6)
-BLOCKS = [medpeft.disabled, medpeft.merged]
 
 
 def test_blocks_that_overlap_without_being_nested_end_with_the_trained_values():
@@ -62,7 +44,7 @@ def test_blocks_of_two_threads_that_overlap_end_with_the_trained_values(tmp_path
     with medpeft.disabled(model):
         thread.start()
         assert inside.wait(30)
-    with pytest.raises(medpeft.MedpeftError, match="merging does not work inside"):
+    with pytest.raises(medpeft.MedpeftError, match="merge does not work inside"):
         medpeft.merge(model)
     leave.set()
     thread.join(30)
@@ -192,6 +174,14 @@ def test_a_block_does_not_build_on_what_another_has_left_half_done():
     first = next(iter(adapted.record.base))
     put(model, adapted.record, "disabled", {first: adapted.record.base[first]})  # as far as it came
 
-    with others_in_place(adapted, "disabled", adapted.record.base):
+    with others_in_place(model, "disabled", lambda adapted: adapted.record.base):
         assert torch.equal(model(X), plain)
+    assert torch.equal(model(X), expected)
+
+
+def test_disabled_within_merged_says_so_beside_a_method_that_keeps_the_base():
+    model = trained()
+    expected = model(X)
+    with medpeft.merged(model), pytest.raises(medpeft.MedpeftError, match="disabled does not work inside"):
+        medpeft.disabled(model).__enter__()
     assert torch.equal(model(X), expected)

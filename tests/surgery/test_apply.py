@@ -197,10 +197,22 @@ def test_disabled_inside_disabled_is_the_base_until_the_outer_one_ends():
     assert torch.equal(output(model, x), adapted)
 
 
+def test_merged_inside_merged_is_merged_until_the_outer_one_ends():
+    model, x = randomise_adapters(medpeft.apply(make("vit"), "lora+bias")), example("vit")
+    adapted = output(model, x)
+    with medpeft.merged(model):
+        expected = output(model, x)
+
+    with medpeft.merged(model):
+        with medpeft.merged(model):
+            assert torch.equal(output(model, x), expected)
+        assert torch.equal(output(model, x), expected)
+    assert torch.equal(output(model, x), adapted)
+
+
 OTHER_VALUES = {
     "remove": medpeft.remove,
     "merging": medpeft.merge,
-    "merging for a while": lambda model: medpeft.merged(model).__enter__(),
 }
 
 
@@ -221,11 +233,13 @@ def test_the_trained_values_cannot_be_replaced_while_others_are_in_their_place(w
     assert torch.equal(output(model, x), adapted)
 
 
-def test_the_base_cannot_be_shown_while_the_adapters_are_merged():
+def test_the_base_cannot_be_shown_while_the_adapters_are_merged_nor_the_other_way_round():
     model = medpeft.apply(make("vit"), "lora")
 
     with medpeft.merged(model), pytest.raises(medpeft.MedpeftError, match="disabled does not work inside"):
         medpeft.disabled(model).__enter__()
+    with medpeft.disabled(model), pytest.raises(medpeft.MedpeftError, match="merged does not work inside"):
+        medpeft.merged(model).__enter__()
 
 
 def test_disabling_a_part_leaves_the_model_adapted_elsewhere():
