@@ -110,14 +110,14 @@ class VeRA(Adapter):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute y + b ⊙ B·(d ⊙ A·x), in the channels of the adapted parts."""
         hidden = F.linear(cast(x, self.d), self.down.matrix)
-        parts = [F.linear(hidden * d, up) for d, up in self._parts()]
-        change = torch.cat(parts, -1) * self.b
+        changes = [F.linear(hidden * d, up) for d, up in self._parts()]
+        change = _joined(changes, -1) * self.b
         return y + place_channels(change.to(y.dtype), self.rows, y, -1)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Compute W + diag(b)·B·diag(d)·A."""
         assert weight is not None
-        change = torch.cat([(up * d) @ self.down.matrix for d, up in self._parts()])
+        change = _joined([(up * d) @ self.down.matrix for d, up in self._parts()], 0)
         matrix = weight.flatten(1)  # (out, in, …) → (out, fan-in)
         new_rows = take_rows(matrix, self.rows) + self.b[:, None] * change
         return replace_rows(matrix, self.rows, new_rows).view_as(weight), bias
@@ -127,6 +127,13 @@ class VeRA(Adapter):
         for i, d in enumerate(self.d.split(self.rank)):
             up: Any = self.shared[f"up_{i}"]
             yield d, up.matrix
+
+
+def _joined(parts: list[Tensor], axis: int) -> Tensor:
+    """Join the parts; a single one, of a layer that is not fused, is not copied."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, axis)
 
 
 def _shared_matrix(site: Site, rows: int, columns: int, seed: int) -> RandomMatrix:
