@@ -76,12 +76,12 @@ def _is_pattern(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Selection:
-    """A target and an exclusion, as a value that can be printed and used again.
+    """A target and an exclusion, as one value.
 
     It selects what any pattern of `target` picks, or everything without one, and no pattern of `exclude`.
 
-    >>> print(Selection.of(["attention", nn.Linear], "blocks.0.*"))
-    'attention' or Linear, without 'blocks.0.*'
+    >>> Selection.of("attention", "blocks.0.*")
+    Selection(target=('attention',), exclude=('blocks.0.*',))
     """
 
     target: tuple[Pattern, ...] = ()
@@ -98,25 +98,9 @@ class Selection:
             return False
         return not _any_picks(network, self.exclude, name)
 
-    def __str__(self) -> str:
-        text = _in_words(self.target) or "every layer"
-        if self.exclude:
-            text += f", without {_in_words(self.exclude)}"
-        return text
-
 
 def _any_picks(network: Network, patterns: Iterable[Pattern], name: str) -> bool:
     return any(picks(network, pattern, name) for pattern in patterns)
-
-
-def _in_words(patterns: Iterable[Pattern]) -> str:
-    words = []
-    for pattern in patterns:
-        if isinstance(pattern, re.Pattern):
-            words.append(f"/{pattern.pattern}/")
-        else:
-            words.append(getattr(pattern, "__name__", repr(pattern)))
-    return " or ".join(words)
 
 
 def choose(network: Network, names: Sequence[str], target: Target, exclude: Target, method: str) -> set[str]:
