@@ -1,196 +1,26 @@
-"""The families of models that medpeft supports, each as a tiny model: how to build it and what the methods find in it."""
+"""The families of models that medpeft supports, each as a tiny model; those of timm come first."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
+import families_of_timm  # noqa: F401 - importing it lists them
 import torch
+from family import CLASSES, CNN, CONVNEXT, IMAGE, KEYS, TRANSFORMER, family
 from torch import nn
 
-CLASSES = 3
 
-
-@dataclass(frozen=True)
-class Family:
-    """How to build a tiny model, the shape of its input, and what it is made of.
-
-    Attributes:
-        build: Builds the model, with whatever initial weights its library gives.
-        shape: Shape of the input, batch of two first.
-        has: What the methods need: some of "norm", "batchnorm", "layernorm", "attention", "attention blocks",
-            "conv blocks", "transformer blocks", "head".
-        head: What to pass to `apply`.
-        dead: Globs of parameters that cannot change the output, adapted or not.
-    """
-
-    build: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    has: frozenset[str]
-    head: str | None
-    dead: tuple[str, ...]
-
-
-FAMILIES: dict[str, Family] = {}
-
-_CNN = frozenset({"norm", "batchnorm", "conv blocks", "head"})
-_CONVNEXT = frozenset({"norm", "layernorm", "conv blocks", "head"})
-_TRANSFORMER = frozenset({"norm", "layernorm", "attention", "attention blocks", "transformer blocks", "head"})
-
-# The softmax over the keys does not see what is added to all of them.
-_KEYS = ("*.k_proj.bias", "*.k_proj.adapters.ssf.shift")
-_POSITIONS = ("*.rel_pos.mlp.fc2.bias", "*.rel_pos.mlp.fc2.adapters.ssf.shift")
-
-
-def family(has, shape, head="auto", dead=()):
-    """Decorator that lists a builder under its own name."""
-
-    def add(build):
-        FAMILIES[build.__name__] = Family(build, shape, frozenset(has), head, dead)
-        return build
-
-    return add
-
-
-def _timm(name, **options):
-    import timm
-
-    return timm.create_model(name, num_classes=CLASSES, **options)
-
-
-IMAGE = (2, 3, 32, 32)
-
-
-@family(_CNN, IMAGE)
-def resnet():
-    return _timm("resnet26", layers=(1, 1, 1, 1), channels=(4, 8, 8, 8), stem_width=8)
-
-
-@family(_CNN, IMAGE)
-def efficientnet():
-    from timm.models.efficientnet import _gen_efficientnet_lite
-
-    return _gen_efficientnet_lite("tf_efficientnet_lite0", 0.25, 0.1, num_classes=CLASSES)
-
-
-@family(_CNN, IMAGE)
-def mobilenetv3():
-    return _timm("mobilenetv3_small_050")
-
-
-@family(_CNN, IMAGE)
-def regnet():
-    from timm.models.regnet import RegNet, RegNetCfg
-
-    return RegNet(RegNetCfg(depth=6, w0=8, wa=8.0, wm=2.0, group_size=4, se_ratio=0.25), num_classes=CLASSES)
-
-
-@family(_CNN, IMAGE)
-def densenet():
-    return _timm("densenet121", growth_rate=4, block_config=(1, 2, 1))
-
-
-@family(_CONVNEXT, IMAGE)
-def convnext():
-    return _timm("convnext_atto", depths=(1, 1, 1, 1), dims=(4, 8, 8, 12), use_grn=False, ls_init_value=1e-6)
-
-
-@family(_TRANSFORMER, IMAGE)
-def vit():
-    return _timm("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2)
-
-
-@family(_TRANSFORMER, IMAGE)
-def deit_distilled():
-    return _timm(
-        "deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2
-    )
-
-
-@family(_TRANSFORMER, (2, 3, 28, 28))
-def dinov2():
-    return _timm("vit_small_patch14_dinov2", img_size=28, depth=2, embed_dim=16, num_heads=2)
-
-
-@family(_TRANSFORMER, IMAGE)
-def siglip():
-    return _timm("vit_base_patch16_siglip_224", img_size=32, patch_size=8, depth=2, embed_dim=16, num_heads=2)
-
-
-@family(_TRANSFORMER, IMAGE)
-def beit():
-    return _timm(
-        "beit_base_patch16_224",
-        img_size=32,
-        patch_size=8,
-        depth=2,
-        embed_dim=16,
-        num_heads=2,
-        init_values=0.1,
-    )
-
-
-@family(_TRANSFORMER, (2, 3, 28, 28))
-def eva02():
-    return _timm("eva02_tiny_patch14_224", img_size=28, depth=2, embed_dim=16, num_heads=2)
-
-
-@family(_TRANSFORMER, IMAGE)
-def swin():
-    return _timm(
-        "swin_tiny_patch4_window7_224",
-        img_size=32,
-        window_size=4,
-        depths=(1, 2),
-        embed_dim=8,
-        num_heads=(2, 2),
-    )
-
-
-@family(_TRANSFORMER, IMAGE)
-def swinv2():
-    return _timm(
-        "swinv2_tiny_window8_256", img_size=32, window_size=4, depths=(1, 2), embed_dim=8, num_heads=(2, 2)
-    )
-
-
-@family(_TRANSFORMER | _CNN, (2, 3, 64, 64), dead=_POSITIONS)
-def maxvit():
-    return _timm(
-        "maxvit_rmlp_pico_rw_256",
-        img_size=64,
-        embed_dim=(32, 32),
-        depths=(1, 1),
-        block_type=("M", "M"),
-        stem_width=8,
-    )
-
-
-@family(_TRANSFORMER | _CNN, (2, 3, 64, 64))
-def coatnet():
-    return _timm(
-        "coatnet_pico_rw_224", img_size=64, embed_dim=(8, 32, 32, 32), depths=(1, 1, 1, 1), stem_width=(8, 8)
-    )
-
-
-@family({"norm", "batchnorm", "attention", "attention blocks", "head"}, (2, 3, 64, 64))
-def levit():
-    return _timm("levit_128s", img_size=64, embed_dim=(16, 16), depth=(1, 1), num_heads=(2, 2), key_dim=4)
-
-
-@family(_CNN, IMAGE)
+@family(CNN, IMAGE)
 def torchvision_resnet():
     from torchvision.models.resnet import BasicBlock, ResNet
 
     return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
 
 
-@family(_TRANSFORMER, IMAGE)
+@family(TRANSFORMER, IMAGE)
 def torchvision_vit():
     from torchvision.models import VisionTransformer
 
     return VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=CLASSES)
 
 
-@family(_TRANSFORMER, IMAGE)
+@family(TRANSFORMER, IMAGE)
 def torchvision_swin():
     from torchvision.models import SwinTransformer
 
@@ -206,21 +36,21 @@ _SIZES = {
 }
 
 
-@family(_TRANSFORMER, IMAGE, dead=_KEYS)
+@family(TRANSFORMER, IMAGE, dead=KEYS)
 def hf_vit():
     from transformers import ViTConfig, ViTForImageClassification
 
     return ViTForImageClassification(ViTConfig(**_SIZES, patch_size=8, num_labels=CLASSES))
 
 
-@family(_TRANSFORMER, IMAGE, dead=(*_KEYS, "*.mask_token"))
+@family(TRANSFORMER, IMAGE, dead=(*KEYS, "*.mask_token"))
 def hf_dinov2():
     from transformers import Dinov2Config, Dinov2ForImageClassification
 
     return Dinov2ForImageClassification(Dinov2Config(**_SIZES, patch_size=8, num_labels=CLASSES))
 
 
-@family(_TRANSFORMER, IMAGE, dead=_KEYS)
+@family(TRANSFORMER, IMAGE, dead=KEYS)
 def hf_swin():
     from transformers import SwinConfig, SwinForImageClassification
 
@@ -231,7 +61,7 @@ def hf_swin():
     return SwinForImageClassification(config)
 
 
-@family(_CONVNEXT, IMAGE)
+@family(CONVNEXT, IMAGE)
 def hf_convnext():
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
@@ -257,21 +87,21 @@ def monai_unet2d():
     )
 
 
-@family(_CNN, (2, 1, 8, 8, 8))
+@family(CNN, (2, 1, 8, 8, 8))
 def monai_unet3d():
     from monai.networks.nets import UNet
 
     return UNet(3, 1, CLASSES, channels=(4, 8), strides=(2,), num_res_units=2, norm="BATCH")
 
 
-@family(_CNN, (2, 1, 32, 32))
+@family(CNN, (2, 1, 32, 32))
 def monai_densenet():
     from monai.networks.nets import DenseNet
 
     return DenseNet(2, 1, CLASSES, init_features=8, growth_rate=4, block_config=(2, 2), bn_size=2)
 
 
-@family(_TRANSFORMER | {"conv blocks"}, (2, 1, 64, 64))
+@family(TRANSFORMER | {"conv blocks"}, (2, 1, 64, 64))
 def monai_swin_unetr():
     from monai.networks.nets import SwinUNETR
 
@@ -286,7 +116,7 @@ def monai_swin_unetr():
     )
 
 
-@family(_TRANSFORMER, (2, 1, 16, 16), dead=("*.norm_cross_attn.*",))
+@family(TRANSFORMER, (2, 1, 16, 16), dead=("*.norm_cross_attn.*",))
 def monai_vit():
     from monai.networks.nets import ViT
 
@@ -296,7 +126,7 @@ def monai_vit():
     )  # fmt: skip
 
 
-@family(_TRANSFORMER - {"head"}, IMAGE)
+@family(TRANSFORMER - {"head"}, IMAGE)
 def clip_vision():
     from open_clip.transformer import VisionTransformer
 
@@ -320,7 +150,7 @@ class _Denoiser(nn.Module):
         return self.unet(x, torch.tensor(7), x.flatten(2)[:, :2, :6]).sample
 
 
-@family((_TRANSFORMER | {"conv blocks"}) - {"head"}, (2, 4, 8, 8), head=None)
+@family((TRANSFORMER | {"conv blocks"}) - {"head"}, (2, 4, 8, 8), head=None)
 def diffusion_unet():
     return _Denoiser()
 

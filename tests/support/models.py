@@ -9,9 +9,9 @@ import warnings
 from functools import cache
 
 import torch
-from families import CLASSES as CLASSES
-from families import FAMILIES as FAMILIES
 from families import SelfAttention as SelfAttention
+from family import CLASSES as CLASSES
+from family import FAMILIES as FAMILIES
 from torch import Tensor, nn
 
 

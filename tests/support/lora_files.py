@@ -1,0 +1,19 @@
+"""Files of other libraries: outputs that agree, and files that are refused and leave the model."""
+
+import pytest
+import torch
+
+import medpeft
+
+
+def close(a, b):
+    return bool((a - b).abs().max() <= 1e-9 * b.abs().max())
+
+
+def refused(call, model, path, reason, **options):
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(medpeft.CheckpointError) as caught:
+        call(model, path, **options)
+    assert reason in str(caught.value)
+    assert list(before) == list(model.state_dict())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
