@@ -61,6 +61,7 @@ class Draft:
         method: Name of the method.
         generator: Source of the adapter's initial values.
         shapes_only: Whether only shapes are wanted; `Site.host` is then on the meta device.
+        from_file: Whether a file brings the values of its tensors, so that it need not find where to start.
         overwritten: Whether a module of the model works in place, so that the layer's output may be written
             over.
         shared: Modules shared by all adapters of the method on one device, by key; see `Site.share`.
@@ -71,6 +72,7 @@ class Draft:
     method: str = ""
     generator: torch.Generator | None = None
     shapes_only: bool = False
+    from_file: bool = False
     overwritten: bool = False
     shared: dict[Any, nn.Module] = field(default_factory=dict)
     activation: nn.Module | None = None

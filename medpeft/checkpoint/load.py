@@ -243,7 +243,7 @@ def _build(planned: Plan | None, values: dict[str, Tensor]) -> list[Built]:
     if planned is None:
         return []
     with _options_from_file(planned.record):
-        built = build(planned.model, planned.sites, planned.record)
+        built = build(planned.model, planned.sites, planned.record, from_file=True)
     for item in built:
         dtype = _saved_dtype(item, values)
         for module in (item.adapter, *item.adapter.shared.values()):

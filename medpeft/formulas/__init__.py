@@ -8,11 +8,15 @@ from . import convpass as convpass
 from . import difffit as difffit
 from . import fact as fact
 from . import ia3 as ia3
+from . import loha as loha
+from . import lokr as lokr
 from . import lora as lora
+from . import miss as miss
 from . import oft as oft
 from . import prefix as prefix
 from . import repadapter as repadapter
 from . import residual_adapter as residual_adapter
+from . import shira as shira
 from . import ssf as ssf
 from . import svdiff as svdiff
 from . import tsa as tsa

@@ -38,9 +38,16 @@ def in_order(sites: list[Planned]) -> list[Planned]:
 
 
 def build(
-    model: nn.Module, sites: list[Planned], record: Applied, *, shapes_only: bool = False
+    model: nn.Module,
+    sites: list[Planned],
+    record: Applied,
+    *,
+    shapes_only: bool = False,
+    from_file: bool = False,
 ) -> list[Built]:
     """Build an adapter for every site, on its layer's device, or with `shapes_only` on the meta device.
+
+    With `from_file` their values are not looked for: those of a file will take their place.
 
     Raises:
         MedpeftError: an option is wrong, or an adapter could not act at its site.
@@ -51,7 +58,7 @@ def build(
         together.setdefault(method.name, []).append(site)
     built = []
     for method, site in tqdm(sites, desc=record.name, delay=1.0, leave=False, disable=shapes_only):
-        draft = replace(site.draft, together=tuple(together[method.name]))
+        draft = replace(site.draft, together=tuple(together[method.name]), from_file=from_file)
         planned = Planned(method, replace(site, draft=draft))
         built += _build_at(model, planned, record, shared, shapes_only=shapes_only)
     if applied(model) is None:  # A plan may be printed once it is carried out.

@@ -81,6 +81,11 @@ VIT += [
         {},
         tuple(both + 2 * L * D for both, (L, D) in zip((122_112, 322_560, 536_320), SIZES, strict=True)),
     ),
+    ("loha", {"rank": 8}, tuple(L * 2 * 8 * (3 * D + D + D + D) for L, D in SIZES)),
+    # C and D of the fused projection, then of the output: the divisors nearest the roots of 3·D and D.
+    ("lokr", {"rank": 8}, (12 * 2_880, 24 * 3_840, 32 * 4_416)),
+    ("shira", {"rank": 4}, tuple(L * 4 * (3 * D + D + D + D) for L, D in SIZES)),
+    ("miss", {"rank": 16}, tuple(L * 16 * (3 * D + D) for L, D in SIZES)),
     ("oft", {"block_size": 32}, tuple(2 * L * (D // 32) * (32 * 31 // 2) for L, D in SIZES)),
 ]
 VITS = ["vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"]

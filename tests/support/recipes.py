@@ -42,6 +42,13 @@ RECIPES = {
     "fact tucker": ("fact", {"rank": 3, "form": "tucker", "scale": 0.5}),
     "difffit": ("difffit", {}),
     "oft": ("oft", {"block_size": 4}),
+    "loha": ("loha", {"rank": 2}),
+    "loha tucker": ("loha", {"rank": 2, "tucker": True, "alpha": 3.0}),
+    "lokr": ("lokr", {"rank": 2}),
+    "lokr both": ("lokr", {"rank": 1, "factor": 4, "tucker": True, "both": True, "alpha": 3.0}),
+    "shira": ("shira", {"rank": 1}),
+    "shira each output": ("shira", {"rank": 1, "mask": "magnitude", "each_output": True}),
+    "miss": ("miss", {"rank": 5}),
     "two kinds": ({"lora": {"rank": 2}, "adaptformer": {"bottleneck": 8}}, {}),
     "on the input": (
         {"repadapter": {}, "lora": {"rank": 2, "parts": "qkv"}, "oft": {"block_size": 4}, "ssf": {}},
@@ -70,6 +77,7 @@ NEEDS = {
     "fact": "attention",
     "fact tucker": "attention",
     "difffit": "attention",
+    "miss": "attention",
     "two kinds": "transformer blocks",
     "on the input": "attention",
 }
@@ -104,6 +112,9 @@ SOLE |= dict.fromkeys(
     ("repadapter", "ia3", "fact", "difffit"), (*_PROJECTIONS, "transformer_encoder", "resnet")
 )
 SOLE |= dict.fromkeys(("vera", "oft"), (*_PROJECTIONS, "resnet"))
+SOLE |= dict.fromkeys(("loha", "lokr", "shira"), (*_PROJECTIONS, "resnet"))
+SOLE |= {"miss": ("vit", "beit", "hf_vit", "multihead_attention", "resnet")}
+SOLE |= dict.fromkeys(("loha tucker", "lokr both", "shira each output"), ("vit", "resnet", "monai_unet3d"))
 SOLE |= {
     "houlsby": ("vit", "swinv2", "torchvision_vit", "hf_vit", "coatnet", "resnet"),
     "pfeiffer": ("beit", "hf_swin", "coatnet"),

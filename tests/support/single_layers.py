@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-CONV = "bias bitfit conv_adapter full ia3 lora residual_adapter ssf svdiff tsa vera"
-ATTENTION = "attention bias bitfit difffit fact full ia3 lora oft prefix repadapter ssf svdiff vera"
+CONV = "bias bitfit conv_adapter full ia3 loha lokr lora residual_adapter shira ssf svdiff tsa vera"
+ATTENTION = "attention bias bitfit difffit fact full ia3 loha lokr lora miss oft prefix repadapter shira ssf svdiff vera"
 NORM = "bias bitfit full norm ssf svdiff"
 
 # A layer, a batch that it takes, and the methods that fit it.
@@ -13,12 +13,12 @@ LAYERS = {
     "linear": (
         lambda: nn.Linear(6, 6),
         (3, 5, 6),
-        "bias bitfit fact full ia3 lora oft repadapter ssf svdiff vera",
+        "bias bitfit fact full ia3 loha lokr lora miss oft repadapter shira ssf svdiff vera",
     ),
     "linear, transposed": (
         lambda: Conv1D(8, 6),
         (3, 5, 6),
-        "bias bitfit fact full ia3 lora oft repadapter ssf svdiff vera",
+        "bias bitfit fact full ia3 loha lokr lora miss oft repadapter shira ssf svdiff vera",
     ),
     "conv1d": (lambda: nn.Conv1d(4, 8, 3, padding=1), (3, 4, 8), f"{CONV} oft"),
     "conv2d": (lambda: nn.Conv2d(4, 8, 3, padding=1), (3, 4, 8, 8), f"{CONV} oft"),
@@ -30,16 +30,20 @@ LAYERS = {
         f"{CONV} oft",
     ),
     "conv3d": (lambda: nn.Conv3d(4, 8, 3, padding=1), (3, 4, 8, 8, 8), f"{CONV} oft"),
-    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 8, 2, 2), (3, 4, 4), "bias bitfit full lora ssf svdiff"),
+    "transposed 1d": (
+        lambda: nn.ConvTranspose1d(4, 8, 2, 2),
+        (3, 4, 4),
+        "bias bitfit full loha lokr lora shira ssf svdiff",
+    ),
     "transposed 2d": (
         lambda: nn.ConvTranspose2d(4, 8, 2, 2, groups=2),
         (3, 4, 4, 4),
-        "bias bitfit full lora ssf svdiff",
+        "bias bitfit full loha lokr lora shira ssf svdiff",
     ),
     "transposed 3d": (
         lambda: nn.ConvTranspose3d(4, 8, 2, 2),
         (3, 4, 4, 4, 4),
-        "bias bitfit full lora ssf svdiff",
+        "bias bitfit full loha lokr lora shira ssf svdiff",
     ),
     "layer norm": (lambda: nn.LayerNorm(6), (3, 6, 6), f"{NORM} ln"),
     "instance norm": (lambda: nn.InstanceNorm2d(6, affine=True), (3, 6, 6, 6), NORM),
@@ -49,6 +53,10 @@ LAYERS = {
 OPTIONS = {
     "svdiff": {"norms": True},
     "lora": {"rank": 2},
+    "loha": {"rank": 2},
+    "lokr": {"rank": 1},
+    "miss": {"rank": 4},
+    "shira": {"rank": 1},
     "vera": {"rank": 5},
     "full": {"keep_base": True},
 }
