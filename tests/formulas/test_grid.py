@@ -34,6 +34,9 @@ def base_output(place, dtype, trained):
 def adapted(place, method, options, dtype):
     """The adapted model; None where it is refused, with the model as it was."""
     model = build(place, dtype)
+    if options.get("mask") == "gradient":
+        for parameter in model.parameters():
+            parameter.grad = parameter.detach().clone()
     before, about = tensors(model), trace(model)
     try:
         return apply_at(place, model, method, **options)
