@@ -1,6 +1,7 @@
 """Lightning's `Trainer`, as the settings ask for it: devices, checkpoints, early stopping, loggers."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,10 +79,19 @@ def loggers(settings: Settings) -> list[Logger]:
                 case "wandb":
                     found.append(WandbLogger(folder.name, folder, project="medpeft"))
                 case "mlflow":
-                    found.append(MLFlowLogger("medpeft", folder.name, save_dir=str(folder / "mlruns")))
+                    found.append(MLFlowLogger("medpeft", folder.name, mlflow_server(folder)))
         except ImportError as error:
             raise TrainerError(f"--logger {name} needs its package: pip install {name}. ({error})") from error
     return found
+
+
+def mlflow_server(folder: Path) -> str:
+    """Name the MLflow server of the environment, else a database in the run's folder."""
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    if server:
+        return server
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder.resolve() / 'mlflow.db'}"
 
 
 @contextmanager

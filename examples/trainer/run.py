@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,8 +167,10 @@ def train(work: Work, trainer: lightning.Trainer) -> Finetuning:
     try:
         trainer.fit(module, data, ckpt_path=last)
     except SystemExit as error:
-        # Lightning ends the process at an interrupt, and turns further ones off.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Lightning ends the process at an interrupt, and turns further ones off. Only the main thread, which
+        # alone is interrupted, may turn them on again.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from error
     module.peak = peak_memory(device)
     trainer.validate(module, data, folder / "best.ckpt", verbose=False)
