@@ -106,7 +106,7 @@ def changed(state, change):
     [
         ("lacks", "it lacks"),
         ("has", "it has 'stranger', which the model has not"),
-        ("shape", "in the state and"),
+        ("shape", "in the state, and"),
         ("nan", "not finite"),
         ("overflow", "not finite"),
         ("integers", "is torch.int64 in the state"),
