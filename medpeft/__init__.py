@@ -10,6 +10,8 @@ from .checkpoint.header import Header as Header
 from .checkpoint.load import inspect as inspect
 from .checkpoint.load import load as load
 from .checkpoint.save import save as save
+from .checkpoint.state import load_state as load_state
+from .checkpoint.state import state as state
 from .checks.check import check as check
 from .errors import CheckpointError as CheckpointError
 from .errors import MedpeftError as MedpeftError
@@ -37,6 +39,7 @@ __all__ = [
     "disabled",
     "inspect",
     "load",
+    "load_state",
     "merge",
     "merged",
     "methods",
@@ -47,6 +50,7 @@ __all__ = [
     "report",
     "save",
     "search_space",
+    "state",
 ]
 
 # Messages, help and pickles then show a public name by the path that a user writes.

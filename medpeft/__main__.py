@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 import medpeft
-from medpeft.checkpoint.file import write
 from medpeft.checkpoint.header import Header
+from medpeft.checkpoint.writing import write
 from medpeft.errors import MedpeftError, require
 
 

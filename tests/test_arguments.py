@@ -182,11 +182,6 @@ def test_exchanged_arguments_of_save_and_load_are_told(tmp_path):
         medpeft.load(str(tmp_path / "a.safetensors"), network())
 
 
-def test_a_buffer_in_memory_is_refused_with_the_way_to_the_bytes():
-    with pytest.raises(medpeft.CheckpointError, match=r"must be the path of a file.*read_bytes"):
-        medpeft.save(adapted(), io.BytesIO())
-
-
 def test_the_class_of_an_optimizer_is_no_optimizer():
     with pytest.raises(medpeft.MedpeftError, match="is no optimizer: pass the one that you made"):
         medpeft.check(adapted(), torch.ones(2, 4), optimizer=torch.optim.AdamW)

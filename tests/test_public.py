@@ -16,7 +16,8 @@ import medpeft
 
 PUBLIC = {
     "Adapter", "CheckpointError", "Header", "MedpeftError", "Plan", "Report", "Site", "apply", "check", "disabled", "inspect",
-    "load", "merge", "merged", "methods", "parameter_groups", "plan", "register", "remove", "report", "save", "search_space",
+    "load", "load_state", "merge", "merged", "methods", "parameter_groups", "plan", "register", "remove", "report", "save",
+    "search_space", "state",
 }  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import medpeft
-from medpeft.checkpoint.file import memory, short, write
+from medpeft.checkpoint.file import memory, short
+from medpeft.checkpoint.writing import write
 from medpeft.formulas.svd import SVD, compute, supplying
 
 # How far a stored product may lie from the weight, relative to its norm: float32 leaves about 1e-6.

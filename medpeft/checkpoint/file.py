@@ -1,6 +1,6 @@
-"""A safetensors file: written whole or not at all, and read as if it were hostile.
+"""A safetensors file, read as if it were hostile.
 
-The library safetensors writes the file and reads the tensors. The header is read here: the library gives
+The library safetensors reads the tensors. The header is read here: the library gives
 headers only of files that it opens by name and maps into memory, where one written over meanwhile is read
 half and half, and one cut off kills the process. What is read
 
@@ -15,11 +15,6 @@ import hashlib
 import io
 import json
 import math
-import os
-import secrets
-import stat
-from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +33,7 @@ MAX_DEPTH = 16
 
 _MAX_DIMS = 12
 
-_WRITABLE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
-
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -50,7 +43,7 @@ _DTYPES = {
 
 _ENTRY = fields(
     {
-        "dtype": one_of(*_DTYPES),
+        "dtype": one_of(*DTYPES),
         "shape": list_of(size, lengths=range(_MAX_DIMS + 1)),
         "data_offsets": list_of(size),
     }
@@ -106,70 +99,6 @@ def digest(data: bytes | memoryview, size: int = 16) -> str:
     return hashlib.blake2b(data, digest_size=size).hexdigest()
 
 
-def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file beside under another name, flush it to the disk and rename it: a crash leaves old or new.
-
-    Raises:
-        CheckpointError: it cannot be written, or not be read again; what was there before stays.
-    """
-    from safetensors import SafetensorError
-
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES.values():
-            raise CheckpointError(
-                f"{path}: {name!r} is {short(tensor.dtype)}, which medpeft does not read again: convert it."
-            )
-    try:
-        target = os.path.realpath(path)
-        if os.path.exists(target) and not os.path.isfile(target):
-            raise CheckpointError(f"{path} is no file that can be written over.")
-        if os.path.exists(target) and not os.stat(target).st_mode & _WRITABLE:
-            raise CheckpointError(f"{path} is read-only: make it writable, or choose another name.")
-        unfinished = os.path.join(os.path.dirname(target), f".medpeft-{secrets.token_hex(8)}.tmp")
-        try:
-            _write_beside(target, unfinished, tensors, metadata)
-            os.replace(unfinished, target)
-        finally:
-            with suppress(OSError):  # It has its final name, or was never made.
-                os.remove(unfinished)
-        if os.name != "nt":  # Windows opens no directories.
-            _flush(os.path.dirname(target), os.O_RDONLY)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
-
-
-def _write_beside(
-    target: str, unfinished: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> None:
-    """Write the unfinished file and flush it, with the permissions of the target or of any new file."""
-    from safetensors.torch import save_file
-
-    os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL, 0o666))
-    mode = os.stat(unfinished).st_mode
-    if os.path.exists(target):
-        mode = os.stat(target).st_mode
-    save_file(dict(tensors), unfinished, metadata=dict(metadata))
-    with open(unfinished, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > MAX_HEADER:
-        raise CheckpointError(
-            f"{target}: the header would take {length:,} bytes, more than {MAX_HEADER:,}: shorten metadata."
-        )
-    os.chmod(unfinished, mode & 0o777)  # safetensors leaves the file to its owner alone.
-    _flush(unfinished, os.O_RDWR)
-
-
-def _flush(path: str, flags: int) -> None:
-    """Wait until what was written is on the disk."""
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def read_layout(file: io.BufferedIOBase, name: str) -> Layout:
     """Read and check the header of an open file; the tensors' bytes are not read.
 
@@ -202,7 +131,7 @@ def _entries(declared: dict[str, Any], total: int, name: str) -> dict[str, Entry
     end = 0
     for key in sorted(declared, key=lambda key: declared[key]["data_offsets"]):
         start = end
-        entries[key] = Entry(_DTYPES[declared[key]["dtype"]], tuple(declared[key]["shape"]))
+        entries[key] = Entry(DTYPES[declared[key]["dtype"]], tuple(declared[key]["shape"]))
         end += entries[key].bytes
         if declared[key]["data_offsets"] != [start, end]:
             raise CheckpointError(

@@ -102,7 +102,7 @@ def load(
 
     Args:
         model: The base with its pretrained weights loaded, or a model after `apply` or `load`.
-        path: A path, or the file's bytes.
+        path: A path, the file's bytes, or a file that is open for bytes.
         check_base: Raise where class, shapes or sampled values of the frozen weights are not those of the
             file's base, or where a dtype would lose digits. False loads wherever the shapes allow it.
         head: "strict" loads the head; for another task, "skip" keeps the model's and "reinit" draws it anew.
@@ -130,7 +130,7 @@ def load(
     with switching(model, "load"):
         prepared = _prepare(model, path, check_base=check_base, head=head, keep_base=keep_base)
         if prepared.planned is None:
-            _fill(model, require_applied(model), prepared.values)
+            fill(model, require_applied(model), prepared.values)
         else:
             carry_out(prepared.planned, prepared.built, prepared.values)
     return model
@@ -164,7 +164,7 @@ def _prepare(
             raise CheckpointError(f"{misfit}: {clip(error, 2000)}") from error
 
 
-def _fill(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
+def fill(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:
     """Copy the values into an adapted model; a call that is interrupted copies all or none."""
 
     def settle() -> None:

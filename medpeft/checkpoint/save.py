@@ -19,15 +19,18 @@ from ..adapters.wiring import is_wired
 from ..errors import CheckpointError, clipped, listed
 from ..sharding import is_first, reshard, whole
 from .compatibility import require_nothing_else_trains, require_values
-from .file import MAX_DEPTH, write
+from .file import MAX_DEPTH
 from .fingerprint import identify, pretrained_config
 from .header import KEY, SCHEMA, compose
 from .validators import list_of, optional, text
+from .writing import SupportsWrite, write, write_into
 
 _INPUT = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None) -> None:
+def save(
+    model: nn.Module, path: str | os.PathLike[str] | SupportsWrite, metadata: Mapping[str, Any] | None = None
+) -> None:
     """Write what training changed, and nothing else.
 
     That is the adapters, the selected parameters, the head, and BatchNorm buffers that adapt. The file is
@@ -36,7 +39,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     Args:
         model: A model after `apply`. Of one in DDP pass `model.module`; any one rank is enough. One sharded
             by FSDP2 is gathered: every rank has to call this, and the first writes.
-        path: The file, conventionally `*.safetensors`; its directory must exist.
+        path: The file, conventionally `*.safetensors`; its directory must exist. Or one that is open for
+            bytes, such as `io.BytesIO()`, which is written at once.
         metadata: Whatever is worth knowing later, as JSON; names of the classes belong under "classes".
 
     Raises:
@@ -60,29 +64,43 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     if not isinstance(copied, dict) or not optional(list_of(text))(copied.get("classes")):
         raise CheckpointError("metadata must be a dict, and its 'classes' the names of the classes.")
     with switching(model, "save"):  # So that no other thread puts other values in meanwhile.
-        _save(model, os.fspath(path), copied)
+        _save(model, path, copied)
 
 
-def _save(model: nn.Module, path: str, metadata: dict[str, Any]) -> None:
+def _save(model: nn.Module, path: str | os.PathLike[str] | SupportsWrite, metadata: dict[str, Any]) -> None:
     """Write the file of a model whose values stay in place meanwhile."""
-    reshard(model)
-    adapted = recovered(model, "save")
-    _require_savable(adapted)
+    adapted = savable(model, "save")
     document = _document(adapted, metadata)
     tensors = {name: plain(tensor) for name, tensor in adapted.saved.items()}
-    if is_first(adapted.saved.values()):
-        write(path, tensors, {KEY: compose(document, tensors)})
+    if not is_first(adapted.saved.values()):
+        return
+    described = {KEY: compose(document, tensors)}
+    if isinstance(path, (str, os.PathLike)):
+        write(os.fspath(path), tensors, described)
+    else:
+        write_into(path, tensors, described)
+
+
+def savable(model: nn.Module, action: str) -> Adapted:
+    """Look at a model whose tensors are those that were trained.
+
+    Raises:
+        MedpeftError: nothing was applied.
+        CheckpointError: the model is not as `apply` left it.
+    """
+    reshard(model)
+    adapted = recovered(model, action)
+    _require_savable(adapted)
+    return adapted
 
 
 def _require_path(path: object) -> None:
-    """Raise `CheckpointError` unless it is a path."""
-    if isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str):
+    """Raise `CheckpointError` unless it is a path, or can be written to."""
+    is_path = isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str)
+    if is_path or callable(getattr(path, "write", None)):
         return
-    hint = ""
-    if hasattr(path, "write"):
-        hint = " Save to a file, and read its bytes: pathlib.Path(path).read_bytes()."
     raise CheckpointError(
-        f"path={clipped(path)} must be the path of a file, as text or a pathlib.Path.{hint}"
+        f"path={clipped(path)} must be the path of a file, as text or a pathlib.Path, or an open file."
     )
 
 

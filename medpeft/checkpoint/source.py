@@ -1,4 +1,4 @@
-"""The source of a checkpoint: a path or bytes."""
+"""The source of a checkpoint: a path, bytes, or an open file."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from contextlib import contextmanager
 
 from ..errors import CheckpointError, clipped
 
-Source = str | os.PathLike[str] | bytes | bytearray | memoryview
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview | io.BufferedIOBase
 
 
 def name_of(source: Source) -> str:
     """Return the name of the file for messages.
 
     Raises:
-        CheckpointError: it is neither a path nor bytes.
+        CheckpointError: it is neither a path nor bytes nor a file that is open for bytes.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"the file given as {len(source):,} bytes"
+    if isinstance(source, io.BufferedIOBase):
+        return "the open file"
     if isinstance(source, (str, os.PathLike)) and isinstance(os.fspath(source), str):
         return os.fspath(source)
-    raise CheckpointError(f"{clipped(source)} must be the path of a file, or its bytes.")
+    raise CheckpointError(f"{clipped(source)} must be the path of a file, its bytes, or one open for bytes.")
 
 
 @contextmanager
@@ -36,6 +38,9 @@ def opened(source: Source) -> Iterator[io.BufferedIOBase]:
         yield io.BytesIO(source)
         return
     name = name_of(source)
+    if isinstance(source, io.BufferedIOBase):
+        yield _readable(source)
+        return
     if name.startswith("hf://"):
         raise CheckpointError(
             f"{name} is no path. Download the file first, and pass the path that this returns: "
@@ -48,3 +53,14 @@ def opened(source: Source) -> Iterator[io.BufferedIOBase]:
             yield file
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error}") from error
+
+
+def _readable(source: io.BufferedIOBase) -> io.BufferedIOBase:
+    """Return an open file, which is read from its beginning.
+
+    Raises:
+        CheckpointError: it is closed, or cannot be read or sought in.
+    """
+    if source.closed or not (source.readable() and source.seekable()):
+        raise CheckpointError("The open file cannot be read from its beginning: open it with mode 'rb'.")
+    return source

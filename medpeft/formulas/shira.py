@@ -90,7 +90,7 @@ def _worth(site: Site, matrix: Tensor, mask: str) -> Tensor:
     gradient = getattr(getattr(site.layer, site.weight), "grad", None)
     if gradient is None:
         raise MedpeftError(
-            f"mask='gradient' needs the gradient of {site.name}.{site.weight}, which has none: run backward() on "
-            "the loss of some images before apply, or take mask='magnitude'."
+            f"mask='gradient' needs the gradient of {site.name}.{site.weight}, which has none: run "
+            "backward() on the loss of some images before apply, or take mask='magnitude'."
         )
     return outputs_first(site.layer, gradient.detach()).abs().flatten(1)  # (out, in, …) → (out, fan-in)

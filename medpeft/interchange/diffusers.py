@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..adapters.aside import recovered
-from ..checkpoint.file import parse, write
+from ..checkpoint.file import parse
+from ..checkpoint.writing import write
 from ..errors import CheckpointError
 from ..sharding import is_first
 from .lora_file import LoRAFile, pair_up, read, scale

@@ -19,9 +19,10 @@ from ..adapters.aside import recovered
 from ..adapters.record import Adapted, require_applied
 from ..adapters.running import switching
 from ..architecture.head import Head
-from ..checkpoint.file import MAX_HEADER, parse, write
+from ..checkpoint.file import MAX_HEADER, parse
 from ..checkpoint.save import plain
 from ..checkpoint.source import opened
+from ..checkpoint.writing import write
 from ..errors import CheckpointError
 from ..sharding import is_first
 from .lora_file import LoRAFile, pair_up, read, scale

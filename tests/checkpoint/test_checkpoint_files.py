@@ -12,7 +12,7 @@ from places import IMPORTABLE
 from small_checkpoints import Small, adapted, saved_small
 
 import medpeft
-from medpeft.checkpoint.file import write
+from medpeft.checkpoint.writing import write
 
 load_module = importlib.import_module("medpeft.checkpoint.load")
 

@@ -108,8 +108,8 @@ def test_a_swap_can_skip_the_head_too(file):
 
 
 def test_every_misfit_is_listed_in_one_error(file, tmp_path):
-    from medpeft.checkpoint.file import write
     from medpeft.checkpoint.header import KEY, compose
+    from medpeft.checkpoint.writing import write
 
     header, tensors = medpeft.inspect(file), load_file(file)
     tensors["extra"] = tensors.pop("stem.bias")

@@ -9,8 +9,8 @@ from torch import nn
 
 import medpeft
 from medpeft.adapters.record import Adapted
-from medpeft.checkpoint.file import write
 from medpeft.checkpoint.header import KEY, compose
+from medpeft.checkpoint.writing import write
 
 
 @pytest.fixture(scope="module")
