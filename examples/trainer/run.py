@@ -200,7 +200,8 @@ def evaluate(work: Work, module: Finetuning) -> dict[str, Any]:
     for part in ("val", "test"):
         result[part] = work.task.scores(outcome_of(module, part, fitted))
     test = outcome_of(module, "test", fitted)
-    result["test"][f"{work.task.score}_interval"] = work.task.interval(test, work.settings.seed)
+    groups = work.images.groups[work.found["test"]]
+    result["test"]["intervals"] = work.task.intervals(test, groups, work.settings.seed)
     if work.images.subgroups:
         subgroups = [work.images.subgroups[i] for i in work.found["test"]]
         result["test_subgroups"] = work.task.score_subgroups(test, subgroups)

@@ -46,7 +46,7 @@ def test_training_lowers_the_loss_and_learns(finished):
     losses = [epoch["train_loss"] for epoch in record["history"]]
     assert losses[-1] < 0.7 * losses[0]
     assert record["test"]["macro_f1"] > 0.7
-    low, high = record["test"]["macro_f1_interval"]
+    low, high = record["test"]["intervals"]["macro_f1"]
     assert low <= record["test"]["macro_f1"] <= high
     assert record["best_val_score"] == max(epoch["val_macro_f1"] for epoch in record["history"])
 
@@ -98,7 +98,7 @@ def test_a_run_says_what_it_cost(finished):
     assert record["saved_bytes"] > 8 * 3 * 48 * 48 * 4
     assert record["peak_bytes"] > 2**25
     assert record["peak_memory"] in ("CUDA allocations", "resident set of the process")
-    assert set(record["val"]) == set(record["test"]) - {"macro_f1_interval"}
+    assert set(record["val"]) == set(record["test"]) - {"intervals"}
 
 
 def test_the_metrics_are_saved_as_strict_json(finished):

@@ -14,7 +14,9 @@ from torch.nn.functional import cross_entropy
 
 from ..errors import TrainerError
 from ..figures import draw_reliability, draw_roc, draw_training, titled
-from ..scores import SHOWN, fit_temperature, macro_f1, scaled, score, table
+from ..quick import shown_scores
+from ..resampling import Floats
+from ..scores import SHOWN, class_tables, fit_temperature, macro_f1, scaled, score
 from .task import Integers, Outcome, Targets, Task
 
 
@@ -24,6 +26,7 @@ class Classify(Task):
     score = "macro_f1"
     words = SHOWN
     loss_words = "cross entropy"
+    draws = 1000
 
     @classmethod
     def check(cls, rows: pd.DataFrame) -> None:
@@ -69,9 +72,19 @@ class Classify(Task):
         untempered = score(scaled(outcome.outputs, 1), outcome.targets)["calibration_error"]
         return {**found, "calibration_error_untempered": untempered}
 
+    def numbers(self, outcome: Outcome, counts: Floats) -> dict[str, Floats]:
+        """Give the scores that are shown."""
+        probabilities, labels = probabilities_of(outcome).double().numpy(), outcome.targets.numpy()
+        return shown_scores(probabilities, labels, counts)
+
     def table(self, outcome: Outcome, scores: Mapping[str, Any]) -> str:
         """Lay out the scores, those of every class, and the confusion matrix."""
-        return table(probabilities_of(outcome), outcome.targets, self.names, dict(scores))
+        lines = self.score_lines(scores)
+        undefined = scores["auroc_undefined_classes"]
+        if undefined:
+            lines.append(f"  (AUROC is undefined for {undefined} of {len(self.names)} classes)")
+        lines.append(class_tables(probabilities_of(outcome), outcome.targets, self.names, dict(scores)))
+        return "\n".join(lines)
 
     def predictions(self, outputs: Tensor, fitted: Mapping[str, Any]) -> pd.DataFrame:
         """Give `prediction`, and for each class its probability in `p(CLASS)`."""

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,8 +13,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..resampling import Floats, describe_draws, intervals
+
 Integers = npt.NDArray[np.int64]
-DRAWS = 200  # of the bootstrap
 
 
 @dataclass
@@ -61,12 +63,14 @@ class Task(ABC):
         score: by which the epoch is chosen and methods are compared; the higher the better.
         words: what the scores are called, those that are printed, `score` the first.
         loss_words: what the loss is called.
+        draws: of the bootstrap.
         names: of the outputs.
     """
 
     score: ClassVar[str]
     words: ClassVar[dict[str, str]]
     loss_words: ClassVar[str]
+    draws: ClassVar[int] = 200
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
@@ -159,16 +163,51 @@ class Task(ABC):
             folder: for the pictures.
         """
 
-    def interval(self, outcome: Outcome, seed: int) -> list[float]:
-        """Give the 95 % interval of `score`, by drawing the images anew (Efron & Tibshirani, 1993)."""
-        generator = torch.Generator().manual_seed(seed)
-        count = len(outcome.targets)
-        found = []
-        for _ in range(DRAWS):
-            drawn = torch.randint(count, (count,), generator=generator)
-            found.append(self.watch(outcome.outputs[drawn], outcome.targets[drawn]))
-        low, high = np.nanquantile(found, [0.025, 0.975])
-        return [float(low), float(high)]
+    def numbers(self, outcome: Outcome, counts: Floats) -> dict[str, Floats]:
+        """Give what has an interval, by default `words`, for D draws of the N images.
+
+        Args:
+            outcome: of N images.
+            counts: (D, N), how often each image is in each draw.
+
+        Returns:
+            A number (D,) by each name.
+        """
+        found: dict[str, list[float]] = {name: [] for name in self.words}
+        for drawn in torch.from_numpy(counts).long():
+            rows = torch.arange(len(drawn)).repeat_interleave(drawn)
+            scores = self.scores(outcome.rows(rows))
+            for name, values in found.items():
+                values.append(float(scores[name]))
+        return {name: np.array(values) for name, values in found.items()}
+
+    def intervals(self, outcome: Outcome, groups: Integers, seed: int) -> dict[str, Any]:
+        """Give the 95 % interval of each of `numbers`, and under `bootstrap` what it rests on.
+
+        Args:
+            outcome: of N images.
+            groups: (N,), images with one number, such as a patient's, are drawn together.
+            seed: of the draws.
+        """
+        found: dict[str, Any] = intervals(partial(self.numbers, outcome), groups, self.draws, seed)
+        found["bootstrap"] = {
+            "draws": self.draws,
+            "groups": len(np.unique(groups)),
+            "images": len(groups),
+        }
+        return found
+
+    def score_lines(self, scores: Mapping[str, Any]) -> list[str]:
+        """Lay out the scores that are shown, a line each, with their intervals where there are some."""
+        lines, found = [], scores.get("intervals")
+        for name, words in self.words.items():
+            line = f"  {words:<20}{scores[name]:.4f}"
+            if found:
+                line += "  {:.4f} to {:.4f}".format(*found[name])
+            lines.append(line)
+        if found:
+            lines.append(f"  ({describe_draws(found['bootstrap'])})")
+        return lines
 
     def score_subgroups(self, outcome: Outcome, subgroups: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Score each subgroup of patients by itself, with the number of its images in `images`."""
