@@ -196,6 +196,9 @@ def outcome_of(module: Finetuning, part: str, fitted: dict[str, Any]) -> Outcome
 def evaluate(work: Work, module: Finetuning) -> dict[str, Any]:
     """Fit what the predictions need to the validation part, and score that part and the test with it."""
     fitted = work.task.fit(*module.outputs["val"])
+    validation = outcome_of(module, "val", fitted)
+    fitted |= work.task.fit_thresholds(validation, work.settings.threshold)
+    fitted |= work.task.fit_sets(validation, work.settings.coverage)
     result: dict[str, Any] = {"fitted": fitted}
     for part in ("val", "test"):
         result[part] = work.task.scores(outcome_of(module, part, fitted))

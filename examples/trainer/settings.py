@@ -13,6 +13,7 @@ import torch
 
 from .errors import TrainerError
 from .flags import flag, options_of
+from .thresholds import YOUDEN, read_rule
 
 DEFAULT = "tf_efficientnet_lite0"
 
@@ -69,6 +70,9 @@ class Settings:
         augment: flips, turns, shifts and changes of light of the training images (default: light)
         class_weights: weight rare classes up in the loss
         balanced_sampler: draw every class equally often, with replacement
+        threshold: rule for the operating point of each class, on the validation part: youden,
+            sensitivity=0.95 or specificity=0.9
+        coverage: share of images whose set of classes is to hold the true one (conformal prediction)
         seed: of split, head, adapters and batches
         cache_features: for methods that train the head alone, a folder for features that are computed once
         accelerator: where it computes
@@ -118,6 +122,8 @@ class Settings:
     augment: Literal["none", "light", "strong"] | None = None
     class_weights: bool = False
     balanced_sampler: bool = False
+    threshold: str = YOUDEN
+    coverage: float = 0.9
     seed: int = 0
     cache_features: Path | None = None
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -215,6 +221,9 @@ def _check_values(settings: Settings) -> None:
         raise TrainerError(
             f"--train-fraction is {settings.train_fraction}; it must be above 0 and at most 1."
         )
+    read_rule(settings.threshold)
+    if not 0 < settings.coverage < 1:
+        raise TrainerError(f"--coverage is {settings.coverage}; it must be above 0 and below 1.")
     if not 0 <= settings.seed < 1_000_000:
         raise TrainerError(f"--seed is {settings.seed}; it must be from 0 to 999999.")
     if settings.num_workers < 0:

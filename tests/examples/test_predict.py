@@ -74,6 +74,8 @@ def test_predictions_equal_those_of_the_trainer(folder, finished, tmp_path):
     for name, row in expected.items():
         for column in ("p(dark)", "p(light)"):
             assert float(found[name][column]) == pytest.approx(float(row[column]), abs=1e-5)
+        for column in ("positive(dark)", "positive(light)", "set"):
+            assert found[name][column] == row[column]
     assert record["fitted"]["temperature"] != 1
     values = [float(row["p(dark)"]) for row in found.values()]
     assert max(values) - min(values) > 1e-3

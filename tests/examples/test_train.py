@@ -85,7 +85,8 @@ def test_predictions_are_written_image_by_image(finished):
     with (output / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
-    assert list(rows[0]) == ["path", "label", "prediction", "p(across)", "p(down)"]
+    columns = ["path", "label", "prediction", "p(across)", "p(down)", "positive(across)", "positive(down)"]
+    assert list(rows[0]) == [*columns, "set"]
     assert [row["path"].split("/")[0] for row in rows] == [row["label"] for row in rows]
     right = sum(row["label"] == row["prediction"] for row in rows)
     assert right == np.trace(record["test"]["confusion_matrix"])

@@ -132,6 +132,20 @@ class Task(ABC):
         """Fit what the predictions need, such as a temperature, to the validation part."""
         return {}
 
+    def fit_thresholds(self, outcome: Outcome, rule: str) -> dict[str, Any]:
+        """Fit operating points to the validation part by a rule of `thresholds.py`, by default none.
+
+        What is given joins `fitted`, which `scores`, `predictions` and the adapter's metadata have.
+        """
+        return {}
+
+    def fit_sets(self, outcome: Outcome, coverage: float) -> dict[str, Any]:
+        """Fit to the validation part what predictions need to hold the truth at a coverage, by default nothing.
+
+        Sets of classes, or an interval of a quantity; what is given joins `fitted`.
+        """
+        return {}
+
     @abstractmethod
     def scores(self, outcome: Outcome) -> dict[str, Any]:
         """Score an outcome: each of `words` and more, NaN where one is not defined."""
