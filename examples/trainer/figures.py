@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
+from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor
 
 from .scores import BINS
@@ -17,8 +17,8 @@ from .scores import BINS
 TRAIN, VAL, BEST = "#0072B2", "#D55E00", "#595959"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#595959")
 DASHES = ("-", "--", "-.", ":")
+MARKERS = "osD^vP*X"
 CELL = 0.55  # inches, room for four digits
-MOST_CURVES = 12
 
 
 def draw_training(
@@ -40,7 +40,7 @@ def draw_training(
         path: the PNG to write.
     """
     side = min(12.0, max(3.6, CELL * len(classes)))
-    names = [_shorten(name) for name in classes]
+    names = [shorten(name) for name in classes]
     # The matrix needs room for its labels too, about 0.09 inches a character.
     margin = 0.9 + 0.09 * max(map(len, names))
     figure = Figure(
@@ -66,13 +66,14 @@ def _finish_curve(axes: Axes, epochs: int, best_epoch: int, label: str) -> None:
     axes.axvline(best_epoch, color=BEST, linewidth=1, linestyle=":", label="kept epoch")
     axes.set(xlabel="epoch", ylabel=label, xlim=(0.5, epochs + 0.5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _plain(axes)
+    plain(axes)
     axes.legend(frameon=False)
 
 
 def _draw_confusion(axes: Axes, confusion: np.ndarray, names: list[str], cell: float) -> None:
     """Shade by the share of the true class, so that rare classes show as well as common ones."""
-    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    support = confusion.sum(1, keepdims=True)
+    share = confusion / np.maximum(support, 1)
     longest = max(map(len, names))
     upright = len(names) > 3 or longest > 10
     # A digit is about 0.65 of the font size wide, and a tenth of the cell stays free at each side.
@@ -88,7 +89,11 @@ def _draw_confusion(axes: Axes, confusion: np.ndarray, names: list[str], cell: f
     )
     for place in np.ndindex(confusion.shape):
         display.text_[place].set_text(str(confusion[place]))
-    axes.set(xlabel="predicted", ylabel="true", title="test images, shaded by row")
+    recalls = []
+    for name, total, recall in zip(names, support[:, 0], share.diagonal(), strict=True):
+        recalls.append(f"{name}\n{recall:.0%} of {total}" if total else f"{name}\nno image")
+    axes.set_yticks(range(len(names)), recalls, fontsize=min(10.0, 0.3 * cell))
+    axes.set(xlabel="predicted", ylabel="true, and how many are found", title="test images, shaded by row")
 
 
 def draw_reliability(panels: dict[str, Tensor], labels: Tensor, path: Path) -> None:
@@ -118,8 +123,8 @@ def draw_reliability(panels: dict[str, Tensor], labels: Tensor, path: Path) -> N
         upper.set_title(title, fontsize=11)
         lower.hist(confidence.numpy(), bins=BINS, range=(0, 1), color="#56B4E9", edgecolor="white")
         lower.set_xlabel("confidence")
-        _plain(upper)
-        _plain(lower)
+        plain(upper)
+        plain(lower)
     axes[0, 0].set_ylabel("share that is right")
     axes[1, 0].set_ylabel("images")
     # Outside: within the axes a point may lie anywhere.
@@ -128,45 +133,20 @@ def draw_reliability(panels: dict[str, Tensor], labels: Tensor, path: Path) -> N
     figure.savefig(path)
 
 
-def draw_roc(probabilities: Tensor, labels: Tensor, classes: list[str], path: Path) -> None:
-    """Draw the ROC curve of every class that has one, against the rest.
-
-    Args:
-        probabilities: (N, C).
-        labels: (N,).
-        classes: the names of the C classes.
-        path: the PNG to write.
-    """
-    figure = Figure(figsize=(5.4, 5.4), dpi=150, layout=ConstrainedLayoutEngine())
-    axes = figure.subplots()
-    # Of two classes, one curve is the other's mirror image.
-    for i in range(int(len(classes) == 2), min(len(classes), MOST_CURVES)):
-        positive = (labels == i).numpy()
-        if positive.all() or not positive.any():
-            continue
-        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
-        RocCurveDisplay.from_predictions(
-            positive, probabilities[:, i].numpy(), ax=axes, name=_shorten(classes[i]), curve_kwargs=style
-        )
-    axes.plot([0, 1], [0, 1], color=BEST, linewidth=1, linestyle=":")
-    axes.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.02))
-    _plain(axes)
-    figure.savefig(path)
-
-
 def titled(name: str, error: float) -> str:
     """Name a panel with its calibration error."""
     return f"{name}, calibration error {error:.3f}"
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Take the frame off, and lay a light grid below."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
 
 
-def _shorten(name: str) -> str:
-    # From the middle: long names often differ at their end.
+def shorten(name: str) -> str:
+    """Cut a name that is long, from the middle: long ones often differ at their end."""
     if len(name) > 22:
         return f"{name[:11]}…{name[-10:]}"
     return name

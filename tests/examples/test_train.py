@@ -123,7 +123,7 @@ def test_every_epoch_is_in_the_csv(finished):
     assert [float(row["train_loss"]) for row in rows] == pytest.approx(losses)
 
 
-@pytest.mark.parametrize("name", ["training.png", "reliability.png", "roc.png"])
+@pytest.mark.parametrize("name", ["training.png", "reliability.png", "curves.png"])
 def test_a_figure_is_a_picture_with_something_on_it(finished, name):
     pixels = np.asarray(Image.open(finished[0] / name).convert("L"))
     assert min(pixels.shape) > 700

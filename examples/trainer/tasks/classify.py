@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from ..conformal import coverage_of, describe_sets, fit_cutoff, score_sets, sets_of
 from ..errors import TrainerError
-from ..figures import draw_reliability, draw_roc, draw_training, titled
+from ..figures import draw_reliability, draw_training, titled
+from ..figures_curves import Curve, draw_curves
 from ..quick import shown_scores
 from ..resampling import Floats
 from ..scores import SHOWN, class_tables, fit_temperature, macro_f1, scaled, score
@@ -168,7 +169,7 @@ class Classify(Task):
         return dict(zip(self.names, counts, strict=True))
 
     def draw(self, outcome: Outcome, record: Mapping[str, Any], title: str, folder: Path) -> None:
-        """Draw the training with the confusion matrix, the calibration and the ROC curves."""
+        """Draw the training with the confusion matrix, the calibration, and the ROC and precision-recall curves."""
         test, temperature = record["test"], outcome.fitted["temperature"]
         probabilities = probabilities_of(outcome)
         draw_training(
@@ -184,7 +185,12 @@ class Classify(Task):
             titled(f"temperature {temperature:.2f}", test["calibration_error"]): probabilities,
         }
         draw_reliability(panels, outcome.targets, folder / "reliability.png")
-        draw_roc(probabilities, outcome.targets, self.names, folder / "roc.png")
+        curves = {}
+        for place, name in enumerate(self.names):
+            point = test.get("operating", {}).get(name, {})
+            positive = (outcome.targets == place).numpy()
+            curves[name] = Curve(probabilities[:, place].numpy(), positive, point)
+        draw_curves(curves, title, folder / "curves.png")
 
 
 def arrays_of(outcome: Outcome) -> tuple[Floats, Integers]:
