@@ -1,10 +1,10 @@
 """Conformal sets: as many classes as it takes to hold the true one in, say, 90 of 100 images.
 
 Split conformal prediction with the least ambiguous sets (LAC; Sadinle, Lei & Wasserman 2019): a class is in
-the set where its probability reaches a cutoff, a quantile of the true classes' probabilities in the validation
-part. The promise holds on average over images, if those of the validation part and the new ones are
-exchangeable. Two things bend it: several images of one patient, and that the epoch and the temperature were
-chosen on the same part. So the coverage of the test stands beside it, and is what counts.
+the set where its probability reaches a cutoff, a quantile of the true classes' probabilities in validation.
+The promise holds on average over images, if those of validation and new ones are exchangeable. Two
+things bend it: several images of one patient, and that the epoch and the temperature were chosen
+on the same part. So the coverage of the test stands beside it, and is what counts.
 """
 
 import math

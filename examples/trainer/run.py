@@ -19,6 +19,7 @@ import medpeft
 
 from .data import DataModule, FeaturePart, Part, Preprocessing, augmentation
 from .features import cached_features, trained_head
+from .gallery import MOST, draw_gallery, without_checkpointing
 from .images import Integers
 from .lightning_trainer import make_trainer, quietly
 from .models import adapted_model, check_model, input_statistics
@@ -37,7 +38,8 @@ from .rows import Images
 from .settings import Settings
 from .sources import read_data
 from .splits import split
-from .tasks import TASKS, Outcome, Task
+from .subgroups import gaps
+from .tasks import TASKS, Mistake, Outcome, Task
 
 
 @dataclass
@@ -207,7 +209,8 @@ def evaluate(work: Work, module: Finetuning) -> dict[str, Any]:
     result["test"]["intervals"] = work.task.intervals(test, groups, work.settings.seed)
     if work.images.subgroups:
         subgroups = [work.images.subgroups[i] for i in work.found["test"]]
-        result["test_subgroups"] = work.task.score_subgroups(test, subgroups)
+        found = work.task.score_subgroups(test, subgroups, groups, work.settings.seed)
+        result["test_subgroups"], result["test_gaps"] = found, gaps(found, work.task.words)
     return result
 
 
@@ -228,10 +231,27 @@ def conclude(
     trainer.strategy.barrier()
     if trainer.is_global_zero:
         names = [work.images.names[i] for i in rows]
+        mistakes = task.mistakes(test)
+        record["mistakes"] = [{"path": names[one.row], "words": one.words} for one in mistakes[:MOST]]
+        if mistakes and not settings.no_figures:
+            draw_mistakes(work, mistakes)
         record = write_results(settings, task, names, test, record)
     trainer.strategy.barrier()
     say(settings, f"\nSaved the adapter, the metrics and the predictions to {settings.output}")
     return record
+
+
+def draw_mistakes(work: Work, mistakes: Sequence[Mistake]) -> None:
+    """Draw the most confident mistakes on the test; where the network looked, unless it is sharded."""
+    rows, network = work.found["test"], None
+    if work.settings.strategy != "fsdp2":
+        network = work.model.cpu()
+        without_checkpointing(network)
+    names = [work.images.names[i] for i in rows]
+    path = Path(str(work.settings.output)) / "mistakes.png"
+    draw_gallery(
+        network, mistakes, work.images.pixels[torch.from_numpy(rows)], names, work.preprocessing, path
+    )
 
 
 def say(settings: Settings, text: str) -> None:

@@ -1,8 +1,8 @@
 """What can be asked about images, a file each: a label, several findings, a grade, a quantity, a mask."""
 
 from .classify import Classify
-from .task import Outcome, Targets, Task
+from .task import Mistake, Outcome, Targets, Task
 
 TASKS: dict[str, type[Task]] = {"classify": Classify}
 
-__all__ = ["TASKS", "Outcome", "Targets", "Task"]
+__all__ = ["TASKS", "Mistake", "Outcome", "Targets", "Task"]

@@ -20,7 +20,7 @@ from ..quick import shown_scores
 from ..resampling import Floats
 from ..scores import SHOWN, class_tables, fit_temperature, macro_f1, scaled, score
 from ..thresholds import describe_rule, fit_threshold, measures_at, operating_table
-from .task import Integers, Outcome, Targets, Task
+from .task import Integers, Mistake, Outcome, Targets, Task
 
 
 class Classify(Task):
@@ -140,6 +140,17 @@ class Classify(Task):
         if "sets" in scores:
             lines += ["", *describe_sets(scores["sets"], outcome.fitted["sets"], found)]
         return "\n".join(lines)
+
+    def mistakes(self, outcome: Outcome) -> list[Mistake]:
+        """Give the images whose most probable class is not theirs."""
+        confidence, predicted = probabilities_of(outcome).max(1)
+        found = []
+        for row in confidence.argsort(descending=True, stable=True).tolist():
+            truth, guess = int(outcome.targets[row]), int(predicted[row])
+            if truth != guess:
+                words = f"true: {self.names[truth]}\npredicted: {self.names[guess]}, {confidence[row]:.2f}"
+                found.append(Mistake(row, words, guess))
+        return found
 
     def predictions(self, outputs: Tensor, fitted: Mapping[str, Any]) -> pd.DataFrame:
         """Give `prediction`, and for each class its probability in `p(CLASS)`.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..resampling import Floats, describe_draws, intervals
+from ..subgroups import describe_worst
 
 Integers = npt.NDArray[np.int64]
 
@@ -54,6 +55,21 @@ class Outcome:
     def rows(self, chosen: Tensor) -> "Outcome":
         """Give the outcome of some of the images, by their positions or a mask."""
         return Outcome(self.outputs[chosen], self.targets[chosen], self.fitted)
+
+
+@dataclass
+class Mistake:
+    """An image about which a model is wrong.
+
+    Attributes:
+        row: its position in the outcome.
+        words: lines under its picture: what is true, what was predicted, how sure the model was.
+        output: position of the output that was wrong.
+    """
+
+    row: int
+    words: str
+    output: int
 
 
 class Task(ABC):
@@ -177,6 +193,10 @@ class Task(ABC):
             folder: for the pictures.
         """
 
+    def mistakes(self, outcome: Outcome) -> list[Mistake]:
+        """Give the mistakes, the most confident first, for a gallery; by default none."""
+        return []
+
     def numbers(self, outcome: Outcome, counts: Floats) -> dict[str, Floats]:
         """Give what has an interval, by default `words`, for D draws of the N images.
 
@@ -223,16 +243,24 @@ class Task(ABC):
             lines.append(f"  ({describe_draws(found['bootstrap'])})")
         return lines
 
-    def score_subgroups(self, outcome: Outcome, subgroups: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Score each subgroup of patients by itself, with the number of its images in `images`."""
+    def score_subgroups(
+        self, outcome: Outcome, subgroups: Sequence[str], groups: Integers, seed: int
+    ) -> dict[str, dict[str, Any]]:
+        """Score each subgroup of patients by itself, with its number of `images` and its `intervals`."""
         found = {}
         for name in sorted(set(subgroups)):
             rows = torch.tensor([subgroup == name for subgroup in subgroups])
-            found[name] = {"images": int(rows.sum()), **self.scores(outcome.rows(rows))}
+            own = outcome.rows(rows)
+            found[name] = {"images": int(rows.sum()), **self.scores(own)}
+            found[name]["intervals"] = self.intervals(own, groups[rows.numpy()], seed)
         return found
 
     def subgroup_table(self, found: Mapping[str, Mapping[str, Any]]) -> str:
-        """Lay out the scores of subgroups."""
+        """Lay out the scores of subgroups, and name the worst."""
         columns = ["images", *self.words]
         table = pd.DataFrame.from_dict(found, orient="index")[columns].rename_axis("subgroup")
-        return str(table.to_string(float_format="{:.4f}".format))
+        lines = [table.to_string(float_format="{:.4f}".format)]
+        worst = describe_worst(found, self.score, self.words)
+        if worst:
+            lines.append(worst)
+        return "\n".join(lines)
