@@ -62,7 +62,7 @@ def coverage_of(inside: Flags, labels: Whole, counts: Floats) -> dict[str, Float
 
 
 def score_sets(inside: Flags, labels: Whole) -> dict[str, Any]:
-    """Score sets (N, C): `coverage`, `mean_size`, `sizes` (how many have 1, 2, …) and `coverage_per_class`."""
+    """Score sets (N, C): `coverage`, `mean_size`, `sizes` (how many have 1, 2, …), `coverage_per_class`."""
     once = np.ones((1, len(labels)))
     found = coverage_of(inside, labels, once)
     covered = inside[np.arange(len(labels)), labels]

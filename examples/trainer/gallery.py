@@ -60,7 +60,7 @@ def draw_gallery(
 
 
 def _draw_pair(left: Axes, right: Axes, image: Tensor, attention: Tensor | None) -> None:
-    """Draw an image, and beside it where the network looked; of a volume the slice at which it looked most."""
+    """Draw an image, and beside it where the network looked; of a volume that slice where most is."""
     picture, place = image, 0
     if image.dim() == 4:
         place = image.shape[1] // 2

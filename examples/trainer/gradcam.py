@@ -1,8 +1,8 @@
 """Where a network looked: Grad-CAM (Selvaraju et al. 2017) on its last feature map, found by running it.
 
-Every layer whose output is laid out as the image is a candidate: maps (1, C, H, W), channels last as of Swin, of
-volumes, and tokens (1, N, C) after a norm. The last one is taken through which more than one place reaches the
-output: after a ViT's last attention that is the class token alone.
+Every layer whose output is laid out as the image is a candidate: maps (1, C, H, W), channels last as of Swin,
+of volumes, and tokens (1, N, C) after a norm. The last one is taken through which more than one place reaches
+the output: after a ViT's last attention that is the class token alone.
 """
 
 import math
@@ -90,7 +90,7 @@ def _on_a_grid(layer: nn.Module, value: Tensor, dimensions: int) -> Tensor | Non
 
 
 def _tokens_on_a_grid(tokens: Tensor, dimensions: int) -> Tensor | None:
-    """Lay tokens (N, C) on the square or cube that they fill, without class and register tokens before them."""
+    """Lay tokens (N, C) on the square or cube that they fill, without class and register tokens."""
     count, channels = tokens.shape
     side = math.floor(count ** (1 / dimensions) + 1e-6)
     extra = count - side**dimensions

@@ -18,6 +18,7 @@ from torch import nn
 import medpeft
 
 from .data import DataModule, FeaturePart, Part, Preprocessing, augmentation
+from .exports import check_exports, export
 from .features import cached_features, trained_head
 from .gallery import MOST, draw_gallery, without_checkpointing
 from .images import Integers
@@ -78,11 +79,13 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
     """
     begun = time.perf_counter()
     settings = settings.checked()
+    check_exports(settings)
     finished = earlier(settings)
     if finished is not None:
         kind = TASKS[settings.task]
         score = f"{kind.words[kind.score]} {finished['test'][kind.score]:.4f}"
         say(settings, f"{settings.output} has this run already: {score}")
+        export_model(settings)
         return finished
     check_model(settings)
     with quietly():
@@ -238,7 +241,15 @@ def conclude(
         record = write_results(settings, task, names, test, record)
     trainer.strategy.barrier()
     say(settings, f"\nSaved the adapter, the metrics and the predictions to {settings.output}")
+    if trainer.is_global_zero:
+        export_model(settings)
     return record
+
+
+def export_model(settings: Settings) -> None:
+    """Write what `--export` asks for, and say where."""
+    for path in export(settings):
+        say(settings, f"Exported {path}")
 
 
 def draw_mistakes(work: Work, mistakes: Sequence[Mistake]) -> None:

@@ -23,7 +23,7 @@ RATES = {"full": 3e-4, "attention": 3e-4, "tsa": 3e-4, "oft": 3e-4, "conv_adapte
 RATE = 3e-3
 
 # What a run's result does not depend on.
-FREE = ("output", "cache_features", "num_workers", "quiet", "no_figures", "logger", "accelerator")
+FREE = ("output", "cache_features", "num_workers", "quiet", "no_figures", "logger", "accelerator", "export")
 TABLES = (".csv", ".tsv", ".txt")
 TABLE_ONLY = ("path_column", "label_column", "patient_column", "group_column")
 POSITIVE = ("epochs", "patience", "batch_size", "accumulate", "devices", "lr")
@@ -82,6 +82,8 @@ class Settings:
         checkpoint_activations: compute activations again in the backward pass instead of keeping them
         compile: torch.compile the model
         logger: beside the CSV; may be repeated
+        export: into the run's folder, also of a finished run: merged (plain weights), onnx, or bundle (of
+            MONAI); may be repeated
         output: folder of the results (default: runs/DATA-MODEL-METHOD-SEED-DIGEST)
         quiet: print nothing
         no_figures: draw nothing, which takes a second
@@ -133,6 +135,7 @@ class Settings:
     checkpoint_activations: bool = False
     compile: bool = False
     logger: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list)
+    export: list[Literal["merged", "onnx", "bundle"]] = field(default_factory=list)
     output: Path | None = None
     quiet: bool = False
     no_figures: bool = False

@@ -180,7 +180,7 @@ class Classify(Task):
         return dict(zip(self.names, counts, strict=True))
 
     def draw(self, outcome: Outcome, record: Mapping[str, Any], title: str, folder: Path) -> None:
-        """Draw the training with the confusion matrix, the calibration, and the ROC and precision-recall curves."""
+        """Draw the training with the confusion matrix, the calibration, and the curves of every class."""
         test, temperature = record["test"], outcome.fitted["temperature"]
         probabilities = probabilities_of(outcome)
         draw_training(

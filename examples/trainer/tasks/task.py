@@ -156,7 +156,7 @@ class Task(ABC):
         return {}
 
     def fit_sets(self, outcome: Outcome, coverage: float) -> dict[str, Any]:
-        """Fit to the validation part what predictions need to hold the truth at a coverage, by default nothing.
+        """Fit to the validation part what it takes to hold the truth at a coverage, by default nothing.
 
         Sets of classes, or an interval of a quantity; what is given joins `fitted`.
         """
