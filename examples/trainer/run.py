@@ -11,12 +11,12 @@ from typing import Any
 
 import lightning
 import numpy as np
-import timm
 import torch
 from torch import nn
 
 import medpeft
 
+from .card import versions, write_card
 from .data import DataModule, FeaturePart, Part, Preprocessing, augmentation
 from .exports import check_exports, export
 from .features import cached_features, trained_head
@@ -38,9 +38,10 @@ from .results import (
 from .rows import Images
 from .settings import Settings
 from .sources import read_data
-from .splits import split
+from .splits import divided_groups, split
 from .subgroups import gaps
 from .tasks import TASKS, Mistake, Outcome, Task
+from .weights import weights_of
 
 
 @dataclass
@@ -99,7 +100,8 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
         module = train(work, trainer)
         record |= how_it_went(module) | evaluate(work, module)
         record["seconds"] = time.perf_counter() - begun
-        record["versions"] = {"torch": torch.__version__, "timm": timm.__version__}
+        record["versions"], record["date"] = versions(), time.strftime("%Y-%m-%d")
+        record["device"] = str(trainer.strategy.root_device)
         return conclude(work, trainer, module, record)
 
 
@@ -125,10 +127,24 @@ def describe_work(work: Work, trainer: lightning.Trainer) -> dict[str, Any]:
         "digest": settings.digest(),
         "classes": work.images.classes,
         "images": {part: work.task.count(work.images.targets[rows]) for part, rows in work.found.items()},
+        "parts": sizes_of_parts(work.images, work.found),
+        "divided_groups": divided_groups(work.images, work.found),
+        "notes": work.images.notes,
         "broken_images": work.images.broken,
+        "input": work.preprocessing.to_metadata(),
+        "weights": weights_of(settings, work.model),
+        "parameters": medpeft.report(work.model).total,
         "trainable": sum(p.numel() for p in work.model.parameters() if p.requires_grad),
         "saved_bytes": saved_bytes(work.model, at_once, work.preprocessing.input_shape),
     }
+
+
+def sizes_of_parts(images: Images, found: dict[str, Integers]) -> dict[str, dict[str, int]]:
+    """Count the images of each part, and the groups (patients, copies) that they make."""
+    sizes = {}
+    for part, rows in found.items():
+        sizes[part] = {"images": len(rows), "groups": len(np.unique(images.groups[rows]))}
+    return sizes
 
 
 def parts_of(work: Work) -> tuple[nn.Module, dict[str, Part] | dict[str, FeaturePart]]:
@@ -238,6 +254,7 @@ def conclude(
         record["mistakes"] = [{"path": names[one.row], "words": one.words} for one in mistakes[:MOST]]
         if mistakes and not settings.no_figures:
             draw_mistakes(work, mistakes)
+        write_card(settings, task, record)
         record = write_results(settings, task, names, test, record)
     trainer.strategy.barrier()
     say(settings, f"\nSaved the adapter, the metrics and the predictions to {settings.output}")

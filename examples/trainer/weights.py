@@ -30,6 +30,11 @@ def origin_of(settings: Settings, model: nn.Module) -> str:
     return text
 
 
+def weights_of(settings: Settings, model: nn.Module) -> dict[str, str]:
+    """Give `origin` and `licence` of the weights that training began with."""
+    return {"origin": origin_of(settings, model), "licence": licence_of(settings, model)}
+
+
 def _config(model: nn.Module) -> dict[str, Any]:
     found = getattr(model, "pretrained_cfg", None)
     return dict(found) if isinstance(found, dict) else {}
