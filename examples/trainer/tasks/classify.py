@@ -48,7 +48,8 @@ class Classify(Task):
         unknown = sorted(set(labels) - set(self.names))
         if unknown:
             raise TrainerError(
-                f"The data have the label '{unknown[0]}'; the adapter has the classes {', '.join(self.names)}."
+                f"The data have the label '{unknown[0]}', and the adapter the classes "
+                f"{', '.join(self.names)}."
             )
         return torch.tensor([self.names.index(label) for label in labels])
 
