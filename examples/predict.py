@@ -2,8 +2,8 @@
 
     python examples/predict.py runs/mine/adapter.safetensors my/images --output predictions.csv
 
-The adapter's file says which model it belongs to, how images become its input, and how sure it may be (the
-temperature).
+The adapter's file says which model it belongs to, how images become its input, how sure it may be (the
+temperature), from where on a class is positive, and which classes it takes to hold the true one.
 Where the labels are known (folders named as the classes, or a column of a table), the scores are printed too.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
@@ -109,6 +110,9 @@ def run(adapter: Path, data: str, flags: Flags) -> dict[str, Any] | None:
         targets = task.read_as(kept.table, preprocessing.stored)
         outcome, truths = Outcome(outputs, targets, metadata), task.truths(targets)
         scores = task.scores(outcome)
+        # Where patients are named, they are drawn together.
+        _, groups = np.unique(kept.column("patient") or names, return_inverse=True)
+        scores["intervals"] = task.intervals(outcome, groups, seed=0)
         say(flags, task.table(outcome, scores) + "\n")
     write_predictions(flags.output, names, task.predictions(outputs, metadata), truths)
     say(flags, f"Wrote the predictions for {len(names)} images to {flags.output}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from trainer.quick import auroc
 
 Floats = npt.NDArray[np.float64]
 
@@ -114,27 +115,12 @@ def weighted_auroc(table: pd.DataFrame, weights: Floats) -> Floats:
             name = str(column).removeprefix("label(").removesuffix(")")
             truth, scores = numbers(table[column]), numbers(table[f"p({name})"])
             known = ~np.isnan(truth)
-            areas.append(_area(truth[known] == 1, scores[known], weights[:, known]))
+            areas.append(auroc(scores[known], truth[known] == 1, weights[:, known]))
     stacked = np.stack(areas)
     defined = ~np.isnan(stacked)
     sums, counts = np.where(defined, stacked, 0).sum(0), defined.sum(0)
     mean: Floats = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
     return mean
-
-
-def _area(positive: npt.NDArray[np.bool_], scores: Floats, weights: Floats) -> Floats:
-    """Give the share of pairs of both kinds in which the positive one scores more; ties are halves."""
-    _, place = np.unique(scores, return_inverse=True)
-    levels = int(place.max(initial=-1)) + 1
-    # (N, levels): which score an image has.
-    level = np.zeros((len(scores), levels))
-    level[np.arange(len(scores)), place] = 1
-    there, absent = (weights * positive) @ level, (weights * ~positive) @ level
-    below = np.cumsum(absent, axis=1) - absent
-    pairs = there.sum(1) * absent.sum(1)
-    won = (there * (below + absent / 2)).sum(1)
-    share: Floats = np.divide(won, pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0)
-    return share
 
 
 def weighted_dice(table: pd.DataFrame, weights: Floats) -> Floats:

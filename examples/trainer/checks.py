@@ -9,6 +9,7 @@ import torch
 
 from .errors import TrainerError
 from .flags import flag
+from .thresholds import read_rule
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -22,6 +23,8 @@ OF_TASKS = {
     "missing": ("multilabel",),
     "uncertain": ("multilabel",),
     "grade": ("ordinal",),
+    "threshold": ("classify", "multilabel"),
+    "coverage": ("classify", "ordinal", "regress"),
     "class_weights": ("classify", "multilabel"),
     "balanced_sampler": ("classify", "ordinal"),
 }
@@ -44,6 +47,9 @@ def check_values(settings: Settings) -> None:
         raise TrainerError(
             f"--train-fraction is {settings.train_fraction}; it must be above 0 and at most 1."
         )
+    read_rule(settings.threshold)
+    if not 0 < settings.coverage < 1:
+        raise TrainerError(f"--coverage is {settings.coverage}; it must be above 0 and below 1.")
     if not 0 <= settings.seed < 1_000_000:
         raise TrainerError(f"--seed is {settings.seed}; it must be from 0 to 999999.")
     if settings.num_workers < 0:

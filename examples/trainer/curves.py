@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from torch import Tensor
 
-from .figures import BEST, TRAIN, draw_curves, draw_roc_curves, plain
+from .figures import BEST, TRAIN, draw_progress, plain
 
 if TYPE_CHECKING:
     from .tasks import Task
@@ -26,20 +25,8 @@ def draw_history(record: Mapping[str, Any], task: "Task", title: str, path: Path
     """
     figure = Figure(figsize=(8.6, 4.4), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12))
     left, right = figure.subplots(1, 2)
-    draw_curves(left, right, record, task)
+    draw_progress(left, right, record, task)
     figure.suptitle(title, fontsize=12)
-    figure.savefig(path)
-
-
-def draw_findings(findings: Mapping[str, tuple[Tensor, Tensor]], path: Path) -> None:
-    """Draw the ROC curve of every finding that has one.
-
-    Args:
-        findings: of each by name the scores (n,) and whether it is there (n,).
-        path: the PNG to write.
-    """
-    figure = Figure(figsize=(5.4, 5.4), dpi=150, layout=ConstrainedLayoutEngine())
-    draw_roc_curves(figure.subplots(), findings)
     figure.savefig(path)
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from sklearn.calibration import CalibrationDisplay
-from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
+from sklearn.metrics import ConfusionMatrixDisplay
 from torch import Tensor
 
 from .scores import BINS
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 TRAIN, VAL, BEST = "#0072B2", "#D55E00", "#595959"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#595959")
 DASHES = ("-", "--", "-.", ":")
+MARKERS = "osD^vP*X"
 CELL = 0.55  # inches, room for four digits
-MOST_CURVES = 12
 
 
 def draw_training(record: Mapping[str, Any], task: "Task", confusion: Tensor, title: str, path: Path) -> None:
@@ -38,7 +38,7 @@ def draw_training(record: Mapping[str, Any], task: "Task", confusion: Tensor, ti
     """
     count = len(task.names)
     side = min(12.0, max(3.6, CELL * count))
-    names = [_shorten(name) for name in task.names]
+    names = [shorten(name) for name in task.names]
     # The matrix needs room for its labels too, about 0.09 inches a character.
     margin = 0.9 + 0.09 * max(map(len, names))
     figure = Figure(
@@ -47,13 +47,13 @@ def draw_training(record: Mapping[str, Any], task: "Task", confusion: Tensor, ti
         layout=ConstrainedLayoutEngine(w_pad=0.12),
     )
     left, middle, right = figure.subplots(1, 3, width_ratios=[4.3, 4.3, side + margin])
-    draw_curves(left, middle, record, task)
+    draw_progress(left, middle, record, task)
     _draw_confusion(right, confusion.numpy(), names, 72 * side / count)
     figure.suptitle(title, fontsize=12)
     figure.savefig(path)
 
 
-def draw_curves(left: Axes, right: Axes, record: Mapping[str, Any], task: "Task") -> None:
+def draw_progress(left: Axes, right: Axes, record: Mapping[str, Any], task: "Task") -> None:
     """Draw the losses and the validation score over the epochs.
 
     Args:
@@ -85,7 +85,8 @@ def _finish_curve(axes: Axes, epochs: int, best_epoch: int, label: str) -> None:
 
 def _draw_confusion(axes: Axes, confusion: np.ndarray, names: list[str], cell: float) -> None:
     """Shade by the share of the true class, so that rare classes show as well as common ones."""
-    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    support = confusion.sum(1, keepdims=True)
+    share = confusion / np.maximum(support, 1)
     longest = max(map(len, names))
     upright = len(names) > 3 or longest > 10
     # A digit is about 0.65 of the font size wide, and a tenth of the cell stays free at each side.
@@ -101,7 +102,11 @@ def _draw_confusion(axes: Axes, confusion: np.ndarray, names: list[str], cell: f
     )
     for place in np.ndindex(confusion.shape):
         display.text_[place].set_text(str(confusion[place]))
-    axes.set(xlabel="predicted", ylabel="true", title="test images, shaded by row")
+    recalls = []
+    for name, total, recall in zip(names, support[:, 0], share.diagonal(), strict=True):
+        recalls.append(f"{name}\n{recall:.0%} of {total}" if total else f"{name}\nno image")
+    axes.set_yticks(range(len(names)), recalls, fontsize=min(10.0, 0.3 * cell))
+    axes.set(xlabel="predicted", ylabel="true, and how many are found", title="test images, shaded by row")
 
 
 def draw_reliability(panels: dict[str, Tensor], labels: Tensor, path: Path) -> None:
@@ -141,52 +146,20 @@ def draw_reliability(panels: dict[str, Tensor], labels: Tensor, path: Path) -> N
     figure.savefig(path)
 
 
-def draw_roc(probabilities: Tensor, labels: Tensor, classes: list[str], path: Path) -> None:
-    """Draw the ROC curve of every class that has one, against the rest.
-
-    Args:
-        probabilities: (N, C).
-        labels: (N,).
-        classes: the names of the C classes.
-        path: the PNG to write.
-    """
-    curves = {}
-    # Of two classes, one curve is the other's mirror image.
-    for i in range(int(len(classes) == 2), min(len(classes), MOST_CURVES)):
-        curves[classes[i]] = probabilities[:, i], labels == i
-    figure = Figure(figsize=(5.4, 5.4), dpi=150, layout=ConstrainedLayoutEngine())
-    draw_roc_curves(figure.subplots(), curves)
-    figure.savefig(path)
-
-
-def draw_roc_curves(axes: Axes, curves: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Draw ROC curves, by name the scores (n,) and what is positive (n,); the first dozen that have both."""
-    for i, (name, (scores, positive)) in enumerate(list(curves.items())[:MOST_CURVES]):
-        if positive.all() or not positive.any():
-            continue
-        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
-        RocCurveDisplay.from_predictions(
-            positive.numpy(), scores.numpy(), ax=axes, name=_shorten(name), curve_kwargs=style
-        )
-    axes.plot([0, 1], [0, 1], color=BEST, linewidth=1, linestyle=":")
-    axes.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(0, 1), ylim=(0, 1.02))
-    plain(axes)
-
-
 def titled(name: str, error: float) -> str:
     """Name a panel with its calibration error."""
     return f"{name}, calibration error {error:.3f}"
 
 
 def plain(axes: Axes) -> None:
-    """Take the frame off, and put a light grid behind."""
+    """Take the frame off, and lay a light grid below."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
 
 
-def _shorten(name: str) -> str:
-    # From the middle: long names often differ at their end.
+def shorten(name: str) -> str:
+    """Cut a name that is long, from the middle: long ones often differ at their end."""
     if len(name) > 22:
         return f"{name[:11]}…{name[-10:]}"
     return name

@@ -147,7 +147,29 @@ def torchvision_network(
 def monai_network(
     name: str, classes: int, image_size: int, dimensions: int, options: dict[str, Any]
 ) -> nn.Module:
-    """Build a network of MONAI for three channels; its keywords are found in its signature."""
+    """Build a network of MONAI for three channels."""
+    make, keywords = monai_keywords(name, classes, image_size, dimensions, options)
+    try:
+        network = make(**keywords)
+    # A network checks its own arguments in its own way.
+    except Exception as error:
+        problem = str(error) or type(error).__name__
+        raise TrainerError(
+            f"MONAI's {name} cannot be built in {dimensions}-d from {keywords}: {problem} "
+            "Give its arguments with --model-option NAME=VALUE."
+        ) from error
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def monai_keywords(
+    name: str, classes: int, image_size: int, dimensions: int, options: dict[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Find a network of MONAI, and the keywords to build it with in its signature.
+
+    Raises:
+        TrainerError: there is none, or it takes no images or gives no classes.
+    """
     make = getattr(monai.networks.nets, name, None)
     if not callable(make):
         hint = did_you_mean(name, dir(monai.networks.nets))
@@ -168,17 +190,7 @@ def monai_network(
         raise TrainerError(
             f"MONAI's {name} cannot be built for images and classes: it takes {', '.join(known)}."
         )
-    try:
-        network = make(**keywords)
-    # A network checks its own arguments in its own way.
-    except Exception as error:
-        problem = str(error) or type(error).__name__
-        raise TrainerError(
-            f"MONAI's {name} cannot be built in {dimensions}-d from {keywords}: {problem} "
-            "Give its arguments with --model-option NAME=VALUE."
-        ) from error
-    assert isinstance(network, nn.Module)
-    return network
+    return make, keywords
 
 
 class NumbersOnCPU(TorchFunctionMode):

@@ -12,18 +12,21 @@ from typing import Any
 
 import lightning
 import numpy as np
-import timm
 import torch
 from torch import nn
 
 import medpeft
 
+from .card import versions, write_card
 from .data import DataModule, FeaturePart, Part, Preprocessing, augmentation
+from .exports import check_exports, export
 from .features import cached_features, trained_head
+from .gallery import MOST, draw_gallery, without_checkpointing
 from .images import Integers
 from .lightning_trainer import make_trainer, quietly
 from .models import adapted_model, check_model, input_statistics
 from .module import Finetuning
+from .origin import weights_of
 from .results import (
     begin,
     describe,
@@ -37,8 +40,9 @@ from .results import (
 from .rows import Images
 from .settings import Settings
 from .sources import read_data
-from .splits import split
-from .tasks import TASKS, Outcome, Task
+from .splits import divided_groups, split
+from .subgroups import gaps
+from .tasks import TASKS, Mistake, Outcome, Task
 
 
 @dataclass
@@ -77,11 +81,13 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
     """
     begun = time.perf_counter()
     settings = settings.checked()
+    check_exports(settings)
     finished = earlier(settings)
     if finished is not None:
         kind = TASKS[settings.task]
         score = f"{kind.words[kind.score]} {finished['test'][kind.score]:.4f}"
         say(settings, f"{settings.output} has this run already: {score}")
+        export_model(settings)
         return finished
     for note in check_model(settings):
         say(settings, note)
@@ -96,7 +102,8 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
         module = train(work, trainer)
         record |= how_it_went(module) | evaluate(work, module)
         record["seconds"] = time.perf_counter() - begun
-        record["versions"] = {"torch": torch.__version__, "timm": timm.__version__}
+        record["versions"], record["date"] = versions(), time.strftime("%Y-%m-%d")
+        record["device"] = str(trainer.strategy.root_device)
         return conclude(work, trainer, module, record)
 
 
@@ -122,10 +129,24 @@ def describe_work(work: Work, trainer: lightning.Trainer) -> dict[str, Any]:
         "digest": settings.digest(),
         "classes": work.images.classes,
         "images": {part: work.task.count(work.images.targets[rows]) for part, rows in work.found.items()},
+        "parts": sizes_of_parts(work.images, work.found),
+        "divided_groups": divided_groups(work.images, work.found),
+        "notes": work.images.notes,
         "broken_images": work.images.broken,
+        "input": work.preprocessing.to_metadata(),
+        "weights": weights_of(settings, work.model),
+        "parameters": medpeft.report(work.model).total,
         "trainable": sum(p.numel() for p in work.model.parameters() if p.requires_grad),
         "saved_bytes": saved_bytes(work.model, at_once, work.preprocessing.input_shape),
     }
+
+
+def sizes_of_parts(images: Images, found: dict[str, Integers]) -> dict[str, dict[str, int]]:
+    """Count the images of each part, and the groups (patients, copies) that they make."""
+    sizes = {}
+    for part, rows in found.items():
+        sizes[part] = {"images": len(rows), "groups": len(np.unique(images.groups[rows]))}
+    return sizes
 
 
 def parts_of(work: Work) -> tuple[nn.Module, dict[str, Part] | dict[str, FeaturePart]]:
@@ -200,14 +221,19 @@ def outcome_of(module: Finetuning, part: str, fitted: dict[str, Any]) -> Outcome
 def evaluate(work: Work, module: Finetuning) -> dict[str, Any]:
     """Fit what the predictions need to the validation part, and score that part and the test with it."""
     fitted = work.task.fit(*module.outputs["val"])
+    validation = outcome_of(module, "val", fitted)
+    fitted |= work.task.fit_thresholds(validation, work.settings.threshold)
+    fitted |= work.task.fit_sets(validation, work.settings.coverage)
     result: dict[str, Any] = {"fitted": fitted}
     for part in ("val", "test"):
         result[part] = work.task.scores(outcome_of(module, part, fitted))
     test = outcome_of(module, "test", fitted)
-    result["test"][f"{work.task.score}_interval"] = work.task.interval(test, work.settings.seed)
+    groups = work.images.groups[work.found["test"]]
+    result["test"]["intervals"] = work.task.intervals(test, groups, work.settings.seed)
     if work.images.subgroups:
         subgroups = [work.images.subgroups[i] for i in work.found["test"]]
-        result["test_subgroups"] = work.task.score_subgroups(test, subgroups)
+        found = work.task.score_subgroups(test, subgroups, groups, work.settings.seed)
+        result["test_subgroups"], result["test_gaps"] = found, gaps(found, work.task.words)
     return result
 
 
@@ -228,10 +254,36 @@ def conclude(
     trainer.strategy.barrier()
     if trainer.is_global_zero:
         names = [work.images.names[i] for i in rows]
+        mistakes = task.mistakes(test)
+        record["mistakes"] = [{"path": names[one.row], "words": one.words} for one in mistakes[:MOST]]
+        if mistakes and not settings.no_figures:
+            draw_mistakes(work, mistakes)
+        write_card(settings, task, record)
         record = write_results(settings, task, names, test, record)
     trainer.strategy.barrier()
     say(settings, f"\nSaved the adapter, the metrics and the predictions to {settings.output}")
+    if trainer.is_global_zero:
+        export_model(settings)
     return record
+
+
+def export_model(settings: Settings) -> None:
+    """Write what `--export` asks for, and say where."""
+    for path in export(settings):
+        say(settings, f"Exported {path}")
+
+
+def draw_mistakes(work: Work, mistakes: Sequence[Mistake]) -> None:
+    """Draw the most confident mistakes on the test; where the network looked, unless it is sharded."""
+    rows, network = work.found["test"], None
+    if work.settings.strategy != "fsdp2":
+        network = work.model.cpu()
+        without_checkpointing(network)
+    names = [work.images.names[i] for i in rows]
+    path = Path(str(work.settings.output)) / "mistakes.png"
+    draw_gallery(
+        network, mistakes, work.images.pixels[torch.from_numpy(rows)], names, work.preprocessing, path
+    )
 
 
 def say(settings: Settings, text: str) -> None:

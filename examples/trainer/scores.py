@@ -83,21 +83,15 @@ def score(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def table(probabilities: Tensor, labels: Tensor, classes: list[str], scores: dict[str, Any]) -> str:
-    """Lay out the scores, those of every class, and the confusion matrix in aligned columns."""
-    undefined = scores["auroc_undefined_classes"]
-    lines = []
-    for name, words in SHOWN.items():
-        lines.append(f"  {words:<20}{scores[name]:.4f}")
-    if undefined:
-        lines.append(f"  (AUROC is undefined for {undefined} of {len(classes)} classes)")
+def class_tables(probabilities: Tensor, labels: Tensor, classes: list[str], scores: dict[str, Any]) -> str:
+    """Lay out the scores of every class and the confusion matrix in aligned columns."""
     places = list(range(len(classes)))
     report = classification_report(
         labels, probabilities.argmax(1), labels=places, target_names=classes, zero_division=0, digits=3
     )
     confusion = pd.DataFrame(scores["confusion_matrix"], classes, classes)
     title = "Confusion matrix (rows true, columns predicted)"
-    return "\n".join([*lines, "", report.rstrip(), "", title, confusion.to_string()])
+    return "\n".join(["", report.rstrip(), "", title, confusion.to_string()])
 
 
 def fit_temperature(

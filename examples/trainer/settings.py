@@ -12,6 +12,7 @@ from typing import Any, Literal
 from .checks import check_data, check_run, check_task, check_values
 from .errors import TrainerError
 from .flags import flag, options_of, read_value
+from .thresholds import YOUDEN
 
 DEFAULT = "tf_efficientnet_lite0"
 
@@ -21,7 +22,7 @@ RATES = {"full": 3e-4, "attention": 3e-4, "tsa": 3e-4, "oft": 3e-4, "conv_adapte
 RATE = 3e-3
 
 # What a run's result does not depend on.
-FREE = ("output", "cache_features", "num_workers", "quiet", "no_figures", "logger", "accelerator")
+FREE = ("output", "cache_features", "num_workers", "quiet", "no_figures", "logger", "accelerator", "export")
 
 
 @dataclass(kw_only=True)
@@ -77,6 +78,9 @@ class Settings:
         augment: flips, turns, shifts and changes of light of the training images (default: light)
         class_weights: weight rare classes up in the loss
         balanced_sampler: draw every class equally often, with replacement
+        threshold: rule for the operating point of each class, on the validation part: youden,
+            sensitivity=0.95 or specificity=0.9
+        coverage: share of images whose set of classes is to hold the true one (conformal prediction)
         seed: of split, head, adapters and batches
         cache_features: for methods that train the head alone, a folder for features that are computed once
         accelerator: where it computes
@@ -86,6 +90,8 @@ class Settings:
         checkpoint_activations: compute activations again in the backward pass instead of keeping them
         compile: torch.compile the model
         logger: beside the CSV; may be repeated
+        export: into the run's folder, also of a finished run: merged (plain weights), onnx, or bundle (of
+            MONAI); may be repeated
         output: folder of the results (default: runs/DATA-MODEL-METHOD-SEED-DIGEST)
         quiet: print nothing
         no_figures: draw nothing, which takes a second
@@ -134,6 +140,8 @@ class Settings:
     augment: Literal["none", "light", "strong"] | None = None
     class_weights: bool = False
     balanced_sampler: bool = False
+    threshold: str = YOUDEN
+    coverage: float = 0.9
     seed: int = 0
     cache_features: Path | None = None
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -143,6 +151,7 @@ class Settings:
     checkpoint_activations: bool = False
     compile: bool = False
     logger: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list)
+    export: list[Literal["merged", "onnx", "bundle"]] = field(default_factory=list)
     output: Path | None = None
     quiet: bool = False
     no_figures: bool = False

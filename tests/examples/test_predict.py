@@ -74,6 +74,8 @@ def test_predictions_equal_those_of_the_trainer(folder, finished, tmp_path):
     for name, row in expected.items():
         for column in ("p(dark)", "p(light)"):
             assert float(found[name][column]) == pytest.approx(float(row[column]), abs=1e-5)
+        for column in ("positive(dark)", "positive(light)", "set"):
+            assert found[name][column] == row[column]
     assert record["fitted"]["temperature"] != 1
     values = [float(row["p(dark)"]) for row in found.values()]
     assert max(values) - min(values) > 1e-3
@@ -162,7 +164,10 @@ def test_where_labels_are_known_the_scores_are_printed(folder, finished, tmp_pat
     given = [str(output / "adapter.safetensors"), str(tmp_path / "test.csv"), "--path-column", "file"]
     given += ["--output", str(tmp_path / "found.csv")]
     assert predict.main([*given, "--label-column", "truth"]) == 0
-    assert f"macro-F1            {record['test']['macro_f1']:.4f}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"macro-F1            {record['test']['macro_f1']:.4f}" in shown
+    assert f"95 % intervals: 1000 draws of {len(table)} images" in shown
+    assert "At each class's threshold" in shown
     found = rows_of(tmp_path / "found.csv").values()
     assert [row["label"] for row in found] == [row["label"] for row in table.values()]
     assert predict.main(given) == 0

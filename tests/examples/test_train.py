@@ -46,7 +46,7 @@ def test_training_lowers_the_loss_and_learns(finished):
     losses = [epoch["train_loss"] for epoch in record["history"]]
     assert losses[-1] < 0.7 * losses[0]
     assert record["test"]["macro_f1"] > 0.7
-    low, high = record["test"]["macro_f1_interval"]
+    low, high = record["test"]["intervals"]["macro_f1"]
     assert low <= record["test"]["macro_f1"] <= high
     assert record["best_val_score"] == max(epoch["val_macro_f1"] for epoch in record["history"])
 
@@ -85,7 +85,8 @@ def test_predictions_are_written_image_by_image(finished):
     with (output / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8
-    assert list(rows[0]) == ["path", "label", "prediction", "p(across)", "p(down)"]
+    columns = ["path", "label", "prediction", "p(across)", "p(down)", "positive(across)", "positive(down)"]
+    assert list(rows[0]) == [*columns, "set"]
     assert [row["path"].split("/")[0] for row in rows] == [row["label"] for row in rows]
     right = sum(row["label"] == row["prediction"] for row in rows)
     assert right == np.trace(record["test"]["confusion_matrix"])
@@ -98,7 +99,7 @@ def test_a_run_says_what_it_cost(finished):
     assert record["saved_bytes"] > 8 * 3 * 48 * 48 * 4
     assert record["peak_bytes"] > 2**25
     assert record["peak_memory"] in ("CUDA allocations", "resident set of the process")
-    assert set(record["val"]) == set(record["test"]) - {"macro_f1_interval"}
+    assert set(record["val"]) == set(record["test"]) - {"intervals"}
 
 
 def test_the_metrics_are_saved_as_strict_json(finished):
@@ -122,7 +123,7 @@ def test_every_epoch_is_in_the_csv(finished):
     assert [float(row["train_loss"]) for row in rows] == pytest.approx(losses)
 
 
-@pytest.mark.parametrize("name", ["training.png", "reliability.png", "roc.png"])
+@pytest.mark.parametrize("name", ["training.png", "reliability.png", "curves.png"])
 def test_a_figure_is_a_picture_with_something_on_it(finished, name):
     pixels = np.asarray(Image.open(finished[0] / name).convert("L"))
     assert min(pixels.shape) > 700

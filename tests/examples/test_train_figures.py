@@ -7,8 +7,11 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from trainer.figures import draw_reliability, draw_roc, draw_training
+from sklearn.metrics import roc_auc_score
+from trainer.figures import draw_reliability, draw_training
+from trainer.figures_curves import Curve, draw_curves
 from trainer.tasks.classify import Classify
+from trainer.thresholds import measures_at
 
 
 @pytest.fixture
@@ -31,14 +34,46 @@ def test_the_reliability_diagram_shows_how_often_each_confidence_is_right(tmp_pa
     assert np.asarray(Image.open(tmp_path / "figure.png").convert("L")).std() > 15
 
 
-def test_the_roc_curves_are_those_of_the_classes_that_have_one(tmp_path, drawn):
-    generator = torch.Generator().manual_seed(0)
-    probabilities = torch.rand(40, 3, generator=generator).softmax(1)
-    draw_roc(probabilities, torch.arange(40) % 2, ["a", "b", "c"], tmp_path / "figure.png")
-    names = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
-    assert [name.split()[0] for name in names] == ["a", "b"]
-    draw_roc(probabilities[:, :2], torch.arange(40) % 2, ["a", "b"], tmp_path / "figure.png")
-    assert [text.get_text()[0] for text in drawn[1].axes[0].get_legend().get_texts()] == ["b"]
+def test_the_curves_are_those_of_the_classes_that_have_one_and_show_the_operating_point(tmp_path, drawn):
+    generator = np.random.default_rng(0)
+    positive, scores = np.arange(40) % 2 == 0, generator.random(40)
+    point = {
+        "threshold": 0.5,
+        **{name: float(v[0]) for name, v in measures_at(scores, positive, 0.5).items()},
+    }
+    curves = {
+        "one": Curve(scores, positive, point),
+        "none": Curve(scores, positive & False, {}),
+        "no point": Curve(scores, ~positive, {}),
+    }
+    draw_curves(curves, "title", tmp_path / "figure.png")
+    left, right = drawn[0].axes
+    labels = [text.get_text() for text in left.get_legend().get_texts()]
+    assert labels[0] == f"one, area {roc_auc_score(positive, scores):.3f}"
+    assert labels[1].startswith("from 0.50: sensitivity")
+    assert labels[2].startswith("no point, area")
+    assert len(labels) == 3
+    at = left.get_lines()[1].get_xydata()[0]
+    assert at == pytest.approx([1 - point["specificity"], point["sensitivity"]])
+    # The point of this threshold lies on the curve.
+    assert np.abs(left.get_lines()[0].get_xydata() - at).sum(1).min() < 0.06
+    assert right.get_lines()[1].get_xydata()[0] == pytest.approx([point["sensitivity"], point["ppv"]])
+
+
+def test_legends_of_many_curves_stay_in_the_picture(tmp_path, drawn):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    positive, scores = np.arange(40) % 2 == 0, np.linspace(0, 1, 40)
+    point = {"threshold": 0.5, "sensitivity": 0.5, "specificity": 0.5, "ppv": 0.5}
+    curves = {f"a very long class name number {i}": Curve(scores, positive, point) for i in range(15)}
+    draw_curves(curves, "title", tmp_path / "figure.png")
+    renderer = FigureCanvasAgg(drawn[0]).get_renderer()
+    for axes in drawn[0].axes:
+        legend = axes.get_legend()
+        assert len(legend.get_texts()) == 24
+        box = legend.get_window_extent(renderer)
+        assert box.y0 >= 0
+        assert box.y1 < axes.xaxis.label.get_window_extent(renderer).y0
 
 
 def test_labels_of_many_long_classes_do_not_overlap(tmp_path, drawn):

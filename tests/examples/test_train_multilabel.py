@@ -13,7 +13,7 @@ from small_training import checked, flags, messages, read, run
 from torch.nn.functional import binary_cross_entropy_with_logits
 from trainer.errors import TrainerError
 from trainer.tasks import Outcome
-from trainer.tasks.multilabel import Multilabel, best_threshold, masked_loss, rarest_finding
+from trainer.tasks.multilabel import Multilabel, masked_loss, rarest_finding
 
 NAMES = ["edema", "effusion"]
 
@@ -144,7 +144,7 @@ def outcome():
     targets = torch.randint(0, 2, (80, 2), generator=generator).float()
     outputs = torch.randn(80, 2, generator=generator) + targets
     targets[:10, 0] = math.nan
-    return Outcome(outputs, targets, {"temperature": 1.0, "thresholds": [0.6, 0.5]})
+    return Outcome(outputs, targets, {"temperature": 1.0, "thresholds": [0.6, 0.5], "rule": "youden"})
 
 
 def test_scores_equal_those_of_scikit_learn_on_what_is_known(outcome):
@@ -178,14 +178,19 @@ def test_an_auroc_that_is_not_defined_is_counted_and_left_out(outcome):
     assert "AUROC is undefined for 1 of 2 findings" in task.table(outcome, found)
 
 
-def test_the_threshold_is_the_one_of_the_best_f1():
-    generator = torch.Generator().manual_seed(1)
-    positive = torch.rand(60, generator=generator) < 0.3
-    # Rounded, so that several are equal.
-    own = (torch.rand(60, generator=generator) + 0.5 * positive).div(1.5).mul(20).round().div(20)
-    best = max(f1_score(positive, own >= value) for value in own.unique())
-    assert f1_score(positive, own >= best_threshold(own, positive)) == pytest.approx(best)
-    assert best_threshold(own, torch.zeros(60, dtype=torch.bool)) == 0.5
+def test_thresholds_follow_the_rule_on_what_is_known(outcome):
+    found = Multilabel(NAMES).fit_thresholds(outcome, "sensitivity=0.9")["thresholds"]
+    probabilities = outcome.outputs.sigmoid()
+    for place, threshold in enumerate(found):
+        own = probabilities[outcome.targets[:, place] == 1, place]
+        called = int((own >= threshold).sum())
+        assert called / len(own) >= 0.9 > (called - 1) / len(own)
+
+
+def test_a_finding_without_cases_has_the_threshold_of_a_half(outcome):
+    outcome.targets[:, 0] = 0
+    outcome.targets[:, 1] = math.nan
+    assert Multilabel(NAMES).fit_thresholds(outcome, "youden")["thresholds"] == [0.5, 0.5]
 
 
 def test_a_run_learns_and_is_predicted_as_it_was_tested(findings, tmp_path):
@@ -193,7 +198,7 @@ def test_a_run_learns_and_is_predicted_as_it_was_tested(findings, tmp_path):
     more = ["--task", "multilabel", "--epochs", "12", "--lr", "0.02", "--class-weights", "--augment", "none"]
     record = run(*flags(table, tmp_path / "run", *more))
     assert record["test"]["auroc"] > 0.9
-    low, high = record["test"]["auroc_interval"]
+    low, high = record["test"]["intervals"]["auroc"]
     assert low <= record["test"]["auroc"] <= high
     assert record["images"]["train"].keys() == {*NAMES, "no finding"}
     output = tmp_path / "predictions.csv"

@@ -90,6 +90,32 @@ def test_scores_that_are_not_defined_are_nan():
     assert math.isnan(task.scores(Outcome(torch.full((3, 1), math.nan), torch.arange(3.0), fitted))["mae"])
 
 
+def test_an_interval_holds_the_truth_as_often_as_it_promises():
+    generator = torch.Generator().manual_seed(0)
+    targets = 40 + 10 * torch.randn(900, generator=generator)
+    task = Regress(["age"])
+    outputs = (targets + 3 * torch.randn(900, generator=generator))[:, None]
+    val, test = Outcome(outputs[:300], targets[:300], {}), Outcome(outputs[300:], targets[300:], {})
+    val.fitted = task.fit(val.outputs, val.targets)
+    test.fitted = val.fitted | task.fit_sets(val, 0.9)
+    scores = task.scores(test)
+    assert scores["interval_coverage"] == pytest.approx(0.9, abs=0.05)
+    # 1.645 standard deviations to either side
+    assert test.fitted["interval"]["half_width"] == pytest.approx(4.93, abs=0.5)
+    predicted = task.predictions(test.outputs, test.fitted)
+    inside = (predicted["low"] <= targets[300:].numpy()) & (targets[300:].numpy() <= predicted["high"])
+    assert inside.mean() == pytest.approx(scores["interval_coverage"])
+    assert "holds it in" in task.table(test, scores)
+
+
+def test_too_few_validation_images_give_no_interval():
+    task = Regress(["age"])
+    outcome = Outcome(torch.randn(5, 1), torch.arange(5.0), {"center": 0.0, "scale": 1.0})
+    outcome.fitted = {**outcome.fitted, **task.fit_sets(outcome, 0.9)}
+    assert "low" not in task.predictions(outcome.outputs, outcome.fitted)
+    assert "5 validation images are too few" in task.table(outcome, task.scores(outcome))
+
+
 def test_a_run_learns_and_is_predicted_as_it_was_tested(brightness, tmp_path):
     more = ["--task", "regress", "--epochs", "15", "--patience", "15", "--lr", "0.02", "--augment", "none"]
     record = run(*flags(brightness / "table.csv", tmp_path / "run", *more))

@@ -14,7 +14,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 from torch.nn.functional import one_hot
-from trainer.scores import fit_temperature, score, table, without_nan
+from trainer.scores import fit_temperature, score, without_nan
 from trainer.tasks import Outcome
 from trainer.tasks.classify import Classify
 
@@ -65,7 +65,9 @@ def test_auroc_is_nan_with_a_count_where_a_class_does_not_occur(predictions):
     assert math.isnan(scores["auroc"])
     assert scores["auroc_undefined_classes"] == 1
     assert [math.isnan(value) for value in scores["auroc_per_class"]] == [False, False, True]
-    shown = table(probabilities[kept], labels[kept], CLASSES, scores)
+    shown = Classify(CLASSES).table(
+        Outcome(probabilities[kept].log(), labels[kept], {"temperature": 1}), scores
+    )
     assert "(AUROC is undefined for 1 of 3 classes)" in shown
 
 
@@ -92,7 +94,8 @@ def test_classes_that_do_not_occur_leave_balanced_accuracy_alone(predictions):
 
 
 def test_the_table_is_aligned(predictions):
-    lines = table(*predictions, CLASSES, score(*predictions)).splitlines()
+    outcome = Outcome(predictions[0].log(), predictions[1], {"temperature": 1})
+    lines = Classify(CLASSES).table(outcome, score(*predictions)).splitlines()
     assert len({line.index("0.") for line in lines[:6]}) == 1
     header, *rows = lines[-4:]
     assert header.split() == CLASSES
@@ -108,16 +111,6 @@ def test_every_class_has_its_sensitivity_specificity_and_precision(predictions):
         assert scores["recall_per_class"][i] == pytest.approx(float(named[own].float().mean()))
         assert scores["specificity_per_class"][i] == pytest.approx(float((~named)[~own].float().mean()))
         assert scores["precision_per_class"][i] == pytest.approx(float(own[named].float().mean()))
-
-
-def test_the_interval_holds_the_score_repeats_and_narrows_with_more_images(predictions):
-    probabilities, labels = predictions
-    task, logits = Classify(CLASSES), probabilities.log()
-    low, high = task.interval(Outcome(logits, labels, {}), 0)
-    assert low < score(probabilities, labels)["macro_f1"] < high
-    assert task.interval(Outcome(logits, labels, {}), 0) == [low, high]
-    more = task.interval(Outcome(logits.repeat(9, 1), labels.repeat(9), {}), 0)
-    assert more[1] - more[0] < 0.5 * (high - low)
 
 
 def test_the_temperature_is_the_one_of_the_lowest_loss():

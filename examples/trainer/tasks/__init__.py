@@ -4,7 +4,7 @@ from .classify import Classify
 from .multilabel import Multilabel
 from .ordinal import Ordinal
 from .regress import Regress
-from .task import Outcome, Targets, Task
+from .task import Mistake, Outcome, Targets, Task
 
 TASKS: dict[str, type[Task]] = {
     "classify": Classify,
@@ -13,4 +13,4 @@ TASKS: dict[str, type[Task]] = {
     "regress": Regress,
 }
 
-__all__ = ["TASKS", "Outcome", "Targets", "Task"]
+__all__ = ["TASKS", "Mistake", "Outcome", "Targets", "Task"]

@@ -4,16 +4,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..figures import draw_reliability, draw_roc, draw_training, titled
-from ..scores import SHOWN, fit_temperature, macro_f1, scaled, score, table
+from ..conformal import coverage_of, describe_sets, fit_cutoff, score_sets, sets_of
+from ..figures import draw_reliability, draw_training, titled
+from ..figures_curves import Curve, draw_curves
+from ..quick import shown_scores
+from ..resampling import Floats
+from ..scores import SHOWN, class_tables, fit_temperature, macro_f1, scaled, score
 from ..settings import Settings
+from ..thresholds import describe_rule, fit_threshold, measures_at, operating_table
 from .names import check_classes, number_classes
-from .task import Outcome, Targets, Task
+from .task import Integers, Mistake, Outcome, Targets, Task
 
 
 class Classify(Task):
@@ -22,6 +28,7 @@ class Classify(Task):
     score = "macro_f1"
     words = SHOWN
     loss_words = "cross entropy"
+    draws = 1000
 
     @classmethod
     def check(cls, rows: pd.DataFrame, settings: Settings) -> None:
@@ -60,22 +67,105 @@ class Classify(Task):
         """Fit the temperature."""
         return {"temperature": fit_temperature(outputs, targets)}
 
+    def fit_thresholds(self, outcome: Outcome, rule: str) -> dict[str, Any]:
+        """Fit a threshold for each class against the rest; none for a class that has none or all images."""
+        probabilities, labels = arrays_of(outcome)
+        thresholds = {}
+        for place, name in enumerate(self.names):
+            threshold = fit_threshold(probabilities[:, place], labels == place, rule)
+            if np.isfinite(threshold):
+                thresholds[name] = threshold
+        return {"operating": {"rule": rule, "thresholds": thresholds}}
+
+    def fit_sets(self, outcome: Outcome, coverage: float) -> dict[str, Any]:
+        """Fit the probability from which a class is in an image's set."""
+        return {"sets": fit_cutoff(*arrays_of(outcome), coverage)}
+
     def scores(self, outcome: Outcome) -> dict[str, Any]:
-        """Score the probabilities; the calibration error is given before the temperature too."""
+        """Score the probabilities; the calibration error is given before the temperature too.
+
+        Where they were fitted, `operating` has the measures at each class's threshold, `sets` the coverage.
+        """
         found = score(probabilities_of(outcome), outcome.targets)
         untempered = score(scaled(outcome.outputs, 1), outcome.targets)["calibration_error"]
-        return {**found, "calibration_error_untempered": untempered}
+        found["calibration_error_untempered"] = untempered
+        if "operating" in outcome.fitted:
+            found["operating"] = self._operating(outcome)
+        if "sets" in outcome.fitted:
+            probabilities, labels = arrays_of(outcome)
+            inside = sets_of(probabilities, outcome.fitted["sets"]["cutoff"])
+            found["sets"] = score_sets(inside, labels)
+        return found
+
+    def _operating(self, outcome: Outcome) -> dict[str, dict[str, float]]:
+        """Give the measures at the threshold of each class that has one."""
+        probabilities, labels = arrays_of(outcome)
+        points = {}
+        for name, threshold in outcome.fitted["operating"]["thresholds"].items():
+            place = self.names.index(name)
+            measures = measures_at(probabilities[:, place], labels == place, threshold)
+            points[name] = {"threshold": threshold}
+            for measure, values in measures.items():
+                points[name][measure] = float(values[0])
+        return points
+
+    def numbers(self, outcome: Outcome, counts: Floats) -> dict[str, Floats]:
+        """Give the scores that are shown, the measures at the thresholds, coverage and size of the sets."""
+        probabilities, labels = arrays_of(outcome)
+        found = shown_scores(probabilities, labels, counts)
+        for name, threshold in outcome.fitted.get("operating", {}).get("thresholds", {}).items():
+            place = self.names.index(name)
+            measures = measures_at(probabilities[:, place], labels == place, threshold, counts)
+            for measure, values in measures.items():
+                found[f"{measure}({name})"] = values
+        if "sets" in outcome.fitted:
+            inside = sets_of(probabilities, outcome.fitted["sets"]["cutoff"])
+            found |= coverage_of(inside, labels, counts)
+        return found
 
     def table(self, outcome: Outcome, scores: Mapping[str, Any]) -> str:
         """Lay out the scores, those of every class, and the confusion matrix."""
-        return table(probabilities_of(outcome), outcome.targets, self.names, dict(scores))
+        lines = self.score_lines(scores)
+        undefined = scores["auroc_undefined_classes"]
+        if undefined:
+            lines.append(f"  (AUROC is undefined for {undefined} of {len(self.names)} classes)")
+        lines.append(class_tables(probabilities_of(outcome), outcome.targets, self.names, dict(scores)))
+        found = scores.get("intervals", {})
+        if scores.get("operating"):
+            rule = outcome.fitted["operating"]["rule"]
+            lines += ["", f"At each class's threshold: {describe_rule(rule)}"]
+            lines.append(operating_table(scores["operating"], found))
+        if "sets" in scores:
+            lines += ["", *describe_sets(scores["sets"], outcome.fitted["sets"], found)]
+        return "\n".join(lines)
+
+    def mistakes(self, outcome: Outcome) -> list[Mistake]:
+        """Give the images whose most probable class is not theirs."""
+        confidence, predicted = probabilities_of(outcome).max(1)
+        found = []
+        for row in confidence.argsort(descending=True, stable=True).tolist():
+            truth, guess = int(outcome.targets[row]), int(predicted[row])
+            if truth != guess:
+                words = f"true: {self.names[truth]}\npredicted: {self.names[guess]}, {confidence[row]:.2f}"
+                found.append(Mistake(row, words, guess))
+        return found
 
     def predictions(self, outputs: Tensor, fitted: Mapping[str, Any]) -> pd.DataFrame:
-        """Give `prediction`, and for each class its probability in `p(CLASS)`."""
+        """Give `prediction`, and for each class its probability in `p(CLASS)`.
+
+        Where they were fitted, `positive(CLASS)` is 1 from the class's threshold on, and `set` has the
+        classes that it takes to hold the true one, as in `benign|normal`.
+        """
         probabilities = scaled(outputs, fitted["temperature"])
         found = pd.DataFrame({"prediction": [self.names[i] for i in probabilities.argmax(1).tolist()]})
         for place, name in enumerate(self.names):
             found[f"p({name})"] = probabilities[:, place].tolist()
+        for name, threshold in fitted.get("operating", {}).get("thresholds", {}).items():
+            found[f"positive({name})"] = (found[f"p({name})"] >= threshold).astype(int)
+        if "sets" in fitted:
+            inside = sets_of(probabilities.double().numpy(), fitted["sets"]["cutoff"])
+            names = np.array(self.names)
+            found["set"] = ["|".join(names[row]) for row in inside]
         return found
 
     def truths(self, targets: Tensor) -> pd.DataFrame:
@@ -88,7 +178,7 @@ class Classify(Task):
         return dict(zip(self.names, counts, strict=True))
 
     def draw(self, outcome: Outcome, record: Mapping[str, Any], title: str, folder: Path) -> None:
-        """Draw the training with the confusion matrix, the calibration and the ROC curves."""
+        """Draw the training with the confusion matrix, the calibration, and the curves of every class."""
         test, temperature = record["test"], outcome.fitted["temperature"]
         probabilities = probabilities_of(outcome)
         draw_training(record, self, torch.tensor(test["confusion_matrix"]), title, folder / "training.png")
@@ -97,7 +187,17 @@ class Classify(Task):
             titled(f"temperature {temperature:.2f}", test["calibration_error"]): probabilities,
         }
         draw_reliability(panels, outcome.targets, folder / "reliability.png")
-        draw_roc(probabilities, outcome.targets, self.names, folder / "roc.png")
+        curves = {}
+        for place, name in enumerate(self.names):
+            point = test.get("operating", {}).get(name, {})
+            positive = (outcome.targets == place).numpy()
+            curves[name] = Curve(probabilities[:, place].numpy(), positive, point)
+        draw_curves(curves, title, folder / "curves.png")
+
+
+def arrays_of(outcome: Outcome) -> tuple[Floats, Integers]:
+    """Give the probabilities (N, C) and the labels (N,) as arrays."""
+    return probabilities_of(outcome).double().numpy(), outcome.targets.numpy()
 
 
 def probabilities_of(outcome: Outcome) -> Tensor:

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from ..curves import draw_findings, draw_history
+from ..curves import draw_history
 from ..errors import TrainerError
+from ..figures_curves import Curve, draw_curves
 from ..scores import fit_temperature, score_class
 from ..settings import Settings
+from ..thresholds import describe_rule, fit_threshold
 from .names import check_spelling
 from .task import Integers, Outcome, Targets, Task
 
@@ -102,12 +104,20 @@ class Multilabel(Task):
         return float(np.nanmean(found))
 
     def fit(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
-        """Fit one temperature, and for each finding the threshold of the best F1."""
-        temperature = fit_temperature(outputs, targets, masked_loss)
-        probabilities = torch.sigmoid(outputs.cpu() / temperature)
-        truth = targets.cpu()
-        thresholds = [best_threshold(*known(probabilities[:, i], truth[:, i])) for i in range(self.outputs)]
-        return {"temperature": temperature, "thresholds": thresholds}
+        """Fit one temperature for all findings."""
+        return {"temperature": fit_temperature(outputs, targets, masked_loss)}
+
+    def fit_thresholds(self, outcome: Outcome, rule: str) -> dict[str, Any]:
+        """Fit the threshold of each finding; 0.5 where the validation part has none or nothing else."""
+        probabilities = probabilities_of(outcome)
+        thresholds = []
+        for place in range(self.outputs):
+            own, positive = known(probabilities[:, place], outcome.targets[:, place])
+            threshold = math.nan
+            if len(own):
+                threshold = fit_threshold(own.double().numpy(), positive.numpy(), rule)
+            thresholds.append(0.5 if math.isnan(threshold) else threshold)
+        return {"rule": rule, "thresholds": thresholds}
 
     def scores(self, outcome: Outcome) -> dict[str, Any]:
         """Score every finding by itself, and average over those that have both kinds.
@@ -117,7 +127,7 @@ class Multilabel(Task):
             scores, `labelled` images and `positive` ones.
         """
         findings = {}
-        probabilities = torch.sigmoid(outcome.outputs / outcome.fitted["temperature"])
+        probabilities = probabilities_of(outcome)
         for place, name in enumerate(self.names):
             own, truth = known(probabilities[:, place], outcome.targets[:, place])
             findings[name] = score_finding(own, truth, outcome.fitted["thresholds"][place])
@@ -134,12 +144,13 @@ class Multilabel(Task):
 
     def table(self, outcome: Outcome, scores: Mapping[str, Any]) -> str:
         """Lay out the scores, and those of every finding."""
-        lines = [f"  {words:<26}{scores[name]:.4f}" for name, words in self.words.items()]
+        lines = self.score_lines(scores)
         undefined = scores["auroc_undefined_findings"]
         if undefined:
             lines.append(f"  (AUROC is undefined for {undefined} of {self.outputs} findings)")
         table = pd.DataFrame.from_dict(scores["findings"], orient="index").rename_axis("finding")
-        return "\n".join([*lines, "", table.to_string(float_format="{:.3f}".format, na_rep="–")])
+        lines += ["", f"Each finding at its threshold: {describe_rule(outcome.fitted['rule'])}"]
+        return "\n".join([*lines, table.to_string(float_format="{:.3f}".format, na_rep="–")])
 
     def predictions(self, outputs: Tensor, fitted: Mapping[str, Any]) -> pd.DataFrame:
         """Give `prediction`, the findings at their thresholds, and each one's probability in `p(FINDING)`."""
@@ -161,12 +172,18 @@ class Multilabel(Task):
         return {**counts, "no finding": int((~(targets == 1).any(1)).sum())}
 
     def draw(self, outcome: Outcome, record: Mapping[str, Any], title: str, folder: Path) -> None:
-        """Draw the training, and the ROC curve of every finding."""
+        """Draw the training, and the curves of every finding with the point at its threshold."""
         draw_history(record, self, title, folder / "training.png")
-        curves = {}
+        curves, probabilities = {}, probabilities_of(outcome)
         for place, name in enumerate(self.names):
-            curves[name] = known(outcome.outputs[:, place], outcome.targets[:, place])
-        draw_findings(curves, folder / "roc.png")
+            own, positive = known(probabilities[:, place], outcome.targets[:, place])
+            curves[name] = Curve(own.numpy(), positive.numpy(), record["test"]["findings"][name])
+        draw_curves(curves, title, folder / "curves.png")
+
+
+def probabilities_of(outcome: Outcome) -> Tensor:
+    """Give the probabilities (N, K) at the fitted temperature."""
+    return torch.sigmoid(outcome.outputs / outcome.fitted["temperature"])
 
 
 def findings_of(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
@@ -248,19 +265,6 @@ def masked_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) 
     return torch.where(rows, losses, 0.0).sum() / rows.sum().clamp(min=1)
 
 
-def best_threshold(probabilities: Tensor, positive: Tensor) -> float:
-    """Find from which probability on to say that a finding is there, for the best F1; 0.5 without cases."""
-    if not positive.any():
-        return 0.5
-    order = probabilities.argsort(descending=True)
-    hits = positive[order].cumsum(0)
-    f1 = 2 * hits / (torch.arange(1, len(order) + 1) + positive.sum())
-    # Of equal probabilities all or none are said: the last one of each value counts.
-    ordered = probabilities[order]
-    ends = torch.cat([ordered[1:] != ordered[:-1], torch.tensor([True])])
-    return float(ordered[torch.where(ends, f1, -1.0).argmax()])
-
-
 def score_finding(probabilities: Tensor, positive: Tensor, threshold: float) -> dict[str, float]:
     """Score one finding, NaN where a score is not defined."""
     said = probabilities >= threshold
@@ -269,6 +273,7 @@ def score_finding(probabilities: Tensor, positive: Tensor, threshold: float) -> 
     sensitivity = hits / there if there else math.nan
     specificity = int((~said & ~positive).sum()) / absent if absent else math.nan
     return {
+        "threshold": threshold,
         "labelled": len(positive),
         "positive": there,
         "auroc": score_class(binary_auroc, probabilities, positive),
@@ -276,5 +281,6 @@ def score_finding(probabilities: Tensor, positive: Tensor, threshold: float) -> 
         "balanced_accuracy": (sensitivity + specificity) / 2,
         "sensitivity": sensitivity,
         "specificity": specificity,
+        "ppv": hits / named if named else math.nan,
         "f1": 2 * hits / (there + named) if there + named else math.nan,
     }

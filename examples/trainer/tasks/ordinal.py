@@ -16,8 +16,10 @@ from sklearn.metrics import cohen_kappa_score
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from ..conformal import describe_sets, fit_cutoff, score_sets, sets_of
 from ..errors import TrainerError
 from ..figures import draw_training
+from ..resampling import Floats
 from ..scores import fit_temperature, macro_f1
 from ..settings import Settings
 from .names import check_classes, number_classes
@@ -77,6 +79,10 @@ class Ordinal(Task):
         """Fit the temperature."""
         return {"temperature": fit_temperature(outputs, targets, conditional_loss)}
 
+    def fit_sets(self, outcome: Outcome, coverage: float) -> dict[str, Any]:
+        """Fit the probability from which a grade is in an image's set."""
+        return {"sets": fit_cutoff(*arrays_of(outcome), coverage)}
+
     def scores(self, outcome: Outcome) -> dict[str, Any]:
         """Score the grades; `confusion_matrix` has rows true and columns predicted."""
         predicted, truth = grades_of(outcome.outputs), outcome.targets
@@ -84,7 +90,7 @@ class Ordinal(Task):
         confusion = torch.zeros(count, count, dtype=torch.long)
         confusion.index_put_((truth, predicted), torch.ones_like(truth), accumulate=True)
         one_hot = torch.nn.functional.one_hot(predicted, count).float()
-        return {
+        found: dict[str, Any] = {
             "kappa": kappa(truth.numpy(), predicted.numpy(), count),
             "mae": float((predicted - truth).abs().float().mean()),
             "accuracy": float((predicted == truth).float().mean()),
@@ -92,20 +98,30 @@ class Ordinal(Task):
             "recall_per_class": (confusion.diag() / confusion.sum(1)).tolist(),
             "confusion_matrix": confusion.tolist(),
         }
+        if "sets" in outcome.fitted:
+            probabilities, labels = arrays_of(outcome)
+            found["sets"] = score_sets(sets_of(probabilities, outcome.fitted["sets"]["cutoff"]), labels)
+        return found
 
     def table(self, outcome: Outcome, scores: Mapping[str, Any]) -> str:
         """Lay out the scores and the confusion matrix."""
-        lines = [f"  {words:<32}{scores[name]:.4f}" for name, words in self.words.items()]
+        lines = self.score_lines(scores)
         confusion = pd.DataFrame(scores["confusion_matrix"], self.names, self.names)
         title = "Confusion matrix (rows true, columns predicted)"
-        return "\n".join([*lines, "", title, confusion.to_string()])
+        lines += ["", title, confusion.to_string()]
+        if "sets" in scores:
+            lines += ["", *describe_sets(scores["sets"], outcome.fitted["sets"], {})]
+        return "\n".join(lines)
 
     def predictions(self, outputs: Tensor, fitted: Mapping[str, Any]) -> pd.DataFrame:
-        """Give `prediction`, and for each grade its probability in `p(GRADE)`."""
+        """Give `prediction`, each grade's probability in `p(GRADE)`, and the `set` of grades, as in `2|3`."""
         columns: dict[str, Any] = {"prediction": [self.names[i] for i in grades_of(outputs).tolist()]}
         probabilities = probabilities_of(outputs / fitted["temperature"])
         for place, name in enumerate(self.names):
             columns[f"p({name})"] = probabilities[:, place].tolist()
+        if "sets" in fitted:
+            inside = sets_of(probabilities.double().numpy(), fitted["sets"]["cutoff"])
+            columns["set"] = ["|".join(np.array(self.names)[row]) for row in inside]
         return pd.DataFrame(columns)
 
     def truths(self, targets: Tensor) -> pd.DataFrame:
@@ -121,6 +137,12 @@ class Ordinal(Task):
         """Draw the training with the confusion matrix."""
         confusion = torch.tensor(record["test"]["confusion_matrix"])
         draw_training(record, self, confusion, title, folder / "training.png")
+
+
+def arrays_of(outcome: Outcome) -> tuple[Floats, Integers]:
+    """Give the probabilities (N, K) of each grade at the temperature, and the grades (N,), as arrays."""
+    probabilities = probabilities_of(outcome.outputs / outcome.fitted["temperature"])
+    return probabilities.double().numpy(), outcome.targets.numpy()
 
 
 def number_grades(labels: Sequence[str], grades: Sequence[str]) -> tuple[Integers, list[str]]:

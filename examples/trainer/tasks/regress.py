@@ -13,6 +13,7 @@ from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_err
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
+from ..conformal import conformal_quantile
 from ..curves import draw_agreement, draw_history
 from ..errors import TrainerError
 from ..settings import Settings
@@ -82,13 +83,30 @@ class Regress(Task):
         """Give the mean and the standard deviation, which the predictions need."""
         return {"center": self.center, "scale": self.scale}
 
+    def fit_sets(self, outcome: Outcome, coverage: float) -> dict[str, Any]:
+        """Fit how far to either side of a prediction the truth lies at most in a share of the images.
+
+        Split conformal prediction by absolute residuals (Lei et al. 2018, arXiv 1604.04173); what
+        `conformal.py` says of its promise holds here too.
+        """
+        errors = np.abs(in_units(outcome.outputs, outcome.fitted) - outcome.targets.numpy())
+        half = conformal_quantile(errors, coverage)
+        if math.isinf(half):
+            return {"interval": {"coverage": coverage, "half_width": None, "images": len(errors)}}
+        return {"interval": {"coverage": coverage, "half_width": half, "images": len(errors)}}
+
     def scores(self, outcome: Outcome) -> dict[str, Any]:
         """Score the predictions in their own unit; R² is NaN for one image, or images of one value."""
         truth, predicted = outcome.targets.numpy(), in_units(outcome.outputs, outcome.fitted)
         if not np.isfinite(predicted).all():
             return dict.fromkeys(self.words, math.nan)
+        found = {}
+        half = half_width(outcome.fitted)
+        if half is not None:
+            found["interval_coverage"] = float((np.abs(truth - predicted) <= half).mean())
         varies = len(np.unique(truth)) > 1 and len(np.unique(predicted)) > 1
         return {
+            **found,
             "r2": determination(truth, predicted),
             "mae": float(mean_absolute_error(truth, predicted)),
             "rmse": float(root_mean_squared_error(truth, predicted)),
@@ -97,14 +115,20 @@ class Regress(Task):
 
     def table(self, outcome: Outcome, scores: Mapping[str, Any]) -> str:
         """Lay out the scores, beside the error of a constant prediction."""
-        lines = [f"  {words:<26}{scores[name]:.4f}" for name, words in self.words.items()]
+        lines = self.score_lines(scores)
         constant = float((outcome.targets - outcome.fitted["center"]).abs().mean())
         lines.append(f"  (the mean of the training images has a mean absolute error of {constant:.4f})")
+        if "interval" in outcome.fitted:
+            lines.append(describe_interval(outcome.fitted["interval"], scores))
         return "\n".join(lines)
 
     def predictions(self, outputs: Tensor, fitted: Mapping[str, Any]) -> pd.DataFrame:
-        """Give `prediction`, in the unit of the labels."""
-        return pd.DataFrame({"prediction": in_units(outputs, fitted)})
+        """Give `prediction`, in the unit of the labels, and the interval from `low` to `high`."""
+        found = pd.DataFrame({"prediction": in_units(outputs, fitted)})
+        half = half_width(fitted)
+        if half is not None:
+            found["low"], found["high"] = found["prediction"] - half, found["prediction"] + half
+        return found
 
     def truths(self, targets: Tensor) -> pd.DataFrame:
         """Give `label`."""
@@ -153,6 +177,24 @@ def in_units(outputs: Tensor, fitted: Mapping[str, Any]) -> np.ndarray:
     # (N, 1) → (N,)
     values: np.ndarray = (outputs.squeeze(1) * fitted["scale"] + fitted["center"]).numpy()
     return values
+
+
+def half_width(fitted: Mapping[str, Any]) -> float | None:
+    """Give how far the interval goes to either side of a prediction, None where there is none."""
+    half: float | None = fitted.get("interval", {}).get("half_width")
+    return half
+
+
+def describe_interval(fitted: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+    """Say what the interval promises, and what it held on the test."""
+    coverage = f"{fitted['coverage']:g}"
+    if fitted["half_width"] is None:
+        return f"{fitted['images']} validation images are too few for an interval that holds {coverage}."
+    held = f"{scores['interval_coverage']:.3f}"
+    return (
+        f"The prediction ± {fitted['half_width']:.4g} promises to hold the truth in {coverage} of the "
+        f"images, and holds it in {held}."
+    )
 
 
 def determination(truth: np.ndarray, predicted: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,11 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..resampling import Floats, describe_draws, intervals
+from ..subgroups import describe_worst
+
 if TYPE_CHECKING:
     from ..settings import Settings
 
 Integers = npt.NDArray[np.int64]
-DRAWS = 200  # of the bootstrap
 
 
 @dataclass
@@ -59,6 +62,21 @@ class Outcome:
         return Outcome(self.outputs[chosen], self.targets[chosen], self.fitted)
 
 
+@dataclass
+class Mistake:
+    """An image about which a model is wrong.
+
+    Attributes:
+        row: its position in the outcome.
+        words: lines under its picture: what is true, what was predicted, how sure the model was.
+        output: position of the output that was wrong.
+    """
+
+    row: int
+    words: str
+    output: int
+
+
 class Task(ABC):
     """What is asked about an image.
 
@@ -67,6 +85,7 @@ class Task(ABC):
         words: what the scores are called, those that are printed, `score` the first.
         lower: the scores that are the better the lower they are.
         loss_words: what the loss is called.
+        draws: of the bootstrap.
         names: of the outputs.
     """
 
@@ -74,6 +93,7 @@ class Task(ABC):
     words: ClassVar[dict[str, str]]
     lower: ClassVar[frozenset[str]] = frozenset({"calibration_error", "mae", "rmse"})
     loss_words: ClassVar[str]
+    draws: ClassVar[int] = 200
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
@@ -154,6 +174,20 @@ class Task(ABC):
         """Fit what the predictions need, such as a temperature, to the validation part."""
         return {}
 
+    def fit_thresholds(self, outcome: Outcome, rule: str) -> dict[str, Any]:
+        """Fit operating points to the validation part by a rule of `thresholds.py`, by default none.
+
+        What is given joins `fitted`, which `scores`, `predictions` and the adapter's metadata have.
+        """
+        return {}
+
+    def fit_sets(self, outcome: Outcome, coverage: float) -> dict[str, Any]:
+        """Fit to the validation part what it takes to hold the truth at a coverage, by default nothing.
+
+        Sets of classes, or an interval of a quantity; what is given joins `fitted`.
+        """
+        return {}
+
     @abstractmethod
     def scores(self, outcome: Outcome) -> dict[str, Any]:
         """Score an outcome: each of `words` and more, NaN where one is not defined."""
@@ -185,27 +219,75 @@ class Task(ABC):
             folder: for the pictures.
         """
 
-    def interval(self, outcome: Outcome, seed: int) -> list[float]:
-        """Give the 95 % interval of `score`, by drawing the images anew (Efron & Tibshirani, 1993)."""
-        generator = torch.Generator().manual_seed(seed)
-        count = len(outcome.targets)
-        found = []
-        for _ in range(DRAWS):
-            drawn = torch.randint(count, (count,), generator=generator)
-            found.append(self.watch(outcome.outputs[drawn], outcome.targets[drawn]))
-        low, high = np.nanquantile(found, [0.025, 0.975])
-        return [float(low), float(high)]
+    def mistakes(self, outcome: Outcome) -> list[Mistake]:
+        """Give the mistakes, the most confident first, for a gallery; by default none."""
+        return []
 
-    def score_subgroups(self, outcome: Outcome, subgroups: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Score each subgroup of patients by itself, with the number of its images in `images`."""
+    def numbers(self, outcome: Outcome, counts: Floats) -> dict[str, Floats]:
+        """Give what has an interval, by default `words`, for D draws of the N images.
+
+        Args:
+            outcome: of N images.
+            counts: (D, N), how often each image is in each draw.
+
+        Returns:
+            A number (D,) by each name.
+        """
+        found: dict[str, list[float]] = {name: [] for name in self.words}
+        for drawn in torch.from_numpy(counts).long():
+            rows = torch.arange(len(drawn)).repeat_interleave(drawn)
+            scores = self.scores(outcome.rows(rows))
+            for name, values in found.items():
+                values.append(float(scores[name]))
+        return {name: np.array(values) for name, values in found.items()}
+
+    def intervals(self, outcome: Outcome, groups: Integers, seed: int) -> dict[str, Any]:
+        """Give the 95 % interval of each of `numbers`, and under `bootstrap` what it rests on.
+
+        Args:
+            outcome: of N images.
+            groups: (N,), images with one number, such as a patient's, are drawn together.
+            seed: of the draws.
+        """
+        found: dict[str, Any] = intervals(partial(self.numbers, outcome), groups, self.draws, seed)
+        found["bootstrap"] = {
+            "draws": self.draws,
+            "groups": len(np.unique(groups)),
+            "images": len(groups),
+        }
+        return found
+
+    def score_lines(self, scores: Mapping[str, Any]) -> list[str]:
+        """Lay out the scores that are shown, a line each, with their intervals where there are some."""
+        lines, found = [], scores.get("intervals")
+        width = max(map(len, self.words.values())) + 2
+        for name, words in self.words.items():
+            line = f"  {words:<{width}}{scores[name]:.4f}"
+            if found:
+                line += "  {:.4f} to {:.4f}".format(*found[name])
+            lines.append(line)
+        if found:
+            lines.append(f"  ({describe_draws(found['bootstrap'])})")
+        return lines
+
+    def score_subgroups(
+        self, outcome: Outcome, subgroups: Sequence[str], groups: Integers, seed: int
+    ) -> dict[str, dict[str, Any]]:
+        """Score each subgroup of patients by itself, with its number of `images` and its `intervals`."""
         found = {}
         for name in sorted(set(subgroups)):
             rows = torch.tensor([subgroup == name for subgroup in subgroups])
-            found[name] = {"images": int(rows.sum()), **self.scores(outcome.rows(rows))}
+            own = outcome.rows(rows)
+            found[name] = {"images": int(rows.sum()), **self.scores(own)}
+            found[name]["intervals"] = self.intervals(own, groups[rows.numpy()], seed)
         return found
 
     def subgroup_table(self, found: Mapping[str, Mapping[str, Any]]) -> str:
-        """Lay out the scores of subgroups."""
+        """Lay out the scores of subgroups, and name the worst."""
         columns = ["images", *self.words]
         table = pd.DataFrame.from_dict(found, orient="index")[columns].rename_axis("subgroup")
-        return str(table.to_string(float_format="{:.4f}".format))
+        lines = [table.to_string(float_format="{:.4f}".format)]
+        worst = describe_worst(found, self.score, self.words)
+        if worst:
+            lines.append(worst)
+        return "\n".join(lines)

@@ -1,0 +1,156 @@
+"""The model of a finished run, as its file holds it, and how to build it without medpeft."""
+
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import monai.networks.nets
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import medpeft
+
+from ..data import Preprocessing
+from ..errors import TrainerError
+from ..models import adapted_model
+from ..networks import MONAI, TORCHVISION, monai_keywords
+from ..settings import Settings
+from ..tasks import TASKS, Task
+
+BUILDERS = {
+    "timm.create_model": timm.create_model,
+    "torchvision.models.get_model": torchvision.models.get_model,
+}
+
+
+@dataclass
+class Trained:
+    """A trained model with what it takes to use it.
+
+    Attributes:
+        settings: of the run.
+        task: of the run.
+        model: with its adapters, in eval mode, on the CPU.
+        preprocessing: from a file to the input.
+        metadata: of the adapter's file.
+        folder: of the run.
+    """
+
+    settings: Settings
+    task: Task
+    model: nn.Module
+    preprocessing: Preprocessing
+    metadata: dict[str, Any]
+    folder: Path
+
+    @property
+    def example(self) -> Tensor:
+        """Two inputs (2, 3, …), drawn from a seed of their own."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(2, 3, *self.preprocessing.input_shape, generator=generator)
+
+    def described(self) -> dict[str, str]:
+        """Say in words and JSON how the model is used, for the header of a file."""
+        fitted = {
+            name: self.metadata[name]
+            for name in ("temperature", "operating", "sets")
+            if name in self.metadata
+        }
+        return {
+            "model": self.settings.model,
+            "method": self.settings.method,
+            "task": self.settings.task,
+            "classes": json.dumps(self.task.names, ensure_ascii=False),
+            "fitted": json.dumps(fitted, ensure_ascii=False),
+            "preprocessing": json.dumps(self.preprocessing.to_metadata()),
+            "input": "RGB from 0 to 1, less the mean, by the standard deviation, resized to the side",
+        }
+
+
+def trained_model(settings: Settings) -> Trained:
+    """Build the model of a finished run anew, and put its adapter on it."""
+    folder = Path(str(settings.output))
+    file = folder / "adapter.safetensors"
+    metadata = medpeft.inspect(file).metadata
+    preprocessing = Preprocessing.from_metadata(metadata, file)
+    task = TASKS[settings.task](metadata["classes"])
+    lightning.seed_everything(settings.seed, verbose=False)
+    model = adapted_model(settings, task.outputs, len(preprocessing.stored))
+    model = medpeft.load(model, file).eval()
+    return Trained(settings, task, model, preprocessing, metadata, folder)
+
+
+def merge(trained: Trained) -> None:
+    """Merge the model for good; outputs before and after are compared.
+
+    Raises:
+        medpeft.MedpeftError: the method has no equivalent weights.
+    """
+    with warnings.catch_warnings():
+        # A bias that merging creates is no fault in an ONNX file, and `plain_network` looks for it.
+        warnings.filterwarnings("ignore", "merge created")
+        medpeft.merge(trained.model, example_input=trained.example)
+
+
+def plain_network(trained: Trained) -> dict[str, Any]:
+    """Merge the model for good; give how timm, torchvision or MONAI build one that takes its weights.
+
+    Returns:
+        `_target_`, a function by its name, and its arguments, as MONAI's bundles write it.
+
+    Raises:
+        TrainerError: none of them builds such a network.
+        medpeft.MedpeftError: the method has no equivalent weights.
+    """
+    merge(trained)
+    own = {name: value.shape for name, value in trained.model.state_dict().items()}
+    differing: set[str] = set()
+    for definition in _definitions(trained):
+        try:
+            with torch.device("meta"):
+                network = build(definition)
+        # One of several ways to name the channels; each network complains in its own way.
+        except (TypeError, ValueError):
+            continue
+        there = {name: value.shape for name, value in network.state_dict().items()}
+        if there == own:
+            return definition
+        differing = {name for name, _ in own.items() ^ there.items()}
+    settings, names = trained.settings, ", ".join(sorted(differing)[:3])
+    raise TrainerError(
+        f"The merged {settings.model} cannot be built without medpeft: it differs in {names or 'its class'}, "
+        f"where {settings.method} gave a layer a weight or bias that it had not. Take --export onnx."
+    )
+
+
+def build(definition: dict[str, Any]) -> nn.Module:
+    """Build what `plain_network` gave."""
+    arguments = {name: value for name, value in definition.items() if name != "_target_"}
+    target = definition["_target_"]
+    make = BUILDERS.get(target) or getattr(monai.networks.nets, target.rpartition(".")[2])
+    network: nn.Module = make(**arguments)
+    return network
+
+
+def _definitions(trained: Trained) -> Iterator[dict[str, Any]]:
+    name, outputs = trained.settings.model, trained.task.outputs
+    if name.startswith(MONAI):
+        name = name.removeprefix(MONAI)
+        side, dimensions = trained.preprocessing.image_size, len(trained.preprocessing.stored)
+        _, keywords = monai_keywords(name, outputs, side, dimensions, trained.settings.model_option)
+        yield {"_target_": f"monai.networks.nets.{name}", **keywords}
+        return
+    if name.startswith(TORCHVISION):
+        name = name.removeprefix(TORCHVISION)
+        yield {"_target_": "torchvision.models.get_model", "name": name, "num_classes": outputs}
+        return
+    plain = {"_target_": "timm.create_model", "model_name": name, "num_classes": outputs}
+    plain |= trained.settings.model_option
+    yield plain
+    yield {**plain, "img_size": trained.preprocessing.image_size}

@@ -1,0 +1,206 @@
+"""Exported models predict without medpeft what the run predicted."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from small_training import draw_stripes, flags, messages, run
+from trainer.data import Preprocessing
+from trainer.images import load
+
+# The fields that MONAI's specification of bundles asks for, and their types.
+SCHEMA = {
+    "type": "object",
+    "required": ["schema", "version", "monai_version", "pytorch_version", "numpy_version", "task"],
+    "properties": {
+        **{name: {"type": "string"} for name in ("schema", "version", "description", "authors", "copyright")},
+        "required_packages_version": {"type": "object"},
+        "network_data_format": {"type": "object", "required": ["inputs", "outputs"]},
+    },
+}
+
+# In a process of its own, where medpeft cannot be imported: MONAI checks, loads, runs and exports the bundle.
+ALONE = """
+import sys
+sys.modules["medpeft"] = None
+import json, os, torch, warnings
+warnings.simplefilter("ignore")
+from monai.bundle import ConfigParser, ckpt_export, verify_metadata
+folder, images, schema = sys.argv[1:]
+os.chdir(folder)
+metadata, config = "configs/metadata.json", "configs/inference.json"
+verify_metadata(meta_file=metadata, filepath=schema)
+parser = ConfigParser()
+parser.read_config(config)
+parser["dataset_dir"], parser["device"] = images, torch.device("cpu")
+network = parser.get_parsed_content("network").eval()
+network.load_state_dict(torch.load("models/model.pt", weights_only=True))
+answer = parser.get_parsed_content("postprocessing")
+found = {}
+with torch.no_grad():
+    for item in parser.get_parsed_content("dataset"):
+        name = os.path.relpath(item["image"].meta["filename_or_obj"], images)
+        found[name] = answer({"pred": network(item["image"][None])[0]})["pred"].tolist()
+shape = [1, 3, 32, 32]
+ckpt_export("network_def", "models/model.ts", meta_file=metadata, config_file=config, use_trace=True, input_shape=shape)
+inputs = torch.randn(3, 3, 32, 32)
+traced = torch.jit.load("models/model.ts")
+assert torch.allclose(traced(inputs), network(inputs), atol=1e-5)
+print("FOUND" + json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return draw_stripes(tmp_path_factory.mktemp("stripes"))
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A finished run, exported by the same command given once more."""
+    output = tmp_path_factory.mktemp("parent") / "run"
+    given = flags(folder, output, "--method", "ssf", "--quiet", "--image-size", "32")
+    record = run(*given)
+    assert run(*given, "--export", "merged", "--export", "bundle") == record
+    return output
+
+
+def probabilities(output):
+    with (output / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {row["path"]: [float(row["p(across)"]), float(row["p(down)"])] for row in rows}
+
+
+def inputs_of(folder, output, header):
+    """The inputs of the test's images, by what the header says."""
+    names = list(probabilities(output))
+    preprocessing = Preprocessing.from_metadata(
+        {"preprocessing": json.loads(header["preprocessing"])}, output
+    )
+    loaded = load([folder / name for name in names], preprocessing.image_size, stored=preprocessing.stored)
+    return preprocessing(loaded.pixels)
+
+
+def test_merged_weights_are_loaded_by_timm_and_predict_the_same(folder, finished):
+    file = finished / "export" / "merged.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    network = json.loads(header["network"])
+    assert network.pop("_target_") == "timm.create_model"
+    model = timm.create_model(**network).eval()
+    model.load_state_dict(load_file(file))
+    temperature = json.loads(header["fitted"])["temperature"]
+    with torch.no_grad():
+        found = (model(inputs_of(folder, finished, header)) / temperature).softmax(1)
+    assert np.allclose(found, list(probabilities(finished).values()), atol=1e-5)
+    assert json.loads(header["classes"]) == ["across", "down"]
+
+
+def test_the_bundle_is_checked_run_and_exported_by_monai_alone(folder, finished, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps(SCHEMA))
+    bundle = finished / "export" / "bundle"
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, bundle, folder, schema], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.rpartition("FOUND")[2])
+    expected = probabilities(finished)
+    assert len(expected) == 8
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, abs=1e-5)
+    for name in ("LICENSE", "docs/README.md"):
+        assert "To be filled in by whoever" in (bundle / name).read_text().replace(
+            "to be filled", "To be filled"
+        )
+
+
+def test_what_is_there_is_not_written_again(folder, finished):
+    file = finished / "export" / "merged.safetensors"
+    before = file.stat().st_mtime_ns
+    run(*flags(folder, finished, "--method", "ssf", "--quiet", "--image-size", "32"), "--export", "merged")
+    assert file.stat().st_mtime_ns == before
+
+
+def test_the_onnx_file_predicts_the_same_for_any_number_of_images(folder, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    # A method that cannot be merged: its adapters are exported as they are.
+    given = flags(
+        folder, tmp_path / "run", "--method", "houlsby", "--quiet", "--export", "onnx", "--epochs", "1"
+    )
+    run(*given, "--model", "test_vit", "--image-size", "64")
+    file = tmp_path / "run" / "export" / "model.onnx"
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    header = session.get_modelmeta().custom_metadata_map
+    inputs = inputs_of(folder, tmp_path / "run", header)
+    (outputs,) = session.run(None, {"images": inputs.numpy()})
+    (first,) = session.run(None, {"images": inputs[:1].numpy()})
+    found = (torch.tensor(outputs) / json.loads(header["fitted"])["temperature"]).softmax(1)
+    assert np.allclose(found, list(probabilities(tmp_path / "run").values()), atol=1e-4)
+    assert np.allclose(first, outputs[:1], atol=1e-5)
+
+
+def test_a_merged_network_that_timm_cannot_build_is_refused_by_name(folder, tmp_path, capsys):
+    given = flags(folder, tmp_path / "run", "--method", "ssf", "--quiet", "--epochs", "1")
+    told = messages(capsys, *given, "--model", "test_resnet", "--export", "merged")
+    assert "The merged test_resnet cannot be built without medpeft: it differs in conv1.6.bias" in told
+    assert "Take --export onnx" in told
+    assert (tmp_path / "run" / "metrics.json").exists()
+    assert not list((tmp_path / "run" / "export").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--method", "houlsby", "--export", "merged"], "needs a method that merges, and houlsby does not"),
+        (["--export", "bundle", "--devices", "2", "--strategy", "fsdp2"], "--strategy fsdp2 shards them"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_an_image_is_read(
+    folder, tmp_path, capsys, monkeypatch, given, told
+):
+    monkeypatch.setattr("trainer.run.read_data", None)
+    assert told in messages(capsys, *flags(folder, tmp_path / "run"), *given)
+
+
+def test_a_missing_package_is_named_with_what_installs_it(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trainer.exports.kinds.NEEDED", ("onnx", "no_such_package"))
+    told = messages(capsys, *flags(folder, tmp_path / "run"), "--export", "onnx")
+    assert "--export onnx needs no_such_package: pip install 'medpeft[onnx]'" in told
+
+
+def test_a_bundle_of_volumes_is_refused(tmp_path, capsys):
+    arrays = {}
+    for part in ("train", "val", "test"):
+        arrays[f"{part}_images"] = np.arange(4 * 8**3, dtype=np.uint8).reshape(4, 8, 8, 8)
+        arrays[f"{part}_images"][:, 0, 0, 0] = np.arange(4) + 10 * len(part)
+        arrays[f"{part}_labels"] = np.arange(4) % 2
+    np.savez(tmp_path / "volumes.npz", **arrays)
+    given = [
+        "--data",
+        tmp_path / "volumes.npz",
+        "--model",
+        "monai:resnet10",
+        "--no-pretrained",
+        "--no-figures",
+    ]
+    given += ["--image-size", 16, "--epochs", 1, "--quiet", "--output", tmp_path / "run", "--method", "bias"]
+    told = messages(capsys, *given, "--export", "merged", "--export", "bundle")
+    assert "the data are volumes" in told
+    with safe_open(tmp_path / "run" / "export" / "merged.safetensors", "pt") as opened:
+        network = json.loads(opened.metadata()["network"])
+    assert network["_target_"] == "monai.networks.nets.resnet10"
+    assert network["spatial_dims"] == 3
+
+
+def test_the_trainer_itself_is_no_part_of_what_is_exported(finished):
+    text = (finished / "export" / "bundle" / "configs" / "inference.json").read_text()
+    assert "medpeft" not in text
+    assert "trainer" not in text
