@@ -11,7 +11,7 @@ import torch
 from monai.transforms.compose import Compose
 from monai.transforms.intensity.array import RandScaleIntensity
 from monai.transforms.spatial.array import RandAffine, RandFlip
-from monai.transforms.utility.array import CastToType
+from monai.transforms.utility.array import Lambda
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -118,7 +118,7 @@ def augmentation(strength: str, shape: tuple[int, ...]) -> Any:
             scale_range=[scale] * 3,
             padding_mode="zeros",
         )
-        return Compose([RandFlip(0.5, 2), turn, RandScaleIntensity(light, 1.0), CastToType(torch.uint8)])
+        return Compose([RandFlip(0.5, 2), turn, RandScaleIntensity(light, 1.0), Lambda(to_bytes)])
     drawn = [
         v2.RandomHorizontalFlip(),
         v2.RandomAffine(angle, (shift, shift), zoom, shear, interpolation=2),
@@ -127,6 +127,11 @@ def augmentation(strength: str, shape: tuple[int, ...]) -> Any:
     if strong:
         drawn.append(v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.5))], 0.3))
     return v2.Compose(drawn)
+
+
+def to_bytes(values: Tensor) -> Tensor:
+    """Round to 8 bit; what is too bright is white, where a cast would wrap it around to black."""
+    return values.round().clamp(0, 255).byte()
 
 
 class Part(Dataset[Batch]):
