@@ -21,6 +21,7 @@ import medpeft
 from .data import DataModule, FeaturePart, Part, Preprocessing, augmentation
 from .features import cached_features, trained_head
 from .images import Integers
+from .joint import masked_parts
 from .lightning_trainer import make_trainer, quietly
 from .models import adapted_model, check_model, input_statistics
 from .module import Finetuning
@@ -104,7 +105,8 @@ def prepare(settings: Settings) -> Work:
     """Read and split the images, and adapt the model that fits them."""
     images = read_data(settings)
     found = split(images, settings)
-    task = TASKS[settings.task](images.classes).prepared(images.targets[found["train"]])
+    task = TASKS[settings.task](images.classes).informed(images.details)
+    task = task.prepared(images.targets[found["train"]])
     lightning.seed_everything(settings.seed, verbose=False)
     stored = tuple(images.pixels.shape[2:])
     model = adapted_model(settings, task.outputs, len(stored))
@@ -124,13 +126,21 @@ def describe_work(work: Work, trainer: lightning.Trainer) -> dict[str, Any]:
         "images": {part: work.task.count(work.images.targets[rows]) for part, rows in work.found.items()},
         "broken_images": work.images.broken,
         "trainable": sum(p.numel() for p in work.model.parameters() if p.requires_grad),
-        "saved_bytes": saved_bytes(work.model, at_once, work.preprocessing.input_shape),
+        "saved_bytes": saved_bytes(work.model, at_once, trained_shape(settings, work.preprocessing)),
     }
+
+
+def trained_shape(settings: Settings, preprocessing: Preprocessing) -> tuple[int, ...]:
+    """Give the shape of what the model is trained on: an image, or a crop of it."""
+    side = settings.patch_size or preprocessing.image_size
+    return (side,) * len(preprocessing.stored)
 
 
 def parts_of(work: Work) -> tuple[nn.Module, dict[str, Part] | dict[str, FeaturePart]]:
     """Give what is trained and what it is fed: the model and images, or its head and their features."""
     settings, images, found = work.settings, work.images, work.found
+    if settings.task == "segment":
+        return work.model, masked_parts(images, found, work.preprocessing, settings)
     if settings.cache_features is None:
         parts = {}
         for part, rows in found.items():
@@ -229,6 +239,10 @@ def conclude(
     if trainer.is_global_zero:
         names = [work.images.names[i] for i in rows]
         record = write_results(settings, task, names, test, record)
+        if not (settings.no_figures or settings.strategy == "fsdp2"):
+            part = trainer.datamodule.parts["test"]  # type: ignore[attr-defined]  # Lightning sets it
+            folder = Path(str(settings.output))
+            task.show(module.network, part, test, names, folder)
     trainer.strategy.barrier()
     say(settings, f"\nSaved the adapter, the metrics and the predictions to {settings.output}")
     return record

@@ -1,9 +1,10 @@
-"""What can be asked about images, a file each: a label, several findings, a grade, a quantity."""
+"""What can be asked about images, a file each: a label, several findings, a grade, a quantity, a mask."""
 
 from .classify import Classify
 from .multilabel import Multilabel
 from .ordinal import Ordinal
 from .regress import Regress
+from .segment import Segment
 from .task import Outcome, Targets, Task
 
 TASKS: dict[str, type[Task]] = {
@@ -11,6 +12,7 @@ TASKS: dict[str, type[Task]] = {
     "multilabel": Multilabel,
     "ordinal": Ordinal,
     "regress": Regress,
+    "segment": Segment,
 }
 
 __all__ = ["TASKS", "Outcome", "Targets", "Task"]

@@ -1,5 +1,6 @@
 """What a task is: how images are labelled, learned, scored, written down and drawn."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,20 +25,26 @@ class Targets:
     """What is to be learned about N images.
 
     Attributes:
-        values: (N, …), one target an image.
+        values: (N, …), one target an image: a tensor, or what is indexed like one.
         names: of the outputs: classes, findings, structures, or the quantity.
         strata: (N,), positions in `stratum_names`: each stratum keeps its share in every part of a split.
         stratum_names: in a message.
         exact: whether a split must have every stratum in every part; else rare ones join the largest.
         notes: lines for the user.
+        details: what the task has to know besides the names; they travel with the adapter.
+        kept: positions of the images whose target could be read, None for all.
+        broken: what is wrong with each of the others.
     """
 
-    values: Tensor
+    values: Any
     names: list[str]
     strata: Integers
     stratum_names: list[str]
     exact: bool = True
     notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    kept: Integers | None = None
+    broken: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -68,6 +75,7 @@ class Task(ABC):
         lower: the scores that are the better the lower they are.
         loss_words: what the loss is called.
         names: of the outputs.
+        details: as in `Targets`.
     """
 
     score: ClassVar[str]
@@ -77,6 +85,12 @@ class Task(ABC):
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
+        self.details: dict[str, Any] = {}
+
+    def informed(self, details: Mapping[str, Any]) -> "Task":
+        """Give the task as it is once it knows its details."""
+        self.details = dict(details)
+        return self
 
     @property
     def outputs(self) -> int:
@@ -122,8 +136,14 @@ class Task(ABC):
         return self
 
     @abstractmethod
-    def read_as(self, rows: pd.DataFrame, shape: Sequence[int]) -> Tensor:
+    def read_as(self, rows: pd.DataFrame, shape: Sequence[int]) -> Any:
         """Read targets for a model that has its names already."""
+
+    def read_known(self, rows: pd.DataFrame, shape: Sequence[int]) -> Any:
+        """Read targets where rows bring them, else NaN for each."""
+        if self.labelled(rows):
+            return self.read_as(rows, shape)
+        return torch.full((len(rows),), math.nan)
 
     def weigh(self, targets: Tensor) -> Tensor | None:
         """Give weights for the loss by which what is rare counts as much as what is common."""
@@ -133,8 +153,8 @@ class Task(ABC):
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         """Give the mean loss of a batch."""
 
-    def keep(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Reduce the outputs and targets of a batch to what the scores need."""
+    def keep(self, outputs: Tensor, targets: Any, watched: bool = False) -> tuple[Tensor, Tensor]:
+        """Reduce outputs and targets of a batch to what the scores need; `watched`: to what `watch` needs."""
         return outputs, targets
 
     def kept_loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
@@ -173,6 +193,16 @@ class Task(ABC):
     @abstractmethod
     def count(self, targets: Tensor) -> dict[str, int]:
         """Count images by what is true of them."""
+
+    def write(self, outputs: Tensor, rows: pd.DataFrame, folder: Path) -> None:
+        """Write what is predicted of each image as an image; most tasks have none."""
+        return
+
+    def show(
+        self, network: nn.Module, part: Any, outcome: Outcome, names: Sequence[str], folder: Path
+    ) -> None:
+        """Draw images of the test with what is predicted of them; most tasks have nothing to draw there."""
+        return
 
     @abstractmethod
     def draw(self, outcome: Outcome, record: Mapping[str, Any], title: str, folder: Path) -> None:
