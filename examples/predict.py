@@ -5,6 +5,7 @@
 The adapter's file says which model it belongs to, how images become its input, how sure it may be (the
 temperature), from where on a class is positive, and which classes it takes to hold the true one.
 Where the labels are known (folders named as the classes, or a column of a table), the scores are printed too.
+Masks are written into a folder beside the CSV, each in the geometry of its image.
 """
 
 import sys
@@ -21,12 +22,13 @@ from trainer.data import Preprocessing
 from trainer.errors import TrainerError
 from trainer.flags import spelled
 from trainer.images import load
-from trainer.models import build_model
+from trainer.models import build_model, segmenting
 from trainer.results import write_predictions
 from trainer.rows import Rows
 from trainer.settings import Settings
 from trainer.sources import rows_to_predict
 from trainer.tasks import TASKS, Outcome, Task
+from trainer.tasks.outcome import Integers
 from trainer.weights import load_weights
 
 import medpeft
@@ -43,6 +45,8 @@ class Flags:
         path_column: of a table, names the image files (default: path)
         label_column: of a table, names the classes, for the scores (default: label, where there is one)
         finding_column: of a table, for several findings, names one; may be repeated
+        mask_column: of a table, names the files of the masks (default: mask, where there is one)
+        output_masks: of a segmentation, the folder to write the masks to (default: beside the CSV)
         masks: take X_mask.png beside X.png for an image too
         weights: the file of pretrained weights that train.py was given, if it was
         batch_size: images that are computed at once
@@ -55,6 +59,8 @@ class Flags:
     path_column: str | None = None
     label_column: str | None = None
     finding_column: list[str] = field(default_factory=list)
+    mask_column: str | None = None
+    output_masks: Path | None = None
     masks: bool = False
     weights: Path | None = None
     batch_size: int = 32
@@ -95,6 +101,7 @@ def run(adapter: Path, data: str, flags: Flags) -> dict[str, Any] | None:
         finding_column=flags.finding_column,
         path_column=flags.path_column,
         label_column=flags.label_column,
+        mask_column=flags.mask_column,
         masks=flags.masks,
         volumes=metadata.get("volumes", False),
         skip_broken=flags.skip_broken,
@@ -103,20 +110,23 @@ def run(adapter: Path, data: str, flags: Flags) -> dict[str, Any] | None:
     if task.labelled(rows.table):
         check_named(task, rows, data)
     model = rebuild(adapter, metadata, preprocessing, flags.weights).to(device)
-    kept, outputs = predicted(task, model, rows, preprocessing, flags, device)
-    names = kept.column("name")
+    names, outputs, targets = predicted(task, model, rows, preprocessing, flags, device)
     scores = truths = None
-    if task.labelled(kept.table):
-        targets = task.read_as(kept.table, preprocessing.stored)
+    if task.labelled(rows.table):
         outcome, truths = Outcome(outputs, targets, metadata), task.truths(targets)
         scores = task.scores(outcome)
-        # Where patients are named, they are drawn together.
-        _, groups = np.unique(kept.column("patient") or names, return_inverse=True)
-        scores["intervals"] = task.intervals(outcome, groups, seed=0)
+        scores["intervals"] = task.intervals(outcome, groups_of(rows, names), seed=0)
         say(flags, task.table(outcome, scores) + "\n")
     write_predictions(flags.output, names, task.predictions(outputs, metadata), truths)
     say(flags, f"Wrote the predictions for {len(names)} images to {flags.output}")
     return scores
+
+
+def groups_of(rows: Rows, names: Sequence[str]) -> Integers:
+    """Number the images (N,) so that those of one patient, where patients are named, have one number."""
+    patients = dict(zip(rows.column("name"), rows.column("patient") or rows.column("name"), strict=True))
+    _, groups = np.unique([patients[name] for name in names], return_inverse=True)
+    return groups.astype(np.int64)
 
 
 def check_named(task: Task, rows: Rows, data: str) -> None:
@@ -130,7 +140,8 @@ def check_named(task: Task, rows: Rows, data: str) -> None:
 
 def task_of(metadata: Mapping[str, Any]) -> Task:
     """Make the task of an adapter; files of before there were several are of one label."""
-    return TASKS[metadata.get("task", "classify")](metadata["classes"])
+    task = TASKS[metadata.get("task", "classify")](metadata["classes"])
+    return task.informed(metadata.get("details", {}))
 
 
 @torch.no_grad()
@@ -141,26 +152,33 @@ def predicted(
     preprocessing: Preprocessing,
     flags: Flags,
     device: torch.device,
-) -> tuple[Rows, Tensor]:
-    """Give the rows that could be read, and the outputs for them (N, …); say what was left out."""
-    kept: list[int] = []
-    outputs: list[Tensor] = []
+) -> tuple[list[str], Tensor, Tensor]:
+    """Give the names of the images that can be read, and what is kept of outputs and targets (N, …)."""
+    found: list[tuple[Tensor, Tensor]] = []
+    names: list[str] = []
     notes = list(rows.notes)
-    items = rows.column("item")
-    for start in range(0, len(items), CHUNK):
+    folder = flags.output_masks or flags.output.with_name(f"{flags.output.stem}-masks")
+    for start in range(0, len(rows.table), CHUNK):
+        chunk = rows.table.iloc[start : start + CHUNK]
         loaded = load(
-            items[start : start + CHUNK],
+            list(chunk["item"]),
             preprocessing.image_size,
             stored=preprocessing.stored,
             skip_broken=flags.skip_broken,
         )
-        kept += (start + loaded.rows).tolist()
+        chunk = chunk.iloc[loaded.rows].assign(shape=loaded.shapes)
+        targets = task.read_known(chunk, preprocessing.stored)
+        names += list(chunk["name"])
         notes += [f"left out: {text}" for text in loaded.broken]
-        batches = map(preprocessing, loaded.pixels.split(flags.batch_size))
-        outputs += [task.infer(model, batch.to(device)).cpu() for batch in batches]
+        for first in range(0, len(chunk), flags.batch_size):
+            batch = slice(first, first + flags.batch_size)
+            images = preprocessing(loaded.pixels[batch]).to(device)
+            outputs = task.infer(model, images).cpu()
+            found.append(task.keep(outputs, targets[batch]))
+            task.write(outputs, chunk.iloc[batch], folder)
     for note in notes:
         print(note, file=sys.stderr)
-    return Rows(rows.table.iloc[kept]), torch.cat(outputs)
+    return names, torch.cat([one for one, _ in found]), torch.cat([one for _, one in found])
 
 
 def say(flags: Flags, text: str) -> None:
@@ -207,17 +225,19 @@ def rebuild(
         raise TrainerError(f"{adapter} was trained without --weights. Leave it out.")
     # Random weights, where the run had no pretrained ones, come from its seed; `load` checks that they do.
     torch.manual_seed(metadata["seed"])
-    outputs, dimensions = task_of(metadata).outputs, len(preprocessing.stored)
+    task, dimensions = task_of(metadata), len(preprocessing.stored)
     model = build_model(
         metadata["model"],
-        outputs,
-        preprocessing.image_size,
+        task.outputs,
+        task.details.get("patch") or preprocessing.image_size,
         metadata["pretrained"],
         dimensions,
         metadata.get("model_option"),
     )
     if weights and trained_with:
         load_weights(model, weights, trained_with["head"])
+    if metadata.get("task") == "segment":
+        model, _ = segmenting(model, task.outputs)
     return medpeft.load(model, adapter).eval()
 
 

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from .settings import Settings
 
 TABLES = (".csv", ".tsv", ".txt")
-TABLE_ONLY = ("path_column", "label_column", "patient_column", "group_column", "finding_column")
+TABLE_ONLY = (
+    *("path_column", "label_column", "mask_column", "patient_column"),
+    *("group_column", "finding_column"),
+)
 POSITIVE = ("epochs", "patience", "batch_size", "accumulate", "devices", "lr")
 # Settings that are of use to some tasks alone.
 OF_TASKS = {
@@ -25,8 +28,14 @@ OF_TASKS = {
     "grade": ("ordinal",),
     "threshold": ("classify", "multilabel"),
     "coverage": ("classify", "ordinal", "regress"),
+    "mask_column": ("segment",),
+    "structure": ("segment",),
+    "patch_size": ("segment",),
     "class_weights": ("classify", "multilabel"),
-    "balanced_sampler": ("classify", "ordinal"),
+    "balanced_sampler": ("classify", "ordinal", "segment"),
+    "label_column": ("classify", "multilabel", "ordinal", "regress"),
+    "masks": ("classify", "multilabel", "ordinal", "regress"),
+    "cache_features": ("classify", "multilabel", "ordinal", "regress"),
 }
 
 
@@ -121,3 +130,10 @@ def check_task(settings: Settings) -> None:
             )
     if settings.finding_column and settings.label_column:
         raise TrainerError("--finding-column takes the place of --label-column. Leave one out.")
+    size = settings.patch_size
+    if size is not None and not 8 <= size <= settings.image_size:
+        raise TrainerError(
+            f"--patch-size is {size}; it must be at least 8, and at most --image-size {settings.image_size}."
+        )
+    if len(set(settings.structure)) < len(settings.structure):
+        raise TrainerError(f"--structure names one twice: {', '.join(settings.structure)}.")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from monai.transforms.compose import Compose
 from monai.transforms.intensity.array import RandScaleIntensity
 from monai.transforms.spatial.array import RandAffine, RandFlip
-from monai.transforms.utility.array import CastToType
+from monai.transforms.utility.array import Lambda
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -23,7 +24,7 @@ from .rows import Images
 from .settings import Settings
 
 Key = tuple[int, int]  # the place of an image in its part, and the epoch
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Any]  # inputs, and targets as the task takes them
 
 
 @dataclass(frozen=True)
@@ -94,39 +95,69 @@ def _for_images(size: tuple[int, ...], mean: list[float], std: list[float]) -> v
     )
 
 
+@dataclass(frozen=True)
+class Strength:
+    """How far an augmentation goes.
+
+    Attributes:
+        angle: in degrees.
+        shift: as a share of the side.
+        scale: of a volume, as a share.
+        light: likewise.
+        zoom: of an image, from and to.
+        shear: in degrees.
+    """
+
+    angle: float = 10
+    shift: float = 0.05
+    scale: float = 0.1
+    light: float = 0.2
+    zoom: tuple[float, float] = (0.9, 1.1)
+    shear: float | None = None
+
+    def turn(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """Give the arguments of MONAI's affine transformation of volumes (D, H, W)."""
+        return {
+            "rotate_range": [math.radians(self.angle), 0, 0],
+            "translate_range": [self.shift * side for side in shape],
+            "scale_range": [self.scale] * 3,
+            "padding_mode": "zeros",
+        }
+
+
+# "light": flips, small turns, shifts and changes of light are as likely in the next image of the same
+# scanner, and no finding leaves the view. "strong": larger ones, blur too.
+STRENGTHS = {"light": Strength(), "strong": Strength(25, 0.1, 0.25, 0.4, (0.8, 1.25), 5)}
+
+
 def augmentation(strength: str, shape: tuple[int, ...]) -> Any:
     """Give what changes stored pixels (C, H, W) or (C, D, H, W) at random.
 
     torchvision's for images: they take a third of the time of MONAI's, or less, which are for volumes.
 
     Args:
-        strength: "light": flips, small turns, shifts and changes of light are as likely in the next image of
-            the same scanner, and no finding leaves the view. "strong": larger ones, blur too. "none": none.
+        strength: "none", or of `STRENGTHS`.
         shape: (H, W) or (D, H, W).
     """
     if strength == "none":
         return v2.Identity()
-    strong = strength == "strong"
-    angle, shift, scale, light, zoom, shear = (10, 0.05, 0.1, 0.2, (0.9, 1.1), None)
-    if strong:
-        angle, shift, scale, light, zoom, shear = (25, 0.1, 0.25, 0.4, (0.8, 1.25), 5)
+    own = STRENGTHS[strength]
     if len(shape) == 3:
-        turn = RandAffine(
-            1.0,
-            rotate_range=[math.radians(angle), 0, 0],
-            translate_range=[shift * side for side in shape],
-            scale_range=[scale] * 3,
-            padding_mode="zeros",
-        )
-        return Compose([RandFlip(0.5, 2), turn, RandScaleIntensity(light, 1.0), CastToType(torch.uint8)])
+        turn = RandAffine(1.0, **own.turn(shape))
+        return Compose([RandFlip(0.5, 2), turn, RandScaleIntensity(own.light, 1.0), Lambda(to_bytes)])
     drawn = [
         v2.RandomHorizontalFlip(),
-        v2.RandomAffine(angle, (shift, shift), zoom, shear, interpolation=2),
-        v2.ColorJitter(brightness=light, contrast=light),
+        v2.RandomAffine(own.angle, (own.shift, own.shift), own.zoom, own.shear, interpolation=2),
+        v2.ColorJitter(brightness=own.light, contrast=own.light),
     ]
-    if strong:
+    if strength == "strong":
         drawn.append(v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.5))], 0.3))
     return v2.Compose(drawn)
+
+
+def to_bytes(values: Tensor) -> Tensor:
+    """Round to 8 bit; what is too bright is white, where a cast would wrap it around to black."""
+    return values.round().clamp(0, 255).byte()
 
 
 class Part(Dataset[Batch]):
@@ -151,20 +182,25 @@ class Part(Dataset[Batch]):
         self.augment = augmentation(augment, preprocessing.stored)
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.pixels)
 
     def __getitem__(self, key: int | Key) -> Batch:
         if isinstance(key, int):
             return self.preprocessing(self.pixels[key]), self.targets[key]
-        place, epoch = key
+        with self.drawing(*key):
+            changed = torch.as_tensor(self.augment(self.pixels[key[0]]))
+        return self.preprocessing(changed), self.targets[key[0]]
+
+    @contextmanager
+    def drawing(self, place: int, epoch: int) -> Iterator[int]:
+        """Draw at random as it follows from the run's seed, an image and an epoch; give the seed."""
         drawn = int(np.random.SeedSequence([self.seed, epoch, place]).generate_state(1)[0])
         if isinstance(self.augment, Compose):
             self.augment.set_random_state(drawn)
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would seed the GPUs too, and with them the model's dropout.
             torch.default_generator.manual_seed(drawn)
-            changed = torch.as_tensor(self.augment(self.pixels[place]))
-        return self.preprocessing(changed), self.targets[place]
+            yield drawn
 
 
 class FeaturePart(Dataset[Batch]):

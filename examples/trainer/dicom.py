@@ -101,6 +101,18 @@ def patient_of(path: Path) -> str:
         return ""
 
 
+def pixel_sides(path: Path) -> tuple[float, ...] | None:
+    """Give the sides in mm of the pixels (Y, X) of one image, None where no such file tells them."""
+    if not path.is_file() or not (path.suffix.lower() in SUFFIXES or looks_like_dicom(path)):
+        return None
+    tags = ["PixelSpacing", "NumberOfFrames"]
+    header = _pydicom().dcmread(path, force=True, stop_before_pixels=True, specific_tags=tags)
+    sides = header.get("PixelSpacing")
+    if not sides or int(header.get("NumberOfFrames") or 1) > 1:
+        return None
+    return float(sides[0]), float(sides[1])
+
+
 def _place(header: Any) -> tuple[float, float]:
     """Give a slice's place along the normal of its plane, else its number."""
     number = float(header.get("InstanceNumber") or 0)

@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 
 from .data import Preprocessing
 from .gradcam import gradcam
-from .tasks.task import Mistake
+from .tasks import Mistake
 
 MOST, COLUMNS = 12, 4
 

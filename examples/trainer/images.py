@@ -4,7 +4,6 @@ An image is (H, W) or (H, W, 3), a volume (D, H, W) or (D, H, W, 3).
 """
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 import torch
-from monai.data.image_reader import NibabelReader
 from monai.transforms.spatial.array import Resize
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
@@ -24,11 +22,12 @@ from tqdm.contrib.concurrent import thread_map
 from .dicom import SUFFIXES as DICOM
 from .dicom import looks_like_dicom, patient_of, read_dicom, read_series
 from .errors import TrainerError
+from .nifti import SUFFIXES as NIFTI
+from .nifti import read_nifti
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
-NIFTI = (".nii", ".nii.gz")
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp", ".nii", *DICOM}
 SHOWN = 5  # broken images that a message names
 
@@ -44,6 +43,7 @@ class Loaded:
         patients: of the N originals, from their DICOM header; else empty.
         blank: (N,) whether an image has one value everywhere.
         broken: what is wrong with each of the others.
+        shapes: of the N originals, without colour.
     """
 
     pixels: Tensor
@@ -52,6 +52,19 @@ class Loaded:
     patients: list[str]
     blank: npt.NDArray[np.bool_]
     broken: list[str]
+    shapes: list[tuple[int, ...]]
+
+    def only(self, chosen: Integers) -> "Loaded":
+        """Give some of the images, by their positions."""
+        return Loaded(
+            self.pixels[torch.from_numpy(chosen)],
+            self.rows[chosen],
+            [self.digests[i] for i in chosen],
+            [self.patients[i] for i in chosen],
+            self.blank[chosen],
+            self.broken,
+            [self.shapes[i] for i in chosen],
+        )
 
 
 def is_image(path: Path) -> bool:
@@ -84,25 +97,28 @@ def load(
     decoded = thread_map(
         attempt, items, max_workers=4, desc="reading images", unit="image", leave=False, disable=None
     )
-    arrays, rows, digests, patients, blank, broken = [], [], [], [], [], []
+    arrays, rows, digests, patients, blank, broken, shapes = [], [], [], [], [], [], []
     for row, one in enumerate(decoded):
         if isinstance(one, str):
             broken.append(one)
             continue
-        array, own_digest, patient = one
+        array, own_digest, patient, shape = one
         arrays.append(array)
         rows.append(row)
         digests.append(own_digest)
         patients.append(patient)
+        shapes.append(shape)
         blank.append(array.min() == array.max())
     if broken and not (skip_broken and arrays):
-        raise TrainerError(_complaint(broken, len(decoded)))
+        raise TrainerError(complaint(broken, len(decoded)))
     pixels = stack(_of_one_size(arrays, size, stored))
-    return Loaded(pixels, np.array(rows), digests, patients, np.array(blank), broken)
+    return Loaded(pixels, np.array(rows), digests, patients, np.array(blank), broken, shapes)
 
 
-def _attempt(item: Any, size: int, stored: Sequence[int] | None) -> tuple[Bytes, str, str] | str:
-    """Give an image, its digest and its patient, or what is wrong with it."""
+def _attempt(
+    item: Any, size: int, stored: Sequence[int] | None
+) -> tuple[Bytes, str, str, tuple[int, ...]] | str:
+    """Give an image, its digest, its patient and its own shape, or what is wrong with it."""
     try:
         array = decode(item)
     except TrainerError as error:
@@ -110,7 +126,8 @@ def _attempt(item: Any, size: int, stored: Sequence[int] | None) -> tuple[Bytes,
     patient = ""
     if isinstance(item, Path):
         patient = patient_of(item)
-    return _shrunk(array, size, stored), digest(array), patient
+    shape = array.shape[: dimensions_of(array)]
+    return _shrunk(array, size, stored), digest(array), patient, shape
 
 
 def decode(item: Any) -> Bytes:
@@ -121,7 +138,7 @@ def decode(item: Any) -> Bytes:
     """
     try:
         if isinstance(item, Path):
-            return as_image(_read(item))
+            return as_image(read_values(item))
         return as_image(item() if callable(item) else item)
     # Damaged files raise whatever their format's parser stumbles on.
     except Exception as error:
@@ -230,10 +247,11 @@ def _of_one_size(arrays: Sequence[Bytes], size: int, stored: Sequence[int] | Non
     return [resize(array, stored or shape) for array in arrays]
 
 
-def _complaint(broken: list[str], count: int) -> str:
+def complaint(broken: Sequence[str], count: int, what: str = "images") -> str:
+    """Tell of files that cannot be read, and how to leave them out."""
     if count == 1:
         return broken[0]
-    lines = [f"{len(broken)} of {count} images cannot be read:", *broken[:SHOWN]]
+    lines = [f"{len(broken)} of {count} {what} cannot be read:", *broken[:SHOWN]]
     if len(broken) > SHOWN:
         lines.append(f"and {len(broken) - SHOWN} more")
     text = "\n  ".join(lines)
@@ -242,11 +260,12 @@ def _complaint(broken: list[str], count: int) -> str:
     return text
 
 
-def _read(path: Path) -> npt.NDArray[np.generic]:
+def read_values(path: Path) -> npt.NDArray[np.generic]:
+    """Decode a file as it is, before it is brought to 8 bit."""
     if path.is_dir():
         return read_series(path)
     if path.name.lower().endswith(NIFTI):
-        return _read_nifti(path)
+        return read_nifti(path)
     if path.suffix.lower() in DICOM or looks_like_dicom(path):
         return read_dicom(path)
     is_tiff = path.suffix.lower() in {".tif", ".tiff"}
@@ -275,18 +294,3 @@ def pixels_of(opened: Image.Image) -> npt.NDArray[np.generic]:
     if image.mode in {"1", "L", "LA"}:
         return np.asarray(image.convert("L"))
     return np.asarray(image.convert("RGB"))
-
-
-def _read_nifti(path: Path) -> npt.NDArray[np.generic]:
-    """Read a volume as ITK orders its voxels: from the feet up, each slice seen from there."""
-    reader = NibabelReader(as_closest_canonical=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        values, _ = reader.get_data(reader.read(path))
-    if values.ndim != 3:
-        raise ValueError(f"it has the shape {values.shape}; one volume (X, Y, Z) is needed")
-    # (X, Y, Z) of right, front, top → (Z, Y, X)
-    volume = np.asarray(values).transpose(2, 1, 0)[:, ::-1, ::-1]
-    if len(volume) == 1:
-        volume = volume[0]
-    return np.ascontiguousarray(volume)

@@ -1,5 +1,6 @@
 """The model of a run: built by its name, filled from a file, checked before images are read, and adapted."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .networks import (
     timm_network,
     torchvision_network,
 )
+from .segmenter import check_shapes, require_masks, with_decoder
 from .settings import Settings
 from .weights import Filled, load_weights
 
@@ -84,6 +86,9 @@ def _nothing_to_fetch(name: str) -> str:
 def adapted_model(settings: Settings, classes: int, dimensions: int = 2) -> nn.Module:
     """Build the model of a run, fill it from a file if one is given, and apply the method to it."""
     model, filled = _built(settings, classes, dimensions)
+    if settings.task == "segment":
+        side = settings.patch_size or settings.image_size
+        check_shapes(model, settings.model, classes, [side] * dimensions)
     if settings.strategy != "fsdp2" and dimensions == 2:
         # Convolutions on a CPU take a third less time with channels last; shards lie as they are.
         model = model.to(memory_format=torch.channels_last)
@@ -119,14 +124,27 @@ def _built(
     fetched = not (settings.no_pretrained or settings.weights)
     if settings.model.startswith(MONAI) and fetched:
         raise TrainerError(_nothing_to_fetch(settings.model))
+    size = settings.patch_size or settings.image_size
     model = build_model(
-        settings.model, classes, settings.image_size, fetched and not meta, dimensions, settings.model_option
+        settings.model, classes, size, fetched and not meta, dimensions, settings.model_option
     )
     _set_statistics(model, settings)
     filled = None
     if settings.weights:
         filled = load_weights(model, settings.weights, settings.head)
+    if settings.task == "segment":
+        model, filled = segmenting(model, classes, filled)
     return model, filled
+
+
+def segmenting(
+    model: nn.Module, outputs: int, filled: Filled | None = None
+) -> tuple[nn.Module, Filled | None]:
+    """Give a classifier a decoder in place of its head, and tell how its parts are named then."""
+    whole = with_decoder(model, outputs)
+    if filled is not None and whole is not model:
+        filled = replace(filled, fresh=[f"encoder.{name}" for name in filled.fresh], head_fits=False)
+    return whole, filled
 
 
 def _set_statistics(model: nn.Module, settings: Settings) -> None:
@@ -205,16 +223,19 @@ def _check_flags(settings: Settings) -> None:
 
 
 def _check_output(model: nn.Module, settings: Settings) -> None:
-    """Refuse a network that gives other things than scores of classes, such as masks."""
+    """Refuse a network that gives other things than scores of classes, such as masks, or for masks these."""
+    side = settings.patch_size or settings.image_size
     for dimensions in (3, 2):
-        images = torch.empty(1, 3, *[settings.image_size] * dimensions, device="meta")
+        images = torch.empty(1, 3, *[side] * dimensions, device="meta")
         try:
             with torch.no_grad():
                 output = model.eval()(images)
         # A network of the other number of dimensions, or one that does not run without memory.
         except Exception:
             continue
-        if not isinstance(output, torch.Tensor) or output.ndim != 2:
+        if settings.task == "segment":
+            require_masks(output, settings.model, 2, images.shape[2:])
+        elif not isinstance(output, torch.Tensor) or output.ndim != 2:
             given = type(output).__name__
             if isinstance(output, torch.Tensor):
                 given = f"an output of shape {tuple(output.shape)}"

@@ -112,7 +112,7 @@ class Finetuning(lightning.LightningModule):
         """Give the mean loss of a batch."""
         images, targets = batch
         loss = self.task.loss(self.network(images), targets, self.weights)
-        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(targets))
+        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(images))
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
@@ -176,7 +176,8 @@ class Finetuning(lightning.LightningModule):
 
     def _see(self, batch: Batch) -> None:
         images, targets = batch
-        self._seen.append(self.task.keep(self.task.infer(self.network, images), targets))
+        watched = self.trainer.state.fn == "fit"
+        self._seen.append(self.task.keep(self.task.infer(self.network, images), targets, watched))
 
     def _gathered(self, part: str) -> Batch:
         """Join the outputs of all batches and processes, in the order of the images."""

@@ -48,6 +48,8 @@ REQUIRED = {
     "model_name": "efficientnet-b0",
     "backbone": "efficientnet-b0",
 }
+# DynUNet begins without a halving, so that its output has the size of its input.
+OWN = {"DynUNet": {"strides": (1, 2, 2, 2)}}
 # The head of a ViT of MONAI is off by default, and ends in a tanh.
 CLASSIFIER = {"classification": True, "post_activation": "none"}
 
@@ -184,7 +186,7 @@ def monai_keywords(
     keywords = {key: value for key, value in values.items() if key in known}
     for key, parameter in known.items():
         if key in REQUIRED and parameter.default is parameter.empty:
-            keywords[key] = REQUIRED[key]
+            keywords[key] = OWN.get(name, {}).get(key, REQUIRED[key])
     keywords |= options
     if not any(key in known for key in INPUTS) or not any(key in known for key in OUTPUTS):
         raise TrainerError(

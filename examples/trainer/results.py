@@ -77,6 +77,7 @@ def save_adapter(
         "weights": _identity(settings),
         "seed": settings.seed,
         "classes": record["classes"],
+        "details": task.details,
         "preprocessing": preprocessing.to_metadata(),
         "volumes": settings.volumes,
         f"test_{task.score}": record["test"][task.score],

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,10 +60,11 @@ class Images:
         subgroups: of the N patients, empty where they are not asked for.
         broken: what is wrong with each image that was left out.
         notes: lines for the user.
+        details: what the task has to know besides the classes.
     """
 
     pixels: Tensor
-    targets: Tensor
+    targets: Any
     classes: list[str]
     strata: Integers
     stratum_names: list[str]
@@ -72,6 +74,7 @@ class Images:
     subgroups: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.strata)
@@ -86,10 +89,12 @@ def read_images(rows: Rows, settings: Settings) -> Images:
     task = TASKS[settings.task]
     task.check(rows.table, settings)
     loaded = load(rows.column("item"), settings.image_size, skip_broken=settings.skip_broken)
-    kept = Rows(rows.table.iloc[loaded.rows])
+    kept = Rows(rows.table.iloc[loaded.rows].assign(shape=pd.Series(loaded.shapes, loaded.rows)))
+    targets = task.read(kept.table, loaded.pixels.shape[2:], settings)
+    if targets.kept is not None:
+        loaded, kept = loaded.only(targets.kept), Rows(kept.table.iloc[targets.kept])
     named = kept.column("patient") or loaded.digests
     in_files = [patient or f"image {row}" for row, patient in enumerate(loaded.patients)]
-    targets = task.read(kept.table, loaded.pixels.shape[2:], settings)
     groups = join_groups(loaded.digests, in_files, named)
     strata = targets.strata if targets.exact else merge_rare(targets.strata, groups)
     names, notes = kept.column("name"), rows.notes + targets.notes
@@ -106,8 +111,9 @@ def read_images(rows: Rows, settings: Settings) -> Images:
         np.array(kept.column("part"), dtype=np.str_),
         names,
         kept.column("group"),
-        loaded.broken,
+        loaded.broken + targets.broken,
         notes,
+        targets.details,
     )
 
 

@@ -1,32 +1,25 @@
 """One run: from settings to an adapter, its scores and everything else that it leaves."""
 
-import os
 import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
-from torch import nn
 
 import medpeft
 
 from .card import versions, write_card
-from .data import DataModule, FeaturePart, Part, Preprocessing, augmentation
+from .data import DataModule
 from .exports import check_exports, export
-from .features import cached_features, trained_head
 from .gallery import MOST, draw_gallery, without_checkpointing
-from .images import Integers
 from .lightning_trainer import make_trainer, quietly
-from .models import adapted_model, check_model, input_statistics
+from .models import check_model
 from .module import Finetuning
-from .origin import weights_of
 from .results import (
     begin,
     describe,
@@ -34,36 +27,12 @@ from .results import (
     forget_peak,
     peak_memory,
     save_adapter,
-    saved_bytes,
     write_results,
 )
-from .rows import Images
 from .settings import Settings
-from .sources import read_data
-from .splits import divided_groups, split
 from .subgroups import gaps
-from .tasks import TASKS, Mistake, Outcome, Task
-
-
-@dataclass
-class Work:
-    """What one run works with.
-
-    Attributes:
-        settings: checked.
-        task: what is asked of the images.
-        images: the data.
-        found: the positions of the images in each part.
-        model: adapted.
-        preprocessing: from a file to the model's input.
-    """
-
-    settings: Settings
-    task: Task
-    images: Images
-    found: dict[str, Integers]
-    model: nn.Module
-    preprocessing: Preprocessing
+from .tasks import TASKS, Mistake, Outcome
+from .work import Work, describe_work, parts_of, prepare, say
 
 
 def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> dict[str, Any]:
@@ -105,67 +74,6 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
         record["versions"], record["date"] = versions(), time.strftime("%Y-%m-%d")
         record["device"] = str(trainer.strategy.root_device)
         return conclude(work, trainer, module, record)
-
-
-def prepare(settings: Settings) -> Work:
-    """Read and split the images, and adapt the model that fits them."""
-    images = read_data(settings)
-    found = split(images, settings)
-    task = TASKS[settings.task](images.classes).prepared(images.targets[found["train"]])
-    lightning.seed_everything(settings.seed, verbose=False)
-    stored = tuple(images.pixels.shape[2:])
-    model = adapted_model(settings, task.outputs, len(stored))
-    mean, std = input_statistics(model)
-    preprocessing = Preprocessing(stored, settings.image_size, mean, std)
-    return Work(settings, task, images, found, model, preprocessing)
-
-
-def describe_work(work: Work, trainer: lightning.Trainer) -> dict[str, Any]:
-    """Give what is known before the training."""
-    settings = work.settings
-    at_once = settings.batch_size // (settings.accumulate * trainer.world_size)
-    return {
-        "settings": settings.plain(),
-        "digest": settings.digest(),
-        "classes": work.images.classes,
-        "images": {part: work.task.count(work.images.targets[rows]) for part, rows in work.found.items()},
-        "parts": sizes_of_parts(work.images, work.found),
-        "divided_groups": divided_groups(work.images, work.found),
-        "notes": work.images.notes,
-        "broken_images": work.images.broken,
-        "input": work.preprocessing.to_metadata(),
-        "weights": weights_of(settings, work.model),
-        "parameters": medpeft.report(work.model).total,
-        "trainable": sum(p.numel() for p in work.model.parameters() if p.requires_grad),
-        "saved_bytes": saved_bytes(work.model, at_once, work.preprocessing.input_shape),
-    }
-
-
-def sizes_of_parts(images: Images, found: dict[str, Integers]) -> dict[str, dict[str, int]]:
-    """Count the images of each part, and the groups (patients, copies) that they make."""
-    sizes = {}
-    for part, rows in found.items():
-        sizes[part] = {"images": len(rows), "groups": len(np.unique(images.groups[rows]))}
-    return sizes
-
-
-def parts_of(work: Work) -> tuple[nn.Module, dict[str, Part] | dict[str, FeaturePart]]:
-    """Give what is trained and what it is fed: the model and images, or its head and their features."""
-    settings, images, found = work.settings, work.images, work.found
-    if settings.cache_features is None:
-        parts = {}
-        for part, rows in found.items():
-            parts[part] = Part(images, rows, work.preprocessing, seed=settings.seed)
-        parts["train"].augment = augmentation(str(settings.augment), work.preprocessing.stored)
-        return work.model, parts
-    everything = Part(images, np.arange(len(images)), work.preprocessing)
-    features, file, there = cached_features(settings, work.model, everything)
-    did = "Took" if there else "Computed"
-    say(settings, f"{did} the features of {len(features)} images: {file}")
-    cached = {}
-    for part, rows in found.items():
-        cached[part] = FeaturePart(features[rows], Part(images, rows, work.preprocessing))
-    return trained_head(work.model)[1], cached
 
 
 def train(work: Work, trainer: lightning.Trainer) -> Finetuning:
@@ -260,6 +168,10 @@ def conclude(
             draw_mistakes(work, mistakes)
         write_card(settings, task, record)
         record = write_results(settings, task, names, test, record)
+        if not (settings.no_figures or settings.strategy == "fsdp2"):
+            part = trainer.datamodule.parts["test"]  # type: ignore[attr-defined]  # Lightning sets it
+            folder = Path(str(settings.output))
+            task.show(module.network, part, test, names, folder)
     trainer.strategy.barrier()
     say(settings, f"\nSaved the adapter, the metrics and the predictions to {settings.output}")
     if trainer.is_global_zero:
@@ -284,9 +196,3 @@ def draw_mistakes(work: Work, mistakes: Sequence[Mistake]) -> None:
     draw_gallery(
         network, mistakes, work.images.pixels[torch.from_numpy(rows)], names, work.preprocessing, path
     )
-
-
-def say(settings: Settings, text: str) -> None:
-    """Print on the first process, at once, also into a pipe."""
-    if not settings.quiet and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, flush=True)

@@ -31,7 +31,7 @@ class Settings:
 
     Attributes:
         task: what is asked of an image: classify, one label; multilabel, findings that are there or not;
-            ordinal, a grade; regress, a quantity
+            ordinal, a grade; regress, a quantity; segment, which structure each pixel belongs to
         data: a folder with one subfolder a class, a table (.csv, .tsv), a MedMNIST .npz, or hf:NAME, a data
             set of Hugging Face by name or folder (default: patches of scikit-image's stained tissue)
         test_data: images of another site, in the form of `data`: the test, while `data` trains and validates
@@ -43,12 +43,15 @@ class Settings:
         missing: for multilabel, what an empty cell of a finding means
         uncertain: for multilabel, what -1 means
         grade: for ordinal, the grades from the lowest, where they are no numbers; may be repeated
+        mask_column: of a table, for segment: names the files of the masks (default: mask)
+        structure: for segment, the name of a structure, in the order of their values; may be repeated
         patient_column: of a table; one patient's images stay in one part (default: patient, if any)
         group_column: of a table, names subgroups such as sex: the test is scored for each
-        volumes: read a folder of DICOM slices as one volume
+        volumes: read a folder of DICOM slices as one volume; without data, for segment, take a brain
         skip_broken: leave out images that cannot be read, instead of stopping
         masks: take X_mask.png beside X.png for an image too
         image_size: side in pixels
+        patch_size: for segment: train on crops of that side, and predict by a window that slides
         num_workers: processes that augment; images are decoded once and kept in memory
         val_fraction: share of the images that choose the epoch
         test_fraction: share of the images that are tested on
@@ -97,7 +100,7 @@ class Settings:
         no_figures: draw nothing, which takes a second
     """
 
-    task: Literal["classify", "multilabel", "ordinal", "regress"] = "classify"
+    task: Literal["classify", "multilabel", "ordinal", "regress", "segment"] = "classify"
     data: str | None = None
     test_data: str | None = None
     path_column: str | None = None
@@ -106,12 +109,15 @@ class Settings:
     missing: Literal["ignore", "negative"] = "ignore"
     uncertain: Literal["ignore", "negative", "positive"] = "ignore"
     grade: list[str] = field(default_factory=list)
+    mask_column: str | None = None
+    structure: list[str] = field(default_factory=list)
     patient_column: str | None = None
     group_column: str | None = None
     volumes: bool = False
     skip_broken: bool = False
     masks: bool = False
     image_size: int = 160
+    patch_size: int | None = None
     num_workers: int = 0
     val_fraction: float = 0.15
     test_fraction: float | None = None
@@ -174,6 +180,8 @@ class Settings:
             augment=_augment(self),
             model_option={name: read_value(value) for name, value in self.model_option.items()},
         )
+        if full.task == "segment" and full.data is None and not full.structure:
+            full.structure = ["grey matter", "white matter"] if full.volumes else ["stained"]
         check_values(full)
         check_data(full)
         check_task(full)

@@ -1,6 +1,5 @@
 """Where images come from: a folder, a table, a MedMNIST file, Hugging Face, or one stained tissue section."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,16 +7,17 @@ from pathlib import Path
 import pandas as pd
 
 from .archives import PREFIX, huggingface_rows, npz_rows
+from .brain import brain_rows
 from .checks import TABLES
 from .errors import TrainerError
 from .images import SUFFIXES, is_image
+from .mask_files import without_suffix
+from .masks import MASK, mask_rows, masks_known
 from .rows import PARTS, Images, Rows, name_parts, read_images
 from .settings import Settings
 from .tables import table_rows
 from .tasks import TASKS, Task
-from .tissue import tissue_rows
-
-MASK = re.compile(r"(.+?)[ _-]*(mask|seg|segmentation|annotation)s?([ _-]*\d+)?", re.IGNORECASE)
+from .tissue import stain_rows, tissue_rows
 
 
 def read_data(settings: Settings) -> Images:
@@ -35,7 +35,9 @@ def read_data(settings: Settings) -> Images:
 def rows_of(data: str | None, settings: Settings) -> Rows:
     """List the images of a source, without reading one."""
     if data is None:
-        return tissue_rows(settings.task)
+        return default_rows(settings)
+    if settings.task == "segment":
+        return mask_rows(data, settings)
     if data.startswith(PREFIX):
         return huggingface_rows(data.removeprefix(PREFIX), settings)
     path = Path(data)
@@ -49,6 +51,13 @@ def rows_of(data: str | None, settings: Settings) -> Rows:
         f"--data {path} is a {path.suffix or 'nameless'} file. Give a folder with one subfolder a class, "
         "a .csv with the columns path and label, a MedMNIST .npz, or hf:NAME for a data set of Hugging Face."
     )
+
+
+def default_rows(settings: Settings) -> Rows:
+    """List the images that come with the 'examples' extra."""
+    if settings.task != "segment":
+        return tissue_rows(settings.task)
+    return brain_rows() if settings.volumes else stain_rows()
 
 
 def rows_to_predict(data: str, settings: Settings, classes: Sequence[str]) -> Rows:
@@ -65,12 +74,16 @@ def rows_to_predict(data: str, settings: Settings, classes: Sequence[str]) -> Ro
         folders = rows.table["name"].map(
             lambda name: [part for part in name.split("/")[:-1] if part in classes]
         )
-        if folders.map(bool).all():
+        if settings.task == "segment":
+            rows = masks_known(path, settings) or rows
+        elif folders.map(bool).all():
             rows.table["label"] = folders.map(lambda parts: parts[-1])
     elif path.is_file() and is_image(path):
         rows = Rows(pd.DataFrame({"item": [path], "name": [path.name]}))
     elif path.suffix.lower() in TABLES:
         rows = table_rows(path, settings, labelled=False)
+        if settings.task == "segment":
+            rows = masks_known(path, settings) or Rows(rows.table.drop(columns="mask", errors="ignore"))
     else:
         rows = rows_of(data, settings)
     if rows.table.empty:
@@ -152,10 +165,10 @@ def _images_below(folder: Path, top: Path, settings: Settings) -> tuple[pd.DataF
 
 def _masks(images: Sequence[Path]) -> set[Path]:
     """Find the images that are named as another one beside them with `_mask` added."""
-    there = {(path.parent, path.stem.casefold()) for path in images}
+    there = {(path.parent, without_suffix(path.name).casefold()) for path in images}
     masks = set()
     for path in images:
-        named = MASK.fullmatch(path.stem)
+        named = MASK.fullmatch(without_suffix(path.name))
         if named and (path.parent, named[1].casefold()) in there:
             masks.add(path)
     return masks

@@ -40,6 +40,8 @@ def table_rows(file: Path, settings: Settings, labelled: bool = True) -> Rows:
     table = read_table(file)
     rows = _rows_of_columns(file, table, settings, labelled)
     rows["item"] = rows["name"].map(lambda name: _existing(file.parent, name))
+    if "mask" in rows:
+        rows["mask"] = rows["mask"].map(lambda name: _existing(file.parent, name))
     missing = rows["name"][~rows["item"].map(Path.exists)]
     if len(missing) and not settings.skip_broken:
         raise TrainerError(
@@ -62,12 +64,14 @@ def _rows_of_columns(file: Path, table: pd.DataFrame, settings: Settings, labell
     # Cells of findings may be empty: what that means is a setting.
     findings = settings.task == "multilabel"
     needs_label = labelled and not settings.finding_column
+    masks = "mask" if settings.task == "segment" else None
     found = {
         "name": _column(file, table, settings.path_column, "path", "--path-column"),
         "label": _column(file, table, settings.label_column, "label", "--label-column", needs_label),
         "patient": _column(file, table, settings.patient_column, "patient", "--patient-column", False),
         "part": _column(file, table, None, "split", "", False),
         "group": _column(file, table, settings.group_column, None, "--group-column", False),
+        "mask": _column(file, table, settings.mask_column, masks, "--mask-column", False),
     }
     rows = pd.DataFrame(index=table.index)
     for name, column in found.items():

@@ -133,7 +133,7 @@ def test_a_figure_is_a_picture_with_something_on_it(finished, name):
 def test_a_finished_run_is_given_again_and_never_overwritten(folder, finished, capsys, monkeypatch):
     output, record = finished
     before = (output / "adapter.safetensors").read_bytes()
-    monkeypatch.setattr("trainer.run.read_data", None)
+    monkeypatch.setattr("trainer.work.read_data", None)
     given = ["--data", folder, "--image-size", 48, "--batch-size", 8, "--method", "ssf", "--class-weights"]
     assert run(*given, "--epochs", 3, "--output", output) == record
     assert "has this run already: macro-F1" in capsys.readouterr().out

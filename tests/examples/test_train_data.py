@@ -55,6 +55,15 @@ def test_augmentation_changes_an_image_and_repeats_with_its_epoch(shape, augment
     assert torch.isfinite(first).all()
 
 
+def test_a_white_volume_stays_bright_however_much_light_is_added():
+    part = part_of(1, (8, 16, 16), "strong")
+    part.pixels[:] = 255
+    for epoch in range(8):
+        volume = part[0, epoch][0]
+        # Outside of the turned volume it is black, or grey on the edge; no voxel within is.
+        assert volume[:, 4, 8, 8].min() >= (0.59 - 0.5) / 0.25
+
+
 # Order
 
 

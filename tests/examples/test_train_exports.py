@@ -166,7 +166,7 @@ def test_a_merged_network_that_timm_cannot_build_is_refused_by_name(folder, tmp_
 def test_what_cannot_be_exported_is_refused_before_an_image_is_read(
     folder, tmp_path, capsys, monkeypatch, given, told
 ):
-    monkeypatch.setattr("trainer.run.read_data", None)
+    monkeypatch.setattr("trainer.work.read_data", None)
     assert told in messages(capsys, *flags(folder, tmp_path / "run"), *given)
 
 

@@ -94,7 +94,7 @@ def test_flags_are_spelled_as_the_settings():
     ],
 )
 def test_wrong_settings_are_answered_before_an_image_is_read(capsys, monkeypatch, given, message):
-    monkeypatch.setattr("trainer.run.read_data", None)
+    monkeypatch.setattr("trainer.work.read_data", None)
     assert message in messages(capsys, *given)
 
 

@@ -1,16 +1,19 @@
-"""What can be asked about images, a file each: a label, several findings, a grade, a quantity."""
+"""What can be asked about images, a file each: a label, several findings, a grade, a quantity, a mask."""
 
 from .classify import Classify
 from .multilabel import Multilabel
 from .ordinal import Ordinal
+from .outcome import Mistake, Outcome, Targets
 from .regress import Regress
-from .task import Mistake, Outcome, Targets, Task
+from .segment import Segment
+from .task import Task
 
 TASKS: dict[str, type[Task]] = {
     "classify": Classify,
     "multilabel": Multilabel,
     "ordinal": Ordinal,
     "regress": Regress,
+    "segment": Segment,
 }
 
 __all__ = ["TASKS", "Mistake", "Outcome", "Targets", "Task"]

@@ -19,7 +19,8 @@ from ..scores import SHOWN, class_tables, fit_temperature, macro_f1, scaled, sco
 from ..settings import Settings
 from ..thresholds import describe_rule, fit_threshold, measures_at, operating_table
 from .names import check_classes, number_classes
-from .task import Integers, Mistake, Outcome, Targets, Task
+from .outcome import Integers, Mistake, Outcome, Targets
+from .task import Task
 
 
 class Classify(Task):

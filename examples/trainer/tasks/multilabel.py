@@ -19,7 +19,8 @@ from ..scores import fit_temperature, score_class
 from ..settings import Settings
 from ..thresholds import describe_rule, fit_threshold
 from .names import check_spelling
-from .task import Integers, Outcome, Targets, Task
+from .outcome import Integers, Outcome, Targets
+from .task import Task
 
 PREFIX = "label:"  # of the columns of `Rows.table` that say of one finding whether it is there
 YES, NO = {"1", "1.0", "true", "yes", "positive"}, {"0", "0.0", "false", "no", "negative"}

@@ -7,7 +7,7 @@ from contextlib import suppress
 import numpy as np
 
 from ..errors import TrainerError
-from .task import Integers
+from .outcome import Integers
 
 
 def number_classes(names: Sequence[str]) -> tuple[Integers, list[str]]:

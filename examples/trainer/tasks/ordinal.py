@@ -23,7 +23,8 @@ from ..resampling import Floats
 from ..scores import fit_temperature, macro_f1
 from ..settings import Settings
 from .names import check_classes, number_classes
-from .task import Integers, Outcome, Targets, Task
+from .outcome import Integers, Outcome, Targets
+from .task import Task
 
 WORDS = {
     "kappa": "quadratic kappa",

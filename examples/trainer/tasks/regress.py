@@ -17,7 +17,8 @@ from ..conformal import conformal_quantile
 from ..curves import draw_agreement, draw_history
 from ..errors import TrainerError
 from ..settings import Settings
-from .task import Integers, Outcome, Targets, Task
+from .outcome import Integers, Outcome, Targets
+from .task import Task
 
 STRATA = 5  # parts of the range, of equally many images
 WORDS = {

@@ -1,80 +1,23 @@
 """What a task is: how images are labelled, learned, scored, written down and drawn."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from ..resampling import Floats, describe_draws, intervals
 from ..subgroups import describe_worst
+from .outcome import Integers, Mistake, Outcome, Targets
 
 if TYPE_CHECKING:
     from ..settings import Settings
-
-Integers = npt.NDArray[np.int64]
-
-
-@dataclass
-class Targets:
-    """What is to be learned about N images.
-
-    Attributes:
-        values: (N, …), one target an image.
-        names: of the outputs: classes, findings, structures, or the quantity.
-        strata: (N,), positions in `stratum_names`: each stratum keeps its share in every part of a split.
-        stratum_names: in a message.
-        exact: whether a split must have every stratum in every part; else rare ones join the largest.
-        notes: lines for the user.
-    """
-
-    values: Tensor
-    names: list[str]
-    strata: Integers
-    stratum_names: list[str]
-    exact: bool = True
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Outcome:
-    """What a model said about some images, and what is true.
-
-    Attributes:
-        outputs: (N, …), of the model, on the CPU; what the task keeps of them.
-        targets: (N, …).
-        fitted: what was fitted on the validation part, such as the temperature.
-    """
-
-    outputs: Tensor
-    targets: Tensor
-    fitted: Mapping[str, Any]
-
-    def rows(self, chosen: Tensor) -> "Outcome":
-        """Give the outcome of some of the images, by their positions or a mask."""
-        return Outcome(self.outputs[chosen], self.targets[chosen], self.fitted)
-
-
-@dataclass
-class Mistake:
-    """An image about which a model is wrong.
-
-    Attributes:
-        row: its position in the outcome.
-        words: lines under its picture: what is true, what was predicted, how sure the model was.
-        output: position of the output that was wrong.
-    """
-
-    row: int
-    words: str
-    output: int
 
 
 class Task(ABC):
@@ -87,6 +30,7 @@ class Task(ABC):
         loss_words: what the loss is called.
         draws: of the bootstrap.
         names: of the outputs.
+        details: as in `Targets`.
     """
 
     score: ClassVar[str]
@@ -97,6 +41,12 @@ class Task(ABC):
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
+        self.details: dict[str, Any] = {}
+
+    def informed(self, details: Mapping[str, Any]) -> "Task":
+        """Give the task as it is once it knows its details."""
+        self.details = dict(details)
+        return self
 
     @property
     def outputs(self) -> int:
@@ -142,8 +92,14 @@ class Task(ABC):
         return self
 
     @abstractmethod
-    def read_as(self, rows: pd.DataFrame, shape: Sequence[int]) -> Tensor:
+    def read_as(self, rows: pd.DataFrame, shape: Sequence[int]) -> Any:
         """Read targets for a model that has its names already."""
+
+    def read_known(self, rows: pd.DataFrame, shape: Sequence[int]) -> Any:
+        """Read targets where rows bring them, else NaN for each."""
+        if self.labelled(rows):
+            return self.read_as(rows, shape)
+        return torch.full((len(rows),), math.nan)
 
     def weigh(self, targets: Tensor) -> Tensor | None:
         """Give weights for the loss by which what is rare counts as much as what is common."""
@@ -153,8 +109,8 @@ class Task(ABC):
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         """Give the mean loss of a batch."""
 
-    def keep(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Reduce the outputs and targets of a batch to what the scores need."""
+    def keep(self, outputs: Tensor, targets: Any, watched: bool = False) -> tuple[Tensor, Tensor]:
+        """Reduce outputs and targets of a batch to what the scores need; `watched`: to what `watch` needs."""
         return outputs, targets
 
     def kept_loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
@@ -207,6 +163,16 @@ class Task(ABC):
     @abstractmethod
     def count(self, targets: Tensor) -> dict[str, int]:
         """Count images by what is true of them."""
+
+    def write(self, outputs: Tensor, rows: pd.DataFrame, folder: Path) -> None:
+        """Write what is predicted of each image as an image; most tasks have none."""
+        return
+
+    def show(
+        self, network: nn.Module, part: Any, outcome: Outcome, names: Sequence[str], folder: Path
+    ) -> None:
+        """Draw images of the test with what is predicted of them; most tasks have nothing to draw there."""
+        return
 
     @abstractmethod
     def draw(self, outcome: Outcome, record: Mapping[str, Any], title: str, folder: Path) -> None:
