@@ -83,3 +83,14 @@ def _markdown_line(cells: Iterable[str]) -> str:
 def _escaped(text: str) -> str:
     """Text that ends no cell and no line and opens no HTML tag, such as the class name `<lambda>`."""
     return " ".join(text.splitlines()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def heading(methods: str, model: str, depth: float) -> str:
+    """Write what was done to which model, and in which share of its blocks.
+
+    >>> heading("lora", "VisionTransformer", 0.25)
+    'lora on VisionTransformer, depth 0.25'
+    """
+    if depth < 1:
+        return f"{methods} on {model}, depth {depth:g}"
+    return f"{methods} on {model}"

@@ -20,7 +20,7 @@ Name = Literal[
 
 Methods = Name | str | Mapping[str, Mapping[str, Any] | None]
 
-_OF_APPLY = ("target", "exclude", "head", "batchnorm", "keep_base", "dtype", "seed")
+_OF_APPLY = ("target", "exclude", "depth", "head", "batchnorm", "keep_base", "dtype", "seed")
 """Keywords of `apply` that are no options of a method."""
 
 _OTHER_NAMES = {
