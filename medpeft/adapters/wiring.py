@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from .adapters import Adapters
+from .handover import Handover
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Wiring:
         previous: A `forward` that someone else had put on the instance before, None for the class's own.
         overrides: Attributes, tensors apart, that the stand-in has in place of the layer's: a hook that keeps
             torch off its fused kernel, for one.
+        handovers: The handovers that are open while the layer runs.
         apart: Whether its bias trains apart from its weight; see `bias_gradients.py`.
         direct: Whether the forward of its class can run on the layer itself: there is no previous forward, no
             weight read below, no override.
@@ -38,6 +40,7 @@ class Wiring:
     input_names: tuple[str, ...] = ()
     previous: Callable[..., Any] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    handovers: tuple[Handover, ...] = ()
     apart: bool = False
     direct: bool = False
 
