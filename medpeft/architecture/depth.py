@@ -41,8 +41,7 @@ def last_modules(
     Raises:
         MedpeftError: no block is known.
     """
-    names = [name for name in _in_order(modules[""]) if name in modules]
-    blocks = _blocks(modules, names, transformers, head)
+    blocks = outermost_blocks(modules, transformers, head)
     if not blocks:
         raise MedpeftError(
             f"depth={depth} takes a share of the blocks of a model, and in {type(modules['']).__name__} none "
@@ -51,19 +50,25 @@ def last_modules(
         )
     kept = blocks[-max(1, round(depth * len(blocks))) :]
     last = set()
+    names = in_order(modules)
     for name in names[names.index(kept[0]) :]:
         if within(name, kept) or not _runs_earlier(name, modules, blocks):
             last.add(name)
     return frozenset(last)
 
 
-def _in_order(module: nn.Module, name: str = "") -> Iterator[str]:
-    """Yield the names of a module and of all modules inside it, in the order of a forward."""
+def in_order(modules: Mapping[str, nn.Module]) -> list[str]:
+    """List the names of all modules of a model in the order of a forward."""
+    # A module that is shared has a further name, by which `named_modules` does not know it.
+    return [name for name in _inside(modules[""], "") if name in modules]
+
+
+def _inside(module: nn.Module, name: str) -> Iterator[str]:
     yield name
     for child_name in _children_in_order(module):
         child = module._modules[child_name]
         if child is not None:
-            yield from _in_order(child, f"{name}.{child_name}".lstrip("."))
+            yield from _inside(child, f"{name}.{child_name}".lstrip("."))
 
 
 def _children_in_order(module: nn.Module) -> list[str]:
@@ -75,15 +80,15 @@ def _children_in_order(module: nn.Module) -> list[str]:
     return names
 
 
-def _blocks(
-    modules: Mapping[str, nn.Module],
-    names: list[str],
-    transformers: Collection[str],
-    head: Collection[str],
+def outermost_blocks(
+    modules: Mapping[str, nn.Module], transformers: Collection[str], head: Collection[str]
 ) -> list[str]:
-    """List the blocks outside the head that lie in no other block."""
+    """List the blocks outside the head that lie in no other block, in the order of a forward.
+
+    The arguments are those of `last_modules`.
+    """
     candidates = []
-    for name in names:
+    for name in in_order(modules):
         is_block = name in transformers or _is_block_by_class(name, modules[name])
         if name and is_block and not isinstance(modules[name], nn.ModuleList) and not within(name, head):
             candidates.append(name)
