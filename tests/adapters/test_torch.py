@@ -16,6 +16,8 @@ PAIRS = [
     ("multihead_attention", "lora"),
     ("hf_vit", "fact+repadapter"),
     ("vit", "oft+ia3+difffit"),
+    ("vit", "lst"),
+    ("resnet", "dtl"),
 ]
 MORE = [
     *PAIRS,
