@@ -23,6 +23,8 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 # Gates of channels or pixels inside a block.
 _GATE = re.compile(r"(^|\.)(se\w*|attn\w*|attention|ca|sa|gate\w*)(\.|$)")
 
+_NO_CHAIN = "is neither a known transformer block nor a chain of convolutions, as a dense block is none"
+
 _HEADS = ("num_heads", "num_attention_heads", "heads", "n_head")
 
 
@@ -73,7 +75,7 @@ def _residual_blocks(network: Network) -> list[Site | Unfit]:
             continue
         body = convolution_body(module)
         if not body:
-            sites.append(Unfit(name, "is no chain of convolutions, as a dense block is none"))
+            sites.append(Unfit(name, _NO_CHAIN))
             continue
         dims = len(body[0].kernel)
         layout = Layout(body[0].inputs, body[-1].outputs, axis=1, dims=dims)

@@ -278,5 +278,7 @@ def test_a_block_that_gives_other_channels_than_its_convolutions_is_refused(meth
 
 @pytest.mark.parametrize("method", ["lst", "dtl"])
 def test_models_without_a_row_of_blocks_are_refused(method):
-    with pytest.raises(medpeft.MedpeftError, match=r"no chain of convolutions, .* beside transformer blocks"):
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"nor a chain of convolutions, .* beside transformer blocks"
+    ):
         medpeft.apply(make("densenet"), method)
