@@ -28,6 +28,7 @@ from . import running
 from .adapter import Adapter, autocasts
 from .adapters import Adapters
 from .bias_gradients import run_apart
+from .presence import require_present
 from .sharing import share_within_replica
 from .stand_in import run_with
 from .wiring import Wiring, acting
@@ -47,7 +48,11 @@ def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
 
     A switch of all its layers waits until no other thread runs it; a forward that begins meanwhile waits for
     the switch.
+
+    Raises:
+        MedpeftError: a layer was replaced since `apply`, and its adapters are gone.
     """
+    require_present(layer, wiring.paths)
     if "_is_replica" in layer.__dict__:  # torch sets this on a replica of `nn.DataParallel`.
         share_within_replica(layer)
     token = running.Token()

@@ -16,6 +16,7 @@ from torch import nn
 
 from .adapters import Adapters
 from .handover import Handover
+from .presence import Path
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Wiring:
         apart: Whether its bias trains apart from its weight; see `bias_gradients.py`.
         direct: Whether the forward of its class can run on the layer itself: there is no previous forward, no
             weight read below, no override.
+        paths: On the model, where all modules are on which its adapters depend; see `presence.py`.
     """
 
     root: bool = False
@@ -43,6 +45,7 @@ class Wiring:
     handovers: tuple[Handover, ...] = ()
     apart: bool = False
     direct: bool = False
+    paths: tuple[Path, ...] = ()
 
 
 def acting(layer: nn.Module) -> Adapters | None:
@@ -103,6 +106,14 @@ def wiring_of(layer: nn.Module) -> Wiring | None:
 def is_wired(layer: nn.Module) -> bool:
     """Whether the layer's adapters reach its forward. A forward wrapped around ours counts too."""
     return wiring_of(layer) is not None or callable(layer.__dict__.get("forward"))
+
+
+def paths_of(model: nn.Module) -> tuple[Path, ...]:
+    """List where the modules are on which a model's adapters depend, as far as it is known."""
+    wiring = wiring_of(model)
+    if wiring is None:
+        return ()
+    return wiring.paths
 
 
 def replicated(layer: nn.Module) -> nn.Module:

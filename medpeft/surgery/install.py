@@ -12,6 +12,7 @@ from ..adapters.adapters import Adapters
 from ..adapters.bias_gradients import trains_apart
 from ..adapters.forward import adapted_forward
 from ..adapters.handover import Handover
+from ..adapters.presence import Path
 from ..adapters.registry import Method
 from ..adapters.sharing import register_shared
 from ..adapters.wiring import Wiring, unwire, wire
@@ -90,11 +91,28 @@ def _wirings(model: nn.Module, built: list[Built]) -> Iterator[tuple[nn.Module, 
         if has_fused_path(module) and _bypasses(module, name, built)
     }
     for module in dict.fromkeys([*reads, *handovers, *apart, *unfused]):
-        paths = tuple(reads.get(module, ()))
+        read_below = tuple(reads.get(module, ()))
         overrides = _WITH_A_HOOK if module in unfused else {}
         opened = tuple(handovers.get(module, ()))
-        is_root, trains = module is model, module in apart
-        yield module, Wiring(is_root, paths, overrides=overrides, handovers=opened, apart=trains)
+        paths: tuple[Path, ...] = ()
+        if module is model:
+            paths = _paths(modules, {*reads, *handovers, *unfused})
+        yield (
+            module,
+            Wiring(
+                module is model,
+                read_below,
+                overrides=overrides,
+                handovers=opened,
+                apart=module in apart,
+                paths=paths,
+            ),
+        )
+
+
+def _paths(modules: dict[str, nn.Module], wired: set[nn.Module]) -> tuple[Path, ...]:
+    """List where modules are below the model."""
+    return tuple(tuple(name.split(".")) for name, module in modules.items() if name and module in wired)
 
 
 def _handovers(modules: dict[str, nn.Module], built: list[Built]) -> dict[nn.Module, list[Handover]]:
