@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import MedpeftError
 from .adapters import Adapters
 from .handover import Handover
 from .presence import Path
@@ -74,6 +75,7 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
     filled_in = replace(wiring, input_names=input_names, previous=previous, direct=direct)
     layer.__dict__[slot] = _bound(forward, layer, filled_in)
     layer.__dict__["_replicate_for_data_parallel"] = functools.partial(replicated, layer)
+    layer.__dict__["__prepare_scriptable__"] = refuse_script
 
 
 def unwire(layer: nn.Module) -> None:
@@ -82,6 +84,7 @@ def unwire(layer: nn.Module) -> None:
     A forward that someone wrapped around ours later stays; ours then runs the plain forward.
     """
     layer.__dict__.pop("_replicate_for_data_parallel", None)
+    layer.__dict__.pop("__prepare_scriptable__", None)
     wiring = wiring_of(layer)
     if wiring is None:
         return
@@ -127,6 +130,14 @@ def replicated(layer: nn.Module) -> nn.Module:
         replica.__dict__[slot] = _bound(layer.__dict__[slot].func, replica, wiring)
     replica.__dict__["_replicate_for_data_parallel"] = functools.partial(replicated, replica)
     return replica
+
+
+def refuse_script() -> None:
+    """Raise `MedpeftError` where torch asks a module to prepare for TorchScript."""
+    raise MedpeftError(
+        "torch.jit.script cannot compile an adapted model: call medpeft.merge first (for selective methods "
+        "too), or use torch.export, torch.compile or torch.jit.trace."
+    )
 
 
 def _slot(layer: nn.Module) -> str:
