@@ -232,6 +232,11 @@ def is_scaling_norm(layer: nn.Module) -> bool:
     return all(tensor is None or tensor.ndim == 1 for tensor in tensors)
 
 
+def rounds_otherwise_with_weights(norm: nn.Module) -> bool:
+    """Whether torch rounds the norm otherwise than it does now if it gets a weight of ones."""
+    return type(norm) is nn.GroupNorm and norm.weight is None
+
+
 def _has_place(layer: nn.Module, name: str) -> bool:
     """Whether the layer has a tensor of that name, or could have one that is None."""
     return name in layer._parameters or name in layer._buffers or is_computed(layer, name)
