@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES
-from models import example, make, output, randomise_adapters
+from models import FAMILIES, example, make, output, randomise_adapters
 from tiny_places import Transformer
 from torch import Tensor, nn
 from traces import same, tensors, trace
