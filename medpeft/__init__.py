@@ -15,6 +15,8 @@ from .checkpoint.state import state as state
 from .checks.check import check as check
 from .errors import CheckpointError as CheckpointError
 from .errors import MedpeftError as MedpeftError
+from .features.prefix import Prefix as Prefix
+from .features.prefix import prefix as prefix
 from .optimizer import parameter_groups as parameter_groups
 from .reports.report import Report as Report
 from .reports.report import report as report
@@ -32,6 +34,7 @@ __all__ = [
     "Header",
     "MedpeftError",
     "Plan",
+    "Prefix",
     "Report",
     "Site",
     "apply",
@@ -45,6 +48,7 @@ __all__ = [
     "methods",
     "parameter_groups",
     "plan",
+    "prefix",
     "register",
     "remove",
     "report",

@@ -150,14 +150,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(item)
 
 
+def call(model: nn.Module, example: Any) -> Any:
+    """Call a model on an input, a tuple or a mapping of inputs."""
+    if isinstance(example, tuple):
+        return model(*example)
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(example)
+
+
 def run(model: nn.Module, example: Any) -> list[Tensor]:
     """Run a model on an input, a tuple or a mapping of inputs; return its floating-point outputs."""
-    if isinstance(example, tuple):
-        output = model(*example)
-    elif isinstance(example, Mapping):
-        output = model(**example)
-    else:
-        output = model(example)
+    output = call(model, example)
     floating = [tensor for tensor in tensors_in(output) if is_differentiable(tensor)]
     if not floating:
         kind = type(output).__name__
