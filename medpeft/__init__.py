@@ -15,6 +15,7 @@ from .checkpoint.state import state as state
 from .checks.check import check as check
 from .errors import CheckpointError as CheckpointError
 from .errors import MedpeftError as MedpeftError
+from .features.file import FeatureFile as FeatureFile
 from .features.prefix import Prefix as Prefix
 from .features.prefix import prefix as prefix
 from .optimizer import parameter_groups as parameter_groups
@@ -31,6 +32,7 @@ from .surgery.plan import plan as plan
 __all__ = [
     "Adapter",
     "CheckpointError",
+    "FeatureFile",
     "Header",
     "MedpeftError",
     "Plan",

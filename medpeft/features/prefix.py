@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 from ..adapters import running
 from ..adapters.record import require_model
-from ..errors import require
+from ..checkpoint.file import short
+from ..checkpoint.fingerprint import digest_of
+from ..errors import CheckpointError, require
+from .file import DTYPES, FeatureFile, FeatureKey, create, read_key
 from .proof import prove
 from .rest import Rest, Route, run_until
 from .route import find_route
@@ -62,14 +66,99 @@ class Prefix:
         finally:
             running.end(self.model, token)
 
+    def bytes_on_disk(self, images: int, *, views: int = 1, dtype: torch.dtype | None = None) -> int:
+        """Forecast the size of a file of features, before anything is computed."""
+        return self._key("", "", images, views, dtype).total_bytes
+
+    def store(
+        self,
+        path: str | os.PathLike[str],
+        images: Sequence[Any],
+        *,
+        data: str,
+        preprocessing: str,
+        views: int = 1,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 32,
+    ) -> FeatureFile:
+        """Compute the features of all images into a file, or those that the file does not have yet.
+
+        The file is made in its final size first. A run that was interrupted goes on when it is called again
+        with the same arguments.
+
+        Args:
+            path: The file.
+            images: A sequence or data set of single images, tensors, or tuples that begin with one. With
+                several views it is asked for every image as often, and augments it anew each time.
+            data: Names the images: a digest, or a path with a version.
+            preprocessing: Describes what `images` does to them.
+            views: How many views of each image to keep.
+            dtype: `torch.float32`, `torch.float16` or `torch.bfloat16`; None is that of the features.
+            batch_size: Images at once.
+
+        Raises:
+            CheckpointError: the file is there with features of another base, data or preprocessing; there is
+                no room for it; or it cannot be written.
+            MedpeftError: the features are too large for the dtype.
+        """
+        key = self._key(data, preprocessing, len(images), views, dtype)
+        if not os.path.exists(path):
+            create(path, key)
+        file = FeatureFile(path, key)
+        wanted = sorted([*file.missing, *file.altered])
+        for start in range(0, len(wanted), batch_size):
+            rows = wanted[start : start + batch_size]
+            batch = torch.stack([_image(images[row // views]) for row in rows])  # (C, …) each → (rows, C, …)
+            file.write(rows, self.features(batch.to(self._device)))
+        return file
+
+    def open(self, path: str | os.PathLike[str], *, data: str, preprocessing: str) -> FeatureFile:
+        """Open a file that `store` has written, for the same base, place, data and preprocessing.
+
+        Raises:
+            CheckpointError: it was made for others; it is not complete; it was cut off or altered.
+        """
+        there = read_key(os.fspath(path))
+        key = self._key(data, preprocessing, there.images, there.views, DTYPES[there.dtype])
+        file = FeatureFile(path, key)
+        rows = key.images * key.views
+        if file.altered:
+            raise CheckpointError(
+                f"{path} was altered: {len(file.altered)} of {rows} rows have another digest, the first is "
+                f"row {file.altered[0]}. Call store to compute these again."
+            )
+        if file.missing:
+            raise CheckpointError(f"{path} lacks {len(file.missing)} of {rows} rows: call store to go on.")
+        return file
+
+    def _key(
+        self, data: str, preprocessing: str, images: int, views: int, dtype: torch.dtype | None
+    ) -> FeatureKey:
+        kind = short(dtype or self.dtype)
+        require(kind in DTYPES, f"Features are stored as {', '.join(DTYPES)}, not as {kind}: pass a dtype.")
+        tensors: dict[str, Tensor] = dict(self.model.named_parameters())
+        tensors.update(self.model.named_buffers())
+        base = digest_of({name: tensors[name] for name in self.route.tensors})
+        return FeatureKey(base, self.place, data, preprocessing, images, views, self.shape, kind)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def __str__(self) -> str:
         size = "×".join(map(str, self.shape)) or "1"
-        kind = str(self.dtype).removeprefix("torch.")
+        kind = short(self.dtype)
         bytes_each = torch.Size(self.shape).numel() * self.dtype.itemsize
         return (
             f"features of {type(self.model).__name__} are {self.place}: {size} {kind} an image, "
             f"{bytes_each:,} bytes"
         )
+
+
+def _image(item: Any) -> Tensor:
+    """Take an image out of an item of a data set, which may have a label after it."""
+    image: Tensor = item[0] if isinstance(item, (tuple, list)) else item
+    return image
 
 
 def prefix(model: nn.Module, example_input: Any, *, output: Callable[[Any], Any] | None = None) -> Prefix:

@@ -69,7 +69,7 @@ def _on_copy(step: Callable[[nn.Module, Any], Any], model: nn.Module, example: A
 
 
 class Survey:
-    """Two traces of a model, one with one image more, and the search for a route in them."""
+    """Two traces of a model, one one with one image more, and the search."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Survey:
     def route(self) -> Route:
         """Return the route through the last place that is one."""
         first = self.flow.first
-        require(first is not None, f"{self.kind} has no trainable tensor that meets its input: apply first.")
+        require(first is not None, f"{self.kind} has no trainable tensor that meets its input: call apply.")
         assert first is not None
         layers = self.flow.layers[first]
         require(
@@ -263,8 +263,8 @@ class Survey:
             around = self._passing_by(first)
         return (
             f"{self.kind} cannot go on from one place before {where!r}, the first that trains: "
-            f"{', '.join(around[:5])} flows around it. Train on images; or train layers alone that come after "
-            f"all such ways."
+            f"{', '.join(around[:5])} flows around it. Train on images; or train layers alone that come "
+            f"after all such ways."
         )
 
     def _passing_by(self, first: int) -> list[str]:
