@@ -19,6 +19,8 @@ from .features.file import FeatureFile as FeatureFile
 from .features.prefix import Prefix as Prefix
 from .features.prefix import prefix as prefix
 from .optimizer import parameter_groups as parameter_groups
+from .reports.fits import Fits as Fits
+from .reports.fits import fits as fits
 from .reports.report import Report as Report
 from .reports.report import report as report
 from .surgery.apply import apply as apply
@@ -33,6 +35,7 @@ __all__ = [
     "Adapter",
     "CheckpointError",
     "FeatureFile",
+    "Fits",
     "Header",
     "MedpeftError",
     "Plan",
@@ -42,6 +45,7 @@ __all__ = [
     "apply",
     "check",
     "disabled",
+    "fits",
     "inspect",
     "load",
     "load_state",
