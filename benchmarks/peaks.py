@@ -87,7 +87,7 @@ def in_own_process(model: str, case: str) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Forecast the peak of a case, then measure that of three steps."""
     keywords, checkpointing = CASES[args.model][args.method]
-    warm_up(args, keywords)
+    warm_up(args, keywords, checkpointing)
     give_back()
     before = resident()
     model = built(args, keywords, checkpointing)
@@ -113,9 +113,9 @@ def built(args: argparse.Namespace, keywords: dict[str, Any], checkpointing: boo
     return model.train()
 
 
-def warm_up(args: argparse.Namespace, keywords: dict[str, Any]) -> None:
+def warm_up(args: argparse.Namespace, keywords: dict[str, Any], checkpointing: bool) -> None:
     """Take a step, and forecast one, so that libraries and their kernels are in memory."""
-    model = built(args, keywords, checkpointing=False)
+    model = built(args, keywords, checkpointing)
     inputs = example(args.model, 1, args.image_size)
     forecast(model, inputs)
     labels = torch.zeros(1, dtype=torch.long)
