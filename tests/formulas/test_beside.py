@@ -6,8 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES
-from models import example, make, output, randomise, randomise_adapters
+from models import FAMILIES, example, make, output, randomise, randomise_adapters
 from tiny_places import BasicBlock, Transformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
