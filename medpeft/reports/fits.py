@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -16,12 +15,11 @@ from ..checkpoint.messages import clip
 from ..checks.copies import trainable, without_values
 from ..errors import MedpeftError, require
 from ..surgery.apply import apply
-from ..surgery.plan import plan
 from ..table import Table
 from .peak import Step, forecast
 
 METHODS: tuple[Methods, ...] = ("full", "lora", "ssf", "bias", "linear_probe")
-_DEPTHS = (1.0, 0.5, 0.25)
+_WHOLE_AND_LAST = ({"depth": 1.0}, {"depth": 0.5}, {"depth": 0.25})
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,8 @@ def fits(
         memory: Bytes to fit into.
         methods: Methods as `apply` takes them.
         selections: Further keywords of `apply`, each to be tried with every method, as
-            `{"target": "blocks.*"}`. None is the whole model, and its last half and quarter where `apply` has
-            a `depth`.
+            `{"target": "blocks.*"}`. None is the whole model, and its last half and quarter
+            (`depth`).
         optimizer_states: Tensors that the optimizer keeps for each parameter: 2 for Adam, 0 for plain SGD.
 
     Raises:
@@ -151,7 +149,7 @@ def fits(
     require(memory > 0, f"memory={memory} is no number of bytes: write 6 * 2**30 for 6 GiB.")
     candidates: list[dict[str, Any]] = []
     for method in methods:
-        for selection in _selections() if selections is None else selections:
+        for selection in _WHOLE_AND_LAST if selections is None else selections:
             candidates.append({"method": method, **selection})  # noqa: PERF401 - a loop in a loop
     found = Fits(type(model).__name__, memory, [])
     for keywords in candidates:
@@ -181,13 +179,6 @@ def _add_ways(
 
 def _but_for_selection(row: Fit) -> Fit:
     return replace(row, keywords={"method": row.keywords["method"]})
-
-
-def _selections() -> list[dict[str, Any]]:
-    """The whole model, and its last parts where `apply` can select them by depth."""
-    if "depth" not in inspect.signature(plan).parameters:
-        return [{}]
-    return [{"depth": depth} for depth in _DEPTHS]
 
 
 def _ways(

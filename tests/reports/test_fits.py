@@ -1,7 +1,5 @@
 """`fits` forecasts the peak of a step from tensors that come and go, and orders what fits."""
 
-import inspect
-
 import pytest
 import torch
 from models import example, make
@@ -110,28 +108,19 @@ def test_what_does_not_fit_the_model_is_left_out_with_the_reason():
     assert medpeft.fits(model, x, memory=1, methods=["bias"]).best is None
 
 
-def test_depths_are_tried_where_apply_has_them(monkeypatch):
-    def plan(model, method, *, depth=1.0, **keywords):
-        return keywords
-
-    tried = []
-
-    def apply(model, method, *, depth=None, **keywords):
-        tried.append(depth)
-        return medpeft.apply(model, method, head=None, **keywords)
-
-    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(2, 4)
-    monkeypatch.setattr("medpeft.reports.fits.plan", plan)
-    monkeypatch.setattr("medpeft.reports.fits.apply", apply)
-    found = medpeft.fits(model, x, methods=["full"])
-    assert tried == [1.0, 0.5, 0.25]
-    assert len(found.rows) == 1  # They are the same here.
-    assert "depth" in inspect.signature(plan).parameters
+def test_the_last_half_and_quarter_are_tried():
+    model, x = make("vit", torch.float32), example("vit", torch.float32)
+    found = medpeft.fits(model, x, methods=["lora"])
+    depths = [row.keywords["depth"] for row in found.rows if not row.checkpointing]
+    # The model has two blocks, so its last half and quarter are one block.
+    assert depths == [1.0, 0.5]
+    peaks = [row.peak_bytes for row in found.rows if not row.checkpointing]
+    assert peaks[0] > peaks[1]
 
 
-def test_models_without_a_switch_for_checkpointing_have_one_row_each():
+def test_models_without_a_switch_for_checkpointing_have_no_row_with_it():
     assert not switch_on_checkpointing(nn.Linear(2, 2))
     assert not switch_on_checkpointing(make("densenet", torch.float32).features)
-    assert (
-        len(medpeft.fits(make("torchvision_resnet"), torch.empty(2, 3, 32, 32), methods=["lora"]).rows) == 1
-    )
+    found = medpeft.fits(make("torchvision_resnet"), torch.empty(2, 3, 32, 32), methods=["lora"])
+    assert len(found.rows) == 3
+    assert not any(row.checkpointing for row in found.rows)
