@@ -45,6 +45,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "svdiff": ("svdiff", {}),
     "tsa": ("tsa", {}),
     "tsa, 3x3": ("tsa", {"sites": "3x3"}),
+    "lora, every linear, last quarter": ("lora", {"target": "linear", "parts": "qkvo", "depth": 0.25}),
+    "lst": ("lst", {}),
+    "dtl": ("dtl", {}),
+    "dtl, joined at the end": ("dtl", {"start": 1.0}),
 }
 
 # The linear layers of a timm ViT but for its head, which trains whole.

@@ -15,7 +15,12 @@ from .checkpoint.state import state as state
 from .checks.check import check as check
 from .errors import CheckpointError as CheckpointError
 from .errors import MedpeftError as MedpeftError
+from .features.file import FeatureFile as FeatureFile
+from .features.prefix import Prefix as Prefix
+from .features.prefix import prefix as prefix
 from .optimizer import parameter_groups as parameter_groups
+from .reports.fits import Fits as Fits
+from .reports.fits import fits as fits
 from .reports.report import Report as Report
 from .reports.report import report as report
 from .surgery.apply import apply as apply
@@ -29,14 +34,18 @@ from .surgery.plan import plan as plan
 __all__ = [
     "Adapter",
     "CheckpointError",
+    "FeatureFile",
+    "Fits",
     "Header",
     "MedpeftError",
     "Plan",
+    "Prefix",
     "Report",
     "Site",
     "apply",
     "check",
     "disabled",
+    "fits",
     "inspect",
     "load",
     "load_state",
@@ -45,6 +54,7 @@ __all__ = [
     "methods",
     "parameter_groups",
     "plan",
+    "prefix",
     "register",
     "remove",
     "report",

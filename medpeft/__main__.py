@@ -116,9 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
     """Declare a command with the option that every one has."""
     command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     command.set_defaults(run=run)
@@ -135,6 +133,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "--target", action="append", help="layers to take: a glob or a role; may be repeated"
     )
     command.add_argument("--exclude", action="append", help="layers to leave out")
+    command.add_argument("--depth", type=float, default=1.0, help="share of the blocks, the last ones (1)")
     command.add_argument("--num-classes", type=int, default=2, metavar="N", help="outputs of the head (2)")
 
 
@@ -266,7 +265,8 @@ def _outputs(header: Header) -> int:
 
 def _request(options: argparse.Namespace) -> dict[str, Any]:
     """Collect the arguments of `apply` and `plan` beside the method."""
-    return {"target": options.target, "exclude": options.exclude, **dict(options.option)}
+    places = {"target": options.target, "exclude": options.exclude, "depth": options.depth}
+    return places | dict(options.option)
 
 
 def _on_meta(arch: str, classes: int) -> nn.Module:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,22 +19,28 @@ class Row:
 
 @dataclass
 class Table:
-    """Rows with a title; the columns are attributes of `Row`, numbers last."""
+    """Rows with a title; the columns are attributes of a row, by default of `Row`, numbers last.
+
+    `summed` says whether the rows are added up.
+    """
 
     title: str
-    rows: list[Row]
+    rows: Sequence[Any]
     columns: tuple[str, ...] = ("method", "layer", "type", "parameters")
     notes: list[str] = field(default_factory=list)
+    summed: bool = True
 
     def cells(self) -> list[list[str]]:
-        """The rows as text, a total last."""
-        lines = []
-        total = 0
-        for row in self.rows:
-            lines.append([_text(getattr(row, column)) for column in self.columns])
-            total += row.parameters
+        """The rows as text; a total last, if they are summed."""
+        lines = list(map(self._cells_of, self.rows))
+        if not self.summed:
+            return lines
+        total = sum(row.parameters for row in self.rows)
         empty = [""] * (len(self.columns) - 2)
         return [*lines, ["total", *empty, _text(total)]]
+
+    def _cells_of(self, row: Any) -> list[str]:
+        return [_text(getattr(row, column)) for column in self.columns]
 
     def by_type(self, note: str) -> Table:
         """Sum up the rows of each method in layers of one type, which are counted, with a note below."""
@@ -53,9 +60,13 @@ class Table:
         widths = [0] * len(self.columns)
         for line in lines:
             widths = list(map(max, widths, map(len, line)))
-        head, *body, total = [_aligned(line, widths) for line in lines]
+        head, *body = [_aligned(line, widths) for line in lines]
         rule = "-" * len(head)
-        return "\n".join([self.title, rule, head, rule, *body, rule, total, *self.notes])
+        if self.summed:
+            body.insert(len(body) - 1, rule)
+        else:
+            body.append(rule)
+        return "\n".join([self.title, rule, head, rule, *body, *self.notes])
 
     def to_markdown(self) -> str:
         """The table as GitHub Markdown."""
@@ -83,3 +94,14 @@ def _markdown_line(cells: Iterable[str]) -> str:
 def _escaped(text: str) -> str:
     """Text that ends no cell and no line and opens no HTML tag, such as the class name `<lambda>`."""
     return " ".join(text.splitlines()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def heading(methods: str, model: str, depth: float) -> str:
+    """Write what was done to which model, and in which share of its blocks.
+
+    >>> heading("lora", "VisionTransformer", 0.25)
+    'lora on VisionTransformer, depth 0.25'
+    """
+    if depth < 1:
+        return f"{methods} on {model}, depth {depth:g}"
+    return f"{methods} on {model}"

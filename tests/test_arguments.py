@@ -36,7 +36,7 @@ WRONG = st.one_of(
 )  # fmt: skip
 
 
-OF_APPLY = ("target", "exclude", "head", "batchnorm", "keep_base", "dtype", "seed")
+OF_APPLY = ("target", "exclude", "depth", "head", "batchnorm", "keep_base", "dtype", "seed")
 
 
 def call(function, *arguments, **options):

@@ -135,6 +135,12 @@ def test_check_as_json_counts_them(capsys):
     assert json.loads(capsys.readouterr().out)["tensors"] == 2
 
 
+def test_plan_takes_a_depth():
+    ran = command("plan", ARCH, "bias", "--depth", 0.25, "--json")
+    planned = medpeft.plan(timm.create_model(ARCH, num_classes=2), "bias", depth=0.25)
+    assert json.loads(ran.stdout)["trainable"] == planned.trainable
+
+
 def test_plan_is_summed_up_by_method_and_type_of_layer(capsys):
     assert main(["plan", ARCH, "lora+norm"]) == 0
     *lines, total, note = capsys.readouterr().out.splitlines()

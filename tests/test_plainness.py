@@ -11,7 +11,9 @@ import medpeft
 from medpeft.architecture.site import Site
 
 PACKAGE = ROOT / "medpeft"
-ROOMS = ("architecture", "adapters", "formulas", "surgery", "checks", "reports", "checkpoint", "interchange")
+ROOMS = (
+    "architecture", "adapters", "formulas", "surgery", "checks", "reports", "checkpoint", "features", "interchange",
+)  # fmt: skip
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 

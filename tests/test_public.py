@@ -15,9 +15,9 @@ from places import ROOT
 import medpeft
 
 PUBLIC = {
-    "Adapter", "CheckpointError", "Header", "MedpeftError", "Plan", "Report", "Site", "apply", "check", "disabled", "inspect",
-    "load", "load_state", "merge", "merged", "methods", "parameter_groups", "plan", "register", "remove", "report", "save",
-    "search_space", "state",
+    "Adapter", "CheckpointError", "FeatureFile", "Fits", "Header", "MedpeftError", "Plan", "Prefix", "Report", "Site",
+    "apply", "check", "disabled", "fits", "inspect", "load", "load_state", "merge", "merged", "methods", "parameter_groups",
+    "plan", "prefix", "register", "remove", "report", "save", "search_space", "state",
 }  # fmt: skip
 
 

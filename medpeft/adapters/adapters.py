@@ -24,7 +24,6 @@ class Adapters(nn.ModuleDict):
         flexible: Name of the `FlexibleAdapter` in `on_weight`, "" for none.
         dropping: Name of the `DroppingAdapter` in `on_weight` that drops something, "" for none.
         leaving: Names of the adapters that change the output, in order.
-        handovers: Names of the adapters for which another place leaves a value.
     """
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
@@ -51,7 +50,6 @@ class Adapters(nn.ModuleDict):
         inputs = [name for name in names if "input" in adapters[name].acts_on]
         brackets = [name for name in inputs if name in self.leaving]
         self.entering = [name for name in inputs if name not in brackets] + brackets[::-1]
-        self.handovers = [name for name in names if hasattr(adapters[name], "handover")]
 
     def forward(self, x: Any) -> Any:
         """Return `x`: an adapted `nn.Sequential` runs its adapters as if they were its last layer."""

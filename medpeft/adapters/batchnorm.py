@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
 from ..architecture.layers import is_batchnorm
+from ..architecture.network import Network
 
 
 class StaysInEval:
@@ -41,18 +42,27 @@ def with_statistics(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def statistics_names(model: nn.Module) -> list[str]:
-    """List the names of the buffers of every BatchNorm with running statistics."""
+def statistics_names(network: Network) -> list[str]:
+    """List the names of the buffers of every BatchNorm with running statistics, in the network's depth."""
     names = []
-    for layer_name, layer in with_statistics(model):
+    for layer_name, layer in with_statistics(network.model):
+        if not network.in_depth(layer_name) and not network.in_head(layer_name):
+            continue
         for buffer_name, _ in layer.named_buffers(recurse=False):
             names.append(f"{layer_name}.{buffer_name}".lstrip("."))
     return names
 
 
-def freeze_statistics(model: nn.Module) -> None:
-    """Keep every BatchNorm with running statistics in eval mode, and its statistics as they are."""
-    for _, layer in with_statistics(model):
+def freeze_statistics(model: nn.Module, adapting: Collection[str]) -> None:
+    """Keep every BatchNorm with running statistics in eval mode, and its statistics as they are.
+
+    Args:
+        model: The model.
+        adapting: Names of the buffers of those BatchNorms that adapt, and are left alone.
+    """
+    for name, layer in with_statistics(model):
+        if f"{name}.running_mean".lstrip(".") in adapting:
+            continue
         layer.__dict__["train"] = StaysInEval(layer)
         layer.__dict__["reset_running_stats"] = KeepsStatistics()
         layer.training = False

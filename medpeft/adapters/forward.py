@@ -28,6 +28,7 @@ from . import running
 from .adapter import Adapter, autocasts
 from .adapters import Adapters
 from .bias_gradients import run_apart
+from .presence import require_present
 from .sharing import share_within_replica
 from .stand_in import run_with
 from .wiring import Wiring, acting
@@ -37,12 +38,9 @@ def adapted_forward(layer: nn.Module, wiring: Wiring, /, *args: Any, **kwargs: A
     """Run an adapted layer: change its input, run it with changed weights, change its output."""
     if wiring.root and not torch.compiler.is_compiling():
         return _counted(layer, wiring, args, kwargs)
-    adapters = acting(layer)
-    if adapters is None:
-        return _run_unadapted(layer, wiring, args, kwargs)
-    if adapters.handovers:
-        return _run_with_handovers(layer, adapters, wiring, args, kwargs)
-    return _run_adapted(layer, adapters, wiring, args, kwargs)
+    if wiring.handovers:
+        return _run_with_handovers(layer, wiring, args, kwargs)
+    return _run_acting(layer, wiring, args, kwargs)
 
 
 def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -50,7 +48,11 @@ def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
 
     A switch of all its layers waits until no other thread runs it; a forward that begins meanwhile waits for
     the switch.
+
+    Raises:
+        MedpeftError: a layer was replaced since `apply`, and its adapters are gone.
     """
+    require_present(layer, wiring.paths)
     if "_is_replica" in layer.__dict__:  # torch sets this on a replica of `nn.DataParallel`.
         share_within_replica(layer)
     token = running.Token()
@@ -59,6 +61,14 @@ def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
         return adapted_forward(layer, replace(wiring, root=False), *args, **kwargs)
     finally:
         running.end(layer, token)
+
+
+def _run_acting(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a layer with those of its adapters that act."""
+    adapters = acting(layer)
+    if adapters is None:
+        return _run_unadapted(layer, wiring, args, kwargs)
+    return _run_adapted(layer, adapters, wiring, args, kwargs)
 
 
 def _run_unadapted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -73,33 +83,30 @@ def _run_unadapted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwar
 
 
 def _run_with_handovers(
-    layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
+    layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run a layer with an adapter whose second place, at a layer inside this one, leaves it a value."""
+    """Run a layer inside which one place of an adapter, or one adapter, leaves a value for another."""
     if layer.training and getattr(layer, "gradient_checkpointing", False):
         # Where transformers checkpoints inside the class's forward, backward would recompute that alone: the
         # handover would be closed, and the adapter silently take its default. So the checkpoint goes around
         # the open handovers here, and the one inside is switched off.
         overrides = {**wiring.overrides, "gradient_checkpointing": False}
         inside = replace(wiring, overrides=overrides, direct=False)
-        recomputed = functools.partial(_with_open_handovers, layer, adapters, inside, kwargs)
+        recomputed = functools.partial(_with_open_handovers, layer, inside, kwargs)
         checkpoint: Any = layer._gradient_checkpointing_func
         return checkpoint(recomputed, *args)
-    return _with_open_handovers(layer, adapters, wiring, kwargs, *args)
+    return _with_open_handovers(layer, wiring, kwargs, *args)
 
 
-def _with_open_handovers(
-    layer: nn.Module, adapters: Adapters, wiring: Wiring, kwargs: dict[str, Any], *args: Any
-) -> Any:
-    """Run a layer while its adapters can be handed a value from inside."""
-    receivers: list[Any] = [adapters._modules[name] for name in adapters.handovers]
-    for adapter in receivers:
-        adapter.handover.open()
+def _with_open_handovers(layer: nn.Module, wiring: Wiring, kwargs: dict[str, Any], *args: Any) -> Any:
+    """Run a layer while values can be handed over inside it."""
+    for handover in wiring.handovers:
+        handover.open()
     try:
-        return _run_adapted(layer, adapters, wiring, args, kwargs)
+        return _run_acting(layer, wiring, args, kwargs)
     finally:
-        for adapter in receivers:
-            adapter.handover.close()
+        for handover in wiring.handovers:
+            handover.close()
 
 
 def _run_adapted(

@@ -1,4 +1,4 @@
-"""A value that one place of an adapter leaves for the other."""
+"""A value that one place of an adapter, or one adapter of a method, leaves for the next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 class Handover:
     """A value that one place of an adapter leaves for the other, within one forward of the layer.
 
-    Every thread has its own. A layer that calls itself has one for each call. Copies and files start empty.
+    The adapters of a method may hand a value on from one to the next as well, within one forward of a module
+    around them. Every thread has its own. A layer that calls itself has one for each call. Copies and files
+    start empty.
     """
 
     def __init__(self) -> None:
@@ -34,6 +36,12 @@ class Handover:
         frames = self._frames.get(_thread())
         if frames and not frames[-1]:
             frames[-1].append(value)
+
+    def hand_on(self, value: Any) -> None:
+        """Keep a value in place of the one that was left before, if a forward is running."""
+        frames = self._frames.get(_thread())
+        if frames:
+            frames[-1][:] = [value]
 
     def take(self, default: Any) -> Any:
         """Return the value, or the default if none was left."""

@@ -43,6 +43,7 @@ Count = Annotated[
     int, Must(f"be a whole number above 0 (up to {_LARGEST_COUNT:,})", lambda n: 0 < n <= _LARGEST_COUNT)
 ]
 Probability = Annotated[float, Must("be at least 0 and below 1", lambda p: 0 <= p < 1)]
+Share = Annotated[float, Must("be a number above 0 and at most 1", lambda share: 0 < share <= 1)]
 Factor = Annotated[float, Must("be a finite number other than 0", lambda x: x != 0)]
 Parts = Annotated[str, Must("be letters of 'qkvo'", lambda parts: bool(parts) and set(parts) <= set("qkvo"))]
 
@@ -71,9 +72,12 @@ def annotations_of(function: Callable[..., Any]) -> dict[str, Any]:
     return annotations
 
 
-def require_common(*, keep_base: object, dtype: object, seed: object) -> None:
+_COMMON = {"depth": Share, "keep_base": bool | None, "seed": int}
+
+
+def require_common(*, depth: object, keep_base: object, dtype: object, seed: object) -> None:
     """Raise `MedpeftError` where an argument that `apply` takes for every method is none that it may be."""
-    require_options("", {"keep_base": keep_base, "seed": seed}, {"keep_base": bool | None, "seed": int})
+    require_options("", {"depth": depth, "keep_base": keep_base, "seed": seed}, _COMMON)
     if dtype is None or dtype in DTYPES:
         return
     names = [str(choice) for choice in DTYPES]

@@ -49,6 +49,7 @@ class Applied:
         base: Original values of the selected parameters and adapting buffers, on the CPU; None if not kept.
         seed: Seed of the adapters' initial values.
         dtype: dtype asked for the adapters, None for the default.
+        depth: Share of the model's blocks in which layers were taken, the last ones.
         samples: A sample of each tensor of the base that is neither selected nor adapts; see `samples.py`.
         aside: The trained values while others are in their place, as within `disabled`; else None.
     """
@@ -63,6 +64,7 @@ class Applied:
     base: dict[str, Tensor] | None
     seed: int = 0
     dtype: torch.dtype | None = None
+    depth: float = 1.0
     samples: dict[str, Tensor] = field(default_factory=dict)
     aside: Aside | None = field(default=None, compare=False, repr=False)
 
@@ -89,6 +91,7 @@ class Applied:
             "statistics": self.statistics,
             "dtype": dtype,
             "seed": self.seed,
+            "depth": self.depth,
         }
 
     @classmethod
@@ -111,6 +114,7 @@ class Applied:
             base={},
             seed=description["seed"],
             dtype=dtype,
+            depth=description["depth"],
         )
 
 

@@ -11,16 +11,16 @@ from .registry import Method, find
 # fmt: off
 Name = Literal[
     "full", "linear_probe", "bn", "ln", "norm", "attention", "bias", "bitfit", "adaptformer", "houlsby",
-    "pfeiffer", "adapter_plus", "conv_adapter", "convpass", "difffit", "fact", "ia3", "loha", "lokr", "lora",
-    "miss", "oft", "prefix", "repadapter", "tsa", "residual_adapter", "shira", "ssf", "svdiff", "vera",
-    "vpt_deep", "vpt_shallow",
+    "pfeiffer", "adapter_plus", "conv_adapter", "convpass", "difffit", "dtl", "fact", "ia3", "loha", "lokr",
+    "lora", "lst", "miss", "oft", "prefix", "repadapter", "tsa", "residual_adapter", "shira", "ssf", "svdiff",
+    "vera", "vpt_deep", "vpt_shallow",
 ]
 # fmt: on
 """The methods of this package, so that an editor completes them; others may be registered."""
 
 Methods = Name | str | Mapping[str, Mapping[str, Any] | None]
 
-_OF_APPLY = ("target", "exclude", "head", "batchnorm", "keep_base", "dtype", "seed")
+_OF_APPLY = ("target", "exclude", "depth", "head", "batchnorm", "keep_base", "dtype", "seed")
 """Keywords of `apply` that are no options of a method."""
 
 _OTHER_NAMES = {

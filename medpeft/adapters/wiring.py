@@ -14,7 +14,10 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import MedpeftError
 from .adapters import Adapters
+from .handover import Handover
+from .presence import Path
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,11 @@ class Wiring:
         previous: A `forward` that someone else had put on the instance before, None for the class's own.
         overrides: Attributes, tensors apart, that the stand-in has in place of the layer's: a hook that keeps
             torch off its fused kernel, for one.
+        handovers: The handovers that are open while the layer runs.
         apart: Whether its bias trains apart from its weight; see `bias_gradients.py`.
         direct: Whether the forward of its class can run on the layer itself: there is no previous forward, no
             weight read below, no override.
+        paths: On the model, where all modules are on which its adapters depend; see `presence.py`.
     """
 
     root: bool = False
@@ -38,8 +43,10 @@ class Wiring:
     input_names: tuple[str, ...] = ()
     previous: Callable[..., Any] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    handovers: tuple[Handover, ...] = ()
     apart: bool = False
     direct: bool = False
+    paths: tuple[Path, ...] = ()
 
 
 def acting(layer: nn.Module) -> Adapters | None:
@@ -68,6 +75,7 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
     filled_in = replace(wiring, input_names=input_names, previous=previous, direct=direct)
     layer.__dict__[slot] = _bound(forward, layer, filled_in)
     layer.__dict__["_replicate_for_data_parallel"] = functools.partial(replicated, layer)
+    layer.__dict__["__prepare_scriptable__"] = refuse_script
 
 
 def unwire(layer: nn.Module) -> None:
@@ -76,6 +84,7 @@ def unwire(layer: nn.Module) -> None:
     A forward that someone wrapped around ours later stays; ours then runs the plain forward.
     """
     layer.__dict__.pop("_replicate_for_data_parallel", None)
+    layer.__dict__.pop("__prepare_scriptable__", None)
     wiring = wiring_of(layer)
     if wiring is None:
         return
@@ -102,6 +111,14 @@ def is_wired(layer: nn.Module) -> bool:
     return wiring_of(layer) is not None or callable(layer.__dict__.get("forward"))
 
 
+def paths_of(model: nn.Module) -> tuple[Path, ...]:
+    """List where the modules are on which a model's adapters depend, as far as it is known."""
+    wiring = wiring_of(model)
+    if wiring is None:
+        return ()
+    return wiring.paths
+
+
 def replicated(layer: nn.Module) -> nn.Module:
     """Replicate an adapted layer for `nn.DataParallel`.
 
@@ -113,6 +130,14 @@ def replicated(layer: nn.Module) -> nn.Module:
         replica.__dict__[slot] = _bound(layer.__dict__[slot].func, replica, wiring)
     replica.__dict__["_replicate_for_data_parallel"] = functools.partial(replicated, replica)
     return replica
+
+
+def refuse_script() -> None:
+    """Raise `MedpeftError` where torch asks a module to prepare for TorchScript."""
+    raise MedpeftError(
+        "torch.jit.script cannot compile an adapted model: call medpeft.merge first (for selective methods "
+        "too), or use torch.export, torch.compile or torch.jit.trace."
+    )
 
 
 def _slot(layer: nn.Module) -> str:

@@ -90,6 +90,20 @@ def is_computed(layer: nn.Module, name: str) -> bool:
     return own_tensor(layer, name) is None and isinstance(layer.__dict__.get(name), Tensor)
 
 
+def way_back(layer: nn.Module, name: str) -> str:
+    """Say what makes a computed tensor a parameter again."""
+    own = {*layer._parameters, *layer._buffers}
+    if f"{name}_g" in own:
+        return "call torch.nn.utils.remove_weight_norm first"
+    if f"{name}_mask" in own:
+        return "call torch.nn.utils.prune.remove first"
+    if f"{name}_u" in own:
+        return "call torch.nn.utils.remove_spectral_norm first"
+    if nn.utils.parametrize.is_parametrized(layer, name):
+        return "call torch.nn.utils.parametrize.remove_parametrizations first"
+    return "register it as one"
+
+
 def any_tensor(layer: nn.Module, name: str) -> Tensor | None:
     """Return the layer's tensor of that name, its own or a computed one; None where it has none.
 
@@ -216,6 +230,11 @@ def is_scaling_norm(layer: nn.Module) -> bool:
         return False
     tensors = (own_tensor(layer, "weight"), own_tensor(layer, "bias"))
     return all(tensor is None or tensor.ndim == 1 for tensor in tensors)
+
+
+def rounds_otherwise_with_weights(norm: nn.Module) -> bool:
+    """Whether torch rounds the norm otherwise than it does now if it gets a weight of ones."""
+    return type(norm) is nn.GroupNorm and norm.weight is None
 
 
 def _has_place(layer: nn.Module, name: str) -> bool:

@@ -12,9 +12,10 @@ from itertools import pairwise
 from torch import nn
 
 from .attention import Projection, is_attention_shell, projections
+from .depth import last_modules
 from .layers import erases_scale, is_conv, is_mlp, kind_of, norm_channels, own_tensor, parents, within
 from .site import Draft, Reader, Site
-from .weight_reads import overwrites, reads
+from .weight_reads import overwrites, reads, resolved
 
 # Names of the norm before a block's MLP, in the libraries' blocks.
 _NORM_BEFORE_MLP = (
@@ -67,17 +68,28 @@ class Network:
     Attributes:
         model: The model.
         head: Names of the modules that make up its head.
+        depth: Share of its blocks in which places for adapters are wanted, the last ones.
         modules: All modules of the model by name.
     """
 
-    def __init__(self, model: nn.Module, head: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, head: Sequence[str] = (), depth: float = 1.0) -> None:
         self.model = model
         self.head = tuple(head)
+        self.depth = depth
         self.modules = dict(model.named_modules())
 
     def in_head(self, name: str) -> bool:
         """Whether a module or parameter is the head or lies in it."""
         return within(name, self.head)
+
+    def in_depth(self, name: str) -> bool:
+        """Whether a module lies in the last share of the blocks, or runs after the first of these."""
+        return self.depth == 1 or name in self._last
+
+    @cached_property
+    def _last(self) -> frozenset[str]:
+        blocks = set(self.attention_blocks.values())
+        return last_modules(self.modules, blocks, self.head, self.depth)
 
     @cached_property
     def attentions(self) -> dict[str, list[Projection]]:
@@ -130,7 +142,7 @@ class Network:
         readers: dict[tuple[int, str], list[Reader]] = {}
         for name, module in self.modules.items():
             for path in reads(type(module)):  # type: ignore[arg-type]  # a class is hashable
-                for layer, layer_path, tensor in _resolve(module, path):
+                for layer, layer_path, tensor in resolved(module, path):
                     readers.setdefault((id(layer), tensor), []).append(Reader(name, layer_path))
         return readers
 
@@ -171,10 +183,10 @@ class Network:
         return Site(name, module, weight, bias, projection, readers, draft=draft)
 
     def blocks(self) -> Iterator[TransformerBlock]:
-        """Yield the blocks outside the head that have an attention, one MLP and a norm before it."""
+        """Yield the blocks in depth and outside the head with an attention, one MLP and a norm before it."""
         attention_layers = set(self.attention_layers.values())
         for name, module in self.modules.items():
-            if not name or self.in_head(name):
+            if not name or self.in_head(name) or not self.in_depth(name):
                 continue
             children = list(module._modules)
             attentions = tuple(child for child in children if f"{name}.{child}" in attention_layers)
@@ -266,28 +278,6 @@ def _works_in_place(module: nn.Module) -> bool:
     if inplace is not None:
         return inplace is True
     return not kind_of(module) and overwrites(type(module))  # type: ignore[arg-type]  # a class is hashable
-
-
-def _resolve(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, str]]:
-    """Yield each layer that a path below `module` names, with its path and the tensor's name.
-
-    `*` in the path stands for any index.
-    """
-    *steps, tensor = path.split(".")
-    places = [("", module)]
-    for step in steps:
-        places = list(_children(places, step))
-    for layer_path, layer in places:
-        if own_tensor(layer, tensor) is not None or tensor in layer._parameters:
-            yield layer, layer_path, tensor
-
-
-def _children(places: list[tuple[str, nn.Module]], step: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the children of that name with their paths, or all children for `*`."""
-    for path, module in places:
-        for child_name, child in module._modules.items():
-            if child is not None and step in ("*", child_name):
-                yield f"{path}.{child_name}".lstrip("."), child
 
 
 def _norm_before_mlp(children: list[str], attentions: int) -> str:

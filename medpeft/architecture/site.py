@@ -67,6 +67,9 @@ class Draft:
         shared: Modules shared by all adapters of the method on one device, by key; see `Site.share`.
         activation: The activation of the block around the layer, where the method asks for it.
         together: All sites of the method, of which this one is one.
+        around: Name of the module in whose forward the adapters of the method hand values to one another;
+            None where they hand on nothing but to their own second places.
+        handover: What all adapters of the method hand values over by, from one to the next; a `Handover`.
     """
 
     method: str = ""
@@ -77,6 +80,8 @@ class Draft:
     shared: dict[Any, nn.Module] = field(default_factory=dict)
     activation: nn.Module | None = None
     together: tuple[Site, ...] = ()
+    around: str | None = None
+    handover: Any = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
+from .layers import own_tensor
+
 # Asking a tensor for these does not use its values.
 _METADATA = {
     *("dtype", "device", "shape", "ndim", "size", "dim", "numel", "is_cuda", "layout", "is_meta"),
@@ -168,3 +170,25 @@ def _steps(node: ast.AST) -> list[str]:
 def has_fused_path(module: nn.Module) -> bool:
     """Whether the module may compute everything inside it by one fused kernel of torch's, in eval mode."""
     return type(module).forward is nn.TransformerEncoderLayer.forward
+
+
+def resolved(module: nn.Module, path: str) -> Iterator[tuple[nn.Module, str, str]]:
+    """Yield each layer that a path below `module` names, with its path and the tensor's name.
+
+    `*` in the path stands for any index.
+    """
+    *steps, tensor = path.split(".")
+    places = [("", module)]
+    for step in steps:
+        places = list(_children(places, step))
+    for layer_path, layer in places:
+        if own_tensor(layer, tensor) is not None or tensor in layer._parameters:
+            yield layer, layer_path, tensor
+
+
+def _children(places: list[tuple[str, nn.Module]], step: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the children of that name with their paths, or all children for `*`."""
+    for path, module in places:
+        for child_name, child in module._modules.items():
+            if child is not None and step in ("*", child_name):
+                yield f"{path}.{child_name}".lstrip("."), child

@@ -55,6 +55,12 @@ def identify(
     }
 
 
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of the names, shapes and samples of some tensors."""
+    lines = [f"{name} {_shape(tensor)} {_sample(tensor)}" for name, tensor in tensors.items()]
+    return digest("\n".join(lines).encode(), size=8)
+
+
 def label(base: dict[str, Any]) -> str:
     """Name a base by its class, and by timm's architecture and tag where known."""
     architecture = f"{base['architecture']}.{base['tag']}".strip(".")

@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from .file import Entry, Layout, digest, memory, parse, read_layout, read_tensors, short
 from .fingerprint import label
 from .messages import clip, printable
-from .validators import by_name, fields, list_of, one_of, optional, text, whole_number
+from .validators import by_name, fields, list_of, one_of, optional, share, text, whole_number
 
 SCHEMA = 1
 """Version of the document; a later medpeft reads all earlier ones."""
@@ -36,13 +36,14 @@ _FIELDS = {
     "statistics": list_of(text),
     "dtype": optional(one_of(*map(short, DTYPES))),
     "seed": whole_number,
+    "depth": share,
     "input": optional(fields({})),
     "base": fields({**dict.fromkeys(_BASE_TEXTS, text), "tensors": by_name(text)}),
     "metadata": fields({"classes": optional(list_of(text))}),
     "content": text,
 }
 
-_DEFAULTS: dict[str, Any] = {}
+_DEFAULTS: dict[str, Any] = {"depth": 1.0}
 """Values of fields that files of earlier versions do not have. A new field goes here and into `_FIELDS`."""
 
 
@@ -120,6 +121,9 @@ class Header:
         for name, options in self.methods.items():
             shown = {option: repr(value) for option, value in options.items()}
             methods.append(f"{name}({_pairs(shown, '=', ', ')})")
+        depth = ""
+        if document["depth"] < 1:
+            depth = f"the last {document['depth']:g} of the blocks"
         metadata = self.metadata
         metadata.pop("classes", None)
         return {
@@ -129,6 +133,7 @@ class Header:
             "selected": _counted(document["selected"]),
             "head": ", ".join(document["head"]) or "none",
             "classes": _few(self.classes or []),
+            "depth": depth,
             "BatchNorm": document["batchnorm"],
             "base": f"{label(document['base'])}, values {document['base']['values']}",
             "input": _pairs(document["input"] or {}, "=", ", "),

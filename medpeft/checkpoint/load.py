@@ -26,6 +26,7 @@ from ..adapters.record import (
 )
 from ..adapters.running import switching
 from ..architecture.layers import within
+from ..architecture.network import Network
 from ..errors import CheckpointError, MedpeftError
 from ..sharding import is_sharded
 from ..surgery.apply import carry_out
@@ -216,7 +217,7 @@ def _new_record(model: nn.Module, header: Header, *, head: HeadPolicy, keep_base
     record.head = tuple(name for name in record.head if name in present)
     record.statistics = []
     if record.batchnorm == "adapt":
-        record.statistics = statistics_names(model)
+        record.statistics = statistics_names(Network(model, record.head, record.depth))
     if keep_base is False or (keep_base is None and "full" in record.methods):
         record.base = None
     return record

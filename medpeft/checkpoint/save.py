@@ -16,6 +16,7 @@ from ..adapters.record import Adapted, require_model
 from ..adapters.running import switching
 from ..adapters.samples import changed_statistics, changes_since_apply, made_of_other_weights
 from ..adapters.wiring import is_wired
+from ..architecture.layers import is_computed, way_back
 from ..errors import CheckpointError, clipped, listed
 from ..sharding import is_first, reshard, whole
 from .compatibility import require_nothing_else_trains, require_values
@@ -161,7 +162,7 @@ def _require_savable(adapted: Adapted) -> None:
 
 
 def _require_own_forwards(adapted: Adapted) -> None:
-    """Raise `CheckpointError` for a layer that does not run its adapters any more."""
+    """Raise `CheckpointError` for a layer that lost the forward of its adapters, or its own weight."""
     for name, layer, adapters in adapted.layers:
         if any(True for _ in adapters.adapters()) and not is_wired(layer):
             raise CheckpointError(
@@ -169,6 +170,13 @@ def _require_own_forwards(adapted: Adapted) -> None:
                 "to SyncBatchNorm? The file would hold what the model does not compute. Convert first, then "
                 "apply."
             )
+        for _, adapter in adapters.adapters():
+            weight = weight_name(adapter)
+            if weight and is_computed(layer, weight):
+                raise CheckpointError(
+                    f"The {weight} of {name} is computed in every forward since apply, and a file of it "
+                    f"could be loaded nowhere: {way_back(layer, weight)}."
+                )
 
 
 def _as_json(value: Any, where: str, depth: int = 4) -> Any:

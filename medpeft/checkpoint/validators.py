@@ -23,6 +23,11 @@ def size(value: Any) -> bool:
     return whole_number(value) and 0 <= value < 2**48
 
 
+def share(value: Any) -> bool:
+    """Accept a share of a whole: a number above 0 and at most 1."""
+    return type(value) in (int, float) and 0 < value <= 1
+
+
 def one_of(*choices: str) -> Validator:
     """Accept any of the choices."""
     return lambda value: value in choices

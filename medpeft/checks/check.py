@@ -6,7 +6,7 @@ for models without values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import starmap
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from ..adapters.aside import recovered
+from ..adapters.presence import lost_modules
 from ..adapters.record import Adapted
 from ..adapters.samples import changes_since_apply
+from ..adapters.wiring import paths_of
 from ..architecture.layers import within
 from ..architecture.network import Network
 from ..errors import MedpeftError
@@ -92,13 +94,12 @@ def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimi
     adapted = recovered(model, "check")
     changes = changes_since_apply(model, adapted.record) if adapted.acting else {}
     findings = findings_since_apply(adapted, changes, optimizer)
+    if findings and lost_modules(model, paths_of(model)):  # It would not run.
+        raise MedpeftError(_message(model, findings))
     without_effect, notes = _without_effect(model, example_input)
     notes += notes_since_apply(changes)
     exempt = _exempt(adapted, without_effect)
-    for tensor in without_effect:
-        if tensor.name not in exempt:
-            modes = " and ".join(tensor.modes)
-            findings.append(Finding(tensor.name, f"cannot act in {modes} mode: {tensor.reason}"))
+    findings += _cannot_act(without_effect, exempt)
     if findings:
         raise MedpeftError(_message(model, findings))
     acting = [parameter for name, parameter in trainable(model).items() if name not in exempt]
@@ -128,6 +129,14 @@ def _without_effect(model: nn.Module, example: Any) -> tuple[list[WithoutEffect]
             continue
         notes.append(f"{name}, a buffer, changes in training and is not saved")
     return without + more, notes
+
+
+def _cannot_act(without_effect: list[WithoutEffect], exempt: dict[str, str]) -> Iterator[Finding]:
+    """Find the tensors without effect that no reason exempts."""
+    for tensor in without_effect:
+        if tensor.name not in exempt:
+            modes = " and ".join(tensor.modes)
+            yield Finding(tensor.name, f"cannot act in {modes} mode: {tensor.reason}")
 
 
 def _exempt(adapted: Adapted, without_effect: list[WithoutEffect]) -> dict[str, str]:

@@ -121,13 +121,18 @@ class Dataflow(TorchDispatchMode):
 
     def __init__(self, sources: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self._names = list(sources)
+        self._names: list[str] = []
         # By storage, because views share it. Each is kept, so that no address is used twice.
         self._storages: dict[int, Any] = {}
         # Bit i says that the i-th source flows into a storage.
         self._bits: dict[int, int] = {}
-        for i, source in enumerate(sources.values()):
-            self._add(source, 1 << i)
+        for name, source in sources.items():
+            self.watch(name, source)
+
+    def watch(self, name: str, source: Tensor) -> None:
+        """Follow one more source."""
+        self._add(source, 1 << len(self._names))
+        self._names.append(name)
 
     def sources_of(self, values: Any) -> set[str]:
         """Names of the sources that flow into any tensor of a nested value."""
@@ -150,7 +155,7 @@ class Dataflow(TorchDispatchMode):
         output = func(*args, **kwargs)
         bits = self._bits_of([args, kwargs])
         if bits:
-            for tensor in tensors_in([output, _written(func, args, kwargs)]):
+            for tensor in tensors_in([output, written(func, args, kwargs)]):
                 self._add(tensor, bits)
         return output
 
@@ -160,7 +165,7 @@ def _storage(tensor: Tensor) -> Any:
     return tensor.untyped_storage() if tensor.layout == torch.strided else tensor
 
 
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+def written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
     """List the arguments that an operation writes into."""
     written = []
     for i, argument in enumerate(func._schema.arguments):

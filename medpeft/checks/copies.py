@@ -40,16 +40,25 @@ def copied(model: nn.Module, *, share_frozen: bool = False, dtype: torch.dtype |
     return _copy(model, change)
 
 
+def without_values(model: nn.Module) -> nn.Module:
+    """Copy a model to the meta device."""
+    return _copy(model, lambda tensor: _like(tensor, torch.empty_like(tensor, device="meta")))
+
+
 def on_fakes(step: Callable[[nn.Module, Any], Result], model: nn.Module, example: Any) -> Result:
-    """Run `step(copy, input)` without values, inside `undisturbed`. The meta device becomes the CPU.
+    """Run `step(copy, input)` without values, inside `undisturbed`.
+
+    The meta device becomes that of the input, or the CPU.
 
     Raises:
         MedpeftError: the model cannot be copied, or asks for values; the message says which.
     """
     # A model may hold tensors where a copy does not reach, as in a closure. They stay real.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake_model = _copy(model, lambda tensor: _fake(tensor, mode))
-    inputs = mapped(example, lambda tensor: _fake(tensor, mode))
+    first: Tensor | None = next(tensors_in(example), None)
+    device = torch.device("cpu") if first is None or first.is_meta else first.device
+    fake_model = _copy(model, lambda tensor: _fake(tensor, mode, device))
+    inputs = mapped(example, lambda tensor: _fake(tensor, mode, device))
     # torch would log an error that is raised again here, or after which real tensors are tried.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True
@@ -97,8 +106,8 @@ def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
                 yield from tensors_in(value)
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    device = "cpu" if tensor.is_meta else tensor.device
+def _fake(tensor: Tensor, mode: FakeTensorMode, instead_of_meta: torch.device) -> Tensor:
+    device = instead_of_meta if tensor.is_meta else tensor.device
     with mode:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         return _like(tensor, fake)
@@ -150,14 +159,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(item)
 
 
+def call(model: nn.Module, example: Any) -> Any:
+    """Call a model on an input, a tuple or a mapping of inputs."""
+    if isinstance(example, tuple):
+        return model(*example)
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(example)
+
+
 def run(model: nn.Module, example: Any) -> list[Tensor]:
     """Run a model on an input, a tuple or a mapping of inputs; return its floating-point outputs."""
-    if isinstance(example, tuple):
-        output = model(*example)
-    elif isinstance(example, Mapping):
-        output = model(**example)
-    else:
-        output = model(example)
+    output = call(model, example)
     floating = [tensor for tensor in tensors_in(output) if is_differentiable(tensor)]
     if not floating:
         kind = type(output).__name__

@@ -6,11 +6,13 @@ from . import bottleneck as bottleneck
 from . import conv_adapter as conv_adapter
 from . import convpass as convpass
 from . import difffit as difffit
+from . import dtl as dtl
 from . import fact as fact
 from . import ia3 as ia3
 from . import loha as loha
 from . import lokr as lokr
 from . import lora as lora
+from . import lst as lst
 from . import miss as miss
 from . import oft as oft
 from . import prefix as prefix

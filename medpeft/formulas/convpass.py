@@ -6,9 +6,8 @@ and Fig. 2.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +23,8 @@ from ..architecture.network import Network
 from ..architecture.site import Partner, Site, Unfit
 from ..architecture.windows import around_windows, cuts_windows
 from ..errors import MedpeftError
+from .grid import Grid, find_grid
 from .two_matrices import TwoMatrices
-
-
-class Grid(NamedTuple):
-    """Position of an image's patches among the tokens: the number of tokens before them, and their grid."""
-
-    prefix: int
-    sizes: tuple[int, ...]
 
 
 @register(
@@ -178,19 +171,10 @@ class Convpass(Adapter, TwoMatrices):
 
     def _find_grid(self, tokens: int) -> Grid:
         """Find the grid of the patches among so many tokens; it has no sizes if none of them is a patch."""
+        grid = find_grid(self.layout, tokens)
+        if grid is not None:
+            return grid
         expected = self.layout.prefix + self.layout.added
-        if tokens <= expected:
-            return Grid(tokens, ())
-        side = round((tokens - expected) ** (1 / self.layout.dims))
-        candidates = (
-            Grid(expected, self.layout.grid),
-            # CaiT, whose grid is known, adds its class token in its last blocks only.
-            Grid(self.layout.added, self.layout.grid),
-            Grid(expected, (side,) * self.layout.dims),
-        )
-        for grid in candidates:
-            if len(grid.sizes) == self.layout.dims and math.prod(grid.sizes) == tokens - grid.prefix:
-                return grid
         shape = "square" if self.layout.dims == 2 else "cube"
         raise MedpeftError(
             f"{self.method!r} finds no grid in the {tokens} tokens of {self.name}: {expected} and a {shape} "

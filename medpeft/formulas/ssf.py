@@ -16,7 +16,12 @@ from ..adapters.adapter import ON_WEIGHT, Adapter, along, scale_columns
 from ..adapters.in_place import in_place, writes_fresh_output
 from ..adapters.registry import register
 from ..adapters.scale_shift import Recovery, scale_shift
-from ..architecture.layers import channel_axis, is_scaling_norm, norm_channels
+from ..architecture.layers import (
+    channel_axis,
+    is_scaling_norm,
+    norm_channels,
+    rounds_otherwise_with_weights,
+)
 from ..architecture.network import Network
 from ..architecture.site import Site
 
@@ -70,7 +75,7 @@ class SSF(Adapter):
         self.writes_in_place = writes_fresh_output(site.layer) and not keep_outputs
         # A norm's own weight and bias take it for nothing, before the activation that timm fuses into some
         # norms.
-        if site.kind == "norm":
+        if site.kind == "norm" and not rounds_otherwise_with_weights(site.layer):
             self.acts_on = ON_WEIGHT
 
     def _draw(self, generator: torch.Generator | None) -> None:

@@ -37,8 +37,11 @@ _CONFIGURATION = "adapter_config.json"
 _REFUSED = (
     "use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "target_parameters",
     "trainable_token_indices", "use_qalora", "use_bdlora", "alora_invocation_tokens", "megatron_config",
-    "arrow_config", "layers_to_transform",
+    "arrow_config",
 )  # fmt: skip
+
+# Starts that leave the base as it is, so that the file's A and B say everything.
+_PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
 
 
 def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -220,7 +223,7 @@ def _refused_options(config: Mapping[str, Any]) -> list[str]:
     if bias != "none":
         refused.append(f"{bias=}")
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start != "gaussian":
+    if isinstance(start, str) and start not in _PLAIN_STARTS:
         hint = "peft changes the base then: save with path_initial_model_for_weight_conversion"
         refused.append(f"init_lora_weights={start!r} ({hint})")
     return refused

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapters.adapter import parameters_of
 from ..adapters.record import Adapted
-from ..table import Row, Table
+from ..table import Row, Table, heading
 from .costs import Costs, costs, full_costs
 
 
@@ -21,6 +21,7 @@ class Report:
     Attributes:
         method: The methods, as "bias+norm".
         model: The class of the model.
+        depth: Share of the model's blocks in which layers were taken, the last ones.
         trainable: Parameters that train, the head's included.
         total: All parameters, the adapters' included.
         head: Parameters of the head that train.
@@ -47,6 +48,7 @@ class Report:
 
     method: str
     model: str
+    depth: float
     trainable: int
     total: int
     head: int
@@ -82,7 +84,8 @@ class Report:
             notes += _compared(self.costs, self.full_costs)
         for warning in self.warnings:
             notes.append(f"warning: {warning}")
-        return Table(f"{self.method} on {self.model}", self.rows, ("method", "type", "parameters"), notes)
+        title = heading(self.method, self.model, self.depth)
+        return Table(title, self.rows, ("method", "type", "parameters"), notes)
 
 
 def report(model: nn.Module, example_input: Any = None) -> Report:
@@ -112,6 +115,7 @@ def report(model: nn.Module, example_input: Any = None) -> Report:
     return Report(
         method=adapted.record.name,
         model=type(model).__name__,
+        depth=adapted.record.depth,
         trainable=sum(row.parameters for row in rows),
         total=sum(parameter.numel() for parameter in model.parameters()),
         head=sum(row.parameters for row in rows if row.method == "head"),

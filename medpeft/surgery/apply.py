@@ -37,6 +37,7 @@ def apply(
     *,
     target: Target = None,
     exclude: Target = None,
+    depth: float = 1.0,
     head: Head = "auto",
     batchnorm: BatchNormPolicy | None = None,
     keep_base: bool | None = None,
@@ -62,6 +63,8 @@ def apply(
             layer type, a predicate `(name, layer) -> bool`, or several of these. None leaves it to the
             method.
         exclude: Layers to leave out, written in the same way.
+        depth: Share of the model's blocks in which layers are taken: the last ones, and what runs after. At
+            least one block. Backward does not go through what lies before; 1 is the whole model.
         head: The task's own last layer, trained whole and saved: "auto" to find it, its name, or None for no
             head.
         batchnorm: "frozen" keeps the running statistics in training too; "adapt" updates and saves them. None
@@ -79,11 +82,10 @@ def apply(
         MedpeftError: an unknown method, option or pattern; a method that fits nothing here; a model that is
             compiled, sharded, wrapped in DistributedDataParallel or adapted already. The model is untouched.
     """
-    planned = plan(
-        model, method, target=target, exclude=exclude, head=head, batchnorm=batchnorm, keep_base=keep_base,
-        dtype=dtype, seed=seed, **options,
-    )  # fmt: skip
-    return carry_out(planned)
+    return carry_out(plan(
+        model, method, target=target, exclude=exclude, depth=depth, head=head, batchnorm=batchnorm,
+        keep_base=keep_base, dtype=dtype, seed=seed, **options,
+    ))  # fmt: skip
 
 
 def carry_out(
@@ -128,8 +130,7 @@ def _put_on(model: nn.Module, record: Applied, built: list[Built]) -> None:
         parameter.requires_grad_(name in record.selected)
         parameter.grad = None  # An optimizer would move even what is frozen by an old one.
     install(model, built)
-    if record.batchnorm == "frozen":
-        freeze_statistics(model)
+    freeze_statistics(model, record.statistics)
 
 
 def _require_trainable(model: nn.Module) -> None:

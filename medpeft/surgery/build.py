@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters.adapter import ON_WEIGHT, Adapter, parameters_of
+from ..adapters.handover import Handover
 from ..adapters.record import Applied, applied, named_state
 from ..adapters.registry import Method, methods
 from ..adapters.sharing import home_of
@@ -54,11 +55,15 @@ def build(
     """
     shared: dict[tuple[str, torch.device], dict[Any, nn.Module]] = {}
     together: dict[str, list[Site]] = {}
+    handovers: dict[str, Handover] = {}
     for method, site in sites:
         together.setdefault(method.name, []).append(site)
+        handovers.setdefault(method.name, Handover())
     built = []
     for method, site in tqdm(sites, desc=record.name, delay=1.0, leave=False, disable=shapes_only):
-        draft = replace(site.draft, together=tuple(together[method.name]), from_file=from_file)
+        name = method.name
+        draft = replace(site.draft, together=tuple(together[name]), handover=handovers[name])
+        draft = replace(draft, from_file=from_file)
         planned = Planned(method, replace(site, draft=draft))
         built += _build_at(model, planned, record, shared, shapes_only=shapes_only)
     if applied(model) is None:  # A plan may be printed once it is carried out.

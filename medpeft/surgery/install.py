@@ -11,6 +11,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.adapters import Adapters
 from ..adapters.bias_gradients import trains_apart
 from ..adapters.forward import adapted_forward
+from ..adapters.handover import Handover
+from ..adapters.presence import Path
 from ..adapters.registry import Method
 from ..adapters.sharing import register_shared
 from ..adapters.wiring import Wiring, unwire, wire
@@ -75,6 +77,7 @@ def _wirings(model: nn.Module, built: list[Built]) -> Iterator[tuple[nn.Module, 
     """Yield every module to be wired, with its wiring."""
     modules = dict(model.named_modules())
     reads: dict[nn.Module, list[str]] = {model: []}
+    handovers = _handovers(modules, built)
     for item in built:
         reads.setdefault(item.site.layer, [])
         for reader in item.site.readers:
@@ -87,10 +90,46 @@ def _wirings(model: nn.Module, built: list[Built]) -> Iterator[tuple[nn.Module, 
         for name, module in modules.items()
         if has_fused_path(module) and _bypasses(module, name, built)
     }
-    for module in [*reads, *(apart | unfused).difference(reads)]:
-        paths = tuple(reads.get(module, ()))
+    for module in dict.fromkeys([*reads, *handovers, *apart, *unfused]):
+        read_below = tuple(reads.get(module, ()))
         overrides = _WITH_A_HOOK if module in unfused else {}
-        yield module, Wiring(module is model, paths, overrides=overrides, apart=module in apart)
+        opened = tuple(handovers.get(module, ()))
+        paths: tuple[Path, ...] = ()
+        if module is model:
+            paths = _paths(modules, {*reads, *handovers, *unfused})
+        yield (
+            module,
+            Wiring(
+                module is model,
+                read_below,
+                overrides=overrides,
+                handovers=opened,
+                apart=module in apart,
+                paths=paths,
+            ),
+        )
+
+
+def _paths(modules: dict[str, nn.Module], wired: set[nn.Module]) -> tuple[Path, ...]:
+    """List where modules are below the model."""
+    return tuple(tuple(name.split(".")) for name, module in modules.items() if name and module in wired)
+
+
+def _handovers(modules: dict[str, nn.Module], built: list[Built]) -> dict[nn.Module, list[Handover]]:
+    """Map each module that opens handovers for its forward to these: a layer, or one around several."""
+    handovers: dict[nn.Module, list[Handover]] = {}
+    for item in built:
+        handover = getattr(item.adapter, "handover", None)
+        if handover is None:
+            continue
+        opener = item.site.layer
+        around = item.site.draft.around
+        if around is not None:
+            opener = modules[around]
+        of_opener = handovers.setdefault(opener, [])
+        if handover not in of_opener:
+            of_opener.append(handover)
+    return handovers
 
 
 def _bypasses(module: nn.Module, name: str, built: list[Built]) -> bool:

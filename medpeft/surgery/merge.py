@@ -16,15 +16,18 @@ from torch import Tensor, nn
 from ..adapters.adapters import Adapters
 from ..adapters.aside import others_in_place
 from ..adapters.options import require_options
+from ..adapters.presence import require_present
 from ..adapters.record import Adapted, own_tensors
 from ..adapters.registry import find
+from ..adapters.samples import changes_since_apply, made_of_other_weights
+from ..adapters.wiring import paths_of
 from ..architecture.convolution import standardises
 from ..architecture.layers import is_differentiable, own_tensor
 from ..errors import MedpeftError, require
 from ..sharding import gathered, is_sharded, like, reshard, whole
 from .apply import make_plain
 from .outputs import largest_difference, outputs_of
-from .unmergeable import Place, places, reason_against, require_floating
+from .unmergeable import Place, places, reason_against, require_floating, require_own
 
 _log = logging.getLogger("medpeft")
 _SHOWN = 10
@@ -154,11 +157,14 @@ def _merged_tensors(adapted: Adapted, min_kept: float) -> list[Merged]:
         MedpeftError: a layer cannot be merged; every such layer is named with the reason.
     """
     reshard(adapted.model)
+    require_present(adapted.model, paths_of(adapted.model))
     merged_tensors: list[Merged] = []
     problems: list[str] = []
     others = places(adapted.model)
+    outdated = made_of_other_weights(adapted, changes_since_apply(adapted.model, adapted.record))
     for layer_name, layer, adapters in adapted.layers:
         try:
+            require(layer_name not in outdated, "its weight is not the one that was taken apart at apply")
             require_floating(layer)
             tensors = _merged_into(layer, adapters)
         except MedpeftError as reason:
@@ -183,6 +189,8 @@ def _merged_into(layer: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
         MedpeftError: an adapter has no equivalent weight.
     """
     in_order = adapters.in_merging_order()
+    for adapter in in_order:
+        require_own(layer, (adapter._weight, adapter._bias))
     if standardises(layer) and (adapters.leaving or adapters.entering):
         raise MedpeftError(
             f"{type(layer).__name__} standardises its weight, which undoes what is merged into it"

@@ -40,6 +40,8 @@ def pick(network: Network, request: Request, target: Target, exclude: Target) ->
         chosen = choose(network, places, target, exclude, method.name)
         offers = [offer for offer in offers if offer.name in chosen]
         owner_of = {name: owner for name, owner in owner_of.items() if owner in chosen}
+    offers = [offer for offer in offers if network.in_depth(offer.name)]
+    owner_of = {name: owner for name, owner in owner_of.items() if network.in_depth(owner)}
     sites = [offer for offer in offers if isinstance(offer, Site)]
     unfit = next((offer for offer in offers if isinstance(offer, Unfit)), None)
     picked = sites if method.adapter is not None else owner_of
@@ -79,10 +81,13 @@ def _fits_nothing(network: Network, method: Method, target: Target, unfit: Unfit
             type_name = type(module).__name__
             counts[type_name] = counts.get(type_name, 0) + 1
     most = sorted(counts, key=lambda name: -counts[name])[:6]
+    where = f"target={target!r}"
+    if network.depth < 1:
+        where += f", depth={network.depth:g}"
     reason = f"{unfit.name} {unfit.reason}; " if unfit is not None else ""
     hint = method.hint or "see its docstring for the layers that it adapts."
     return (
-        f"{method.name!r} found nothing to train in {type(network.model).__name__} (target={target!r}): "
+        f"{method.name!r} found nothing to train in {type(network.model).__name__} ({where}): "
         f"{reason}{hint} This model has {', '.join(most) or 'no parameters'}."
         f"{_norms_of_buffers(network, method)}"
     )

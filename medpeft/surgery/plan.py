@@ -19,7 +19,7 @@ from ..architecture.network import Network
 from ..architecture.site import Site
 from ..architecture.targets import Target
 from ..errors import listed, require
-from ..table import Row, Table
+from ..table import Row, Table, heading
 from .build import Planned, build, count_new, in_order
 from .pick import pick
 from .refusals import refuse
@@ -72,7 +72,7 @@ class Plan:
             if name in self.selected:
                 owner = modules[name.rpartition(".")[0]]
                 rows.append(Row(self.selected[name], name, type(owner).__name__, parameter.numel()))
-        return Table(f"{self.record.name} on {type(self.model).__name__}", rows)
+        return Table(heading(self.record.name, type(self.model).__name__, self.record.depth), rows)
 
     @property
     def trainable(self) -> int:
@@ -89,6 +89,7 @@ def plan(
     *,
     target: Target = None,
     exclude: Target = None,
+    depth: float = 1.0,
     head: Head = "auto",
     batchnorm: BatchNormPolicy | None = None,
     keep_base: bool | None = None,
@@ -108,9 +109,9 @@ def plan(
         42
     """
     refuse(model)
-    require_common(keep_base=keep_base, dtype=dtype, seed=seed)
+    require_common(depth=depth, keep_base=keep_base, dtype=dtype, seed=seed)
     requests = resolve(method, options)
-    network = Network(model, find_head(model, head))
+    network = Network(model, find_head(model, head), depth)
     sites: list[Planned] = []
     selected: dict[str, str] = {}
     for request in requests:
@@ -126,17 +127,16 @@ def plan(
         f"{method!r} would train nothing: {type(model).__name__} has no head; pass head='name'.",
     )
     sites = _with_added_tokens(in_order(sites))
-    record = _record(model, requests, sites, selected, network.head, batchnorm, keep_base)
+    record = _record(network, requests, sites, selected, batchnorm, keep_base)
     record.seed, record.dtype = seed, dtype
     return Plan(model, [(request.method, request.options) for request in requests], sites, selected, record)
 
 
 def _record(
-    model: nn.Module,
+    network: Network,
     requests: list[Request],
     sites: list[Planned],
     selected: dict[str, str],
-    head: tuple[str, ...],
     batchnorm: BatchNormPolicy | None,
     keep_base: bool | None,
 ) -> Applied:
@@ -154,11 +154,12 @@ def _record(
         methods={request.method.name: request.options for request in requests},
         sites=[(planned.method.name, planned.site.name, planned.site.weight) for planned in sites],
         selected=selected,
-        head=head,
+        head=network.head,
         batchnorm=batchnorm,
-        statistics=statistics_names(model) if batchnorm == "adapt" else [],
-        trained_before={name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        statistics=statistics_names(network) if batchnorm == "adapt" else [],
+        trained_before={name: weight.requires_grad for name, weight in network.model.named_parameters()},
         base={} if keep_base else None,
+        depth=float(network.depth),
     )
 
 
@@ -169,7 +170,7 @@ def plan_from(model: nn.Module, record: Applied) -> Plan:
         MedpeftError: a method, an option or a site is unknown here; or as `apply`.
     """
     refuse(model)
-    network = Network(model, record.head)
+    network = Network(model, record.head, record.depth)
     asked = {name: (find(name), options) for name, options in record.methods.items()}
     for name, (method, options) in asked.items():
         unknown = [option for option in options if option not in method.options]

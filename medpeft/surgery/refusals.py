@@ -7,7 +7,7 @@ from torch import nn
 
 from ..adapters.record import applied, require_model
 from ..adapters.registry import Method
-from ..architecture.layers import is_computed
+from ..architecture.layers import is_computed, way_back
 from ..architecture.site import Site
 from ..errors import MedpeftError, require
 
@@ -71,7 +71,7 @@ def refuse_layer(method: Method, site: Site) -> None:
         if name and is_computed(layer, name):
             raise MedpeftError(
                 f"The {name} of {site.name} is no parameter or buffer of the layer itself, so "
-                f"{method.name!r} cannot adapt it: {_way_back(layer, name)}, or exclude the layer."
+                f"{method.name!r} cannot adapt it: {way_back(layer, name)}, or exclude the layer."
             )
     weight = site.tensor(site.weight)
     if isinstance(layer, nn.Linear) and tuple(layer.weight.shape) != (layer.out_features, layer.in_features):
@@ -91,20 +91,6 @@ def refuse_layer(method: Method, site: Site) -> None:
             f"{site.name} has complex numbers, of which {method.name!r} would lose the imaginary part: "
             "exclude it, or use 'ssf' or 'bias'.",
         )
-
-
-def _way_back(layer: nn.Module, name: str) -> str:
-    """Say what makes a computed tensor a parameter again."""
-    own = {*layer._parameters, *layer._buffers}
-    if f"{name}_g" in own:
-        return "call torch.nn.utils.remove_weight_norm first"
-    if f"{name}_mask" in own:
-        return "call torch.nn.utils.prune.remove first"
-    if f"{name}_u" in own:
-        return "call torch.nn.utils.remove_spectral_norm first"
-    if torch.nn.utils.parametrize.is_parametrized(layer, name):
-        return "call torch.nn.utils.parametrize.remove_parametrizations first"
-    return "register it as one"
 
 
 def refuse_occupied(layer: nn.Module, name: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..architecture.layers import is_differentiable, own_tensor
-from ..errors import require
+from ..architecture.layers import is_computed, is_differentiable, own_tensor, way_back
+from ..errors import MedpeftError, require
 from ..sharding import is_sharded, whole
 
 
@@ -58,6 +59,15 @@ def require_floating(layer: nn.Module) -> None:
         f"its weight is quantised or of integers ({kind} of {weight.dtype}), which would round the update "
         "away: merge first, then quantise",
     )
+
+
+def require_own(layer: nn.Module, names: Iterable[str]) -> None:
+    """Raise `MedpeftError` for a layer whose tensors are computed in every forward since `apply`."""
+    for name in names:
+        if name and is_computed(layer, name):
+            raise MedpeftError(
+                f"its {name} is computed in every forward since apply: {way_back(layer, name)}"
+            )
 
 
 def reason_against(full_name: str, own: Tensor, value: Tensor, others: dict[str, Place]) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import FAMILIES, example, make, output, randomise_adapters
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import medpeft
@@ -16,6 +17,8 @@ PAIRS = [
     ("multihead_attention", "lora"),
     ("hf_vit", "fact+repadapter"),
     ("vit", "oft+ia3+difffit"),
+    ("vit", "lst"),
+    ("resnet", "dtl"),
 ]
 MORE = [
     *PAIRS,
@@ -195,3 +198,20 @@ def test_adapters_of_another_precision_also_act_on_few_rows(method, adapters):
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(model(x), merged, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script:DeprecationWarning", "ignore:.torch.jit.script:FutureWarning"
+)
+@pytest.mark.parametrize("method", ["lora", "ssf", "bias", "linear_probe"])
+def test_torchscript_is_told_to_take_the_merged_model(method):
+    model = medpeft.apply(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 2)), method, head="2"
+    )
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"torch\.jit\.script cannot compile an adapted model: call medpeft"
+    ):
+        torch.jit.script(model)
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    torch.testing.assert_close(torch.jit.script(medpeft.merge(model))(x), expected)

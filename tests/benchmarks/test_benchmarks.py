@@ -48,6 +48,10 @@ CALLS = {
     ),
     "inference at one size": (["step.py", "--model", "test_vit2", "--inference", *TINY], INFERENCE),
     "memory": (["memory.py", "--model", "resnet10t", "--method", "bias", *TINY], ["floor", "bias"]),
+    "peaks": (
+        ["peaks.py", "--model", "resnet50", "--method", "lora, last stage", *TINY],
+        ["lora, last stage"],
+    ),
     "peers": (
         [
             "peers.py",

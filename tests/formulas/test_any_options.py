@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from choices import starts_as_base
+from choices import DETACHING, starts_as_base
 from drawn import NETWORKS, cases, options_of, thorough
 from hypothesis import assume, given, note
 from hypothesis import strategies as st
@@ -23,6 +23,8 @@ ADDITIVE = [name for name in medpeft.methods() if find(name).adapter is not None
 PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Of the coarsest dtype that takes part, as a share of the largest output.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
+# What is left in float64 where all terms of a gradient cancel, as at a softmax over one token.
+ROUNDING = 1e-15
 
 pytestmark = pytest.mark.filterwarnings("ignore:merge created")
 
@@ -59,7 +61,8 @@ def test_any_adapter_starts_as_the_base_and_computes_what_it_merges_into(method,
     base_dtype = data.draw(st.sampled_from(PRECISIONS))
     own_dtype = data.draw(st.sampled_from([None, None, *PRECISIONS]))
     model, x = model.to(base_dtype).requires_grad_(False), cast(x, base_dtype)
-    base = model(x)
+    # An embedding with a max_norm shortens its rows in every forward, in float16 once more by a last bit.
+    base = copy.deepcopy(model)(x)
     assume(base.isfinite().all())  # Large weights overflow in float16.
     model = adapted(kind, model, method, options, own_dtype)
     if model is None:
@@ -92,10 +95,10 @@ def merged_output(model, x):
         return None
 
 
-def assert_near(found, expected, tolerance, *others):
+def assert_near(found, expected, tolerance, *others, floor=0.0):
     """Compare two tensors, relative to the largest of all values that take part."""
     largest = max(size(tensor) for tensor in (expected, *others))
-    assert size(found.double() - expected.double()) <= tolerance * largest
+    assert size(found.double() - expected.double()) <= tolerance * largest + floor
 
 
 def size(tensor):
@@ -114,7 +117,7 @@ def test_any_gradient_is_that_of_the_merged_weights_or_of_differences(method, da
         return
     randomise_adapters(model, size=0.2)
     inputs = [p for p in model.parameters() if p.requires_grad]
-    if x.is_floating_point():
+    if x.is_floating_point() and method not in DETACHING:
         inputs.append(x.requires_grad_())
     upstream = weights_for(model(x))
 
@@ -122,7 +125,7 @@ def test_any_gradient_is_that_of_the_merged_weights_or_of_differences(method, da
     merged = merged_loss(model, x, upstream)
     if merged is not None:
         for gradient, expected in zip(found, gradients(merged, inputs), strict=True):
-            assert_near(gradient, expected, 1e-9, *found)
+            assert_near(gradient, expected, 1e-9, *found, floor=ROUNDING)
         return
     direction = [weights_for(tensor) for tensor in inputs]
     along = sum(float((g * d).sum()) for g, d in zip(found, direction, strict=True))

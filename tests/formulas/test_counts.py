@@ -68,6 +68,16 @@ VIT = [
 ]
 # Depth L and width D of the three; the MLP is 4·D wide.
 SIZES = ((12, 768), (24, 1024), (32, 1280))
+
+
+def ladder(blocks, width, side):
+    """Of LST: a step Down, its α and a transformer block for each block; Down before them, norm and Up after them."""
+    transformer = 12 * side**2 + 13 * side
+    return (
+        blocks * (side * (width + 1) + 1 + transformer) + side * (width + 1) + 2 * side + width * (side + 1)
+    )
+
+
 VIT += [
     ("repadapter", {"bottleneck": 8, "groups": 2}, (239_808, 639_360, 1_065_472)),
     ("repadapter", {"bottleneck": 4, "groups": 1}, tuple(2 * L * (4 * D + 4 + 4 * D + D) for L, D in SIZES)),
@@ -86,6 +96,10 @@ VIT += [
     ("lokr", {"rank": 8}, (12 * 2_880, 24 * 3_840, 32 * 4_416)),
     ("shira", {"rank": 4}, tuple(L * 4 * (3 * D + D + D + D) for L, D in SIZES)),
     ("miss", {"rank": 16}, tuple(L * 16 * (3 * D + D) for L, D in SIZES)),
+    ("dtl", {}, (36_864, 98_304, 163_840)),
+    ("dtl", {"convolve": True}, (43_776, 107_520, 175_360)),
+    ("lst", {}, tuple(ladder(L, D, D // 8) for L, D in SIZES)),
+    ("lst", {"reduction": 4}, tuple(ladder(L, D, D // 4) for L, D in SIZES)),
     ("oft", {"block_size": 32}, tuple(2 * L * (D // 32) * (32 * 31 // 2) for L, D in SIZES)),
 ]
 VITS = ["vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"]

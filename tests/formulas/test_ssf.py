@@ -66,6 +66,15 @@ def test_ssf_scales_the_channels_of_a_norm(norm, shape, training):
     assert_computes(model, x, y * values["scale"].reshape(-1, *axes) + values["shift"].reshape(-1, *axes))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_ssf_of_a_norm_without_weights_starts_as_the_base_to_the_last_bit(dtype, groups):
+    norms = [nn.BatchNorm2d(6, affine=False), nn.InstanceNorm2d(6), nn.GroupNorm(groups, 6, affine=False)]
+    model, x = nn.Sequential(*norms).to(dtype).eval(), drawn(4, 6, 5, 5).to(dtype)
+    base = model(x)
+    assert torch.equal(medpeft.apply(model, "ssf", head=None)(x), base)
+
+
 @pytest.mark.parametrize("name", ["LayerNorm2d", "BatchNormAct2d", "GroupNormAct", "GroupNorm1"])
 def test_ssf_acts_inside_the_norms_of_timm_before_their_activation(name):
     import timm.layers

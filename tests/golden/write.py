@@ -20,6 +20,7 @@ CASES = {
     "conv_adapter_authors": ("conv_adapter", {"place": "authors", "activation": "backbone"}),
     "convpass_around": ("convpass", {"windows": "around"}),
     "fact_tucker": ("fact", {"rank": 2, "form": "tucker"}),
+    "lst": ("lst", {"reduction": 2}),
     "lora_dora": ("lora", {"rank": 2, "dora": True}),
     "lora_everywhere": (
         {"lora": {"rank": 2, "alpha": 8, "rslora": True, "parts": "qkvo"}, "bias": {}},

@@ -18,8 +18,10 @@ SMALL = {
 }
 # Values of options that are neither a yes nor a word of a closed list.
 OTHERS = {"parts": ("qv", "k", "qkvo"), "alpha": (None, 5.0), "keep_outputs": (None, True, False)}
+# Methods that take what the trunk computes without gradient, so that theirs with respect to the input is another.
+DETACHING = ("lst", "dtl")
 # Words by which a method starts apart from the base, on purpose.
-OFFICIAL = ("official", "eye")
+OFFICIAL = ("official", "eye", "replace")
 
 
 def small(method: str) -> dict:

@@ -49,6 +49,10 @@ RECIPES = {
     "shira": ("shira", {"rank": 1}),
     "shira each output": ("shira", {"rank": 1, "mask": "magnitude", "each_output": True}),
     "miss": ("miss", {"rank": 5}),
+    "lst": ("lst", {"reduction": 2}),
+    "lst of convolutions": ("lst", {"reduction": 2}),
+    "dtl": ("dtl", {}),
+    "dtl of convolutions": ("dtl", {"start": 1.0, "convolve": True}),
     "two kinds": ({"lora": {"rank": 2}, "adaptformer": {"bottleneck": 8}}, {}),
     "on the input": (
         {"repadapter": {}, "lora": {"rank": 2, "parts": "qkv"}, "oft": {"block_size": 4}, "ssf": {}},
@@ -78,6 +82,8 @@ NEEDS = {
     "fact tucker": "attention",
     "difffit": "attention",
     "miss": "attention",
+    **dict.fromkeys(("lst", "dtl"), "transformer blocks"),
+    **dict.fromkeys(("lst of convolutions", "dtl of convolutions"), "conv blocks"),
     "two kinds": "transformer blocks",
     "on the input": "attention",
 }
@@ -128,6 +134,11 @@ SOLE |= {
     "prefix": ("vit", "hf_vit", "multihead_attention", "transformer_encoder", "siglip", "resnet"),
     "prompted": ("vit", "torchvision_vit"),
 }
+# Fused, in windows on a grid and in a row, without a class token, as containers and as layers.
+_TRUNKS = ("vit", "swin", "swinv2", "hf_vit", "hf_swin", "torchvision_vit", "torchvision_swin", "clip_vision")
+_CNNS = ("resnet", "torchvision_resnet", "regnet", "efficientnet", "convnext", "hf_convnext")
+SOLE |= dict.fromkeys(("lst", "dtl"), (*_TRUNKS, "multihead_attention"))
+SOLE |= dict.fromkeys(("lst of convolutions", "dtl of convolutions"), (*_CNNS, "multihead_attention"))
 SOLE |= {
     "fact tucker": ("vit", "hf_vit"),
     "two kinds": ("vit", "swinv2"),

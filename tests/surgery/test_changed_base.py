@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import medpeft
@@ -115,13 +116,42 @@ def test_what_is_trained_beside_other_weights_is_saved_for_them(tmp_path):
 
 
 @pytest.mark.parametrize("change", CHANGES[:-1])
-def test_singular_values_of_other_weights_are_neither_checked_nor_saved(change, tmp_path):
+def test_singular_values_of_other_weights_are_neither_checked_nor_saved_nor_merged(change, tmp_path):
     model = medpeft.apply(mlp(0), "svdiff", head="2")
     change(model)
     reason = r"0.? has other weights than those that 'svdiff' took apart at apply"
     with pytest.raises(medpeft.MedpeftError, match=reason):
         medpeft.check(model, X)
     with pytest.raises(medpeft.CheckpointError, match=reason):
+        medpeft.save(model, tmp_path / "a.safetensors")
+    for action in (medpeft.merge, lambda model: medpeft.merged(model).__enter__()):
+        with pytest.raises(medpeft.MedpeftError, match="0: its weight is not the one that was taken apart"):
+            action(model)
+
+
+REPARAMETRISED = {
+    nn.utils.parametrizations.spectral_norm: "parametrize.remove_parametrizations",
+    nn.utils.parametrizations.weight_norm: "parametrize.remove_parametrizations",
+    nn.utils.weight_norm: "remove_weight_norm",
+    nn.utils.spectral_norm: "remove_spectral_norm",
+    lambda layer: prune.l1_unstructured(layer, "weight", 0.3): "prune.remove",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("method", ["lora", "ssf", "oft"])
+@pytest.mark.parametrize("change", REPARAMETRISED)
+def test_a_layer_reparametrised_after_apply_is_neither_merged_nor_saved(change, method, tmp_path):
+    model = medpeft.apply(mlp(0), method, target="0", head="2").eval()
+    change(model[0])
+    model[0].requires_grad_(False).adapters.requires_grad_(True)
+    hint = f"is computed in every forward since apply.*{REPARAMETRISED[change]}"
+    before = model(X)
+    for action in (medpeft.merge, lambda model: medpeft.merged(model).__enter__()):
+        with pytest.raises(medpeft.MedpeftError, match=hint):
+            action(model)
+    assert torch.equal(model(X), before)
+    with pytest.raises(medpeft.CheckpointError, match=hint):
         medpeft.save(model, tmp_path / "a.safetensors")
 
 

@@ -1,0 +1,81 @@
+"""Adapters whose layer was replaced since `apply`: the model's own forward looks for them.
+
+Tools that quantise, fuse or convert make new layers of the old ones' weights and leave the adapters behind
+without a word.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import MedpeftError, listed
+
+Path = tuple[str, ...]
+"""Names of the modules on the way from the model to one inside it."""
+
+# Under these names a wrapper holds what it wraps: torch.compile, checkpointing, FSDP, DataParallel and DDP.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+
+
+def require_present(model: nn.Module, paths: tuple[Path, ...]) -> None:
+    """Raise `MedpeftError` if a module that was wired is no longer there, and another has taken its place.
+
+    Args:
+        model: The model.
+        paths: Where modules were wired.
+    """
+    lost = lost_modules(model, paths)
+    if lost:
+        raise MedpeftError(
+            f"{listed(lost, most=1)} has lost its adapters since apply: was the layer replaced, quantised, "
+            "fused or converted? Merge first and convert the merged model; or convert first, then apply."
+        )
+
+
+def lost_modules(model: nn.Module, paths: tuple[Path, ...]) -> list[str]:
+    """List the modules that were wired and are no longer there, by the name that they had."""
+    missing = [path for path in paths if not _is_at(model, path)]
+    if not missing:
+        return []
+    elsewhere = _wired_names(model)
+    lost = []
+    for path in missing:
+        name = _unwrapped(".".join(path))
+        if name not in elsewhere and not _is_cut_off(model, path):
+            lost.append(name)
+    return lost
+
+
+def _is_at(model: nn.Module, path: Path) -> bool:
+    """Whether there is a module at this path with a forward that was put on it."""
+    module = model
+    for name in path:
+        below = module._modules.get(name)
+        if below is None:
+            return False
+        module = below
+    return "forward" in module.__dict__
+
+
+def _wired_names(model: nn.Module) -> set[str]:
+    """Names, without those of wrappers, of all modules with a forward that was put on them."""
+    names = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if "forward" in module.__dict__:
+            names.add(_unwrapped(name))
+    return names
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def _is_cut_off(model: nn.Module, path: Path) -> bool:
+    """Whether a list of modules was shortened there: its end is gone, and nothing has taken its place."""
+    module = model
+    for name in path:
+        below = module._modules.get(name)
+        if below is None:
+            return isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        module = below
+    return False
