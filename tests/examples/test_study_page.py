@@ -94,7 +94,7 @@ def test_the_other_scores_are_tabled_and_the_lowest_error_is_the_best(done):
     assert table.text.loc["bias+norm", "MCC"] == "0.400"
     assert list(table.best["MCC"][table.best["MCC"]].index) == ["ssf"]
     assert not table.best.loc["ssf", "Calibration error"]
-    assert not table.best["AUROC"].any()
+    assert not table.best["AUROC, one vs rest"].any()
 
 
 def test_what_runs_cost_is_tabled_with_their_learning_rate(summary):

@@ -74,7 +74,7 @@ def test_what_means_no_label_is_no_class(tmp_path, empty):
 
 def test_several_labels_for_one_image_are_refused(tmp_path):
     file = written(tmp_path, "path,label\n" + lines(["Effusion", "Edema", "Effusion|Edema", "Edema"]))
-    with pytest.raises(TrainerError, match=r"'Effusion\|Edema' names several classes"):
+    with pytest.raises(TrainerError, match=r"'Effusion\|Edema' names several findings"):
         read(file)
 
 

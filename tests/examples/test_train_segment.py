@@ -74,7 +74,7 @@ def test_a_tiny_set_is_learned(learned):
     assert record["test"]["dice"] > 0.75
     assert record["history"][-1]["train_loss"] < 0.5 * record["history"][0]["train_loss"]
     assert record["score"] == "dice"
-    low, high = record["test"]["dice_interval"]
+    low, high = record["test"]["intervals"]["dice"]
     assert low <= record["test"]["dice"] <= high
     assert record["images"]["test"]["disc"] == record["images"]["test"]["all"]
     assert json.loads((output / "metrics.json").read_text())["test"]["unit"] == "px"
@@ -176,7 +176,7 @@ def test_weights_of_a_file_fill_the_encoder_and_another_site_tests_it(discs, tmp
     adapter = str(tmp_path / "run" / "adapter.safetensors")
     arguments = [
         adapter,
-        str(discs),
+        str(tmp_path / "other"),
         "--weights",
         str(tmp_path / "w.pth"),
         "--output",
