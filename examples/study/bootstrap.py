@@ -70,8 +70,10 @@ def columns_of(table: pd.DataFrame, score: str) -> list[str]:
             return [name for name in table if name.startswith(("label(", "p("))]
         case "dice":
             return [name for name in table if name.startswith("dice(")]
-        case _:
+        case "macro_f1" | "kappa" | "r2":
             return ["label", "prediction"]
+        case _:
+            raise KeyError(f"columns_of does not say what {score} is computed from")
 
 
 def weighted_macro_f1(table: pd.DataFrame, weights: Floats) -> Floats:

@@ -141,11 +141,11 @@ def answer(rows: pd.DataFrame) -> str:
     if is_full(baseline):
         name = f"full fine-tuning ({baseline}, {words} {score:.3f})"
     parts: list[str] = []
-    for verdict, words, than in ((BETTER, "better", " than"), (ALIKE, "", ""), (WORSE, "worse", " than")):
+    for verdict, word, than in ((BETTER, "better", " than"), (ALIKE, "", ""), (WORSE, "worse", " than")):
         labels = list(rows["label"][rows["verdict"] == verdict])
         if labels:
             verb = "is" if len(labels) == 1 else "are"
-            says = f"{verb} {words}"
+            says = f"{verb} {word}"
             if verdict == ALIKE:
                 says = "cannot be told apart from"
             if not parts:

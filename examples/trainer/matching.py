@@ -126,9 +126,10 @@ def _of_swin_unetr(state: State) -> State:
     result: State = {}
     for name, value in state.items():
         renamed = filter_swinunetr(name, value)  # type: ignore[no-untyped-call]
-        if renamed is None:
-            renamed = (name, value)
-        result[renamed[0]] = value
+        new = name
+        if renamed is not None:
+            new = renamed[0]
+        result[new] = value
     return result
 
 

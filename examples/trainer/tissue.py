@@ -13,6 +13,7 @@ from skimage.color import rgb2gray, rgb2hed
 from skimage.data import immunohistochemistry
 from skimage.filters import gaussian, threshold_otsu
 
+from .errors import TrainerError
 from .rows import Rows
 
 PATCH, STEP, BLOCK = 32, 16, 64  # pixels
@@ -47,6 +48,8 @@ def tissue_rows(task: str = "classify") -> Rows:
             table["label"] = pd.qcut(amounts, 4, labels=False).astype(str)
         case "regress":
             table["label"] = (100 * amounts).round(4).astype(str)
+        case _:
+            raise TrainerError(f"There are no default data for --task {task}. Give --data.")
     return Rows(table)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import MedpeftError, listed
 
 Path = tuple[str, ...]
-"""Names of the modules on the way from the model to one inside it."""
+"""Names of the modules on the way from the model to one inside it; split, as every forward follows them."""
 
 # Under these names a wrapper holds what it wraps: torch.compile, checkpointing, FSDP, DataParallel and DDP.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
@@ -34,26 +34,26 @@ def require_present(model: nn.Module, paths: tuple[Path, ...]) -> None:
 
 def lost_modules(model: nn.Module, paths: tuple[Path, ...]) -> list[str]:
     """List the modules that were wired and are no longer there, by the name that they had."""
-    missing = [path for path in paths if not _is_at(model, path)]
+    missing = [path for path in paths if not _is_wired_at(model, path)]
     if not missing:
         return []
-    elsewhere = _wired_names(model)
+    wired = _wired_names(model)
     lost = []
     for path in missing:
         name = _unwrapped(".".join(path))
-        if name not in elsewhere and not _is_cut_off(model, path):
+        if name not in wired and not _is_cut_off(model, path):
             lost.append(name)
     return lost
 
 
-def _is_at(model: nn.Module, path: Path) -> bool:
+def _is_wired_at(model: nn.Module, path: Path) -> bool:
     """Whether there is a module at this path with a forward that was put on it."""
     module = model
     for name in path:
-        below = module._modules.get(name)
-        if below is None:
+        child = module._modules.get(name)
+        if child is None:
             return False
-        module = below
+        module = child
     return "forward" in module.__dict__
 
 
@@ -74,8 +74,8 @@ def _is_cut_off(model: nn.Module, path: Path) -> bool:
     """Whether a list of modules was shortened there: its end is gone, and nothing has taken its place."""
     module = model
     for name in path:
-        below = module._modules.get(name)
-        if below is None:
+        child = module._modules.get(name)
+        if child is None:
             return isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
-        module = below
+        module = child
     return False

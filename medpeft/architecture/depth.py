@@ -3,10 +3,11 @@
 Blocks are the outermost transformer blocks, residual blocks and stages, in the order in which a forward
 meets them. Libraries register modules in that order, with these exceptions:
 
-- `_LATER`: a child that is registered before one that it needs
+- `_RUNS_AFTER`: a child that is registered before one that it needs
 - a `ModuleList` beside the blocks has one element for each stage, as the norms of EfficientViM
 - an embedding comes before all blocks, wherever it is registered
-- parameters of a module that holds blocks (tokens, positions) come before all blocks too
+- parameters of a module that holds blocks (tokens, positions) come before all blocks too, and stand before
+  the first block in the list
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .layers import NOT_BODY, is_norm, is_residual_block, kind_of, parents, with
 
 # diffusers' UNets register `mid_block` last, and in it attentions before the first ResNet. MONAI's
 # AttentionUnet gates what comes up from its submodule.
-_LATER = {"up_blocks": "mid_block", "attentions": "resnets", "attention": "submodule"}
+# A child, and the one that must run before it.
+_RUNS_AFTER = {"up_blocks": "mid_block", "attentions": "resnets", "attention": "submodule"}
 
 # Blocks that are residual and not called so.
 _BLOCKS = re.compile(r"PreActBasic|SelectiveKernelBasic|XceptionModule")
@@ -50,14 +52,14 @@ def last_modules(
         )
     kept = blocks[-max(1, round(depth * len(blocks))) :]
     last = set()
-    names = in_order(modules)
+    names = in_forward_order(modules)
     for name in names[names.index(kept[0]) :]:
         if within(name, kept) or not _runs_earlier(name, modules, blocks):
             last.add(name)
     return frozenset(last)
 
 
-def in_order(modules: Mapping[str, nn.Module]) -> list[str]:
+def in_forward_order(modules: Mapping[str, nn.Module]) -> list[str]:
     """List the names of all modules of a model in the order of a forward."""
     # A module that is shared has a further name, by which `named_modules` does not know it.
     return [name for name in _inside(modules[""], "") if name in modules]
@@ -73,7 +75,7 @@ def _inside(module: nn.Module, name: str) -> Iterator[str]:
 
 def _children_in_order(module: nn.Module) -> list[str]:
     names = list(module._modules)
-    for late, early in _LATER.items():
+    for late, early in _RUNS_AFTER.items():
         if late in names and early in names:
             names.remove(early)
             names.insert(names.index(late), early)
@@ -88,7 +90,7 @@ def outermost_blocks(
     The arguments are those of `last_modules`.
     """
     candidates = []
-    for name in in_order(modules):
+    for name in in_forward_order(modules):
         is_block = name in transformers or _is_block_by_class(name, modules[name])
         if name and is_block and not isinstance(modules[name], nn.ModuleList) and not within(name, head):
             candidates.append(name)

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .attention import is_attention
 from .blocks import branches, matmuls
-from .depth import in_order, outermost_blocks
+from .depth import in_forward_order, outermost_blocks
 from .layers import NOT_BODY, parents
 from .network import Network
 from .site import Layout, Site, Unfit
@@ -50,7 +50,7 @@ class Convolution:
 def trunk(network: Network) -> list[Site | Unfit]:
     """List a site for every block of the trunk in depth; the module around all of them is `Draft.around`."""
     blocks = _transformer_blocks(network) or _residual_blocks(network)
-    order = in_order(network.modules)
+    order = in_forward_order(network.modules)
     blocks.sort(key=lambda block: order.index(block.name))
     around = _around_all(network, [block.name for block in blocks])
     sites: list[Site | Unfit] = []

@@ -1,8 +1,9 @@
 """Features on disk: one memory-mapped file that says what its features were computed from.
 
 - The size is known before anything is written, and taken at once.
-- Every image's features have a digest, written after them. What has none, or another one, is missing: an
-  interrupted run goes on where it ended.
+- Every image's features have a digest, written after them. A row without one is missing, and one with
+  another digest is altered: `store` computes both again, so that an interrupted run goes on where it ended;
+  `open` refuses the file.
 - A file that was made from another base, place, data or preprocessing is refused, and so is one that was
   cut off or altered.
 
@@ -132,6 +133,7 @@ class FeatureFile(Sequence[Tensor]):
         key: What the features depend on, and their form.
         missing: Rows that are not written yet, in order; a row is an image's number times `key.views`, plus
             the number of the view.
+        altered: Rows whose values are not those that were written, in order.
 
     Examples:
         >>> import tempfile, torch, medpeft

@@ -69,7 +69,7 @@ def _on_copy(step: Callable[[nn.Module, Any], Any], model: nn.Module, example: A
 
 
 class Survey:
-    """Two traces of a model, one one with one image more, and the search."""
+    """Two traces of a model, one of them with one image more, and the search."""
 
     def __init__(
         self,

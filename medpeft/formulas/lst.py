@@ -177,10 +177,11 @@ class LST(BesideTrunk):
     ) -> None:
         super().__init__(site)
         width = _reduced(self.layout.outputs, reduction)
+        self.change: Matrix | None = None  # From the width of the block before, where that differs.
         if self.index == 0:
             self.first = Matrix(self.layout.inputs, width, site.generator)
         else:
-            self.acts_on = ON_OUTPUT
+            self.acts_on = ON_OUTPUT  # Only the first block begins the ladder, at its input.
             before = site.draft.together[self.index - 1].layout
             self._add_change(before, width, reduction, site)
         self.down = Matrix(self.layout.outputs, width, site.generator)
@@ -195,7 +196,6 @@ class LST(BesideTrunk):
     def _add_change(self, before: Layout | None, width: int, reduction: int, site: Site) -> None:
         """Create the matrix from the width of the block before to that of this one, where they differ."""
         assert before is not None
-        self.change: Matrix | None = None
         width_before = _reduced(before.outputs, reduction)
         if width_before != width:
             self.change = Matrix(width_before, width, site.generator)
@@ -208,8 +208,9 @@ class LST(BesideTrunk):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Climb one step, and return `y`; after the last block add the ladder to it."""
         step = self.down(self._taken(y, self.layout.outputs))
-        g = self.following(self.handed(max(self.index - 1, 0)), step.shape[1:-1])
-        if self.index > 0 and self.change is not None:
+        before = max(self.index - 1, 0)  # The first block takes what its own `enter` has left.
+        g = self.following(self.handed(before), step.shape[1:-1])
+        if self.change is not None:
             g = self.change(g)
         share = torch.sigmoid(self.gate / _TEMPERATURE)
         g = self.side(share * g + (1 - share) * step)

@@ -67,13 +67,13 @@ def _count_full(model: nn.Module, example: Any) -> Costs:
 
 def _count(model: nn.Module, example: Any) -> Costs:
     model.train()
-    not_counted = set(map(_storage_id, (*model.parameters(), *model.buffers())))
+    not_counted = set(map(storage_id, (*model.parameters(), *model.buffers())))
     saved: dict[int, Any] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         # Views of one tensor share its storage, which is kept once, and whole.
-        if _storage_id(tensor) not in not_counted:
-            saved[_storage_id(tensor)] = tensor.untyped_storage()
+        if storage_id(tensor) not in not_counted:
+            saved[storage_id(tensor)] = tensor.untyped_storage()
         return tensor
 
     with Flops() as flops:
@@ -86,7 +86,8 @@ def _count(model: nn.Module, example: Any) -> Costs:
     return Costs(forward_flops, flops.total, saved_bytes)
 
 
-def _storage_id(tensor: Tensor) -> int:
+def storage_id(tensor: Tensor) -> int:
+    """Return what tensors over one memory have in common."""
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -200,7 +200,7 @@ def _fit(keywords: dict[str, Any], checkpointing: bool, parameters: int, step: S
         keywords=keywords,
         checkpointing=checkpointing,
         trainable=parameters,
-        depth=step.depth,
+        depth=step.trained_share,
         peak_bytes=step.peak_bytes,
         training_flops=step.training_flops,
         fits=step.peak_bytes <= memory,

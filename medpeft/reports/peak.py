@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks.copies import on_fakes, run, tensors_in, trainable, undisturbed
-from .costs import Flops
+from .costs import Flops, storage_id
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Step:
         peak_bytes: Most bytes of tensors at one time: the model, the input, what is kept for backward,
             gradients, the optimizer's state and what it computes with.
         training_flops: Operations of forward and backward.
-        depth: Share of the forward's operations from the first trainable tensor on.
+        trained_share: Share of the forward's operations from the first trainable tensor on.
     """
 
     peak_bytes: int
     training_flops: int
-    depth: float
+    trained_share: float
 
 
 def forecast(model: nn.Module, example_input: Any, optimizer_states: int = 2) -> Step:
@@ -55,6 +55,7 @@ def _step(model: nn.Module, example: Any, optimizer_states: int) -> Step:
     held = [*model.parameters(), *model.buffers(), *tensors_in(example)]
     for tensor in held:
         meter.add(tensor)
+    # No tensors, as they are there before the step and after it.
     meter.live += optimizer_states * sum(parameter.nbytes for parameter in trained)
     meter.peak = meter.live
     with meter:
@@ -66,8 +67,8 @@ def _step(model: nn.Module, example: Any, optimizer_states: int) -> Step:
     # An optimizer goes from parameter to parameter: the denominator, and its root before it is divided.
     in_optimizer = meter.live + 2 * max((parameter.nbytes for parameter in trained), default=0)
     before = forward_flops if meter.before_trained is None else meter.before_trained
-    depth = 1.0 - before / max(forward_flops, 1)
-    return Step(max(meter.peak, in_optimizer), meter.total, depth)
+    trained_share = 1.0 - before / max(forward_flops, 1)
+    return Step(max(meter.peak, in_optimizer), meter.total, trained_share)
 
 
 class Meter(Flops):
@@ -83,7 +84,7 @@ class Meter(Flops):
         super().__init__()
         self.live, self.peak = 0, 0
         self.before_trained: int | None = None
-        self._trained = {parameter.untyped_storage()._cdata for parameter in trained}
+        self._trained = set(map(storage_id, trained))
         self._references: dict[int, weakref.ref[Any]] = {}
 
     def add(self, tensor: Tensor) -> None:
@@ -103,9 +104,9 @@ class Meter(Flops):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.before_trained is None:
-            for tensor in tensors_in([args, kwargs or {}]):
-                if tensor.untyped_storage()._cdata in self._trained:
-                    self.before_trained = self.total
+            read = map(storage_id, tensors_in([args, kwargs or {}]))
+            if not self._trained.isdisjoint(read):
+                self.before_trained = self.total
         output = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in tensors_in(output):
             self.add(tensor)

@@ -28,6 +28,7 @@ class Classify(Task):
 
     score = "macro_f1"
     words = SHOWN
+    lower = frozenset({"calibration_error"})
     loss_words = "cross entropy"
     draws = 1000
 

@@ -26,6 +26,8 @@ PREFIX = "label:"  # of the columns of `Rows.table` that say of one finding whet
 YES, NO = {"1", "1.0", "true", "yes", "positive"}, {"0", "0.0", "false", "no", "negative"}
 MISSING, UNCERTAIN = {"", "nan", "na", "n/a", "null"}, {"-1", "-1.0", "uncertain"}
 NOTHING = {"no finding", "no findings", "none"}
+# Scores that are means over those of each finding.
+MEANS = ("auroc", "average_precision", "balanced_accuracy")
 HEAVIEST = 100.0  # weight of a rare finding
 WORDS = {
     "auroc": "AUROC, mean of findings",
@@ -133,7 +135,7 @@ class Multilabel(Task):
             own, truth = known(probabilities[:, place], outcome.targets[:, place])
             findings[name] = score_finding(own, truth, outcome.fitted["thresholds"][place])
         table = pd.DataFrame.from_dict(findings, orient="index")
-        averages = {name: float(table[name].mean()) for name in self.words if name != "macro_f1"}
+        averages = {name: float(table[name].mean()) for name in MEANS}
         undefined = int(table["auroc"].isna().sum())
         defined = table["f1"][table["auroc"].notna()]
         return {

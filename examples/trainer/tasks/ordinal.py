@@ -39,6 +39,7 @@ class Ordinal(Task):
 
     score = "kappa"
     words = WORDS
+    lower = frozenset({"mae"})
     loss_words = "conditional cross entropy"
 
     @property

@@ -38,6 +38,7 @@ class Regress(Task):
 
     score = "r2"
     words = WORDS
+    lower = frozenset({"mae", "rmse"})
     loss_words = "Huber loss, in standard deviations"
 
     def __init__(self, names: Sequence[str], center: float = 0.0, scale: float = 1.0) -> None:
@@ -68,7 +69,9 @@ class Regress(Task):
     def prepared(self, targets: Tensor) -> "Regress":
         """Give the task with the mean and the standard deviation of the training images."""
         center, scale = float(targets.mean()), float(targets.std(unbiased=False))
-        return Regress(self.names, center, scale or 1.0)
+        task = Regress(self.names, center, scale or 1.0)
+        task.details = self.details
+        return task
 
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         """Give the mean Huber loss of outputs (B, 1) and numbers (B,)."""

@@ -175,7 +175,10 @@ class Segment(Task):
         """Lay out the scores of each structure."""
         lines = []
         for name, words in self.words.items():
-            lines.append(f"  {words:<20}{scores[name]:.4f}" + f" {self.details['unit']}" * (name == "hd95"))
+            line = f"  {words:<20}{scores[name]:.4f}"
+            if name == "hd95":
+                line += f" {self.details['unit']}"
+            lines.append(line)
         table = pd.DataFrame(index=self.names)
         for name, words in self.words.items():
             table[words] = scores[f"{name}_per_structure"]

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..resampling import Floats, describe_draws, intervals
+from ..resampling import Floats, describe_draws
+from ..resampling import intervals as intervals_of
 from ..subgroups import describe_worst
 from .outcome import Integers, Mistake, Outcome, Targets
 
@@ -35,7 +36,7 @@ class Task(ABC):
 
     score: ClassVar[str]
     words: ClassVar[dict[str, str]]
-    lower: ClassVar[frozenset[str]] = frozenset({"calibration_error", "mae", "rmse"})
+    lower: ClassVar[frozenset[str]] = frozenset()
     loss_words: ClassVar[str]
     draws: ClassVar[int] = 200
 
@@ -44,7 +45,7 @@ class Task(ABC):
         self.details: dict[str, Any] = {}
 
     def informed(self, details: Mapping[str, Any]) -> "Task":
-        """Give the task as it is once it knows its details."""
+        """Take over the details, and return the task itself."""
         self.details = dict(details)
         return self
 
@@ -215,7 +216,7 @@ class Task(ABC):
             groups: (N,), images with one number, such as a patient's, are drawn together.
             seed: of the draws.
         """
-        found: dict[str, Any] = intervals(partial(self.numbers, outcome), groups, self.draws, seed)
+        found: dict[str, Any] = intervals_of(partial(self.numbers, outcome), groups, self.draws, seed)
         found["bootstrap"] = {
             "draws": self.draws,
             "groups": len(np.unique(groups)),
