@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import TrainerError
-from .flags import flag
+from .flags import flag, read_bytes
 from .thresholds import read_rule
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ OF_TASKS = {
     "missing": ("multilabel",),
     "uncertain": ("multilabel",),
     "grade": ("ordinal",),
+    "memory": ("classify", "multilabel", "ordinal", "regress"),
     "threshold": ("classify", "multilabel"),
     "coverage": ("classify", "ordinal", "regress"),
     "mask_column": ("segment",),
@@ -46,6 +47,12 @@ def check_values(settings: Settings) -> None:
             raise TrainerError(f"{flag(name)} is {getattr(settings, name)}; it must be above 0.")
     if settings.lr is not None and settings.lr > 10:
         raise TrainerError(f"--lr is {settings.lr}; a rate above 10 cannot be meant.")
+    if not 0 < settings.depth <= 1:
+        raise TrainerError(f"--depth is {settings.depth}; it must be above 0 and at most 1.")
+    if settings.views is not None and settings.views < 1:
+        raise TrainerError(f"--views is {settings.views}; it must be at least 1.")
+    if settings.memory is not None:
+        read_bytes(settings.memory)
     if settings.image_size < 8:
         raise TrainerError(f"--image-size is {settings.image_size}; it must be at least 8.")
     if not 0 <= settings.weight_decay < 10:
@@ -118,6 +125,8 @@ def check_run(settings: Settings) -> None:
         raise TrainerError("--cache-features computes the features once, on one device. Take --devices 1.")
     if settings.cache_features is not None and Path(settings.cache_features).is_file():
         raise TrainerError(f"--cache-features {settings.cache_features} is a file. Name a folder.")
+    if settings.feature_dtype is not None and settings.cache_features is None:
+        raise TrainerError(f"--feature-dtype {settings.feature_dtype} is for --cache-features. Add a folder.")
 
 
 def check_task(settings: Settings) -> None:

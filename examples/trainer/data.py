@@ -1,7 +1,6 @@
 """From pixels in memory to batches for the model: augmentation, size, normalisation, order."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,20 +9,18 @@ import lightning
 import numpy as np
 import torch
 from monai.transforms.compose import Compose
-from monai.transforms.intensity.array import RandScaleIntensity
-from monai.transforms.spatial.array import RandAffine, RandFlip
-from monai.transforms.utility.array import Lambda
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import v2
 
+from .augmentation import augmentation
 from .errors import TrainerError
 from .images import Integers
 from .rows import Images
 from .settings import Settings
 
-Key = tuple[int, int]  # the place of an image in its part, and the epoch
+Key = tuple[int, int]  # the place of an image in its part, and its view: the epoch, unless views are few
 Batch = tuple[Tensor, Any]  # inputs, and targets as the task takes them
 
 
@@ -95,75 +92,10 @@ def _for_images(size: tuple[int, ...], mean: list[float], std: list[float]) -> v
     )
 
 
-@dataclass(frozen=True)
-class Strength:
-    """How far an augmentation goes.
-
-    Attributes:
-        angle: in degrees.
-        shift: as a share of the side.
-        scale: of a volume, as a share.
-        light: likewise.
-        zoom: of an image, from and to.
-        shear: in degrees.
-    """
-
-    angle: float = 10
-    shift: float = 0.05
-    scale: float = 0.1
-    light: float = 0.2
-    zoom: tuple[float, float] = (0.9, 1.1)
-    shear: float | None = None
-
-    def turn(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Give the arguments of MONAI's affine transformation of volumes (D, H, W)."""
-        return {
-            "rotate_range": [math.radians(self.angle), 0, 0],
-            "translate_range": [self.shift * side for side in shape],
-            "scale_range": [self.scale] * 3,
-            "padding_mode": "zeros",
-        }
-
-
-# "light": flips, small turns, shifts and changes of light are as likely in the next image of the same
-# scanner, and no finding leaves the view. "strong": larger ones, blur too.
-STRENGTHS = {"light": Strength(), "strong": Strength(25, 0.1, 0.25, 0.4, (0.8, 1.25), 5)}
-
-
-def augmentation(strength: str, shape: tuple[int, ...]) -> Any:
-    """Give what changes stored pixels (C, H, W) or (C, D, H, W) at random.
-
-    torchvision's for images: they take a third of the time of MONAI's, or less, which are for volumes.
-
-    Args:
-        strength: "none", or of `STRENGTHS`.
-        shape: (H, W) or (D, H, W).
-    """
-    if strength == "none":
-        return v2.Identity()
-    own = STRENGTHS[strength]
-    if len(shape) == 3:
-        turn = RandAffine(1.0, **own.turn(shape))
-        return Compose([RandFlip(0.5, 2), turn, RandScaleIntensity(own.light, 1.0), Lambda(to_bytes)])
-    drawn = [
-        v2.RandomHorizontalFlip(),
-        v2.RandomAffine(own.angle, (own.shift, own.shift), own.zoom, own.shear, interpolation=2),
-        v2.ColorJitter(brightness=own.light, contrast=own.light),
-    ]
-    if strength == "strong":
-        drawn.append(v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.5))], 0.3))
-    return v2.Compose(drawn)
-
-
-def to_bytes(values: Tensor) -> Tensor:
-    """Round to 8 bit; what is too bright is white, where a cast would wrap it around to black."""
-    return values.round().clamp(0, 255).byte()
-
-
 class Part(Dataset[Batch]):
     """One part of a split: inputs with their targets.
 
-    An image is asked for by its place, or by its place and the epoch, which decide its augmentation in
+    An image is asked for by its place, or by its place and its view, which decide its augmentation in
     whichever process.
     """
 
@@ -204,17 +136,26 @@ class Part(Dataset[Batch]):
 
 
 class FeaturePart(Dataset[Batch]):
-    """One part of a split: features (D,) with their targets, asked for as in `Part`."""
+    """One part of a split: features with their targets, asked for as in `Part`.
 
-    def __init__(self, features: Tensor, part: Part) -> None:
-        self.features, self.targets, self.strata = features, part.targets, part.strata
+    Args:
+        features: of the views of an image, one after another, and of all images.
+        rows: the images of this part among them.
+        part: their targets.
+        views: of each image.
+    """
+
+    def __init__(self, features: Sequence[Tensor], rows: Integers, part: Part, views: int = 1) -> None:
+        self.features, self.rows, self.views = features, rows, views
+        self.targets, self.strata = part.targets, part.strata
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, key: int | Key) -> Batch:
-        place = key if isinstance(key, int) else key[0]
-        return self.features[place], self.targets[place]
+        place, view = (key, 0) if isinstance(key, int) else key
+        row = int(self.rows[place]) * self.views + view % self.views
+        return self.features[row][0], self.targets[place]
 
 
 class EpochOrder(DistributedSampler[Any]):
@@ -226,10 +167,20 @@ class EpochOrder(DistributedSampler[Any]):
         world: number of processes; each takes every `world`-th image.
         rank: of this one.
         balance: draw every class (or stratum) equally often, with replacement.
+        views: of each image, which the epochs take in turn; None for a new one every epoch.
     """
 
-    def __init__(self, part: Part | FeaturePart, seed: int, world: int, rank: int, balance: bool) -> None:
+    def __init__(
+        self,
+        part: Part | FeaturePart,
+        seed: int,
+        world: int,
+        rank: int,
+        balance: bool,
+        views: int | None = None,
+    ) -> None:
         super().__init__(part, world, rank, seed=1000 * seed)
+        self.views = views
         counts = torch.bincount(part.strata)
         self.weights = 1.0 / counts[part.strata]
         self.balance = balance
@@ -240,8 +191,9 @@ class EpochOrder(DistributedSampler[Any]):
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             drawn = torch.multinomial(self.weights, self.total_size, True, generator=generator)
             places = iter(drawn[self.rank :: self.num_replicas].tolist())
+        view = self.epoch if self.views is None else self.epoch % self.views
         for place in places:
-            yield place, self.epoch
+            yield place, view
 
 
 class DataModule(lightning.LightningDataModule):
@@ -255,7 +207,7 @@ class DataModule(lightning.LightningDataModule):
         """Batch the training part; `batch_size` counts the images of a step over all processes."""
         world, rank = self._process()
         part, settings = self.parts["train"], self.settings
-        order = EpochOrder(part, settings.seed, world, rank, settings.balanced_sampler)
+        order = EpochOrder(part, settings.seed, world, rank, settings.balanced_sampler, settings.views)
         size = settings.batch_size // (settings.accumulate * world)
         # BatchNorm that adapts cannot take statistics from one image of 1 × 1 features.
         lonely = len(order) > size and len(order) % size == 1

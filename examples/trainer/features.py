@@ -1,101 +1,142 @@
-"""Frozen features, computed once and kept on disk: a linear probe then trains its head alone."""
+"""Features kept on disk: what the model computes before its first trainable tensor, once for every epoch."""
 
 import hashlib
-import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning.fabric import Fabric
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from .data import Part
+import medpeft
+from medpeft.features.route import find_route
+
+from .data import FeaturePart, Part, Preprocessing
 from .errors import TrainerError
+from .images import Integers
+from .rows import Images
 from .settings import Settings
 
-
-def trained_head(model: nn.Module) -> tuple[str, nn.Module]:
-    """Give the only layer that trains, and its name.
-
-    Raises:
-        TrainerError: more than one layer trains, so the features change as it does.
-    """
-    names = sorted({name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad})
-    if len(names) != 1:
-        raise TrainerError(
-            f"--cache-features is for methods that train the head alone, and {len(names)} layers train here. "
-            "Take --method linear_probe, or leave it out."
-        )
-    return names[0], model.get_submodule(names[0])
+Kept = tuple[nn.Module, dict[str, FeaturePart], list[str]]
 
 
-def cached_features(settings: Settings, model: nn.Module, part: Part) -> tuple[Tensor, Path, bool]:
-    """Give the head's input for every image, from the disk where it was computed before.
+def check_prefix(settings: Settings, model: nn.Module) -> None:
+    """Find the place at which features are taken, without memory and for images in two dimensions.
 
     Args:
-        settings: the features lie in `cache_features`, in a file named by a digest of weights, pixels,
-            preprocessing and precision.
-        model: of which only the head trains.
-        part: all N images of the data, without augmentation.
+        settings: of the run.
+        model: adapted, on the meta device.
+
+    Raises:
+        TrainerError: there is none; the message says what is in the way.
+    """
+    images = torch.empty(2, 3, settings.image_size, settings.image_size, device="meta")
+    try:
+        find_route(model, images, None)
+    except medpeft.MedpeftError as error:
+        raise TrainerError(f"--cache-features: {error}") from error
+
+
+def cached_parts(
+    settings: Settings,
+    model: nn.Module,
+    images: Images,
+    found: Mapping[str, Integers],
+    preprocessing: Preprocessing,
+) -> Kept:
+    """Compute the features of all images, or read them from the disk where they were computed before.
+
+    One file has those of every image as it is, for any split and seed. With several views another one has
+    those of the training images, augmented as on images.
+
+    Args:
+        settings: the files lie in `cache_features`.
+        model: adapted.
+        images: the data.
+        found: the positions of the images in each part.
+        preprocessing: of an image before the model.
 
     Returns:
-        (N, D) on the CPU; their file; whether it was there.
+        The model from its features on, the parts with their features, and what is worth saying.
+
+    Raises:
+        TrainerError: something flows around the features, or changes before them.
+        medpeft.MedpeftError: a file cannot be written, or was altered.
     """
-    folder = Path(str(settings.cache_features))
-    name, _ = trained_head(model)
-    digest = _digest(
-        model, name, part, f"{type(model).__qualname__} {part.preprocessing} {settings.precision}"
-    )
-    file = folder / f"features-{digest}.safetensors"
-    if file.exists():
-        return load_file(file)["features"], file, True
-    folder.mkdir(parents=True, exist_ok=True)
-    features = _compute(settings, model, part)
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    save_file({"features": features}, unfinished)
-    os.replace(unfinished, file)
-    return features, file, False
-
-
-@torch.no_grad()
-def _compute(settings: Settings, model: nn.Module, part: Part) -> Tensor:
     fabric = Fabric(accelerator=settings.accelerator, devices=1, precision=settings.precision)
-    _, head = trained_head(model)
-    model.to(fabric.device).eval()
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
-    found: list[Tensor] = []
-    try:
-        for images, _ in DataLoader(part, settings.batch_size):
-            seen.clear()
-            with fabric.autocast():
-                output = model(images.to(fabric.device))
-            if not found:
-                _check(model, head, list(seen), output, fabric)
-            found.append(seen[0].float().cpu())
-    finally:
-        handle.remove()
-    return torch.cat(found).contiguous()
-
-
-def _check(model: nn.Module, head: nn.Module, inputs: list[Tensor], output: Tensor, fabric: Fabric) -> None:
-    """Raise a TrainerError unless the model is its head after something that does not train."""
+    model.to(fabric.device)
+    everything = Part(images, np.arange(len(images)), preprocessing)
     with fabric.autocast():
-        alone = head(inputs[0]) if len(inputs) == 1 else None
-    if alone is None or alone.shape != output.shape or not torch.allclose(alone, output, atol=1e-5):
-        raise TrainerError(
-            f"{type(model).__name__} computes more than its head after the features, so they cannot stand in "
-            "for the images. Leave --cache-features out."
-        )
+        split = _prefix(model, everything, fabric.device)
+        features, note = _kept(settings, split, everything, 1)
+        notes = [str(split), note]
+        parts = {}
+        for name, rows in found.items():
+            parts[name] = FeaturePart(features, rows, Part(images, rows, preprocessing))
+        views = settings.views or 1
+        if views > 1:
+            part = Part(images, found["train"], preprocessing, str(settings.augment), settings.seed)
+            features, note = _kept(settings, split, part, views)
+            parts["train"] = FeaturePart(features, np.arange(len(part)), part, views)
+            notes.append(note)
+    return split.rest, parts, notes
 
 
-def _digest(model: nn.Module, head: str, part: Part, setting: str) -> str:
-    """Name what the features depend on."""
-    found = hashlib.sha256(setting.encode())
-    frozen = {key: value for key, value in model.state_dict().items() if not key.startswith(head + ".")}
-    for name, tensor in [*frozen.items(), ("pixels", part.pixels)]:
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+def _prefix(model: nn.Module, part: Part, device: torch.device) -> medpeft.Prefix:
+    """Split the model, and prove it on the first images."""
+    first = [part[place][0] for place in range(min(4, len(part)))]
+    try:
+        return medpeft.prefix(model, torch.stack(first).to(device))
+    except medpeft.MedpeftError as error:
+        raise TrainerError(f"--cache-features: {error}") from error
+
+
+class Views(Sequence[Tensor]):
+    """The views of the images of a part, those of one image after another."""
+
+    def __init__(self, part: Part, views: int) -> None:
+        self.part, self.views = part, views
+
+    def __len__(self) -> int:
+        return len(self.part) * self.views
+
+    def __getitem__(self, row: int) -> Tensor:  # type: ignore[override]  # no slices are asked for
+        return self.part[divmod(row, self.views)][0]
+
+
+def _kept(
+    settings: Settings, split: medpeft.Prefix, part: Part, views: int
+) -> tuple[medpeft.FeatureFile, str]:
+    """Give the features of all views of a part's images, and say where they are."""
+    data = _digest({"pixels": part.pixels})
+    made = f"{part.preprocessing} {settings.precision}"
+    if views > 1:
+        made += f" --augment {settings.augment} --views {views} --seed {settings.seed}"
+    kind = getattr(torch, settings.feature_dtype or str(split.dtype).removeprefix("torch."))
+    tensors = {**dict(split.model.named_parameters()), **dict(split.model.named_buffers())}
+    base = _digest({name: tensors[name] for name in split.route.tensors})
+    network = f"{settings.model} {settings.model_option}"
+    words = " ".join([network, base, split.place, data, made, str(kind)])
+    folder = Path(str(settings.cache_features))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.features"
+    did = "Took" if path.exists() else "Computed"
+    inputs = Views(part, views)
+    split.store(path, inputs, data=data, preprocessing=made, dtype=kind, batch_size=settings.batch_size)
+    # Opened anew: another run may have put its own file there meanwhile.
+    file = split.open(path, data=data, preprocessing=made)
+    several = f" in {views} views" if views > 1 else ""
+    size = f"{path.stat().st_size / 2**20:,.1f} MiB"
+    return file, f"{did} the features of {len(part)} images{several}: {path}, {size}"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Name the values of tensors."""
+    hashed = hashlib.sha256()
+    for name, tensor in tensors.items():
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # flatten: a number of batches has no axis, and cannot be seen as bytes.
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        hashed.update(values.numpy().tobytes())
+    return hashed.hexdigest()

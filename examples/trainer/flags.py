@@ -1,6 +1,7 @@
 """Settings as words: flags as they are typed, and the options of methods."""
 
 import ast
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -53,6 +54,23 @@ def read_value(value: Any) -> Any:
         return ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return value
+
+
+def read_bytes(text: str) -> int:
+    """Read a number of bytes out of a text such as 6GiB or 800 MB.
+
+    Raises:
+        TrainerError: it is none, or 0.
+    """
+    found = re.fullmatch(r"([\d.]+) ?([KMGT]?)(i?)B", text, re.IGNORECASE)
+    try:
+        number, prefix, binary = found.groups() if found else ("", "", "")
+        count = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise TrainerError(f"--memory {text} is no size of a memory, such as 6GiB or 800MB.")
+    return count
 
 
 def spelled(words: Sequence[str], settings: type) -> list[str]:

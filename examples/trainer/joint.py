@@ -12,7 +12,8 @@ from monai.transforms.utility.dictionary import Lambdad
 from torch import Tensor
 from torchvision import tv_tensors
 
-from .data import STRENGTHS, Batch, Key, Part, Preprocessing, augmentation, to_bytes
+from .augmentation import STRENGTHS, augmentation, to_bytes
+from .data import Batch, Key, Part, Preprocessing
 from .images import Integers
 from .mask_files import resize_mask
 from .rows import Images

@@ -11,6 +11,7 @@ import medpeft
 from medpeft.architecture.head import find_head
 
 from .errors import TrainerError
+from .features import check_prefix
 from .flags import flag
 from .networks import (
     MONAI,
@@ -94,7 +95,7 @@ def adapted_model(settings: Settings, classes: int, dimensions: int = 2) -> nn.M
         model = model.to(memory_format=torch.channels_last)
     if settings.checkpoint_activations:
         checkpoint_activations(model)
-    return medpeft.apply(model, settings.option, seed=settings.seed, **_where(settings, model, filled))
+    return medpeft.apply(model, settings.option, seed=settings.seed, **where_adapted(settings, model, filled))
 
 
 def without_memory(settings: Settings) -> tuple[nn.Module, Filled | None]:
@@ -157,7 +158,7 @@ def _set_statistics(model: nn.Module, settings: Settings) -> None:
     model.pretrained_cfg = {**own, **statistics}  # type: ignore[assignment]  # it is no module
 
 
-def _where(settings: Settings, model: nn.Module, filled: Filled | None) -> dict[str, Any]:
+def where_adapted(settings: Settings, model: nn.Module, filled: Filled | None) -> dict[str, Any]:
     """Give the keywords of `medpeft.apply` and `medpeft.plan` that say what of a model is adapted.
 
     Raises:
@@ -177,6 +178,7 @@ def _where(settings: Settings, model: nn.Module, filled: Filled | None) -> dict[
         "exclude": settings.exclude,
         "head": head,
         "batchnorm": settings.batchnorm,
+        "depth": settings.depth,
     }
 
 
@@ -191,16 +193,13 @@ def check_model(settings: Settings) -> list[str]:
     """
     _check_flags(settings)
     model, filled = without_memory(settings)
-    adapted = _where(settings, model, filled)
+    adapted = where_adapted(settings, model, filled)
     _check_output(model, settings)
     if settings.checkpoint_activations:
         checkpoint_activations(model)
     medpeft.plan(model, settings.option, **adapted)
-    if settings.cache_features is not None and set(settings.option) != {"linear_probe"}:
-        raise TrainerError(
-            f"--cache-features is for methods that train the head alone, and {settings.method} trains more. "
-            "Take --method linear_probe, or leave it out."
-        )
+    if settings.cache_features is not None and not settings.model.startswith(MONAI):
+        check_prefix(settings, medpeft.apply(model, settings.option, **adapted))
     if filled is None:
         return []
     mean, std = input_statistics(model)

@@ -24,7 +24,7 @@ class Finetuning(lightning.LightningModule):
 
     Args:
         model: after `medpeft.apply`.
-        network: what is called: the model, or its head on cached features.
+        network: what is called: the model, or on kept features its rest.
         settings: of the run.
         task: says what the loss and the scores are.
         weights: of the loss, None for equal ones.
@@ -48,7 +48,7 @@ class Finetuning(lightning.LightningModule):
         super().__init__()
         self.network, self.settings, self.task = network, settings, task
         self.watched = f"val_{task.score}"
-        # Not a child: with cached features only the head is moved, trained and kept.
+        # Not a child: the network has its parameters already.
         self.whole = (model,)
         self.weights: Tensor | None
         self.register_buffer("weights", weights, persistent=False)

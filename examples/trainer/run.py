@@ -18,6 +18,7 @@ from .data import DataModule
 from .exports import check_exports, export
 from .gallery import MOST, draw_gallery, without_checkpointing
 from .lightning_trainer import make_trainer, quietly
+from .memory import within_memory
 from .models import check_model
 from .module import Finetuning
 from .results import (
@@ -51,6 +52,9 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
     begun = time.perf_counter()
     settings = settings.checked()
     check_exports(settings)
+    if settings.memory is not None:
+        settings, note = within_memory(settings, settings.memory)
+        say(settings, note)
     finished = earlier(settings)
     if finished is not None:
         kind = TASKS[settings.task]

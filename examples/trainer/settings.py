@@ -69,6 +69,7 @@ class Settings:
         option: of the method, such as rank=4, in a union lora.rank=4; may be repeated
         target: layers to adapt, such as 'blocks.5.*' or attention; may be repeated (default: by method)
         exclude: layers to leave as they are; may be repeated
+        depth: share of the model's blocks to adapt, from the last one: 0.25 for the last quarter
         head: name of the head, which trains as a whole (default: found)
         batchnorm: running statistics of BatchNorm (default: adapt for full, else frozen)
         epochs: at most
@@ -79,18 +80,23 @@ class Settings:
         weight_decay: of AdamW
         warmup: share of the steps in which the learning rate rises
         augment: flips, turns, shifts and changes of light of the training images (default: light)
+        views: augmented views of each training image, which the epochs take in turn; 1 is the image itself
+            (default: a new view every epoch, with --cache-features 1)
         class_weights: weight rare classes up in the loss
         balanced_sampler: draw every class equally often, with replacement
         threshold: rule for the operating point of each class, on the validation part: youden,
             sensitivity=0.95 or specificity=0.9
         coverage: share of images whose set of classes is to hold the true one (conformal prediction)
         seed: of split, head, adapters and batches
-        cache_features: for methods that train the head alone, a folder for features that are computed once
+        cache_features: a folder for what the model computes before the first layer that trains: once, for
+            every epoch and every later run
+        feature_dtype: of these on the disk; 16 bits take half the room (default: as computed)
         accelerator: where it computes
         devices: how many; under torchrun, as many a node
         strategy: of several devices; ddp keeps the model on each, fsdp2 shards it (auto is ddp)
         precision: of the floats
         checkpoint_activations: compute activations again in the backward pass instead of keeping them
+        memory: such as 6GiB: choose the depth, and whether activations are kept, by what fits into it
         compile: torch.compile the model
         logger: beside the CSV; may be repeated
         export: into the run's folder, also of a finished run: merged (plain weights), onnx, or bundle (of
@@ -134,6 +140,7 @@ class Settings:
     option: dict[str, Any] = field(default_factory=dict)
     target: list[str] | str | None = None
     exclude: list[str] | str | None = None
+    depth: float = 1.0
     head: str | None = None
     batchnorm: Literal["frozen", "adapt"] | None = None
     epochs: int = 10
@@ -144,17 +151,20 @@ class Settings:
     weight_decay: float = 0.01
     warmup: float = 0.1
     augment: Literal["none", "light", "strong"] | None = None
+    views: int | None = None
     class_weights: bool = False
     balanced_sampler: bool = False
     threshold: str = YOUDEN
     coverage: float = 0.9
     seed: int = 0
     cache_features: Path | None = None
+    feature_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = 1
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
     checkpoint_activations: bool = False
+    memory: str | None = None
     compile: bool = False
     logger: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=list)
     export: list[Literal["merged", "onnx", "bundle"]] = field(default_factory=list)
@@ -228,11 +238,17 @@ def _test_fraction(settings: Settings) -> float:
 
 
 def _augment(settings: Settings) -> Literal["none", "light", "strong"]:
-    """Give the augmentation: of a feature that is computed once there is one view of each image."""
-    if settings.cache_features is None:
-        return settings.augment or "light"
-    if settings.augment in ("light", "strong"):
-        raise TrainerError(
-            f"--augment {settings.augment} has no use with --cache-features: a feature is computed once."
-        )
-    return "none"
+    """Give the augmentation: of a single view of each image none, for that is the image itself."""
+    augment, views = settings.augment, settings.views
+    if views is None and settings.cache_features is not None:
+        views = 1
+    if views == 1:
+        if augment in ("light", "strong"):
+            raise TrainerError(
+                f"--augment {augment} needs several views of each image, and --views is 1, as it is with "
+                "--cache-features by default. Add --views 8, say."
+            )
+        return "none"
+    if augment == "none" and views is not None:
+        raise TrainerError(f"--views {views} of an image are all the same with --augment none.")
+    return augment or "light"

@@ -10,8 +10,9 @@ from torch import nn
 
 import medpeft
 
-from .data import FeaturePart, Part, Preprocessing, augmentation
-from .features import cached_features, trained_head
+from .augmentation import augmentation
+from .data import FeaturePart, Part, Preprocessing
+from .features import cached_parts
 from .images import Integers
 from .joint import masked_parts
 from .models import adapted_model, input_statistics
@@ -95,7 +96,7 @@ def trained_shape(settings: Settings, preprocessing: Preprocessing) -> tuple[int
 
 
 def parts_of(work: Work) -> tuple[nn.Module, dict[str, Part] | dict[str, FeaturePart]]:
-    """Give what is trained and what it is fed: the model and images, or its head and their features."""
+    """Give what is trained and what it is fed: the model and images, or its rest and their features."""
     settings, images, found = work.settings, work.images, work.found
     if settings.task == "segment":
         return work.model, masked_parts(images, found, work.preprocessing, settings)
@@ -105,14 +106,10 @@ def parts_of(work: Work) -> tuple[nn.Module, dict[str, Part] | dict[str, Feature
             parts[part] = Part(images, rows, work.preprocessing, seed=settings.seed)
         parts["train"].augment = augmentation(str(settings.augment), work.preprocessing.stored)
         return work.model, parts
-    everything = Part(images, np.arange(len(images)), work.preprocessing)
-    features, file, there = cached_features(settings, work.model, everything)
-    did = "Took" if there else "Computed"
-    say(settings, f"{did} the features of {len(features)} images: {file}")
-    cached = {}
-    for part, rows in found.items():
-        cached[part] = FeaturePart(features[rows], Part(images, rows, work.preprocessing))
-    return trained_head(work.model)[1], cached
+    rest, cached, notes = cached_parts(settings, work.model, images, found, work.preprocessing)
+    for note in notes:
+        say(settings, note)
+    return rest, cached
 
 
 def say(settings: Settings, text: str) -> None:

@@ -221,27 +221,3 @@ def test_subgroups_are_scored_apart(folder, tmp_path, capsys):
     matrices = np.sum([scores["confusion_matrix"] for scores in found.values()], 0)
     assert matrices.tolist() == record["test"]["confusion_matrix"]
     assert "subgroup" in capsys.readouterr().out
-
-
-# Cached features
-
-
-def test_features_are_computed_once_and_train_the_same_head(folder, tmp_path, capsys, monkeypatch):
-    given = ["--method", "linear_probe", "--lr", "0.05", "--epochs", "3"]
-    cache = ["--cache-features", str(tmp_path / "features")]
-    slow = run(*flags(folder, tmp_path / "slow", *given, "--augment", "none"))
-    first = run(*flags(folder, tmp_path / "first", *given, *cache))
-    assert "Computed the features of 40 images" in capsys.readouterr().out
-    # The second run sees no image: neither the model nor its batches are asked for one.
-    monkeypatch.setattr("trainer.features._compute", None)
-    second = run(*flags(folder, tmp_path / "second", *given, *cache, "--lr", "0.2"))
-    assert "Took the features of 40 images" in capsys.readouterr().out
-    losses = [[epoch["train_loss"] for epoch in record["history"]] for record in (slow, first, second)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert losses[2] != pytest.approx(losses[0], rel=1e-3)
-    assert first["test"]["macro_f1"] == slow["test"]["macro_f1"]
-    assert losses[0][-1] < losses[0][0]
-    other = ["--method", "linear_probe", *cache, "--epochs", "1", "--image-size", "40"]
-    monkeypatch.undo()
-    run(*flags(folder, tmp_path / "other", *other))
-    assert len(list((tmp_path / "features").iterdir())) == 2
