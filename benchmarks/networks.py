@@ -24,17 +24,21 @@ def build(name: str, device: str = "cpu", image_size: int | None = None) -> nn.M
     `image_size` matters to models that take images of one size only.
     """
     torch.manual_seed(0)
+    with torch.device(device):  # A GPU draws a large model's weights in no time.
+        return _network(name, image_size).train()
+
+
+def _network(name: str, image_size: int | None) -> nn.Module:
     match name:
         case "sd_conv":
             # The widest convolution of Stable Diffusion 1.x, 1280×11520 as a matrix.
-            model: nn.Module = nn.Sequential(nn.Conv2d(1280, 1280, 3, padding=1))
+            return nn.Sequential(nn.Conv2d(1280, 1280, 3, padding=1))
         case "monai_unet":
-            model = _monai_unet()
+            return _monai_unet()
         case "diffusers_unet":
-            model = _diffusers_unet()
+            return _diffusers_unet()
         case _:
-            model = _timm_model(name, image_size)
-    return model.to(device).train()
+            return _timm_model(name, image_size)
 
 
 def example(name: str, batch: int, size: int, device: str = "cpu") -> tuple[Tensor, ...]:

@@ -9,19 +9,16 @@ built. The allocator is told to give memory back at once; otherwise its fragment
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
-import resource
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from memory import train
 from networks import build, example, forward
+from resident import forget_peak, give_back, peak, resident
 from tables import markdown, write_json
 from timing import add_arguments, where
 from torch import nn
@@ -94,7 +91,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     inputs = example(args.model, args.batch, args.image_size)
     step = forecast(model, inputs)
     give_back()
-    Path("/proc/self/clear_refs").write_text("5")  # The peak counts from here.
+    forget_peak()
     labels = torch.zeros(args.batch, dtype=torch.long)
     train(model, lambda: nn.functional.cross_entropy(forward(model, inputs), labels))
     return {
@@ -120,26 +117,6 @@ def warm_up(args: argparse.Namespace, keywords: dict[str, Any], checkpointing: b
     forecast(model, inputs)
     labels = torch.zeros(1, dtype=torch.long)
     train(model, lambda: nn.functional.cross_entropy(forward(model, inputs), labels))
-
-
-def give_back() -> None:
-    """Give freed memory back to the system."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
-def resident() -> int:
-    """Count the bytes that the process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-def peak() -> int:
-    """Count the most bytes that it held since the counter was set back."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not tell the peak of a process")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import timm
 import torch
-from tables import markdown
+from tables import markdown, write_json
 from torch import nn
 
 import medpeft
@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--method", action="append", help="repeatable (default: lora, ssf, bias, svdiff)")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", metavar="FILE", help="write the rows to a file, too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     machine = f"{args.threads} threads, torch {torch.__version__}"
@@ -43,6 +45,7 @@ def main() -> None:
     rows = {method: measure(args, method) for method in args.method or ("lora", "ssf", "bias", "svdiff")}
     if "vit" in args.model:
         rows |= measure_peft(args)
+    write_json(args.json, {"model": args.model, "where": machine, "rows": rows})
     print(table(rows))
 
 
@@ -77,8 +80,12 @@ def time_on_meta(repeats: int) -> float:
 
 def timed(call: Callable[[], object]) -> float:
     """Measure the milliseconds of a call."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     start = time.perf_counter()
     call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return 1e3 * (time.perf_counter() - start)
 
 
@@ -103,8 +110,8 @@ def measure(args: argparse.Namespace, method: str) -> Times:
 
 def one_round(args: argparse.Namespace, method: str, state: dict[str, Any], file: Path) -> Times:
     """Measure each call once."""
-    model = timm.create_model(args.model, num_classes=3)
-    fresh = timm.create_model(args.model, num_classes=3)
+    model = timm.create_model(args.model, num_classes=3).to(args.device)
+    fresh = timm.create_model(args.model, num_classes=3).to(args.device)
     model.load_state_dict(state)
     fresh.load_state_dict(state)
     times = {}
@@ -134,8 +141,8 @@ def measure_peft(args: argparse.Namespace) -> dict[str, Times]:
 
 def _peft_round(peft: Any, args: argparse.Namespace, config: Any, folder: str) -> Times:
     """Measure each call of peft once."""
-    base = timm.create_model(args.model, num_classes=3)
-    fresh = timm.create_model(args.model, num_classes=3)
+    base = timm.create_model(args.model, num_classes=3).to(args.device)
+    fresh = timm.create_model(args.model, num_classes=3).to(args.device)
     models: list[nn.Module] = []
 
     def load() -> None:

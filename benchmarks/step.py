@@ -2,16 +2,20 @@
 
     python benchmarks/step.py --model vit_small_patch16_224 --method lora --method ssf
     python benchmarks/step.py --model resnet50 --repeats 9 --autocast bfloat16
+    python benchmarks/step.py --below-the-floor --threads 2 --batch 1
     python benchmarks/step.py --inference --batch 1
 
 The floor of a parameter-efficient step is the frozen forward plus the gradient of the activations: no weight
-gradients. A training step's row also has the bytes kept for backward.
+gradients. A training step's row also has the bytes kept for backward. Below it are methods that keep little
+of the trunk and do not go back through all of it: --below-the-floor measures them beside LoRA on every layer,
+medpeft's and peft's.
 
 Inference measures models in eval mode without gradients, in one interleaved run: the plain one, adapted ones,
 merged ones, and beside LoRA on every linear layer peft's LoRA on the same layers, if peft is installed. By
 default these are small (a ViT-Ti at 64 and at 224 px), where the cost of Python shows most.
 
-On a CPU the times are the process's own seconds on one thread, which other processes disturb least.
+On one thread of a CPU the times are the process's own seconds, which other processes disturb least; on
+several threads they are those of the clock.
 """
 
 import argparse
@@ -21,38 +25,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from libraries import with_peft
+from cases import BELOW, CASES, EVERY_LINEAR, PEFTS, adapted, left_out, pefts, prepared
 from networks import NAMES, build, example, forward
 from tables import markdown, spread, write_json
 from timing import add_arguments, bytes_kept, compiled, interleaved, precision, ratios, where
 from torch import Tensor, nn
 
 import medpeft
-
-EVERY_LINEAR = "lora, every linear"
-
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "full": ("full", {}),
-    "linear_probe": ("linear_probe", {}),
-    "bias": ("bias", {}),
-    "norm": ("norm", {}),
-    "attention": ("attention", {}),
-    "lora": ("lora", {}),
-    EVERY_LINEAR: ("lora", {"target": "linear", "parts": "qkvo"}),
-    "lora, every linear, A frozen": ("lora", {"target": "linear", "parts": "qkvo", "freeze_a": True}),
-    "ssf": ("ssf", {}),
-    "adaptformer": ("adaptformer", {}),
-    "svdiff": ("svdiff", {}),
-    "tsa": ("tsa", {}),
-    "tsa, 3x3": ("tsa", {"sites": "3x3"}),
-    "lora, every linear, last quarter": ("lora", {"target": "linear", "parts": "qkvo", "depth": 0.25}),
-    "lst": ("lst", {}),
-    "dtl": ("dtl", {}),
-    "dtl, joined at the end": ("dtl", {"start": 1.0}),
-}
-
-# The linear layers of a timm ViT but for its head, which trains whole.
-PEFT = {"r": 8, "lora_alpha": 8, "target_modules": r"blocks\..*\.(qkv|proj|fc1|fc2)"}
 
 Row = dict[str, Any]
 
@@ -72,7 +51,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--model", help=f"{', '.join(NAMES)}, or any of timm's")
     methods = "repeatable; all that fit by default, for inference lora on every linear layer and ssf"
-    parser.add_argument("--method", action="append", choices=list(CASES), help=methods)
+    parser.add_argument("--method", action="append", choices=[*CASES, PEFTS], help=methods)
+    parser.add_argument("--below-the-floor", action="store_true", help="the methods that keep little")
     parser.add_argument("--inference", action="store_true", help="the forward alone, adapted and merged")
     add_arguments(parser, repeats=None, image_size=None)
     args = parser.parse_args()
@@ -83,7 +63,8 @@ def _arguments() -> argparse.Namespace:
         args.image_sizes = [args.image_size] if args.image_size else [64, 224]
     else:
         args.model = args.model or "vit_small_patch16_224"
-        args.method = args.method or list(CASES)
+        usual = BELOW if args.below_the_floor else list(CASES)
+        args.method = args.method or usual
         args.repeats = args.repeats or 7
         args.image_size = args.image_size or 224
     return args
@@ -100,17 +81,15 @@ def report_training(args: argparse.Namespace) -> None:
 def training(args: argparse.Namespace) -> list[Row]:
     """Measure one row a case: ratio to the floor, seconds, MiB kept for backward."""
     inputs = example(args.model, args.batch, args.image_size, args.device)
-    models = {"floor": frozen(build(args.model, args.device, args.image_size))}
-    for case in args.method:
-        model = adapted(args, case, args.image_size)
-        if model is not None:
-            models[case] = model
     steps: dict[str, Callable[[], None]] = {}
     kept = {}
-    for case, model in models.items():
+    for case in ["floor", *args.method]:
+        ready = prepared(args, case, inputs)
+        if ready is None:
+            continue
         # Only the floor's input asks for a gradient, so that every activation of the frozen model does.
-        loss = loss_of(compiled(model, args), inputs, case == "floor", args)
-        kept[case] = 0 if args.compile else bytes_kept(model, loss)
+        loss = loss_of(compiled(ready.network, args), ready.inputs, case == "floor", args)
+        kept[case] = 0 if args.compile else bytes_kept(ready.model, loss)
         steps[case] = partial(step, loss)
     rows = []
     for case, figures in ratios(interleaved(steps, args.repeats, args.device)).items():
@@ -169,8 +148,10 @@ def inference_models(args: argparse.Namespace, size: int) -> dict[str, nn.Module
     """Build the plain model, the adapted and merged ones, and peft's, for images of one size."""
     models = {"plain": build(args.model, args.device, size)}
     for case in args.method:
-        model = adapted(args, case, size)
-        if model is None:
+        try:
+            model = adapted(args, case, size)
+        except medpeft.MedpeftError as reason:
+            print(left_out(case, reason))
             continue
         models[f"{case}, adapted"] = model
         merged = copy.deepcopy(model)
@@ -178,9 +159,9 @@ def inference_models(args: argparse.Namespace, size: int) -> dict[str, nn.Module
             models[f"{case}, merged"] = merged
     if EVERY_LINEAR in args.method and "vit" in args.model:
         try:
-            models["peft's lora, every linear"] = with_peft(args.model, **PEFT)(size).to(args.device)
+            models[PEFTS] = pefts(args, PEFTS, size)
         except ImportError as error:
-            print(f"peft's lora: left out: {error}")
+            print(left_out(PEFTS, error))
     return models
 
 
@@ -196,14 +177,6 @@ def step(loss: Callable[[], Tensor]) -> None:
     loss().backward()
 
 
-def frozen(model: nn.Module) -> nn.Module:
-    """Freeze a model, its BatchNorm at its running statistics, as in every adapted model."""
-    for module in model.requires_grad_(False).modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    return model
-
-
 def merge(model: nn.Module) -> bool:
     """Merge a model, and say whether its method can."""
     try:
@@ -211,23 +184,6 @@ def merge(model: nn.Module) -> bool:
     except medpeft.MedpeftError:
         return False
     return True
-
-
-def adapted(args: argparse.Namespace, case: str, image_size: int) -> nn.Module | None:
-    """Adapt a model, its adapters away from their initial values; None if the method does not fit."""
-    method, options = CASES[case]
-    head = None if args.model.endswith("unet") else "auto"
-    model = build(args.model, args.device, image_size)
-    try:
-        medpeft.apply(model, method, head=head, **options)
-    except medpeft.MedpeftError as reason:
-        print(f"{case}: left out: {str(reason).partition(':')[0]}")
-        return None
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".adapters." in name:
-                parameter.add_(torch.randn_like(parameter) * 0.01)
-    return model
 
 
 def loss_of(

@@ -11,6 +11,15 @@ pytest.register_assert_rewrite(
 )
 
 
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU, where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tiny models gain nothing from more threads, and test processes share the cores."""

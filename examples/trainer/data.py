@@ -20,7 +20,7 @@ from .images import Integers
 from .rows import Images
 from .settings import Settings
 
-Key = tuple[int, int]  # the place of an image in its part, and its view: the epoch, unless views are few
+Key = tuple[int, int]  # the place of an image in its part, and the epoch
 Batch = tuple[Tensor, Any]  # inputs, and targets as the task takes them
 
 
@@ -95,8 +95,8 @@ def _for_images(size: tuple[int, ...], mean: list[float], std: list[float]) -> v
 class Part(Dataset[Batch]):
     """One part of a split: inputs with their targets.
 
-    An image is asked for by its place, or by its place and its view, which decide its augmentation in
-    whichever process.
+    An image is asked for by its place, or by its place and the epoch, which decide its augmentation in
+    whichever process. Where views are few, the epoch is one of the first.
     """
 
     def __init__(

@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from cases import BELOW, EVERY_LINEAR, PREFIX_KEPT, prepared
 from places import ROOT
-from step import EVERY_LINEAR, inference_models
+from step import inference_models
 from torch import nn
 
 TINY = ["--batch", "1", "--image-size", "32", "--repeats", "1", "--device", "cpu"]
@@ -26,6 +28,10 @@ CALLS = {
     "a step": (
         ["step.py", "--model", "resnet10t", "--method", "lora", "--method", "ssf", *TINY],
         ["floor", "lora", "ssf"],
+    ),
+    "a step below the floor": (
+        ["step.py", "--model", "test_vit2", "--below-the-floor", *TINY],
+        ["floor", *BELOW],
     ),
     "inference": (
         ["step.py", "--model", "resnet10t", "--inference", "--method", "ssf", *TINY],
@@ -47,7 +53,10 @@ CALLS = {
         INFERENCE * 2,
     ),
     "inference at one size": (["step.py", "--model", "test_vit2", "--inference", *TINY], INFERENCE),
-    "memory": (["memory.py", "--model", "resnet10t", "--method", "bias", *TINY], ["floor", "bias"]),
+    "memory": (
+        ["memory.py", "--model", "resnet10t", "--method", "bias", "--method", PREFIX_KEPT, *TINY],
+        ["floor", "bias", PREFIX_KEPT],
+    ),
     "peaks": (
         ["peaks.py", "--model", "resnet50", "--method", "lora, last stage", *TINY],
         ["lora, last stage"],
@@ -128,3 +137,11 @@ def test_lora_and_peft_adapt_the_same_layers_for_inference():
     } == linear
     wrapped = {n for n, layer in theirs.named_modules() if hasattr(layer, "lora_A")}
     assert {name.rpartition("blocks.")[2] for name in wrapped} == linear
+
+
+def test_a_kept_prefix_is_stepped_from_its_features():
+    args = argparse.Namespace(model="resnet10t", device="cpu", image_size=32, autocast=None)
+    images = torch.randn(2, 3, 32, 32)
+    ready = prepared(args, PREFIX_KEPT, (images,))
+    assert ready.inputs[0].shape[1] > 3
+    assert torch.equal(ready.network(*ready.inputs), ready.model(images))

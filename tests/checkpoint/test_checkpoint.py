@@ -223,7 +223,7 @@ def test_tensors_that_are_views_or_not_contiguous_are_saved_by_value(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_size < 5000
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_file_saved_on_a_gpu_loads_on_the_cpu_and_back(tmp_path):
     model = trained(Golden(), "lora+bias").cuda()
     medpeft.save(model, tmp_path / "a.safetensors")

@@ -100,7 +100,7 @@ def test_every_bit_of_the_model_and_of_the_random_states_stays(method, fail):
     assert model.cache == {}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_model_on_a_gpu_passes_and_the_gpus_random_state_stays():
     model, x = adapted(lambda net, x: F.dropout(net.second(x), 0.2, net.training)).cuda(), X.cuda()
     drawn = torch.cuda.get_rng_state()
