@@ -77,7 +77,7 @@ class Cut(lightning.Callback):
             raise RuntimeError("cut")
 
 
-@pytest.mark.parametrize("method", ["full+lora", "adaptformer"])
+@pytest.mark.parametrize("method", ["full+lora", "adaptformer", "lora"])
 def test_a_run_cut_off_goes_on_bit_for_bit(folder, tmp_path, method):
     more = {}
     if method == "adaptformer":
@@ -87,6 +87,16 @@ def test_a_run_cut_off_goes_on_bit_for_bit(folder, tmp_path, method):
             "batchnorm": "frozen",
             "model": "test_vit",
             "balanced_sampler": True,
+        }
+    if method == "lora":  # in the last blocks, on features that are kept
+        more = {
+            "method": method,
+            "option": {"dropout": 0.2},
+            "batchnorm": "frozen",
+            "model": "test_vit2",
+            "depth": 0.25,
+            "views": 2,
+            "cache_features": tmp_path / "features",
         }
     whole = run(folder, tmp_path / "whole", **more)
     for epoch in (1, 2):
