@@ -51,8 +51,13 @@ class Machines:
         if ray.is_initialized():
             return
         if self.address is None:
+            # "local": otherwise Ray joins whatever was started on this machine, or what is left of it.
             ray.init(
-                num_cpus=self.cpus, include_dashboard=False, configure_logging=False, log_to_driver=False
+                address="local",
+                num_cpus=self.cpus,
+                include_dashboard=False,
+                configure_logging=False,
+                log_to_driver=False,
             )
             return
         scripts = {"working_dir": str(EXAMPLES)}
