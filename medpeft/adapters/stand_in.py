@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ..architecture.weight_reads import sets_attributes
 from .wiring import acting, wiring_of
+
+Change = TypeVar("Change")
 
 Changes = Mapping[str, Mapping[str, Any]]
 """Tensors, and other attributes, by the path of their layer ("" for the module itself) and their own name."""
@@ -55,24 +57,43 @@ def stand_in(module: nn.Module, changes: Changes) -> nn.Module:
 
     If a tensor belongs to a layer below the module, that layer gets a stand-in too.
     """
-    copy: nn.Module = object.__new__(type(module))
+    copy = sharing_all(module)
     # A plain attribute hides a registered tensor: nn.Module asks its own dicts only for what is not there.
-    copy.__dict__.update(module.__dict__)
-    below: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for path, tensors in changes.items():
-        if path == "":
-            copy.__dict__.update(tensors)
-            continue
-        child, _, rest = path.partition(".")
-        below.setdefault(child, {})[rest] = tensors
-    if below:
-        modules = dict(module._modules)
-        for name, changes_below in below.items():
-            child_module = module._modules[name]
-            assert child_module is not None
-            modules[name] = _stand_in_below(child_module, changes_below)
-        copy.__dict__["_modules"] = modules
+    copy.__dict__.update(changes.get("", {}))
+    replace_below(copy, changes, _stand_in_below)
     return copy
+
+
+def sharing_all(module: nn.Module) -> nn.Module:
+    """Make an object of the module's class that shares everything with the module."""
+    copy: nn.Module = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    return copy
+
+
+def replace_below(
+    copy: nn.Module, changes: Mapping[str, Change], make: Callable[[nn.Module, dict[str, Change]], nn.Module]
+) -> None:
+    """Give an object that shares everything with a module other children, where changes lie below them.
+
+    Args:
+        copy: The object; the module keeps its children.
+        changes: By the path from the module; "" is the module itself, and not looked at.
+        make: Makes the other child of a child and of the changes by the path from there.
+    """
+    below: dict[str, dict[str, Change]] = {}
+    for path, change in changes.items():
+        if path:
+            child, _, rest = path.partition(".")
+            below.setdefault(child, {})[rest] = change
+    if not below:
+        return
+    modules = dict(copy._modules)
+    for name, changes_below in below.items():
+        child_module = modules[name]
+        assert child_module is not None
+        modules[name] = make(child_module, changes_below)
+    copy.__dict__["_modules"] = modules
 
 
 def _stand_in_below(module: nn.Module, changes: Changes) -> nn.Module:

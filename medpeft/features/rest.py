@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import running
-from ..adapters.stand_in import rebound
+from ..adapters.stand_in import rebound, replace_below, sharing_all
 from ..checks.copies import call, tensors_in
 from ..errors import MedpeftError, require
 from .blank import Blank, filled, sizes
@@ -126,8 +126,7 @@ def _as_at_place(features: Tensor, blank: Blank) -> Tensor:
 
 def _with_forwards(module: nn.Module, forwards: Mapping[str, Callable[..., Any]]) -> nn.Module:
     """Make an object that shares everything with a module, in which modules below have other forwards."""
-    copy: nn.Module = object.__new__(type(module))
-    copy.__dict__.update(module.__dict__)
+    copy = sharing_all(module)
     if "" in forwards:
         copy.__dict__["forward"] = forwards[""]
         # The original runs its own hooks and its own checkpointing, if it runs at all.
@@ -143,16 +142,7 @@ def _with_forwards(module: nn.Module, forwards: Mapping[str, Callable[..., Any]]
                 f"module: take it off before medpeft.prefix."
             )
         copy.__dict__["forward"] = forward
-    below: dict[str, Forwards] = {}
-    for path, forward in forwards.items():
-        child, _, rest = path.partition(".")
-        below.setdefault(child, {})[rest] = forward
-    modules = dict(module._modules)
-    for child, forwards_below in below.items():
-        child_module = module._modules[child]
-        assert child_module is not None
-        modules[child] = _with_forwards(child_module, forwards_below)
-    copy.__dict__["_modules"] = modules
+    replace_below(copy, forwards, _with_forwards)
     return copy
 
 
