@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from trainer.data import Preprocessing
 from trainer.errors import TrainerError
 from trainer.flags import spelled
-from trainer.images import load
+from trainer.images import Integers, load
 from trainer.models import build_model, segmenting
 from trainer.results import write_predictions
 from trainer.rows import Rows
 from trainer.settings import Settings
 from trainer.sources import rows_to_predict
 from trainer.tasks import TASKS, Outcome, Task
-from trainer.tasks.outcome import Integers
 from trainer.weights import load_weights
 
 import medpeft

@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from trainer.quick import auroc
-
-Floats = npt.NDArray[np.float64]
+from trainer.quick import Floats, auroc, confusion_of, macro_f1
 
 AT_ONCE = 250  # draws, for which the weights of all images lie in memory
 
@@ -79,13 +77,13 @@ def columns_of(table: pd.DataFrame, score: str) -> list[str]:
 def weighted_macro_f1(table: pd.DataFrame, weights: Floats) -> Floats:
     """Average the F1 of the classes; (draws, N) → (draws,)."""
     names = np.unique(table.to_numpy(dtype=str))
-    return macro_f1(confusion_of(table, names, weights))
+    return macro_f1(confusion_by_name(table, names, weights))
 
 
 def weighted_kappa(table: pd.DataFrame, weights: Floats) -> Floats:
     """Compute Cohen's kappa with quadratic weights, of grades that are numbers; (draws, N) → (draws,)."""
     names = np.array(sorted(np.unique(table.to_numpy(dtype=str)), key=float))
-    confusion = confusion_of(table, names, weights)
+    confusion = confusion_by_name(table, names, weights)
     places = np.arange(len(names))
     cost = (places[:, None] - places) ** 2
     # What chance would give with the same shares: (draws, C, 1) times (draws, 1, C)
@@ -147,34 +145,12 @@ SCORES: dict[str, Callable[[pd.DataFrame, Floats], Floats]] = {
 }
 
 
-def confusion_of(table: pd.DataFrame, names: npt.NDArray[np.str_], weights: Floats) -> Floats:
+def confusion_by_name(table: pd.DataFrame, names: npt.NDArray[np.str_], weights: Floats) -> Floats:
     """Count weights by true class (rows) and predicted class (columns): (draws, N) → (draws, C, C)."""
     order = {name: place for place, name in enumerate(names)}
     true = table["label"].astype(str).map(order).to_numpy()
     predicted = table["prediction"].astype(str).map(order).to_numpy()
-    cell = np.zeros((len(table), len(names) ** 2))
-    cell[np.arange(len(table)), true * len(names) + predicted] = 1
-    # (draws, C·C) → (draws, C, C)
-    counts: Floats = (weights @ cell).reshape(-1, len(names), len(names))
-    return counts
-
-
-def macro_f1(confusion: npt.ArrayLike) -> Floats:
-    """Average the F1 of the classes that occur, among the true labels or the predictions.
-
-    Args:
-        confusion: (..., C, C) counts, rows true and columns predicted.
-
-    Returns:
-        (...), NaN where there are no counts at all.
-    """
-    counts = np.asarray(confusion, dtype=np.float64)
-    hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    either = counts.sum(-1) + counts.sum(-2)
-    f1 = np.divide(2 * hits, either, out=np.zeros_like(hits), where=either > 0)
-    occurring = (either > 0).sum(-1)
-    mean: Floats = np.divide(f1.sum(-1), occurring, out=np.full(occurring.shape, np.nan), where=occurring > 0)
-    return mean
+    return confusion_of(predicted, true, len(names), weights)
 
 
 def numbers(column: pd.Series) -> Floats:

@@ -20,14 +20,14 @@ def shown_scores(probabilities: Floats, labels: Whole, counts: Floats) -> dict[s
     """Give the scores that are shown, of probabilities (N, C) and labels (N,)."""
     classes = probabilities.shape[1]
     predicted = probabilities.argmax(1)
-    confusion = _confusion(predicted, labels, classes, counts)
-    right, support, named = confusion.diagonal(axis1=1, axis2=2), confusion.sum(2), confusion.sum(1)
+    confusion = confusion_of(predicted, labels, classes, counts)
+    right, support = confusion.diagonal(axis1=1, axis2=2), confusion.sum(2)
     aurocs, precisions = [], []
     for place in range(classes):
         aurocs.append(auroc(probabilities[:, place], labels == place, counts))
         precisions.append(average_precision(probabilities[:, place], labels == place, counts))
     return {
-        "macro_f1": _mean_where(2 * right, support + named),
+        "macro_f1": macro_f1(confusion),
         "balanced_accuracy": _mean_where(right, support),
         "auroc": np.mean(aurocs, axis=0),
         "average_precision": np.mean(precisions, axis=0),
@@ -51,6 +51,24 @@ def average_precision(scores: Floats, positive: Flags, counts: Floats) -> Floats
     area = (precision * np.diff(found, axis=1)).sum(1)
     defined = found[:, -1] * (false[:, -1] > 0)
     return _or_nan(area, defined, scores)
+
+
+def macro_f1(confusion: npt.ArrayLike) -> Floats:
+    """Average the F1 of the classes that occur, among the true labels or the predictions.
+
+    Args:
+        confusion: (..., C, C) counts, rows true and columns predicted.
+
+    Returns:
+        (...), NaN where there are no counts at all.
+    """
+    counts = np.asarray(confusion, dtype=np.float64)
+    hits = np.diagonal(counts, axis1=-2, axis2=-1)
+    either = counts.sum(-1) + counts.sum(-2)
+    f1 = np.divide(2 * hits, either, out=np.zeros_like(hits), where=either > 0)
+    occurring = (either > 0).sum(-1)
+    mean: Floats = np.divide(f1.sum(-1), occurring, out=np.full(occurring.shape, np.nan), where=occurring > 0)
+    return mean
 
 
 def share(of: Flags, among: Flags, counts: Floats) -> Floats:
@@ -77,7 +95,7 @@ def _or_nan(area: Floats, defined: Floats, scores: Floats) -> Floats:
     return np.where(defined > 0, area / np.maximum(defined, 1), math.nan)
 
 
-def _confusion(predicted: Whole, labels: Whole, classes: int, counts: Floats) -> Floats:
+def confusion_of(predicted: Whole, labels: Whole, classes: int, counts: Floats) -> Floats:
     """Count (D, C, C), rows true and columns predicted."""
     cells = np.zeros((len(labels), classes**2))
     cells[np.arange(len(labels)), classes * labels + predicted] = 1

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.floating]
+from .quick import Floats
+
 Numbers = Callable[[Floats], dict[str, Floats]]
 AT_ONCE = 4_000_000  # counts in memory
 FEWEST = 20  # groups below which an interval is only a hint

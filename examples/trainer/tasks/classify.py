@@ -13,17 +13,17 @@ from torch.nn.functional import cross_entropy
 from ..conformal import coverage_of, describe_sets, fit_cutoff, score_sets, sets_of
 from ..figures import draw_reliability, draw_training, titled
 from ..figures_curves import Curve, draw_curves
-from ..quick import shown_scores
-from ..resampling import Floats
+from ..images import Integers
+from ..quick import Floats, shown_scores
 from ..scores import SHOWN, class_tables, fit_temperature, macro_f1, scaled, score
 from ..settings import Settings
 from ..thresholds import describe_rule, fit_threshold, measures_at, operating_table
 from .names import check_classes, number_classes
-from .outcome import Integers, Mistake, Outcome, Targets
-from .task import Task
+from .one_label import OneLabel
+from .outcome import Mistake, Outcome, Targets
 
 
-class Classify(Task):
+class Classify(OneLabel):
     """Which of several classes an image belongs to."""
 
     score = "macro_f1"
@@ -38,19 +38,10 @@ class Classify(Task):
         check_classes(cls.named(rows))
 
     @classmethod
-    def named(cls, rows: pd.DataFrame) -> list[str]:
-        """Give the labels."""
-        return list(rows["label"])
-
-    @classmethod
     def read(cls, rows: pd.DataFrame, shape: Sequence[int], settings: Settings) -> Targets:
         """Number the classes."""
         labels, classes = number_classes(list(rows["label"]))
         return Targets(torch.from_numpy(labels), classes, labels, classes)
-
-    def read_as(self, rows: pd.DataFrame, shape: Sequence[int]) -> Tensor:
-        """Number the labels."""
-        return torch.tensor([self.names.index(label) for label in rows["label"]])
 
     def weigh(self, targets: Tensor) -> Tensor:
         """Give (C,) weights by which every class has the same weight."""
@@ -159,25 +150,12 @@ class Classify(Task):
         classes that it takes to hold the true one, as in `benign|normal`.
         """
         probabilities = scaled(outputs, fitted["temperature"])
-        found = pd.DataFrame({"prediction": [self.names[i] for i in probabilities.argmax(1).tolist()]})
-        for place, name in enumerate(self.names):
-            found[f"p({name})"] = probabilities[:, place].tolist()
+        found = self.said(probabilities.argmax(1), probabilities)
         for name, threshold in fitted.get("operating", {}).get("thresholds", {}).items():
             found[f"positive({name})"] = (found[f"p({name})"] >= threshold).astype(int)
         if "sets" in fitted:
-            inside = sets_of(probabilities.double().numpy(), fitted["sets"]["cutoff"])
-            names = np.array(self.names)
-            found["set"] = ["|".join(names[row]) for row in inside]
+            found["set"] = self.sets(probabilities, fitted)
         return found
-
-    def truths(self, targets: Tensor) -> pd.DataFrame:
-        """Give `label`."""
-        return pd.DataFrame({"label": [self.names[i] for i in targets.tolist()]})
-
-    def count(self, targets: Tensor) -> dict[str, int]:
-        """Count the images of each class."""
-        counts = torch.bincount(targets, minlength=len(self.names)).tolist()
-        return dict(zip(self.names, counts, strict=True))
 
     def draw(self, outcome: Outcome, record: Mapping[str, Any], title: str, folder: Path) -> None:
         """Draw the training with the confusion matrix, the calibration, and the curves of every class."""

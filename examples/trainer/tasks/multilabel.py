@@ -12,14 +12,15 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from ..curves import draw_history
 from ..errors import TrainerError
+from ..figures import draw_history
 from ..figures_curves import Curve, draw_curves
+from ..images import Integers
 from ..scores import fit_temperature, score_class
 from ..settings import Settings
 from ..thresholds import describe_rule, fit_threshold
 from .names import check_spelling
-from .outcome import Integers, Outcome, Targets
+from .outcome import Outcome, Targets
 from .task import Task
 
 PREFIX = "label:"  # of the columns of `Rows.table` that say of one finding whether it is there

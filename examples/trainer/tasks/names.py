@@ -7,7 +7,7 @@ from contextlib import suppress
 import numpy as np
 
 from ..errors import TrainerError
-from .outcome import Integers
+from ..images import Integers
 
 
 def number_classes(names: Sequence[str]) -> tuple[Integers, list[str]]:

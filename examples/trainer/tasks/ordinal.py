@@ -19,12 +19,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ..conformal import describe_sets, fit_cutoff, score_sets, sets_of
 from ..errors import TrainerError
 from ..figures import draw_training
-from ..resampling import Floats
+from ..images import Integers
+from ..quick import Floats
 from ..scores import fit_temperature, macro_f1
 from ..settings import Settings
 from .names import check_classes, number_classes
-from .outcome import Integers, Outcome, Targets
-from .task import Task
+from .one_label import OneLabel
+from .outcome import Outcome, Targets
 
 WORDS = {
     "kappa": "quadratic kappa",
@@ -34,7 +35,7 @@ WORDS = {
 }
 
 
-class Ordinal(Task):
+class Ordinal(OneLabel):
     """Which of several grades an image has."""
 
     score = "kappa"
@@ -55,19 +56,10 @@ class Ordinal(Task):
         number_grades(labels, settings.grade)
 
     @classmethod
-    def named(cls, rows: pd.DataFrame) -> list[str]:
-        """Give the labels."""
-        return list(rows["label"])
-
-    @classmethod
     def read(cls, rows: pd.DataFrame, shape: Sequence[int], settings: Settings) -> Targets:
         """Number the grades."""
         labels, grades = number_grades(cls.named(rows), settings.grade)
         return Targets(torch.from_numpy(labels), grades, labels, grades)
-
-    def read_as(self, rows: pd.DataFrame, shape: Sequence[int]) -> Tensor:
-        """Number the labels."""
-        return torch.tensor([self.names.index(label) for label in rows["label"]])
 
     def loss(self, outputs: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         """Give the mean conditional cross entropy of logits (B, K - 1) and grades (B,)."""
@@ -117,23 +109,11 @@ class Ordinal(Task):
 
     def predictions(self, outputs: Tensor, fitted: Mapping[str, Any]) -> pd.DataFrame:
         """Give `prediction`, each grade's probability in `p(GRADE)`, and the `set` of grades, as in `2|3`."""
-        columns: dict[str, Any] = {"prediction": [self.names[i] for i in grades_of(outputs).tolist()]}
         probabilities = probabilities_of(outputs / fitted["temperature"])
-        for place, name in enumerate(self.names):
-            columns[f"p({name})"] = probabilities[:, place].tolist()
+        found = self.said(grades_of(outputs), probabilities)
         if "sets" in fitted:
-            inside = sets_of(probabilities.double().numpy(), fitted["sets"]["cutoff"])
-            columns["set"] = ["|".join(np.array(self.names)[row]) for row in inside]
-        return pd.DataFrame(columns)
-
-    def truths(self, targets: Tensor) -> pd.DataFrame:
-        """Give `label`."""
-        return pd.DataFrame({"label": [self.names[i] for i in targets.tolist()]})
-
-    def count(self, targets: Tensor) -> dict[str, int]:
-        """Count the images of each grade."""
-        counts = torch.bincount(targets, minlength=len(self.names)).tolist()
-        return dict(zip(self.names, counts, strict=True))
+            found["set"] = self.sets(probabilities, fitted)
+        return found
 
     def draw(self, outcome: Outcome, record: Mapping[str, Any], title: str, folder: Path) -> None:
         """Draw the training with the confusion matrix."""

@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-Integers = npt.NDArray[np.int64]
+from ..images import Integers
 
 
 @dataclass

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
 from ..conformal import conformal_quantile
-from ..curves import draw_agreement, draw_history
 from ..errors import TrainerError
+from ..figures import draw_agreement, draw_history
+from ..images import Integers
 from ..settings import Settings
-from .outcome import Integers, Outcome, Targets
+from .outcome import Outcome, Targets
 from .task import Task
 
 STRATA = 5  # parts of the range, of equally many images

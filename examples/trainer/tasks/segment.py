@@ -171,14 +171,13 @@ class Segment(Task):
         found["images_without"] = int((truth == 0).all(1).sum())
         return found | {"unit": self.details["unit"]}
 
+    def unit(self, name: str) -> str:
+        """Give the unit of distances."""
+        return f" {self.details['unit']}" if name == "hd95" else ""
+
     def table(self, outcome: Outcome, scores: Mapping[str, Any]) -> str:
         """Lay out the scores of each structure."""
-        lines = []
-        for name, words in self.words.items():
-            line = f"  {words:<20}{scores[name]:.4f}"
-            if name == "hd95":
-                line += f" {self.details['unit']}"
-            lines.append(line)
+        lines = self.score_lines(scores)
         table = pd.DataFrame(index=self.names)
         for name, words in self.words.items():
             table[words] = scores[f"{name}_per_structure"]

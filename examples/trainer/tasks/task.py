@@ -5,20 +5,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..resampling import Floats, describe_draws
+from ..images import Integers
+from ..quick import Floats
+from ..resampling import describe_draws
 from ..resampling import intervals as intervals_of
+from ..settings import Settings
 from ..subgroups import describe_worst
-from .outcome import Integers, Mistake, Outcome, Targets
-
-if TYPE_CHECKING:
-    from ..settings import Settings
+from .outcome import Mistake, Outcome, Targets
 
 
 class Task(ABC):
@@ -56,7 +56,7 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def check(cls, rows: pd.DataFrame, settings: "Settings") -> None:
+    def check(cls, rows: pd.DataFrame, settings: Settings) -> None:
         """Check what can be checked before an image is read.
 
         Args:
@@ -79,7 +79,7 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def read(cls, rows: pd.DataFrame, shape: Sequence[int], settings: "Settings") -> Targets:
+    def read(cls, rows: pd.DataFrame, shape: Sequence[int], settings: Settings) -> Targets:
         """Read the targets of a labelled set.
 
         Args:
@@ -224,12 +224,16 @@ class Task(ABC):
         }
         return found
 
+    def unit(self, name: str) -> str:
+        """Give the unit of a score after a blank, "" for a plain number."""
+        return ""
+
     def score_lines(self, scores: Mapping[str, Any]) -> list[str]:
         """Lay out the scores that are shown, a line each, with their intervals where there are some."""
         lines, found = [], scores.get("intervals")
-        width = max(map(len, self.words.values())) + 2
+        width = max(20, 2 + max(map(len, self.words.values())))
         for name, words in self.words.items():
-            line = f"  {words:<{width}}{scores[name]:.4f}"
+            line = f"  {words:<{width}}{scores[name]:.4f}{self.unit(name)}"
             if found:
                 line += "  {:.4f} to {:.4f}".format(*found[name])
             lines.append(line)
