@@ -2,6 +2,7 @@
 
 import pytest
 from small_diffusion import draw_spots, save_pipeline
+from small_training import draw_stripes
 
 
 @pytest.fixture(scope="module")
@@ -14,3 +15,9 @@ def spots(tmp_path_factory):
 def tiny_pipeline(tmp_path_factory):
     """Folder of an untrained Stable Diffusion pipeline."""
     return save_pipeline(tmp_path_factory.mktemp("pipeline"))
+
+
+@pytest.fixture(scope="module")
+def stripes(tmp_path_factory):
+    """Folder of images of stripes, across and down."""
+    return draw_stripes(tmp_path_factory.mktemp("stripes"))

@@ -3,14 +3,12 @@
 import shutil
 import subprocess
 
-import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
-from study import figures
 from study.page import Page, answer, cautions, volume_answers, write_comparison, write_volume
 from study.summary import ALIKE, BETTER, WORSE, summarise
 from study.tables import cost_table, detail_table, image_table, score_table, volume_table, write_tables
+from study_runs import volume
 from test_study_summary import MIDDLE, STRONG, WEAK, record
 
 
@@ -141,19 +139,6 @@ def test_few_seeds_are_cautioned_of():
     assert text.startswith("Caution: One run a row is few.")
 
 
-def volume(verdicts):
-    rows = [{"label": "full", "fraction": share, "mean": 0.5 + share / 3} for share in (0.01, 0.1, 1.0)]
-    for share, verdict in zip((0.01, 0.1, 1.0), verdicts, strict=True):
-        rows.append({"label": "ssf", "fraction": share, "mean": 0.6 + share / 4, "verdict": verdict})
-    table = (
-        pd.DataFrame(rows)
-        .fillna({"verdict": ""})
-        .assign(sd=0.01, baseline="full", task="classify", data="one_set", lr=0.003)
-    )
-    table = table.assign(low=table["mean"] - 0.1, high=table["mean"] + 0.1)
-    return table.assign(train_images=(500 * table["fraction"]).astype(int))
-
-
 @pytest.mark.parametrize(
     ("verdicts", "said"),
     [
@@ -177,74 +162,6 @@ def test_shares_are_tabled_with_their_images_and_signs():
     assert list(table.text.columns) == ["1 % (5 images)", "10 % (50 images)", "100 % (500 images)"]
     assert [text[-1] for text in table.text.loc["ssf"]] == ["▲", "]", "▼"]
     assert list(table.text.index) == ["ssf", "full"]
-
-
-# The pictures
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved."""
-    kept = []
-    save = figures.Figure.savefig
-
-    def keep(figure, *given, **options):
-        kept.append(figure)
-        save(figure, *given, **options)
-
-    monkeypatch.setattr(figures.Figure, "savefig", keep)
-    return kept
-
-
-def test_the_first_forty_methods_look_different():
-    looks = figures.looks_of([f"method{i}" for i in range(40)] + ["full-frozen", "full-adapt"])
-    assert len(set(looks.values())) == 42
-    assert looks["full-frozen"][0] == looks["full-adapt"][0] == "#000000"
-
-
-def crowd():
-    """Thirteen methods as a study had them, with one that costs nearly nothing."""
-    memory = [0.08, 616, 616, 616, 621, 621, 632, 634, 646, 663, 674, 684, 719]
-    score = [0.726, 0.832, 0.825, 0.811, 0.816, 0.803, 0.833, 0.775, 0.801, 0.796, 0.771, 0.779, 0.755]
-    table = pd.DataFrame(
-        {
-            "saved_mib": memory,
-            "mean": score,
-            "label": [f"some_method_{i}" for i in range(13)],
-            "task": "classify",
-        }
-    )
-    return table.assign(low=table["mean"] - 0.04, high=table["mean"] + 0.04)
-
-
-def test_every_point_has_its_name_beside_it_and_none_covers_another(drawn, tmp_path):
-    figures.draw_pareto(crowd(), "saved_mib", "a model on a set", tmp_path / "picture.png")
-    (axes,) = drawn[0].axes
-    names = [text for text in axes.texts if text.get_text()]
-    assert len(names) == 13
-    boxes = [text.get_window_extent() for text in names]
-    for i, box in enumerate(boxes):
-        assert box.count_overlaps(boxes[:i]) == 0, names[i]
-        assert box.x0 >= 0
-        assert box.x1 <= drawn[0].bbox.x1
-    assert np.asarray(Image.open(tmp_path / "picture.png").convert("L")).std() > 10
-
-
-def test_the_axis_is_on_the_data_and_says_of_a_far_cheaper_method_what_it_costs(drawn, tmp_path):
-    figures.draw_pareto(crowd(), "saved_mib", "a model on a set", tmp_path / "picture.png")
-    low, high = drawn[0].axes[0].get_xlim()
-    assert 560 < low < 616
-    assert 719 < high < 760
-    assert "← some_method_0, 0.08 MiB" in [text.get_text() for text in drawn[0].axes[0].texts]
-
-
-@pytest.mark.parametrize(("verdicts", "rings"), [([WORSE, ALIKE, BETTER], 1), ([ALIKE, ALIKE, BETTER], 0)])
-def test_a_crossing_is_marked_only_where_intervals_tell(drawn, tmp_path, verdicts, rings):
-    figures.draw_volume(volume(verdicts), "a model on a set", tmp_path / "picture.png")
-    (axes,) = drawn[0].axes
-    marks = [line for line in axes.lines if line.get_fillstyle() == "none"]
-    assert len(marks) == rings
-    assert ("ssf ahead" in [text.get_text() for text in axes.texts]) == bool(rings)
 
 
 # The page

@@ -12,7 +12,7 @@ import torch
 import train
 from PIL import Image
 from safetensors import safe_open
-from small_training import checked, draw_stripes, flags, messages, run
+from small_training import checked, flags, messages, run
 from trainer.data import Part, Preprocessing
 from trainer.models import build_model
 from trainer.scores import scaled, score
@@ -24,19 +24,14 @@ import medpeft
 EXAMPLES = Path(train.__file__).parent
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return draw_stripes(tmp_path_factory.mktemp("stripes"))
-
-
 # A whole run
 
 
 @pytest.fixture(scope="module")
-def finished(folder, tmp_path_factory):
+def finished(stripes, tmp_path_factory):
     """A run of the pretrained default model on the stripes."""
     output = tmp_path_factory.mktemp("parent") / "finished"
-    given = ["--data", folder, "--image-size", 48, "--epochs", 3, "--batch-size", 8]
+    given = ["--data", stripes, "--image-size", 48, "--epochs", 3, "--batch-size", 8]
     record = run(*given, "--method", "ssf", "--class-weights", "--output", output)
     return output, record
 
@@ -61,11 +56,11 @@ def test_the_adapter_is_saved_with_what_it_takes_to_use_it(finished):
         assert expected in described
 
 
-def test_the_adapter_on_a_fresh_base_gives_the_same_scores(folder, finished):
+def test_the_adapter_on_a_fresh_base_gives_the_same_scores(stripes, finished):
     output, record = finished
     model = build_model("tf_efficientnet_lite0", 2, 48)
     medpeft.load(model, output / "adapter.safetensors")
-    settings = checked(data=str(folder), image_size=48)
+    settings = checked(data=str(stripes), image_size=48)
     images = read_data(settings)
     metadata = medpeft.inspect(output / "adapter.safetensors").metadata
     part = Part(images, split(images, settings)["test"], Preprocessing.from_metadata(metadata, output))
@@ -130,25 +125,25 @@ def test_a_figure_is_a_picture_with_something_on_it(finished, name):
     assert pixels.std() > 10
 
 
-def test_a_finished_run_is_given_again_and_never_overwritten(folder, finished, capsys, monkeypatch):
+def test_a_finished_run_is_given_again_and_never_overwritten(stripes, finished, capsys, monkeypatch):
     output, record = finished
     before = (output / "adapter.safetensors").read_bytes()
     monkeypatch.setattr("trainer.work.read_data", None)
-    given = ["--data", folder, "--image-size", 48, "--batch-size", 8, "--method", "ssf", "--class-weights"]
+    given = ["--data", stripes, "--image-size", 48, "--batch-size", 8, "--method", "ssf", "--class-weights"]
     assert run(*given, "--epochs", 3, "--output", output) == record
     assert "has this run already: macro-F1" in capsys.readouterr().out
     for changed, text in (
         (["--epochs", 4], "--epochs was 3 and is 4. Go on with the same ones, or choose another --output"),
         (["--epochs", 3, "--lr", 0.5], "--lr was 0.003 and is 0.5"),
-        (["--epochs", 3, "--data", folder / ".."], "--data was"),
+        (["--epochs", 3, "--data", stripes / ".."], "--data was"),
     ):
         assert text in messages(capsys, *given, *changed, "--output", output)
     assert (output / "adapter.safetensors").read_bytes() == before
 
 
-def test_a_run_repeats_from_the_settings_that_it_wrote_and_quiet_prints_nothing(folder, tmp_path, capfd):
+def test_a_run_repeats_from_the_settings_that_it_wrote_and_quiet_prints_nothing(stripes, tmp_path, capfd):
     more = ["--method", "lora", "--option", "rank=2", "--option", "rslora=true", "--class-weights"]
-    first = run(*flags(folder, tmp_path / "first", *more, "--epochs", "1", "--quiet"))
+    first = run(*flags(stripes, tmp_path / "first", *more, "--epochs", "1", "--quiet"))
     again = run("--config", tmp_path / "first" / "settings.yaml", "--output", tmp_path / "again")
     assert again["test"] == first["test"]
     assert again["settings"] | {"output": ""} == first["settings"] | {"output": ""}
@@ -158,8 +153,8 @@ def test_a_run_repeats_from_the_settings_that_it_wrote_and_quiet_prints_nothing(
 
 
 @pytest.mark.parametrize("method", ["linear_probe", "bn+bias", "tsa"])
-def test_other_methods_train_too(folder, tmp_path, method):
-    record = run(*flags(folder, tmp_path / "run", "--method", method, "--epochs", "1"))
+def test_other_methods_train_too(stripes, tmp_path, method):
+    record = run(*flags(stripes, tmp_path / "run", "--method", method, "--epochs", "1"))
     assert np.isfinite(record["history"][0]["train_loss"])
     assert (tmp_path / "run" / "adapter.safetensors").exists()
 
@@ -186,9 +181,9 @@ def test_a_network_of_monai_trains_on_volumes(tmp_path):
     assert record["saved_bytes"] > 0
 
 
-def test_the_command_line_runs_by_itself_without_carriage_returns(folder, tmp_path):
+def test_the_command_line_runs_by_itself_without_carriage_returns(stripes, tmp_path):
     done = subprocess.run(
-        [sys.executable, EXAMPLES / "train.py", *flags(folder, tmp_path / "run", "--epochs", "2")],
+        [sys.executable, EXAMPLES / "train.py", *flags(stripes, tmp_path / "run", "--epochs", "2")],
         capture_output=True,
         text=True,
         check=False,
@@ -201,17 +196,17 @@ def test_the_command_line_runs_by_itself_without_carriage_returns(folder, tmp_pa
     assert done.stderr == ""
 
 
-def test_an_output_that_cannot_be_written_says_so(folder, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_says_so(stripes, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert "cannot be written to" in messages(capsys, *flags(folder, tmp_path / "file" / "run"))
+    assert "cannot be written to" in messages(capsys, *flags(stripes, tmp_path / "file" / "run"))
 
 
 # Subgroups
 
 
-def test_subgroups_are_scored_apart(folder, tmp_path, capsys):
+def test_subgroups_are_scored_apart(stripes, tmp_path, capsys):
     rows = [
-        (path, path.parent.name, "fm"[i % 3 == 0]) for i, path in enumerate(sorted(folder.glob("*/*.png")))
+        (path, path.parent.name, "fm"[i % 3 == 0]) for i, path in enumerate(sorted(stripes.glob("*/*.png")))
     ]
     file = tmp_path / "table.csv"
     file.write_text("\n".join(["path,label,sex", *(",".join(map(str, row)) for row in rows)]))

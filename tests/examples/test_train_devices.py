@@ -13,7 +13,7 @@ import pytest
 import torch
 import train
 from safetensors.torch import load_file
-from small_training import draw_stripes, messages
+from small_training import messages
 from torch import nn
 from trainer.module import warmup_cosine
 from trainer.run import run as run_settings
@@ -39,17 +39,12 @@ RUN = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return draw_stripes(tmp_path_factory.mktemp("stripes"))
+def settings(stripes, output, **changed):
+    return Settings(**{**RUN, "data": str(stripes), "output": output, **changed})
 
 
-def settings(folder, output, **changed):
-    return Settings(**{**RUN, "data": str(folder), "output": output, **changed})
-
-
-def run(folder, output, callbacks=(), **changed):
-    return run_settings(settings(folder, output, **changed), callbacks=callbacks)
+def run(stripes, output, callbacks=(), **changed):
+    return run_settings(settings(stripes, output, **changed), callbacks=callbacks)
 
 
 def lasting(record):
@@ -78,7 +73,7 @@ class Cut(lightning.Callback):
 
 
 @pytest.mark.parametrize("method", ["full+lora", "adaptformer", "lora"])
-def test_a_run_cut_off_goes_on_bit_for_bit(folder, tmp_path, method):
+def test_a_run_cut_off_goes_on_bit_for_bit(stripes, tmp_path, method):
     more = {}
     if method == "adaptformer":
         more = {
@@ -98,12 +93,12 @@ def test_a_run_cut_off_goes_on_bit_for_bit(folder, tmp_path, method):
             "views": 2,
             "cache_features": tmp_path / "features",
         }
-    whole = run(folder, tmp_path / "whole", **more)
+    whole = run(stripes, tmp_path / "whole", **more)
     for epoch in (1, 2):
         with pytest.raises(RuntimeError, match="cut"):
-            run(folder, tmp_path / "cut", [Cut(epoch)], **more)
+            run(stripes, tmp_path / "cut", [Cut(epoch)], **more)
         assert not (tmp_path / "cut" / "metrics.json").exists()
-    assert lasting(run(folder, tmp_path / "cut", **more)) == lasting(whole)
+    assert lasting(run(stripes, tmp_path / "cut", **more)) == lasting(whole)
     saved, again = (load_file(tmp_path / name / "adapter.safetensors") for name in ("whole", "cut"))
     assert saved.keys() == again.keys()
     assert all(torch.equal(saved[name], again[name]) for name in saved)
@@ -111,7 +106,7 @@ def test_a_run_cut_off_goes_on_bit_for_bit(folder, tmp_path, method):
     assert not (tmp_path / "cut" / "checkpoints").exists()
 
 
-def test_training_stops_early_keeps_the_best_epoch_and_does_not_go_on(folder, tmp_path, monkeypatch):
+def test_training_stops_early_keeps_the_best_epoch_and_does_not_go_on(stripes, tmp_path, monkeypatch):
     scores = chain([0.5, 0.8, 0.7, 0.6], repeat(0.9))
     monkeypatch.setattr("trainer.tasks.classify.macro_f1", lambda logits, labels: next(scores))
     more = {"epochs": 5, "patience": 2}
@@ -119,37 +114,37 @@ def test_training_stops_early_keeps_the_best_epoch_and_does_not_go_on(folder, tm
     with monkeypatch.context() as patch:
         patch.setattr("trainer.run.peak_memory", None)
         with pytest.raises(TypeError):
-            run(folder, tmp_path, **more)
+            run(stripes, tmp_path, **more)
     seen = []
 
     class Count(lightning.Callback):
         def on_train_batch_end(self, *args, **more):
             seen.append(args)
 
-    record = run(folder, tmp_path, [Count()], **more)
+    record = run(stripes, tmp_path, [Count()], **more)
     assert len(record["history"]) == 4
     assert record["best_epoch"] == 2
     assert record["best_val_score"] == pytest.approx(0.8)
     assert not seen
 
 
-def test_an_interrupt_says_how_to_go_on(folder, tmp_path, capsys, monkeypatch):
+def test_an_interrupt_says_how_to_go_on(stripes, tmp_path, capsys, monkeypatch):
     class Interrupt(Cut):
         def on_train_batch_end(self, *args, **more):
             raise KeyboardInterrupt
 
     monkeypatch.setattr("train.run", lambda settings: run_settings(settings, callbacks=[Interrupt(0)]))
-    given = ["--data", folder, "--output", tmp_path, "--model", "test_efficientnet", "--no-pretrained"]
+    given = ["--data", stripes, "--output", tmp_path, "--model", "test_efficientnet", "--no-pretrained"]
     assert train.main([str(flag) for flag in [*given, "--image-size", "32"]]) == 130
     assert "The same command goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_loss_that_is_no_number_stops_with_advice(folder, tmp_path, capsys, monkeypatch):
+def test_a_loss_that_is_no_number_stops_with_advice(stripes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         "trainer.tasks.classify.cross_entropy", lambda *args, **more: args[0].sum() * float("nan")
     )
-    given = ["--data", folder, "--output", tmp_path, "--model", "test_efficientnet", "--no-pretrained"]
+    given = ["--data", stripes, "--output", tmp_path, "--model", "test_efficientnet", "--no-pretrained"]
     error = messages(capsys, *given, "--image-size", 32)
     assert "The training loss became nan in epoch 1" in error
     assert "Lower --lr" in error
@@ -184,13 +179,13 @@ SHARED = {
 
 
 @pytest.fixture(scope="module")
-def single(folder, tmp_path_factory):
-    return run(folder, tmp_path_factory.mktemp("single") / "run", **SHARED)
+def single(stripes, tmp_path_factory):
+    return run(stripes, tmp_path_factory.mktemp("single") / "run", **SHARED)
 
 
-def test_micro_batches_compute_the_same_step(folder, single, tmp_path):
+def test_micro_batches_compute_the_same_step(stripes, single, tmp_path):
     assert sum(single["images"]["train"].values()) == 24
-    four = run(folder, tmp_path, **SHARED, accumulate=4)
+    four = run(stripes, tmp_path, **SHARED, accumulate=4)
     assert losses(four) == pytest.approx(losses(single), rel=1e-5)
 
 
@@ -205,11 +200,11 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_train_to_the_same_loss_as_one(folder, single, tmp_path):
+def test_two_processes_train_to_the_same_loss_as_one(stripes, single, tmp_path):
     (tmp_path / "both.py").write_text(BOTH)
     given = []
     for strategy in ("ddp", "fsdp2"):
-        own = settings(folder, tmp_path / strategy, **SHARED, devices=2, accumulate=2, strategy=strategy)
+        own = settings(stripes, tmp_path / strategy, **SHARED, devices=2, accumulate=2, strategy=strategy)
         given.append(own.plain())
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -230,27 +225,27 @@ def test_two_processes_train_to_the_same_loss_as_one(folder, single, tmp_path):
 # Precision, memory, compilation
 
 
-def test_less_memory_waits_for_the_backward_pass(folder, tmp_path):
+def test_less_memory_waits_for_the_backward_pass(stripes, tmp_path):
     more = {"model": "test_vit", "method": "lora", "option": {"rank": 2}, "batchnorm": "frozen", "epochs": 1}
-    plain = run(folder, tmp_path / "plain", **more)
-    less = run(folder, tmp_path / "less", **more, checkpoint_activations=True)
+    plain = run(stripes, tmp_path / "plain", **more)
+    less = run(stripes, tmp_path / "less", **more, checkpoint_activations=True)
     assert less["saved_bytes"] < 0.7 * plain["saved_bytes"]
     assert losses(less) == pytest.approx(losses(plain), rel=1e-4)
 
 
-def test_half_precision_trains_close_to_single(folder, tmp_path):
+def test_half_precision_trains_close_to_single(stripes, tmp_path):
     # With frozen statistics: those of a batch of eight 1 × 1 maps magnify the rounding, by a quarter on a CPU
     # with bf16 units.
     stable = {"batchnorm": "frozen", "epochs": 1}
-    whole = run(folder, tmp_path / "32", **stable)
-    half = run(folder, tmp_path / "bf16", **stable, precision="bf16-mixed")
+    whole = run(stripes, tmp_path / "32", **stable)
+    half = run(stripes, tmp_path / "bf16", **stable, precision="bf16-mixed")
     assert losses(half) != losses(whole)
     assert losses(half) == pytest.approx(losses(whole), rel=0.02)
 
 
-def test_a_compiled_model_trains_to_the_same_loss(folder, tmp_path, monkeypatch):
+def test_a_compiled_model_trains_to_the_same_loss(stripes, tmp_path, monkeypatch):
     more = {"model": "test_vit", "method": "bias", "option": {}, "batchnorm": None, "epochs": 1}
-    plain = run(folder, tmp_path / "plain", **more)
+    plain = run(stripes, tmp_path / "plain", **more)
     compiled = []
     original = nn.Module.compile
 
@@ -260,6 +255,6 @@ def test_a_compiled_model_trains_to_the_same_loss(folder, tmp_path, monkeypatch)
         original(network, backend="eager")
 
     monkeypatch.setattr(nn.Module, "compile", compile)
-    record = run(folder, tmp_path / "compiled", **more, compile=True)
+    record = run(stripes, tmp_path / "compiled", **more, compile=True)
     assert losses(record) == pytest.approx(losses(plain), rel=1e-4)
     assert compiled

@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_training import draw_stripes, flags, messages, run
+from small_training import flags, messages, run
 from trainer.data import Preprocessing
 from trainer.images import load
 
@@ -58,15 +58,10 @@ print("FOUND" + json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return draw_stripes(tmp_path_factory.mktemp("stripes"))
-
-
-@pytest.fixture(scope="module")
-def finished(folder, tmp_path_factory):
+def finished(stripes, tmp_path_factory):
     """A finished run, exported by the same command given once more."""
     output = tmp_path_factory.mktemp("parent") / "run"
-    given = flags(folder, output, "--method", "ssf", "--quiet", "--image-size", "32")
+    given = flags(stripes, output, "--method", "ssf", "--quiet", "--image-size", "32")
     record = run(*given)
     assert run(*given, "--export", "merged", "--export", "bundle") == record
     return output
@@ -78,17 +73,17 @@ def probabilities(output):
     return {row["path"]: [float(row["p(across)"]), float(row["p(down)"])] for row in rows}
 
 
-def inputs_of(folder, output, header):
+def inputs_of(stripes, output, header):
     """The inputs of the test's images, by what the header says."""
     names = list(probabilities(output))
     preprocessing = Preprocessing.from_metadata(
         {"preprocessing": json.loads(header["preprocessing"])}, output
     )
-    loaded = load([folder / name for name in names], preprocessing.image_size, stored=preprocessing.stored)
+    loaded = load([stripes / name for name in names], preprocessing.image_size, stored=preprocessing.stored)
     return preprocessing(loaded.pixels)
 
 
-def test_merged_weights_are_loaded_by_timm_and_predict_the_same(folder, finished):
+def test_merged_weights_are_loaded_by_timm_and_predict_the_same(stripes, finished):
     file = finished / "export" / "merged.safetensors"
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
@@ -98,17 +93,17 @@ def test_merged_weights_are_loaded_by_timm_and_predict_the_same(folder, finished
     model.load_state_dict(load_file(file))
     temperature = json.loads(header["fitted"])["temperature"]
     with torch.no_grad():
-        found = (model(inputs_of(folder, finished, header)) / temperature).softmax(1)
+        found = (model(inputs_of(stripes, finished, header)) / temperature).softmax(1)
     assert np.allclose(found, list(probabilities(finished).values()), atol=1e-5)
     assert json.loads(header["classes"]) == ["across", "down"]
 
 
-def test_the_bundle_is_checked_run_and_exported_by_monai_alone(folder, finished, tmp_path):
+def test_the_bundle_is_checked_run_and_exported_by_monai_alone(stripes, finished, tmp_path):
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(SCHEMA))
     bundle = finished / "export" / "bundle"
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, bundle, folder, schema], capture_output=True, text=True, check=False
+        [sys.executable, "-c", ALONE, bundle, stripes, schema], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.rpartition("FOUND")[2])
@@ -122,24 +117,24 @@ def test_the_bundle_is_checked_run_and_exported_by_monai_alone(folder, finished,
         )
 
 
-def test_what_is_there_is_not_written_again(folder, finished):
+def test_what_is_there_is_not_written_again(stripes, finished):
     file = finished / "export" / "merged.safetensors"
     before = file.stat().st_mtime_ns
-    run(*flags(folder, finished, "--method", "ssf", "--quiet", "--image-size", "32"), "--export", "merged")
+    run(*flags(stripes, finished, "--method", "ssf", "--quiet", "--image-size", "32"), "--export", "merged")
     assert file.stat().st_mtime_ns == before
 
 
-def test_the_onnx_file_predicts_the_same_for_any_number_of_images(folder, tmp_path):
+def test_the_onnx_file_predicts_the_same_for_any_number_of_images(stripes, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     # A method that cannot be merged: its adapters are exported as they are.
     given = flags(
-        folder, tmp_path / "run", "--method", "houlsby", "--quiet", "--export", "onnx", "--epochs", "1"
+        stripes, tmp_path / "run", "--method", "houlsby", "--quiet", "--export", "onnx", "--epochs", "1"
     )
     run(*given, "--model", "test_vit", "--image-size", "64")
     file = tmp_path / "run" / "export" / "model.onnx"
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     header = session.get_modelmeta().custom_metadata_map
-    inputs = inputs_of(folder, tmp_path / "run", header)
+    inputs = inputs_of(stripes, tmp_path / "run", header)
     (outputs,) = session.run(None, {"images": inputs.numpy()})
     (first,) = session.run(None, {"images": inputs[:1].numpy()})
     found = (torch.tensor(outputs) / json.loads(header["fitted"])["temperature"]).softmax(1)
@@ -147,8 +142,8 @@ def test_the_onnx_file_predicts_the_same_for_any_number_of_images(folder, tmp_pa
     assert np.allclose(first, outputs[:1], atol=1e-5)
 
 
-def test_a_merged_network_that_timm_cannot_build_is_refused_by_name(folder, tmp_path, capsys):
-    given = flags(folder, tmp_path / "run", "--method", "ssf", "--quiet", "--epochs", "1")
+def test_a_merged_network_that_timm_cannot_build_is_refused_by_name(stripes, tmp_path, capsys):
+    given = flags(stripes, tmp_path / "run", "--method", "ssf", "--quiet", "--epochs", "1")
     told = messages(capsys, *given, "--model", "test_resnet", "--export", "merged")
     assert "The merged test_resnet cannot be built without medpeft: it differs in conv1.6.bias" in told
     assert "Take --export onnx" in told
@@ -164,15 +159,15 @@ def test_a_merged_network_that_timm_cannot_build_is_refused_by_name(folder, tmp_
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_an_image_is_read(
-    folder, tmp_path, capsys, monkeypatch, given, told
+    stripes, tmp_path, capsys, monkeypatch, given, told
 ):
     monkeypatch.setattr("trainer.work.read_data", None)
-    assert told in messages(capsys, *flags(folder, tmp_path / "run"), *given)
+    assert told in messages(capsys, *flags(stripes, tmp_path / "run"), *given)
 
 
-def test_a_missing_package_is_named_with_what_installs_it(folder, tmp_path, capsys, monkeypatch):
+def test_a_missing_package_is_named_with_what_installs_it(stripes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("trainer.exports.kinds.NEEDED", ("onnx", "no_such_package"))
-    told = messages(capsys, *flags(folder, tmp_path / "run"), "--export", "onnx")
+    told = messages(capsys, *flags(stripes, tmp_path / "run"), "--export", "onnx")
     assert "--export onnx needs no_such_package: pip install 'medpeft[onnx]'" in told
 
 

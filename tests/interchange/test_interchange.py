@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from lora_files import close, refused
+from lora_files import PEFT_WARNINGS, close, refused
 from models import example, make, output, randomise_adapters
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -15,12 +15,7 @@ from torch import nn
 import medpeft
 from medpeft.interchange import from_peft, to_peft
 
-pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:.*is_gradient_checkpointing:FutureWarning"
-    ),  # peft asks transformers 5 so
-    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
-]
+pytestmark = PEFT_WARNINGS
 
 peft = pytest.importorskip("peft")
 

@@ -5,6 +5,12 @@ import torch
 
 import medpeft
 
+PEFT_WARNINGS = [
+    # peft asks transformers 5 so.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+
 
 def close(a, b):
     return bool((a - b).abs().max() <= 1e-9 * b.abs().max())
