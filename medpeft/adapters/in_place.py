@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from ..architecture.layers import has_own_forward
+
 # Looked up once: these are asked in every forward of every adapted layer.
 _is_tracing = torch._C._is_tracing
 _transforms = torch._C._functorch.peek_interpreter_stack
@@ -30,8 +32,7 @@ def writes_fresh_output(layer: nn.Module) -> bool:
     """Whether the layer's forward is torch's own: nobody else holds its output or needs it in backward."""
     if type(layer).forward not in _STOCK:
         return False
-    # accelerate keeps the layer's own forward aside; any other forward on the instance may keep its output.
-    return "forward" not in layer.__dict__ or "_old_forward" in layer.__dict__
+    return not has_own_forward(layer)
 
 
 def in_place(y: Tensor) -> bool:

@@ -99,6 +99,17 @@ def end(model: nn.Module, token: Token) -> None:
 
 
 @contextmanager
+def counted(model: nn.Module) -> Iterator[None]:
+    """Count a forward of the model as running, after any switch, for the duration of a `with` block."""
+    token = Token()
+    try:
+        begin(model, token)
+        yield
+    finally:
+        end(model, token)
+
+
+@contextmanager
 def switching(model: nn.Module, action: str) -> Iterator[None]:
     """Wait until no other thread runs the model, and let none begin for the duration of a `with` block.
 

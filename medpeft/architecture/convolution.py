@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import MedpeftError
-from .layers import CONVS, class_names, lies_transposed
+from .layers import CONVS, class_names, has_own_forward, lies_transposed
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _LINEAR_FORWARDS = (
@@ -204,8 +204,7 @@ def slides_plainly(layer: nn.Module) -> bool:
 
 def is_affine(layer: nn.Module) -> bool:
     """Whether the layer computes W·x + b, by a forward of torch's or transformers' own."""
-    # accelerate keeps the layer's own forward aside; any other forward on the instance may compute more.
-    if "forward" in layer.__dict__ and "_old_forward" not in layer.__dict__:
+    if has_own_forward(layer):
         return False
     if lies_transposed(layer):
         return True

@@ -288,3 +288,8 @@ def in_body(name: str, modules: Mapping[str, nn.Module]) -> bool:
     if NOT_BODY.search(name):
         return False
     return any(is_residual_block(modules[parent]) for parent in parents(name))
+
+
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether a forward was put on the instance that may do anything; accelerate's keeps the layer's own."""
+    return "forward" in layer.__dict__ and "_old_forward" not in layer.__dict__

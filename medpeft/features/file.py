@@ -1,6 +1,6 @@
 """Features on disk: one memory-mapped file that says what its features were computed from.
 
-- The size is known before anything is written, and taken at once.
+- The size is known before anything is written, and compared with the free space.
 - Every image's features have a digest, written after them. A row without one is missing, and one with
   another digest is altered: `store` computes both again, so that an interrupted run goes on where it ended;
   `open` refuses the file.
@@ -22,6 +22,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ class FeatureKey:
         """Bytes of the whole file."""
         return self.offset(self.images * self.views)
 
-    @property
+    @cached_property
     def first_digest(self) -> int:
         """Where the digests begin in the file."""
         return _pages(8 + len(self.header()))
@@ -196,8 +197,9 @@ class FeatureFile(Sequence[Tensor]):
                     file.write(self._digest(row, data))
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be written: {error}") from error
-        self.missing = [row for row in self.missing if row not in set(rows)]
-        self.altered = [row for row in self.altered if row not in set(rows)]
+        written = set(rows)
+        self.missing = [row for row in self.missing if row not in written]
+        self.altered = [row for row in self.altered if row not in written]
 
     def read(self, images: Iterable[int], views: int | Iterable[int] = 0) -> Tensor:
         """Read the features of some images, of one view or of one of each: (images, …), a new tensor."""

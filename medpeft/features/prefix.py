@@ -59,12 +59,8 @@ class Prefix:
         Raises:
             MedpeftError: the model does not come by the place for this input.
         """
-        token = running.Token()
-        try:
-            running.begin(self.model, token)  # A switch of the model's adapters waits for it.
+        with running.counted(self.model):  # A switch of the model's adapters waits for it.
             return run_until(self.model, self.route, example_input)
-        finally:
-            running.end(self.model, token)
 
     def bytes_on_disk(self, images: int, *, views: int = 1, dtype: torch.dtype | None = None) -> int:
         """Forecast the size of a file of features, before anything is computed."""

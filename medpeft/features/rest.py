@@ -206,9 +206,5 @@ class Rest(nn.Module):
         """Compute what the model gives for the images of these features."""
         if torch.compiler.is_compiling():
             return run_from(self.model, self.route, features)
-        token = running.Token()
-        try:
-            running.begin(self.model, token)  # A switch of the model's adapters waits for this forward too.
+        with running.counted(self.model):  # A switch of the model's adapters waits for it.
             return run_from(self.model, self.route, features)
-        finally:
-            running.end(self.model, token)

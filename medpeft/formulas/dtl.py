@@ -19,6 +19,7 @@ from ..architecture.site import Site
 from ..errors import MedpeftError
 from .beside import HINT, UNMERGEABLE, BesideTrunk, as_wide
 from .grid import find_grid
+from .whole_weights import factor
 
 _Positive = Annotated[float, Must("be a finite number above 0", lambda x: x > 0)]
 _Start = Annotated[float, Must("be a number from 0 to 1", lambda x: 0 <= x <= 1)]
@@ -76,9 +77,8 @@ class DTL(BesideTrunk):
         first_join = min(round(start * self.blocks), self.blocks - 1)
         self.beta, self.joins = float(beta), self.index >= first_join
         self.is_before_joins = self.index <= first_join
-        self.down = nn.Parameter(torch.empty(rank, self.layout.inputs))
+        self.down = factor(site, rank, self.layout.inputs)
         self.up = nn.Parameter(torch.zeros(self.layout.inputs, rank))
-        nn.init.kaiming_uniform_(self.down, a=5**0.5, generator=site.generator)
         if not self.joins:
             self.acts_on = ON_INPUT
         elif convolve:

@@ -147,13 +147,11 @@ def fits(
     """
     require_model(model)
     require(memory > 0, f"memory={memory} is no number of bytes: write 6 * 2**30 for 6 GiB.")
-    candidates: list[dict[str, Any]] = []
+    found = Fits(type(model).__name__, memory, [])
     for method in methods:
         for selection in _WHOLE_AND_LAST if selections is None else selections:
-            candidates.append({"method": method, **selection})  # noqa: PERF401 - a loop in a loop
-    found = Fits(type(model).__name__, memory, [])
-    for keywords in candidates:
-        _add_ways(found, model, example_input, keywords, optimizer_states)
+            keywords = {"method": method, **selection}
+            _add_ways(found, model, example_input, keywords, optimizer_states)
     require(bool(found.rows), "\n  ".join([f"No method trains this {found.model}:", *found.left_out]))
     found.rows.sort(key=_order)
     return found

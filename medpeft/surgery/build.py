@@ -62,8 +62,9 @@ def build(
     built = []
     for method, site in tqdm(sites, desc=record.name, delay=1.0, leave=False, disable=shapes_only):
         name = method.name
-        draft = replace(site.draft, together=tuple(together[name]), handover=handovers[name])
-        draft = replace(draft, from_file=from_file)
+        draft = replace(
+            site.draft, together=tuple(together[name]), handover=handovers[name], from_file=from_file
+        )
         planned = Planned(method, replace(site, draft=draft))
         built += _build_at(model, planned, record, shared, shapes_only=shapes_only)
     if applied(model) is None:  # A plan may be printed once it is carried out.

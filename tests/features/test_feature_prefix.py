@@ -212,9 +212,11 @@ def test_a_switch_of_the_adapters_waits_for_a_forward_of_the_rest():
     results = []
     forward = threading.Thread(target=lambda: results.append(split.rest(features)))
     forward.start()
-    inside.wait(5)
+    assert inside.wait(5)
     switch = threading.Thread(target=lambda: medpeft.remove(model))
     switch.start()
+    switch.join(0.2)
+    assert switch.is_alive()  # It waits for the forward.
     go_on.set()
     forward.join()
     switch.join()
