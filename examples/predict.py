@@ -108,7 +108,7 @@ def run(adapter: Path, data: str, flags: Flags) -> dict[str, Any] | None:
     rows = rows_to_predict(data, settings, task.names)
     if task.labelled(rows.table):
         check_named(task, rows, data)
-    model = rebuild(adapter, metadata, preprocessing, flags.weights).to(device)
+    model = rebuild(adapter, task, metadata, preprocessing, flags.weights).to(device)
     names, outputs, targets = predicted(task, model, rows, preprocessing, flags, device)
     scores = truths = None
     if task.labelled(rows.table):
@@ -207,7 +207,11 @@ def checked_device(flags: Flags) -> torch.device:
 
 
 def rebuild(
-    adapter: Path, metadata: dict[str, Any], preprocessing: Preprocessing, weights: Path | None = None
+    adapter: Path,
+    task: Task,
+    metadata: dict[str, Any],
+    preprocessing: Preprocessing,
+    weights: Path | None = None,
 ) -> nn.Module:
     """Build the model that an adapter belongs to, and put the adapter on it.
 
@@ -224,7 +228,7 @@ def rebuild(
         raise TrainerError(f"{adapter} was trained without --weights. Leave it out.")
     # Random weights, where the run had no pretrained ones, come from its seed; `load` checks that they do.
     torch.manual_seed(metadata["seed"])
-    task, dimensions = task_of(metadata), len(preprocessing.stored)
+    dimensions = len(preprocessing.stored)
     model = build_model(
         metadata["model"],
         task.outputs,

@@ -20,7 +20,7 @@ from .resampling import describe_draws
 from .settings import Settings
 from .subgroups import describe_worst
 from .tasks import Task
-from .thresholds import SHORT, describe_rule
+from .thresholds import MEASURES, SHORT, describe_rule
 
 PACKAGES = ("torch", "timm", "lightning", "monai", "torchmetrics", "scikit-learn", "numpy")
 TO_FILL_IN = "**To be filled in by the user.**"
@@ -49,6 +49,7 @@ def versions() -> dict[str, str]:
 
 def write_card(settings: Settings, task: Task, record: Mapping[str, Any]) -> None:
     """Write model-card.md into the run's folder."""
+    answered = answers(settings, record)
     text = ENVIRONMENT.get_template("model-card.md").render(
         settings=settings,
         task=task,
@@ -60,13 +61,13 @@ def write_card(settings: Settings, task: Task, record: Mapping[str, Any]) -> Non
         classes=class_table(task, record["test"]),
         subgroups=subgroup_table(task, record),
         worst=describe_worst(record.get("test_subgroups", {}), task.score, task.words),
-        answered=answers(settings, record),
+        answered=answered,
         items=ITEMS,
-        still_open=open_items(answers(settings, record)),
+        still_open=open_items(answered),
         describe_draws=describe_draws,
         describe_rule=describe_rule,
         describe_sets=describe_sets,
-        measures=("sensitivity", "specificity", "ppv", "npv"),
+        measures=MEASURES,
         short=SHORT,
         interval=interval,
         to_fill_in=TO_FILL_IN,

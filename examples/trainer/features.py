@@ -10,6 +10,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 import medpeft
+from medpeft.checkpoint.file import memory
 from medpeft.features.route import find_route
 
 from .data import FeaturePart, Part, Preprocessing
@@ -69,7 +70,10 @@ def cached_parts(
     everything = Part(images, np.arange(len(images)), preprocessing)
     with fabric.autocast():
         split = _prefix(model, everything, fabric.device)
-        features, note = _kept(settings, split, everything, 1)
+        # Hashed once: these tensors may be a gigabyte.
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        base = _digest({name: tensors[name] for name in split.route.tensors})
+        features, note = _kept(settings, split, base, everything, 1)
         notes = [str(split), note]
         parts = {}
         for name, rows in found.items():
@@ -77,7 +81,7 @@ def cached_parts(
         views = settings.views or 1
         if views > 1:
             part = Part(images, found["train"], preprocessing, str(settings.augment), settings.seed)
-            features, note = _kept(settings, split, part, views)
+            features, note = _kept(settings, split, base, part, views)
             parts["train"] = FeaturePart(features, np.arange(len(part)), part, views)
             notes.append(note)
     return split.rest, parts, notes
@@ -106,7 +110,7 @@ class Views(Sequence[Tensor]):
 
 
 def _kept(
-    settings: Settings, split: medpeft.Prefix, part: Part, views: int
+    settings: Settings, split: medpeft.Prefix, base: str, part: Part, views: int
 ) -> tuple[medpeft.FeatureFile, str]:
     """Give the features of all views of a part's images, and say where they are."""
     data = _digest({"pixels": part.pixels})
@@ -114,8 +118,6 @@ def _kept(
     if views > 1:
         made += f" --augment {settings.augment} --views {views} --seed {settings.seed}"
     kind = getattr(torch, settings.feature_dtype or str(split.dtype).removeprefix("torch."))
-    tensors = {**dict(split.model.named_parameters()), **dict(split.model.named_buffers())}
-    base = _digest({name: tensors[name] for name in split.route.tensors})
     network = f"{settings.model} {settings.model_option}"
     words = " ".join([network, base, split.place, data, made, str(kind)])
     folder = Path(str(settings.cache_features))
@@ -136,7 +138,5 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     hashed = hashlib.sha256()
     for name, tensor in tensors.items():
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # flatten: a number of batches has no axis, and cannot be seen as bytes.
-        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        hashed.update(values.numpy().tobytes())
+        hashed.update(memory(tensor.detach().cpu().contiguous()))
     return hashed.hexdigest()

@@ -91,13 +91,8 @@ def masked_parts(
     """Make the parts of a split; only the training part is augmented and cut."""
     parts: dict[str, Part] = {}
     for part, rows in found.items():
-        parts[part] = MaskedPart(images, rows, preprocessing, seed=settings.seed)
-    parts["train"] = MaskedPart(
-        images,
-        found["train"],
-        preprocessing,
-        str(settings.augment),
-        settings.seed,
-        settings.patch_size,
-    )
+        augment, patch = "none", None
+        if part == "train":
+            augment, patch = str(settings.augment), settings.patch_size
+        parts[part] = MaskedPart(images, rows, preprocessing, augment, settings.seed, patch)
     return parts

@@ -127,14 +127,10 @@ def torchvision_network(
         raise TrainerError(
             f"torchvision has no classifier '{name}'.{hint} See torchvision.models.list_models()."
         )
-    keywords: dict[str, Any] = {"num_classes": classes}
-    if name.startswith("vit_"):
-        keywords["image_size"] = image_size
-    if name in INCEPTIONS:
-        keywords |= WITHOUT_AUXILIARY
+    keywords = torchvision_keywords(name, classes, image_size, options)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
-        network = torchvision.models.get_model(name, weights=None, **(keywords | options))
+        network = torchvision.models.get_model(name, weights=None, **keywords)
         assert isinstance(network, nn.Module)
         if pretrained:
             fill(network, weights.get_state_dict(progress=False), f"the weights of {TORCHVISION}{name}")
@@ -144,6 +140,16 @@ def torchvision_network(
     # As on timm's models, so that `input_statistics` finds them.
     network.pretrained_cfg = {"mean": statistics.mean, "std": statistics.std}  # type: ignore[assignment]
     return network
+
+
+def torchvision_keywords(name: str, classes: int, image_size: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Give the keywords to build a classifier of torchvision with."""
+    keywords: dict[str, Any] = {"num_classes": classes}
+    if name.startswith("vit_"):
+        keywords["image_size"] = image_size
+    if name in INCEPTIONS:
+        keywords |= WITHOUT_AUXILIARY
+    return keywords | options
 
 
 def monai_network(

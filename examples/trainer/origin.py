@@ -13,6 +13,8 @@ def licence_of(settings: Settings, model: nn.Module) -> str:
     """Give the licence of the pretrained weights, in words."""
     if settings.no_pretrained:
         return "none, they began at random"
+    if settings.weights:
+        return UNKNOWN
     return str(_config(model).get("license") or UNKNOWN)
 
 
@@ -20,6 +22,8 @@ def origin_of(settings: Settings, model: nn.Module) -> str:
     """Say where the weights come from."""
     if settings.no_pretrained:
         return f"random weights of {settings.model} (seed {settings.seed})"
+    if settings.weights:
+        return f"the file {settings.weights.name}"
     config = _config(model)
     tag, page = config.get("tag"), config.get("hf_hub_id") or config.get("url")
     text = settings.model

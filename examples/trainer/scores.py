@@ -73,7 +73,7 @@ def score(probabilities: Tensor, labels: Tensor) -> dict[str, Any]:
         "auroc_per_class": aurocs,
         "average_precision": sum(precisions) / count,
         "mcc": float(multiclass_matthews_corrcoef(predicted, labels, num_classes=count)),
-        "calibration_error": _calibration_error(probabilities, labels),
+        "calibration_error": calibration_error(probabilities, labels),
         "recall_per_class": recall.tolist(),
         "specificity_per_class": multiclass_specificity(
             predicted, labels, num_classes=count, average="none"
@@ -146,7 +146,8 @@ def score_class(metric: Any, scores: Tensor, positive: Tensor) -> float:
     return float(metric(scores, positive.long()))
 
 
-def _calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+def calibration_error(probabilities: Tensor, labels: Tensor) -> float:
+    """Give the expected calibration error of probabilities (N, C), NaN where one is not finite."""
     if not torch.isfinite(probabilities).all():
         return math.nan
     return float(

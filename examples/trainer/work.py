@@ -10,7 +10,6 @@ from torch import nn
 
 import medpeft
 
-from .augmentation import augmentation
 from .data import FeaturePart, Part, Preprocessing
 from .features import cached_parts
 from .images import Integers
@@ -103,8 +102,8 @@ def parts_of(work: Work) -> tuple[nn.Module, dict[str, Part] | dict[str, Feature
     if settings.cache_features is None:
         parts = {}
         for part, rows in found.items():
-            parts[part] = Part(images, rows, work.preprocessing, seed=settings.seed)
-        parts["train"].augment = augmentation(str(settings.augment), work.preprocessing.stored)
+            augment = str(settings.augment) if part == "train" else "none"
+            parts[part] = Part(images, rows, work.preprocessing, augment, settings.seed)
         return work.model, parts
     rest, cached, notes = cached_parts(settings, work.model, images, found, work.preprocessing)
     for note in notes:

@@ -57,8 +57,7 @@ def write_bundle(trained: Trained, path: Path) -> None:
 def metadata(trained: Trained) -> dict[str, Any]:
     """Give what `monai.bundle verify_metadata` checks."""
     settings, classes = trained.settings, trained.task.names
-    record = json.loads((trained.folder / "metrics.json").read_text(encoding="utf-8"))
-    shown = {name: record["test"][name] for name in trained.task.words}
+    shown = {name: trained.record["test"][name] for name in trained.task.words}
     side = trained.preprocessing.image_size
     image = _tensor("image", "magnitude", [side, side], ["red", "green", "blue"])
     logits = _tensor("probabilities", "classes", [], classes)

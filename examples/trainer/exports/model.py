@@ -19,7 +19,7 @@ import medpeft
 from ..data import Preprocessing
 from ..errors import TrainerError
 from ..models import adapted_model
-from ..networks import MONAI, TORCHVISION, monai_keywords
+from ..networks import MONAI, TORCHVISION, monai_keywords, torchvision_keywords
 from ..settings import Settings
 from ..tasks import TASKS, Task
 
@@ -39,6 +39,7 @@ class Trained:
         model: with its adapters, in eval mode, on the CPU.
         preprocessing: from a file to the input.
         metadata: of the adapter's file.
+        record: the metrics.
         folder: of the run.
     """
 
@@ -47,6 +48,7 @@ class Trained:
     model: nn.Module
     preprocessing: Preprocessing
     metadata: dict[str, Any]
+    record: dict[str, Any]
     folder: Path
 
     @property
@@ -57,17 +59,13 @@ class Trained:
 
     def described(self) -> dict[str, str]:
         """Say in words and JSON how the model is used, for the header of a file."""
-        fitted = {
-            name: self.metadata[name]
-            for name in ("temperature", "operating", "sets")
-            if name in self.metadata
-        }
         return {
             "model": self.settings.model,
             "method": self.settings.method,
             "task": self.settings.task,
             "classes": json.dumps(self.task.names, ensure_ascii=False),
-            "fitted": json.dumps(fitted, ensure_ascii=False),
+            "fitted": json.dumps(self.record["fitted"], ensure_ascii=False),
+            "details": json.dumps(self.metadata.get("details", {}), ensure_ascii=False),
             "preprocessing": json.dumps(self.preprocessing.to_metadata()),
             "input": "RGB from 0 to 1, less the mean, by the standard deviation, resized to the side",
         }
@@ -83,7 +81,8 @@ def trained_model(settings: Settings) -> Trained:
     lightning.seed_everything(settings.seed, verbose=False)
     model = adapted_model(settings, task.outputs, len(preprocessing.stored))
     model = medpeft.load(model, file).eval()
-    return Trained(settings, task, model, preprocessing, metadata, folder)
+    record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return Trained(settings, task, model, preprocessing, metadata, record, folder)
 
 
 def merge(trained: Trained) -> None:
@@ -148,7 +147,9 @@ def _definitions(trained: Trained) -> Iterator[dict[str, Any]]:
         return
     if name.startswith(TORCHVISION):
         name = name.removeprefix(TORCHVISION)
-        yield {"_target_": "torchvision.models.get_model", "name": name, "num_classes": outputs}
+        side, options = trained.preprocessing.image_size, trained.settings.model_option
+        keywords = torchvision_keywords(name, outputs, side, options)
+        yield {"_target_": "torchvision.models.get_model", "name": name, **keywords}
         return
     plain = {"_target_": "timm.create_model", "model_name": name, "num_classes": outputs}
     plain |= trained.settings.model_option

@@ -15,7 +15,7 @@ from ..figures import draw_reliability, draw_training, titled
 from ..figures_curves import Curve, draw_curves
 from ..images import Integers
 from ..quick import Floats, shown_scores
-from ..scores import SHOWN, class_tables, fit_temperature, macro_f1, scaled, score
+from ..scores import SHOWN, calibration_error, class_tables, fit_temperature, macro_f1, scaled, score
 from ..settings import Settings
 from ..thresholds import describe_rule, fit_threshold, measures_at, operating_table
 from .names import check_classes, number_classes
@@ -80,7 +80,7 @@ class Classify(OneLabel):
         Where they were fitted, `operating` has the measures at each class's threshold, `sets` the coverage.
         """
         found = score(probabilities_of(outcome), outcome.targets)
-        untempered = score(scaled(outcome.outputs, 1), outcome.targets)["calibration_error"]
+        untempered = calibration_error(scaled(outcome.outputs, 1), outcome.targets)
         found["calibration_error_untempered"] = untempered
         if "operating" in outcome.fitted:
             found["operating"] = self._operating(outcome)

@@ -15,6 +15,7 @@ import torch
 from sklearn.metrics import cohen_kappa_score
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ..conformal import describe_sets, fit_cutoff, score_sets, sets_of
 from ..errors import TrainerError
@@ -81,8 +82,7 @@ class Ordinal(OneLabel):
         """Score the grades; `confusion_matrix` has rows true and columns predicted."""
         predicted, truth = grades_of(outcome.outputs), outcome.targets
         count = len(self.names)
-        confusion = torch.zeros(count, count, dtype=torch.long)
-        confusion.index_put_((truth, predicted), torch.ones_like(truth), accumulate=True)
+        confusion = multiclass_confusion_matrix(predicted, truth, num_classes=count)
         one_hot = torch.nn.functional.one_hot(predicted, count).float()
         found: dict[str, Any] = {
             "kappa": kappa(truth.numpy(), predicted.numpy(), count),

@@ -95,9 +95,9 @@ class Regress(Task):
         `conformal.py` says of its promise holds here too.
         """
         errors = np.abs(in_units(outcome.outputs, outcome.fitted) - outcome.targets.numpy())
-        half = conformal_quantile(errors, coverage)
-        if math.isinf(half):
-            return {"interval": {"coverage": coverage, "half_width": None, "images": len(errors)}}
+        half: float | None = conformal_quantile(errors, coverage)
+        if half == math.inf:
+            half = None
         return {"interval": {"coverage": coverage, "half_width": half, "images": len(errors)}}
 
     def scores(self, outcome: Outcome) -> dict[str, Any]:
