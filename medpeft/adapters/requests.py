@@ -12,8 +12,8 @@ from .registry import Method, find
 Name = Literal[
     "full", "linear_probe", "bn", "ln", "norm", "attention", "bias", "bitfit", "adaptformer", "houlsby",
     "pfeiffer", "adapter_plus", "conv_adapter", "convpass", "difffit", "dtl", "fact", "ia3", "loha", "lokr",
-    "lora", "lst", "miss", "oft", "prefix", "repadapter", "tsa", "residual_adapter", "shira", "ssf", "svdiff",
-    "vera", "vpt_deep", "vpt_shallow",
+    "lora", "lst", "miss", "mona", "oft", "prefix", "repadapter", "tsa", "residual_adapter", "shira", "ssf",
+    "svdiff", "vera", "vpt_deep", "vpt_shallow",
 ]
 # fmt: on
 """The methods of this package, so that an editor completes them; others may be registered."""
