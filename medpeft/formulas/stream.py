@@ -1,4 +1,4 @@
-"""The residual stream of a transformer block: where it enters the MLP, and its change in the block's shape."""
+"""The residual stream of a transformer block: where it enters the MLP; its change in the block's shape."""
 
 from __future__ import annotations
 
