@@ -20,7 +20,7 @@ Name = Literal[
 
 Methods = Name | str | Mapping[str, Mapping[str, Any] | None]
 
-_OF_APPLY = ("target", "exclude", "depth", "head", "batchnorm", "keep_base", "dtype", "seed")
+_OF_APPLY = ("target", "exclude", "depth", "head", "batchnorm", "keep_base", "dtype", "seed", "data")
 """Keywords of `apply` that are no options of a method."""
 
 _OTHER_NAMES = {
@@ -28,6 +28,7 @@ _OTHER_NAMES = {
     "lora_r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
+    "lora_bias": "bias",
     "use_dora": "dora",
     "use_rslora": "rslora",
     "init_lora_weights": "init",

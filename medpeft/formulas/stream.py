@@ -15,7 +15,7 @@ from ..architecture.site import Partner, Site
 def before_mlp(
     block: Branches, paths: Iterable[str], make: Callable[[Site, Any], nn.Module]
 ) -> tuple[Partner, ...]:
-    """Make second places at modules below a block, such as the norm before its MLP, that the stream enters."""
+    """Make second places at modules below a block that the stream enters, as the norm before its MLP."""
     partners = []
     for path in paths:
         module = block.module.get_submodule(path)

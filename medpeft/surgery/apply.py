@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..architecture.targets import Target
 from ..errors import MedpeftError, listed, require
 from .build import build
 from .install import Built, install, uninstall
+from .observe import with_inputs
 from .plan import Plan, plan
 
 
@@ -43,6 +44,7 @@ def apply(
     keep_base: bool | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    data: Iterable[Any] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Make a model train a few parameters, in place; its classes and the keys of its `state_dict` stay.
@@ -73,6 +75,8 @@ def apply(
             None is True for every method but `full`.
         dtype: dtype of the adapters; None is float32, or float64 where the layer has it.
         seed: Seed of the adapters' initial values, which leave torch's own random state alone.
+        data: Batches on which the model is run once, in eval mode, for methods that start from what enters
+            its layers (`lora` with init="eva"); each an input or a tuple of inputs, on the model's device.
         **options: Options of the method.
 
     Returns:
@@ -82,10 +86,13 @@ def apply(
         MedpeftError: an unknown method, option or pattern; a method that fits nothing here; a model that is
             compiled, sharded, wrapped in DistributedDataParallel or adapted already. The model is untouched.
     """
-    return carry_out(plan(
+    planned = plan(
         model, method, target=target, exclude=exclude, depth=depth, head=head, batchnorm=batchnorm,
         keep_base=keep_base, dtype=dtype, seed=seed, **options,
-    ))  # fmt: skip
+    )  # fmt: skip
+    if data is not None:
+        planned = with_inputs(planned, data)
+    return carry_out(planned)
 
 
 def carry_out(
