@@ -60,15 +60,13 @@ def apply(
         model: Any `nn.Module`, with its pretrained weights loaded.
         method: A name of `methods()`, a union "a+b" in any order, or a dict of options by name; there a
             method may also have a "target" and an "exclude" of its own.
-        target: Which layers: a glob of their names ("blocks.*"; a name picks everything inside), a role
-            ("attention", "mlp", "linear", "conv", "norm", "embedding"), a compiled regular expression, a
-            layer type, a predicate `(name, layer) -> bool`, or several of these. None leaves it to the
-            method.
+        target: Which layers: a glob of their names ("blocks.*"; a name picks all inside), a role ("attention",
+            "mlp", "linear", "conv", "norm", "embedding"), a compiled regular expression, a layer type, a
+            predicate `(name, layer) -> bool`, or several of these. None leaves it to the method.
         exclude: Layers to leave out, written in the same way.
         depth: Share of the model's blocks in which layers are taken: the last ones, and what runs after. At
             least one block. Backward does not go through what lies before; 1 is the whole model.
-        head: The task's own last layer, trained whole and saved: "auto" to find it, its name, or None for no
-            head.
+        head: The task's own last layer, trained whole and saved: "auto" to find it, its name, or None.
         batchnorm: "frozen" keeps the running statistics in training too; "adapt" updates and saves them. None
             is "frozen" for every method but `full`.
         keep_base: Keep the trained parameters' original values in CPU memory, for `disabled` and `remove`.
@@ -86,13 +84,10 @@ def apply(
         MedpeftError: an unknown method, option or pattern; a method that fits nothing here; a model that is
             compiled, sharded, wrapped in DistributedDataParallel or adapted already. The model is untouched.
     """
-    planned = plan(
+    return carry_out(with_inputs(plan(
         model, method, target=target, exclude=exclude, depth=depth, head=head, batchnorm=batchnorm,
         keep_base=keep_base, dtype=dtype, seed=seed, **options,
-    )  # fmt: skip
-    if data is not None:
-        planned = with_inputs(planned, data)
-    return carry_out(planned)
+    ), data))  # fmt: skip
 
 
 def carry_out(

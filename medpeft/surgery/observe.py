@@ -17,12 +17,16 @@ from .outputs import outputs_of
 from .plan import Plan
 
 
-def with_inputs(planned: Plan, data: Iterable[Any]) -> Plan:
-    """Note at the sites of a plan how what enters their layers spreads on the data; the model is untouched.
+def with_inputs(planned: Plan, data: Iterable[Any] | None) -> Plan:
+    """Note at the sites of a plan how what enters their layers spreads on the data, if there are any.
+
+    The model is untouched.
 
     Raises:
         MedpeftError: no adapter starts from it, or the model does not run on the data.
     """
+    if data is None:
+        return planned
     spreads: dict[str, Spread] = {}
     for item in build(planned.model, planned.sites, planned.record, shapes_only=True):
         if getattr(item.adapter, "starts_from_inputs", False):
