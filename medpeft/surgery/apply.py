@@ -60,9 +60,9 @@ def apply(
         model: Any `nn.Module`, with its pretrained weights loaded.
         method: A name of `methods()`, a union "a+b" in any order, or a dict of options by name; there a
             method may also have a "target" and an "exclude" of its own.
-        target: Which layers: a glob of their names ("blocks.*"; a name picks all inside), a role ("attention",
-            "mlp", "linear", "conv", "norm", "embedding"), a compiled regular expression, a layer type, a
-            predicate `(name, layer) -> bool`, or several of these. None leaves it to the method.
+        target: Which layers: a glob of their names ("blocks.*"; a name picks all inside), a role
+            ("attention", "mlp", "linear", "conv", "norm", "embedding"), a compiled regular expression, a
+            type, a predicate `(name, layer) -> bool`, or several of these. None leaves it to the method.
         exclude: Layers to leave out, written in the same way.
         depth: Share of the model's blocks in which layers are taken: the last ones, and what runs after. At
             least one block. Backward does not go through what lies before; 1 is the whole model.
