@@ -12,15 +12,15 @@ from .registry import Method, find
 Name = Literal[
     "full", "linear_probe", "bn", "ln", "norm", "attention", "bias", "bitfit", "adaptformer", "houlsby",
     "pfeiffer", "adapter_plus", "conv_adapter", "convpass", "difffit", "dtl", "fact", "ia3", "loha", "lokr",
-    "lora", "lst", "miss", "oft", "prefix", "repadapter", "tsa", "residual_adapter", "shira", "ssf", "svdiff",
-    "vera", "vpt_deep", "vpt_shallow",
+    "lora", "lst", "miss", "mona", "oft", "prefix", "repadapter", "tsa", "residual_adapter", "shira", "ssf",
+    "svdiff", "vera", "vpt_deep", "vpt_shallow",
 ]
 # fmt: on
 """The methods of this package, so that an editor completes them; others may be registered."""
 
 Methods = Name | str | Mapping[str, Mapping[str, Any] | None]
 
-_OF_APPLY = ("target", "exclude", "depth", "head", "batchnorm", "keep_base", "dtype", "seed")
+_OF_APPLY = ("target", "exclude", "depth", "head", "batchnorm", "keep_base", "dtype", "seed", "data")
 """Keywords of `apply` that are no options of a method."""
 
 _OTHER_NAMES = {
@@ -28,6 +28,7 @@ _OTHER_NAMES = {
     "lora_r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
+    "lora_bias": "bias",
     "use_dora": "dora",
     "use_rslora": "rslora",
     "init_lora_weights": "init",

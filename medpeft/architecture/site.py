@@ -65,6 +65,8 @@ class Draft:
         overwritten: Whether a module of the model works in place, so that the layer's output may be written
             over.
         shared: Modules shared by all adapters of the method on one device, by key; see `Site.share`.
+        entered: How what enters the layer spreads on the data given to `apply`, a `Spread`; None where the
+            method asks for none.
         activation: The activation of the block around the layer, where the method asks for it.
         together: All sites of the method, of which this one is one.
         around: Name of the module in whose forward the adapters of the method hand values to one another;
@@ -78,6 +80,7 @@ class Draft:
     from_file: bool = False
     overwritten: bool = False
     shared: dict[Any, nn.Module] = field(default_factory=dict)
+    entered: Any = None
     activation: nn.Module | None = None
     together: tuple[Site, ...] = ()
     around: str | None = None

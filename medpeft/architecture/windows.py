@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
 from torch import nn
 
 from .blocks import Branch, Branches
-from .layers import child_at
+from .layers import child_at, parents
 from .weight_reads import source_of
 
 # Calls by which a block cuts its tokens into windows; `grid_partition` of MaxViT cuts them into dilated ones.
 _CUTS = re.compile(r"\b(window|grid)_partition\w*\(")
+
+# Calls by which a module around the blocks puts its tokens into the order of windows (NesT, Hiera).
+_REORDERS = re.compile(r"\b(blockify|[uU]nroll|undo_windowing)\(")
 
 # Swin V2 normalises what its attention gives; all others normalise what it gets.
 _NORMALISES_AFTER = re.compile(r"[vV]2")
@@ -52,6 +56,17 @@ def around_windows(block: Branches) -> Around | None:
     if not norm or not after:
         return None
     return Around(norm, after)
+
+
+def reorders_tokens(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module around the named block hands it tokens in windows, so that it never sees the image."""
+    classes = {type(modules[around]) for around in (*parents(name), "")}
+    return any(_reorders(cls) for cls in classes)  # type: ignore[arg-type]  # a class is hashable
+
+
+@cache
+def _reorders(cls: type[nn.Module]) -> bool:
+    return _REORDERS.search(source_of(cls)) is not None
 
 
 @cache

@@ -154,7 +154,8 @@ def _exemption(network: Network, selected_by: str, tensor: WithoutEffect) -> str
     """Say why a tensor without effect does no harm, or "" if it does."""
     if selected_by == "head" and tensor.modes == ("eval",):
         return "an auxiliary head, which serves in training alone"
-    layer, _, last = tensor.name.replace(".adapters.ssf.shift", ".bias").rpartition(".")
+    name = tensor.name.replace(".adapters.ssf.shift", ".bias").replace(".adapters.lora.bias", ".bias")
+    layer, _, last = name.rpartition(".")
     if last == "bias" and _is_cancelled_by_softmax(network, layer):
         return "the softmax of the attention cancels what is added to every key, or to every score"
     is_mere_shift = last == "bias" and (selected_by or tensor.name.endswith(".adapters.ssf.shift"))

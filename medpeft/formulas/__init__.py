@@ -14,6 +14,7 @@ from . import lokr as lokr
 from . import lora as lora
 from . import lst as lst
 from . import miss as miss
+from . import mona as mona
 from . import oft as oft
 from . import prefix as prefix
 from . import repadapter as repadapter

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, SecondPlace
@@ -19,7 +18,8 @@ from ..adapters.options import Count, Factor, Probability
 from ..adapters.registry import register
 from ..architecture.blocks import branches
 from ..architecture.network import Network
-from ..architecture.site import Partner, Site
+from ..architecture.site import Site
+from .stream import before_mlp, in_shape_of
 from .two_matrices import TwoMatrices
 
 
@@ -82,19 +82,15 @@ class AdaptFormer(Adapter, TwoMatrices):
             entrances = [block.norm, block.mlp]
             if input == "norm":
                 entrances = [block.mlp]
-            partners = []
-            for path in entrances:
-                module = block.module.get_submodule(path)
-                place = Site(f"{block.name}.{path}", module, "", "", layout=block.stream)
-                partners.append(Partner(place, Entrance))
-            yield Site(block.name, block.module, "", "", layout=block.layout, partners=tuple(partners))
+            partners = before_mlp(block, entrances, Entrance)
+            yield Site(block.name, block.module, "", "", layout=block.layout, partners=partners)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute y + s·up(drop(relu(down(x)))): `y` is the block's output, and an entrance has left x."""
         stream = self.handover.take(x)
         hidden = self.dropout(self.narrow(stream, self.axis_in).relu())
         change = self.scale * self.widen(hidden, self.axis_out)
-        return y + _in_shape_of(y, change).to(y.dtype)
+        return y + in_shape_of(y, change).to(y.dtype)
 
 
 class Entrance(SecondPlace):
@@ -106,12 +102,3 @@ class Entrance(SecondPlace):
         """Leave `x` for the adapter of the block, and return it unchanged."""
         self.first.handover.leave(x)
         return x
-
-
-def _in_shape_of(y: Tensor, change: Tensor) -> Tensor:
-    """View `change` in the shape of `y`, with zeros for tokens that the MLP does not see."""
-    if change.ndim == y.ndim == 3 and change.shape[1] < y.shape[1]:
-        # The class blocks of XCiT and VOLO run their MLP on the class token alone, which comes first.
-        unseen = y.shape[1] - change.shape[1]
-        return F.pad(change, (0, 0, 0, unseen))  # (B, 1, D) → (B, N, D)
-    return change.reshape(y.shape)  # such as (B, D, H·W) → (B, D, H, W)

@@ -18,7 +18,7 @@ from ..architecture.convolution import CONVOLVE
 from ..architecture.site import Site
 from ..errors import MedpeftError
 from .beside import HINT, UNMERGEABLE, BesideTrunk, as_wide
-from .grid import find_grid
+from .grid import find_grid, on_patches
 from .whole_weights import factor
 
 _Positive = Annotated[float, Must("be a finite number above 0", lambda x: x > 0)]
@@ -121,8 +121,4 @@ class DTL(BesideTrunk):
                 f"{self.method!r} finds no grid in the {change.shape[1]} tokens of {self.name}: use images "
                 "as high as they are wide, or convolve=False."
             )
-        if not grid.sizes:
-            return change
-        image = change[:, grid.prefix :].unflatten(1, grid.sizes)  # (B, H·W, C) → (B, H, W, C)
-        patches = kernel(image).flatten(1, -2)  # (B, H, W, C) → (B, H·W, C)
-        return torch.cat([change[:, : grid.prefix], patches], 1)
+        return on_patches(change, grid, kernel)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from ..architecture.site import Layout
 
@@ -35,3 +39,12 @@ def find_grid(layout: Layout, tokens: int) -> Grid | None:
         if len(grid.sizes) == layout.dims and math.prod(grid.sizes) == tokens - grid.prefix:
             return grid
     return None
+
+
+def on_patches(tokens: Tensor, grid: Grid, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Change the patches as the image (B, H, W, C) that they make; the tokens before them stay: (B, N, C)."""
+    if not grid.sizes:
+        return tokens
+    image = tokens[:, grid.prefix :].unflatten(1, grid.sizes)  # (B, H·W, C) → (B, H, W, C)
+    patches = change(image).flatten(1, -2)  # (B, H, W, C) → (B, H·W, C)
+    return torch.cat([tokens[:, : grid.prefix], patches], 1)

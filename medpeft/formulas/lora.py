@@ -8,19 +8,19 @@ Options from:
 - Liu et al., DoRA (2024), arXiv 2402.09353, Eq. 5 and 11
 - Meng, Wang & Zhang, PiSSA (2024), arXiv 2404.02948
 - Büyükakyüz, OLoRA (2024), arXiv 2406.01775
+- Paischer et al., EVA (2024), arXiv 2410.07170
 - Zhang et al., LoRA-FA (2023), arXiv 2308.03303
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import ON_WEIGHT, DroppingAdapter, cast
+from ..adapters.adapter import ON_WEIGHT, DroppingAdapter, along, cast
 from ..adapters.in_place import in_place, writes_fresh_output
 from ..adapters.kernels import add_low_rank, add_pointwise
 from ..adapters.options import Count, Factor, Parts, Probability
@@ -29,7 +29,8 @@ from ..architecture.convolution import Geometry, is_affine, slides_plainly
 from ..architecture.network import Network
 from ..architecture.rows import evenly_spaced, part_sizes, place_channels, replace_rows, take_rows
 from ..architecture.site import Site
-from ..errors import MedpeftError, require
+from ..errors import require
+from .lora_starts import FROM_WEIGHT, Init, draw_down, factors, require_inputs_seen
 
 
 @register(
@@ -50,12 +51,18 @@ class LoRA(DroppingAdapter):
         rank: r.
         alpha: α; r if None.
         dropout: Probability of dropping an element of the input of A; with `dora` of the input of W' − W.
-        init: "kaiming": A from Kaiming-uniform(√5) and B zero. "pissa": both from the singular vectors of
-            W / (α/r). "olora": from the QR decomposition of W. Their product is then subtracted, so that the
-            base weight keeps its bits.
+        init: "kaiming": A from Kaiming-uniform(√5) and B zero. "gaussian": A normal of deviation 1/r.
+            "orthogonal": both drawn, their product zero but for rounding. "pissa": both from the singular
+            vectors of W / (α/r). "olora": from the QR decomposition of W. Their product is then subtracted,
+            so that the base weight keeps its bits. "eva": A from the directions in which what enters the
+            layer varies most on the `data` of `apply`, and B zero.
         rslora: Scale by α/√r.
         dora: Learn the norm of every output row apart from its direction; the norm is a constant in backward.
         freeze_a: Train B alone.
+        bias: Train a bias of the change as well, (α/r)·b, from zero.
+
+    Attributes:
+        starts_from_inputs: Whether `apply` is to look at what enters the layer, for `site.draft.entered`.
     """
 
     up_start: Tensor
@@ -68,10 +75,11 @@ class LoRA(DroppingAdapter):
         rank: Count = 8,
         alpha: Factor | None = None,
         dropout: Probability = 0.0,
-        init: Literal["kaiming", "pissa", "olora"] = "kaiming",
+        init: Init = "kaiming",
         rslora: bool = False,
         dora: bool = False,
         freeze_a: bool = False,
+        bias: bool = False,
     ) -> None:
         super().__init__(site)
         self.rank, self.kind, self.rows = rank, site.kind, site.rows
@@ -88,6 +96,9 @@ class LoRA(DroppingAdapter):
         self.magnitude: nn.Parameter | None = None
         if dora:
             self.magnitude = nn.Parameter(_row_norms(take_rows(matrix, self.rows)))
+        self.bias: nn.Parameter | None = None
+        if bias:
+            self.bias = _new_bias(site)
         self._choose_place(site, dora=dora)
 
     @classmethod
@@ -109,27 +120,28 @@ class LoRA(DroppingAdapter):
         self.sizes = part_sizes(self.rows, len(matrix))
         self.down = nn.Parameter(torch.empty(self.rank * len(self.sizes), matrix.shape[1]))
         self.up = nn.Parameter(torch.zeros(sum(self.sizes), self.rank))
-        nn.init.kaiming_uniform_(self.down, a=5**0.5, generator=site.generator)
-        self.starts_from_weight = init != "kaiming"
-        if not self.starts_from_weight:
+        draw_down(self.down, self.rank, init, site.generator)
+        self.starts_from_weight = init in FROM_WEIGHT
+        self.starts_from_inputs = init == "eva"
+        if self.starts_from_inputs:
+            require_inputs_seen(site)
+        elif init in ("kaiming", "gaussian"):
             return
         require(
-            0 < self.scale < float("inf"),
+            not self.starts_from_weight or 0 < self.scale < float("inf"),
             f"init={init!r} needs a finite alpha above 0: the factor of B·A would be {self.scale:g}.",
         )
         ups, downs = [], []
         wide = take_rows(matrix, self.rows).to(torch.promote_types(matrix.dtype, torch.float32))
         for part in wide.split(self.sizes):
-            if site.draft.from_file:  # The file brings them.
-                up, down = part.new_zeros(len(part), self.rank), part.new_zeros(self.rank, part.shape[1])
-            else:
-                up, down = _leading_factors(part, self.rank, init, self.scale)
+            up, down = factors(site, part, self.rank, init, self.scale)
             ups.append(up)
             downs.append(down)
         self.up = nn.Parameter(torch.cat(ups))
         self.down = nn.Parameter(torch.cat(downs))
-        self.register_buffer("up_start", self.up.detach().clone())
-        self.register_buffer("down_start", self.down.detach().clone())
+        if self.starts_from_weight:
+            self.register_buffer("up_start", self.up.detach().clone())
+            self.register_buffer("down_start", self.down.detach().clone())
 
     def _choose_place(self, site: Site, *, dora: bool) -> None:
         """Choose between the output and the weight, and whether the output is written into."""
@@ -148,7 +160,8 @@ class LoRA(DroppingAdapter):
             "layer with a forward of its own, or a weight that its parent reads): use dropout=0.",
         )
         in_a_row = all(part.groups == 1 for part in self.rows) and (site.kind == "linear" or not self.rows)
-        self.simple = in_a_row and not self.starts_from_weight and writes_fresh_output(site.layer)
+        is_product = not self.starts_from_weight and self.bias is None
+        self.simple = in_a_row and is_product and writes_fresh_output(site.layer)
 
     @staticmethod
     def _can_drop(site: Site) -> bool:
@@ -156,7 +169,7 @@ class LoRA(DroppingAdapter):
         return not site.only_weight and is_affine(site.layer)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + s·B·A·drop(x), in the channels of the chosen parts."""
+        """y + s·(B·A·drop(x) + b), in the channels of the chosen parts."""
         down, up = self.down, self.up
         if self.simple and x.dtype == y.dtype == down.dtype and in_place(y):
             return self._add_in_place(x, y, down, up)
@@ -168,6 +181,8 @@ class LoRA(DroppingAdapter):
         channel_axis = -1
         if self.geometry is not None:
             channel_axis = self.geometry.channel_axis
+        if self.bias is not None:
+            change = change + along(self.scale * self.bias, change, channel_axis).to(change.dtype)
         return y + place_channels(change, self.rows, y, channel_axis)
 
     def _add_in_place(self, x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -221,7 +236,18 @@ class LoRA(DroppingAdapter):
             # Measured in the precision in which W was, which the adapter's own may exceed.
             measured = new.detach().to(torch.promote_types(weight.dtype, torch.float32))
             new = new * _stretch(self.magnitude, measured)[:, None]
-        return replace_rows(matrix, self.rows, new).view_as(weight), bias
+        return replace_rows(matrix, self.rows, new).view_as(weight), self._shifted(bias, len(matrix))
+
+    def _shifted(self, bias: Tensor | None, outputs: int) -> Tensor | None:
+        """The layer's bias and s·b; a new one where the layer has none."""
+        if self.bias is None:
+            return bias
+        shift = self.scale * self.bias
+        if bias is None and not self.rows:
+            return shift
+        if bias is None:
+            bias = shift.new_zeros(outputs)
+        return replace_rows(bias, self.rows, take_rows(bias, self.rows) + shift)
 
     def _product(self, down: Tensor, up: Tensor) -> Tensor:
         """B·A as a matrix, the rows of the parts one after the other."""
@@ -243,18 +269,16 @@ def _scale(rank: int, alpha: float | None, rslora: bool) -> float:
     return alpha / divisor
 
 
-def _leading_factors(matrix: Tensor, rank: int, init: str, scale: float) -> tuple[Tensor, Tensor]:
-    """B and A from the leading singular triplets of W/s; for "olora" the first columns of Q and rows of R."""
-    if rank > min(matrix.shape):
-        raise MedpeftError(
-            f"rank={rank} is more than a weight of {tuple(matrix.shape)} has: use init='kaiming'."
-        )
-    if init == "olora":
-        q, r = torch.linalg.qr(matrix)
-        return q[:, :rank], r[:rank]
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    root = (values[:rank] / scale).sqrt()
-    return left[:, :rank] * root, root[:, None] * right[:rank]
+def _new_bias(site: Site) -> nn.Parameter:
+    """Make a bias of zeros for the channels that are adapted, where the layer can have one."""
+    require(
+        site.kind != "embedding" and site.bias != "",
+        f"bias=True has no place at {site.name}: an embedding adds no bias, and where a parent reads the "
+        "weight alone none of the layer's own is read. Exclude it, or use bias=False.",
+    )
+    if site.rows:
+        return nn.Parameter(torch.zeros(sum(part_sizes(site.rows, 0))))
+    return nn.Parameter(torch.zeros(site.output_channels))
 
 
 def _stretch(magnitude: Tensor, matrix: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ def inexpressible(network: Network, name: str, adapter: nn.Module) -> str:
         return ""
     if adapter.magnitude is not None:
         return "DoRA is not written"
+    if adapter.bias is not None:
+        return "a bias of its own is not written: use bias=False"
     if adapter.kind not in ("linear", "conv"):
         return f"{type(layer).__name__} is no Linear and no convolution"
     if weight_name(adapter) != "weight" or network.readers(network.modules[name], "weight", "bias"):

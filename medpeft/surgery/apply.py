@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from ..architecture.targets import Target
 from ..errors import MedpeftError, listed, require
 from .build import build
 from .install import Built, install, uninstall
+from .observe import with_inputs
 from .plan import Plan, plan
 
 
@@ -43,6 +44,7 @@ def apply(
     keep_base: bool | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    data: Iterable[Any] | None = None,
     **options: Any,
 ) -> nn.Module:
     """Make a model train a few parameters, in place; its classes and the keys of its `state_dict` stay.
@@ -58,21 +60,21 @@ def apply(
         model: Any `nn.Module`, with its pretrained weights loaded.
         method: A name of `methods()`, a union "a+b" in any order, or a dict of options by name; there a
             method may also have a "target" and an "exclude" of its own.
-        target: Which layers: a glob of their names ("blocks.*"; a name picks everything inside), a role
+        target: Which layers: a glob of their names ("blocks.*"; a name picks all inside), a role
             ("attention", "mlp", "linear", "conv", "norm", "embedding"), a compiled regular expression, a
-            layer type, a predicate `(name, layer) -> bool`, or several of these. None leaves it to the
-            method.
+            type, a predicate `(name, layer) -> bool`, or several of these. None leaves it to the method.
         exclude: Layers to leave out, written in the same way.
         depth: Share of the model's blocks in which layers are taken: the last ones, and what runs after. At
             least one block. Backward does not go through what lies before; 1 is the whole model.
-        head: The task's own last layer, trained whole and saved: "auto" to find it, its name, or None for no
-            head.
+        head: The task's own last layer, trained whole and saved: "auto" to find it, its name, or None.
         batchnorm: "frozen" keeps the running statistics in training too; "adapt" updates and saves them. None
             is "frozen" for every method but `full`.
         keep_base: Keep the trained parameters' original values in CPU memory, for `disabled` and `remove`.
             None is True for every method but `full`.
         dtype: dtype of the adapters; None is float32, or float64 where the layer has it.
         seed: Seed of the adapters' initial values, which leave torch's own random state alone.
+        data: Batches on which the model is run once, in eval mode, for methods that start from what enters
+            its layers (`lora` with init="eva"); each an input or a tuple of inputs, on the model's device.
         **options: Options of the method.
 
     Returns:
@@ -82,10 +84,10 @@ def apply(
         MedpeftError: an unknown method, option or pattern; a method that fits nothing here; a model that is
             compiled, sharded, wrapped in DistributedDataParallel or adapted already. The model is untouched.
     """
-    return carry_out(plan(
+    return carry_out(with_inputs(plan(
         model, method, target=target, exclude=exclude, depth=depth, head=head, batchnorm=batchnorm,
         keep_base=keep_base, dtype=dtype, seed=seed, **options,
-    ))  # fmt: skip
+    ), data))  # fmt: skip
 
 
 def carry_out(

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 import medpeft
 
-BLOCK_METHODS = "adapter_plus adaptformer convpass difffit houlsby pfeiffer prefix vpt_deep vpt_shallow"
+BLOCK_METHODS = "adapter_plus adaptformer convpass difffit houlsby mona pfeiffer prefix vpt_deep vpt_shallow"
 KINDS = ("linear", "conv2d", "conv2d, grouped", "transposed 1d", "layer norm")
 CASES = [(layer, method) for layer in KINDS for method in LAYERS[layer][2].split()]
 CASES += [("block", method) for method in (*BLOCK_METHODS.split(), "lora+ssf+bias", "ia3+oft")]

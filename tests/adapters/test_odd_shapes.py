@@ -65,7 +65,8 @@ def test_one_image_one_vector_and_no_image_give_what_a_batch_gives(layer, method
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize(
-    "method", ["adapter_plus", "adaptformer", "convpass", "difffit", "houlsby", "ia3", "pfeiffer", "prefix"]
+    "method",
+    ["adapter_plus", "adaptformer", "convpass", "difffit", "houlsby", "ia3", "mona", "pfeiffer", "prefix"],
 )
 def test_a_block_takes_the_tokens_of_one_image_and_of_none(method, batch_first):
     model = randomise(nn.Sequential(Block(batch_first)).double()).eval()
@@ -106,6 +107,7 @@ class MaskedBlock(Block):
         "adaptformer",
         "convpass",
         "lora",
+        "mona",
         "oft",
         "pfeiffer",
         "prefix",

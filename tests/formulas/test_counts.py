@@ -96,6 +96,7 @@ VIT += [
     ("lokr", {"rank": 8}, (12 * 2_880, 24 * 3_840, 32 * 4_416)),
     ("shira", {"rank": 4}, tuple(L * 4 * (3 * D + D + D + D) for L, D in SIZES)),
     ("miss", {"rank": 16}, tuple(L * 16 * (3 * D + D) for L, D in SIZES)),
+    ("mona", {}, (2_684_928, 7_004_160, 11_517_952)),
     ("dtl", {}, (36_864, 98_304, 163_840)),
     ("dtl", {"convolve": True}, (43_776, 107_520, 175_360)),
     ("lst", {}, tuple(ladder(L, D, D // 8) for L, D in SIZES)),

@@ -190,7 +190,10 @@ def test_freezing_a_trains_b_alone():
     [
         ({"rank": 0}, "rank=0 must be a whole number above 0"),
         ({"rank": 2.5}, "rank=2.5 must be a whole number above 0"),
-        ({"init": "zero"}, "init='zero' is not known: choose one of 'kaiming', 'pissa', 'olora'"),
+        (
+            {"init": "zero"},
+            "init='zero' is not known: choose one of 'kaiming', 'gaussian', 'orthogonal', 'pissa', 'olora'",
+        ),
         ({"parts": "x"}, "parts='x' must be letters of 'qkvo'"),
         ({"parts": ""}, "parts='' must be letters of 'qkvo'"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),

@@ -22,6 +22,10 @@ OTHERS = {"parts": ("qv", "k", "qkvo"), "alpha": (None, 5.0), "keep_outputs": (N
 DETACHING = ("lst", "dtl")
 # Words by which a method starts apart from the base, on purpose.
 OFFICIAL = ("official", "eye", "replace")
+# And the start whose product is zero but for rounding.
+ROUNDED = ("orthogonal",)
+# Words that choose other numbers for the same formula: each is tried once, and not beside every other option.
+MERE_STARTS = ("gaussian", "orthogonal", "eva")
 
 
 def small(method: str) -> dict:
@@ -62,11 +66,11 @@ def variants(method: str) -> list[dict]:
     ]
     found = [options, *({**options, option: value} for option, value in choices)]
     for (first, value), (second, other) in combinations(choices, 2):
-        if first != second:
+        if first != second and value not in MERE_STARTS and other not in MERE_STARTS:
             found.append({**options, first: value, second: other})
     return found
 
 
 def starts_as_base(method: str, options: dict) -> bool:
     """Whether a method promises to change nothing at first."""
-    return find(method).identity and not any(value in OFFICIAL for value in options.values())
+    return find(method).identity and not any(value in OFFICIAL + ROUNDED for value in options.values())

@@ -29,6 +29,7 @@ CASES = {
     "lora": ("beit", {"rank": 2}),
     "lst": ("swin", {"reduction": 2}),
     "miss": ("vit", {"rank": 5}),
+    "mona": ("swin", {"bottleneck": 4, "dropout": 0.0}),
     "oft": ("vit", {"block_size": 4}),
     "prefix": ("vit", {"tokens": 3}),
     "repadapter": ("hf_vit", {"bottleneck": 4}),

@@ -49,6 +49,8 @@ RECIPES = {
     "shira": ("shira", {"rank": 1}),
     "shira each output": ("shira", {"rank": 1, "mask": "magnitude", "each_output": True}),
     "miss": ("miss", {"rank": 5}),
+    "mona": ("mona", {"bottleneck": 4}),
+    "mona of convolutions": ("mona", {"bottleneck": 4}),
     "lst": ("lst", {"reduction": 2}),
     "lst of convolutions": ("lst", {"reduction": 2}),
     "dtl": ("dtl", {}),
@@ -82,8 +84,8 @@ NEEDS = {
     "fact tucker": "attention",
     "difffit": "attention",
     "miss": "attention",
-    **dict.fromkeys(("lst", "dtl"), "transformer blocks"),
-    **dict.fromkeys(("lst of convolutions", "dtl of convolutions"), "conv blocks"),
+    **dict.fromkeys(("lst", "dtl", "mona"), "transformer blocks"),
+    **dict.fromkeys(("lst of convolutions", "dtl of convolutions", "mona of convolutions"), "conv blocks"),
     "two kinds": "transformer blocks",
     "on the input": "attention",
 }
@@ -140,6 +142,9 @@ _CNNS = ("resnet", "torchvision_resnet", "regnet", "efficientnet", "convnext", "
 SOLE |= dict.fromkeys(("lst", "dtl"), (*_TRUNKS, "multihead_attention"))
 SOLE |= dict.fromkeys(("lst of convolutions", "dtl of convolutions"), (*_CNNS, "multihead_attention"))
 SOLE |= {
+    # The last convolutions act where the patches are read, and not the class token alone.
+    "mona": ("siglip", "swin", "swinv2", "hf_swin", "torchvision_swin", "coatnet", "multihead_attention"),
+    "mona of convolutions": ("resnet", "convnext", "hf_convnext", "multihead_attention"),
     "fact tucker": ("vit", "hf_vit"),
     "two kinds": ("vit", "swinv2"),
     "on the input": ("vit", "beit", "hf_vit"),

@@ -166,13 +166,16 @@ def build(place: str, dtype: torch.dtype) -> nn.Module:
     return randomise(model.double()).to(dtype).eval()
 
 
-def apply_at(place: str, model: nn.Module, method: str, /, **options) -> nn.Module:
+def apply_at(place: str, model: nn.Module, method: str | dict, /, **options) -> nn.Module:
     """Apply a method to the model of a place."""
     head, target = None, "*"
     if place in WITH_HEAD:
         head = "1"
     if place in WHOLE or place in WITH_HEAD:
         target = None
+    asked = [options, *(method.values() if isinstance(method, dict) else ())]
+    if place in PLACES and any(each.get("init") == "eva" for each in asked):
+        options["data"] = [example(place, next(model.parameters()).dtype)]
     return medpeft.apply(model, method, head=head, target=target, **options)
 
 
