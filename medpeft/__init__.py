@@ -24,12 +24,13 @@ from .reports.fits import fits as fits
 from .reports.report import Report as Report
 from .reports.report import report as report
 from .surgery.apply import apply as apply
-from .surgery.apply import disabled as disabled
 from .surgery.apply import remove as remove
 from .surgery.merge import merge as merge
 from .surgery.merge import merged as merged
 from .surgery.plan import Plan as Plan
 from .surgery.plan import plan as plan
+from .surgery.strength import disabled as disabled
+from .surgery.strength import scaled as scaled
 
 __all__ = [
     "Adapter",
@@ -59,6 +60,7 @@ __all__ = [
     "remove",
     "report",
     "save",
+    "scaled",
     "search_space",
     "state",
 ]

@@ -36,6 +36,7 @@ class Method:
         decays: Whether weight decay makes sense on its matrices.
         identity: Whether the adapted model computes at first the same as the base.
         unmergeable: Reason why no weight ever computes the same, "" for a method that may be merged.
+        unscalable: Reason why it has no strength between 0 and 1, "" for a method that may be scaled.
         takes_complex: Whether its adapters, which are real, act rightly on layers of complex numbers.
         older: Values of options that came later, for files that lack them: those that compute as before.
     """
@@ -53,6 +54,7 @@ class Method:
     decays: bool = True
     identity: bool = True
     unmergeable: str = ""
+    unscalable: str = ""
     takes_complex: bool = False
     older: Mapping[str, Any] = field(default_factory=dict)
 
@@ -121,7 +123,14 @@ class Method:
         return {name: value for name, value in options.items() if name in self.adapter_options}
 
 
-_ABOUT = {"hint": str, "unmergeable": str, "decays": bool, "identity": bool, "takes_complex": bool}
+_ABOUT = {
+    "hint": str,
+    "unmergeable": str,
+    "unscalable": str,
+    "decays": bool,
+    "identity": bool,
+    "takes_complex": bool,
+}
 
 _METHODS: dict[str, Method] = {}
 
@@ -136,6 +145,7 @@ def register(
     decays: bool = True,
     identity: bool = True,
     unmergeable: str = "",
+    unscalable: str = "",
     takes_complex: bool = False,
     older: Mapping[str, Any] | None = None,
 ) -> Callable[[Registered], Registered]:
@@ -153,6 +163,7 @@ def register(
         decays: Whether weight decay makes sense on its matrices; vectors and scalars are never decayed.
         identity: Whether the adapted model computes at first the same as the base.
         unmergeable: Reason why no weight ever computes the same, for the error of `merge`.
+        unscalable: Reason why it has no strength between 0 and 1, for the error of `scaled`.
         takes_complex: Whether its adapters, which are real, act rightly on layers of complex numbers.
         older: Values of later options for files that lack them, where the default computes otherwise.
 
@@ -170,7 +181,8 @@ def register(
     """
     _require_name(name)
     flags = {"decays": decays, "identity": identity, "takes_complex": takes_complex}
-    about: dict[str, Any] = {"hint": hint, "unmergeable": unmergeable, **flags}
+    reasons = {"hint": hint, "unmergeable": unmergeable, "unscalable": unscalable}
+    about: dict[str, Any] = {**reasons, **flags}
     _require_description(search, older, selects, fast, about)
 
     def add(define: Registered) -> Registered:

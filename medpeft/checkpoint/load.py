@@ -190,7 +190,7 @@ def _record(model: nn.Module, header: Header, *, head: HeadPolicy, keep_base: bo
     if applied(model) is not None:
         adapted = recovered(model, "load")
         if not adapted.acting:
-            raise CheckpointError("Leave medpeft.disabled or medpeft.merged before loading.")
+            raise CheckpointError("Leave medpeft.disabled, scaled or merged before loading.")
         require_same_methods(header, model, adapted.record, _skipped(adapted.record, head))
         return adapted.record
     inside = adapted_inside(model)

@@ -128,7 +128,7 @@ def _require_savable(adapted: Adapted) -> None:
     record = adapted.record
     if not adapted.acting:
         raise CheckpointError(
-            "Within medpeft.disabled or medpeft.merged a model is not as it was trained: leave it first."
+            "Within medpeft.disabled, scaled or merged a model is not as it was trained: leave it first."
         )
     present = set()
     for name, _, adapters in adapted.layers:

@@ -39,7 +39,7 @@ def export_factors(adapted: Adapted, *, with_head: bool) -> dict[str, Factors]:
     require_values(model)
     require_nothing_else_trains(model, adapted.record)
     if not adapted.acting:
-        raise CheckpointError("Leave medpeft.disabled or medpeft.merged first: its head is not as trained.")
+        raise CheckpointError("Leave medpeft.disabled, scaled or merged first: its head is not as trained.")
     problems = _inexpressible_options(adapted.record, with_head)
     factors: dict[str, Factors] = {}
     network = Network(model)
