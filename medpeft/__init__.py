@@ -13,6 +13,8 @@ from .checkpoint.save import save as save
 from .checkpoint.state import load_state as load_state
 from .checkpoint.state import state as state
 from .checks.check import check as check
+from .combining.combine import Combined as Combined
+from .combining.combine import combine as combine
 from .errors import CheckpointError as CheckpointError
 from .errors import MedpeftError as MedpeftError
 from .features.file import FeatureFile as FeatureFile
@@ -35,6 +37,7 @@ from .surgery.strength import scaled as scaled
 __all__ = [
     "Adapter",
     "CheckpointError",
+    "Combined",
     "FeatureFile",
     "Fits",
     "Header",
@@ -45,6 +48,7 @@ __all__ = [
     "Site",
     "apply",
     "check",
+    "combine",
     "disabled",
     "fits",
     "inspect",

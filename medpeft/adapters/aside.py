@@ -129,19 +129,32 @@ def others_in_place(
     settled = Settled(settle)
     with settled, settled:
         with switching(model, action):
-            adapted = recovered(model, action)  # A block that was cut short may have left half of its values.
             _require_agreement(model, action, strength)
+            adapted = recovered(model, action)  # A block that was cut short may have left half of its values.
             if not _joins(adapted.record.aside, action, strength):
                 require_acting(adapted, action)
-                others = between(values(adapted), adapted.trained, strength)
-                put(model, adapted.record, action, others, swaps=swaps)
-                _note(adapted.record, strength)
+                _put_between(adapted, action, values(adapted), strength, swaps=swaps)
             open_block(model, block)
-            if strength is None:
-                _enable(model, False)
-            else:
-                _bring_in(model, adapted.record, strength)
+            _switch(model, adapted.record, strength)
         yield
+
+
+def _put_between(
+    adapted: Adapted, action: str, values: Mapping[str, Tensor], strength: float | None, *, swaps: bool
+) -> None:
+    """Put values in, or with a strength what lies between them and the trained ones, and note it."""
+    others = between(values, adapted.trained, strength)
+    put(adapted.model, adapted.record, action, others, swaps=swaps)
+    assert adapted.record.aside is not None
+    adapted.record.aside.strength = strength
+
+
+def _switch(model: nn.Module, record: Applied, strength: float | None) -> None:
+    """Switch the adapters off, or let them act at a strength."""
+    if strength is None:
+        _enable(model, False)
+    else:
+        _bring_in(model, record, strength)
 
 
 def _joins(aside: Aside | None, action: str, strength: float | None) -> bool:
@@ -153,12 +166,6 @@ def _joins(aside: Aside | None, action: str, strength: float | None) -> bool:
     return aside.strength is not None
 
 
-def _note(record: Applied, strength: float | None) -> None:
-    """Note the strength of the values that are in place of the trained ones."""
-    assert record.aside is not None
-    record.aside.strength = strength
-
-
 def _require_agreement(model: nn.Module, action: str, strength: float | None) -> None:
     """Raise `MedpeftError` where another thread is in a block of another strength: a model has one."""
     if strength is None:
@@ -166,8 +173,8 @@ def _require_agreement(model: nn.Module, action: str, strength: float | None) ->
     for other in strengths_elsewhere(model):
         require(
             other == strength,
-            f"{action} at strength {strength:g}, while another thread is within a block at {other:g}: a model "
-            "has one strength at a time. Wait for that block, or give each thread its own copy of the model.",
+            f"{action} at strength {strength:g}, while another thread is within a block at {other:g}: a "
+            "model has one strength at a time. Wait for that block, or give each thread a copy of it.",
         )
 
 
@@ -203,7 +210,7 @@ def require_acting(adapted: Adapted, action: str) -> None:
     """Raise `MedpeftError` inside `disabled`, `scaled` or `merged`: the trained values are not in place."""
     require(
         adapted.acting,
-        f"{action} does not work inside disabled(model), scaled(model, …) or merged(model): leave that first.",
+        f"{action} does not work inside disabled(model), scaled(model, …) or merged(model): leave it first.",
     )
 
 

@@ -140,7 +140,7 @@ class Asked:
                     f"{self._method!r} has no default of {option}, and no pattern gives {name!r} one: add "
                     "'*' as the last pattern.",
                 )
-            options[option] = _plain_if_one(values)
+            options[option] = plain_if_one(values)
         return options
 
     def _require_deciding(self, option: str, layers: Collection[str]) -> None:
@@ -158,7 +158,7 @@ class Asked:
             )
 
 
-def _plain_if_one(values: ByPlace) -> Any:
+def plain_if_one(values: ByPlace) -> Any:
     """Return the one value that all layers have, or the values by place."""
     different = _different(values)
     if len(different) == 1:

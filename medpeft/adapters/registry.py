@@ -181,8 +181,7 @@ def register(
     """
     _require_name(name)
     flags = {"decays": decays, "identity": identity, "takes_complex": takes_complex}
-    reasons = {"hint": hint, "unmergeable": unmergeable, "unscalable": unscalable}
-    about: dict[str, Any] = {**reasons, **flags}
+    about: dict[str, Any] = {"hint": hint, "unmergeable": unmergeable, "unscalable": unscalable, **flags}
     _require_description(search, older, selects, fast, about)
 
     def add(define: Registered) -> Registered:

@@ -73,9 +73,7 @@ def apply(
             None is True for every method but `full`.
         dtype: dtype of the adapters; None is float32, or float64 where the layer has it.
         seed: Seed of the adapters' initial values, which leave torch's own random state alone.
-        **options: Options of the method. Each takes a dict of patterns, written as a target, in place of a
-            value: `rank={"blocks.11.*": 32, "*": 4}`. The first pattern that matches a layer decides; where
-            none does, the default holds.
+        **options: Options of the method: a value, or a dict of patterns to values, of which the first counts.
 
     Returns:
         `model` itself.

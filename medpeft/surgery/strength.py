@@ -53,12 +53,11 @@ def scaled(model: nn.Module, strength: float) -> Iterator[nn.Module]:
     - one on an output: y + s·(y' − y), where y' is what it makes of y; on an input in the same way;
     - selected parameters, the head and adapting BatchNorm statistics: base + s·(trained − base).
 
-    So γ and β of SSF act as 1 + s·(γ − 1) and s·β, and LoRA's α as s·α. Of OFT, whose weights are rotated, the
-    weights between are no rotation. 0 is `disabled` and 1 the model as trained, bit for bit.
+    So γ and β of SSF act as 1 + s·(γ − 1) and s·β, and LoRA's α as s·α. OFT rotates weights, and those
+    between are no rotation. 0 is `disabled` and 1 the model as trained, bit for bit.
 
-    Blocks may be nested, also in `disabled`: the innermost one decides. `save`, `merge` and `load` wait until
-    it is left. It waits for running forwards of other threads; threads may be in it at the same time at one
-    strength.
+    Blocks may be nested, also in `disabled`: the innermost one decides. It waits for running forwards of
+    other threads, which may be in a block at the same time at one strength.
 
     Args:
         model: A model after `apply`.
@@ -98,8 +97,8 @@ def _require_parts(record: Applied, strength: float) -> None:
         require(not reason, f"{name!r} acts whole or not at all: {reason}. Use scaled(model, 0) or 1.")
     require(
         0 < strength < 1 or not record.statistics,
-        f"scaled at strength {strength:g} would give BatchNorm variances below 0, since its statistics adapt: "
-        "use a strength from 0 to 1.",
+        f"scaled at strength {strength:g} could give BatchNorm variances below 0, since its statistics "
+        "adapt: use a strength from 0 to 1.",
     )
 
 

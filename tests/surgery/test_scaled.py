@@ -144,6 +144,7 @@ def test_saving_merging_and_loading_wait_until_the_block_is_left(tmp_path):
             (lambda: medpeft.merge(model), "does not work inside"),
             (lambda: medpeft.remove(model), "does not work inside"),
             (lambda: medpeft.merged(model).__enter__(), "does not work inside"),
+            (lambda: medpeft.check(model, X), "has its adapters scaled; leave"),
         ):
             with pytest.raises(medpeft.MedpeftError, match=error):
                 call()
