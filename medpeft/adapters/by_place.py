@@ -20,8 +20,14 @@ from .options import fits, require_options
 _MOST = 20_000
 """Entries of the longest dict: more than any model has layers to adapt."""
 
+_MOST_CHOICES = 100
+"""Most different values, taken together, of the options that choose layers."""
+
 _LONGEST = 1_000
 """Characters of the longest pattern."""
+
+_MOST_SHOWN = 12
+"""Most different values in one line of text."""
 
 _NOWHERE = object()
 
@@ -72,16 +78,25 @@ def at(options: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def choices(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """List the different options that layers have; one alone where no option is by place."""
+    """List the different options that layers have; one alone where no option is by place.
+
+    Raises:
+        MedpeftError: there are more than any model needs: for each of them the model is looked at once.
+    """
     by_place = [value for value in options.values() if isinstance(value, ByPlace)]
     if not by_place:
         return [dict(options)]
-    different: list[dict[str, Any]] = []
+    different: dict[str, dict[str, Any]] = {}
     for name in by_place[0]:
         of_layer = at(options, name)
-        if of_layer not in different and _NOWHERE not in of_layer.values():
-            different.append(of_layer)
-    return different
+        if _NOWHERE not in of_layer.values():
+            different[repr(of_layer)] = of_layer
+    require(
+        len(different) <= _MOST_CHOICES,
+        f"{', '.join(options)} by place choose layers in {len(different):,} different ways: "
+        f"{_MOST_CHOICES} is the limit.",
+    )
+    return list(different.values())
 
 
 class Asked:
@@ -160,18 +175,17 @@ class Asked:
 
 def plain_if_one(values: ByPlace) -> Any:
     """Return the one value that all layers have, or the values by place."""
-    different = _different(values)
-    if len(different) == 1:
-        return different[0]
+    if len(_layers_by_value(values)) == 1:
+        return next(iter(values.values()))
     return values
 
 
-def _different(values: ByPlace) -> list[Any]:
-    different: list[Any] = []
-    for value in values.values():
-        if value not in different:
-            different.append(value)
-    return different
+def _layers_by_value(values: ByPlace) -> dict[str, list[str]]:
+    """List the layers that have each value, by the value as text."""
+    layers: dict[str, list[str]] = {}
+    for name, value in values.items():
+        layers.setdefault(repr(value), []).append(name)
+    return layers
 
 
 def shown(value: object) -> str:
@@ -183,12 +197,13 @@ def shown(value: object) -> str:
     if not isinstance(value, ByPlace):
         return repr(value)
     texts = []
-    for one in _different(value):
-        layers = [name for name, other in value.items() if other == one]
+    for one, layers in _layers_by_value(value).items():
         where = layers[0]
         if len(layers) > 1:
             where = f"{len(layers)} layers ({layers[0]}, …)"
-        texts.append(f"{one!r} at {where}")
+        texts.append(f"{one} at {where}")
+    if len(texts) > _MOST_SHOWN:
+        texts[_MOST_SHOWN:] = [f"and {len(texts) - _MOST_SHOWN:,} other values"]
     return ", ".join(texts)
 
 

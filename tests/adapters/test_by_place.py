@@ -10,6 +10,7 @@ from models import example, make
 from torch import nn
 
 import medpeft
+from medpeft.adapters.by_place import ByPlace, choices, shown
 from medpeft.adapters.record import own_state
 
 METHODS = {
@@ -149,6 +150,13 @@ def test_what_decides_nowhere_or_is_no_value_is_refused(values, message):
 def test_layers_that_work_with_the_same_numbers_have_one_value(family, method, options):
     with pytest.raises(medpeft.MedpeftError, match=r"work with the same numbers, so .* cannot differ there"):
         medpeft.apply(make(family), method, **options)
+
+
+def test_many_values_take_neither_time_nor_room():
+    many = ByPlace({f"blocks.{i}": i for i in range(100_000)})
+    assert shown(many).endswith("11 at blocks.11, and 99,988 other values")
+    with pytest.raises(medpeft.MedpeftError, match="100,000 different ways: 100 is the limit"):
+        choices({"parts": many})
 
 
 def test_an_option_without_an_annotation_may_be_a_dict_itself():
