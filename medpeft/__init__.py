@@ -13,6 +13,8 @@ from .checkpoint.save import save as save
 from .checkpoint.state import load_state as load_state
 from .checkpoint.state import state as state
 from .checks.check import check as check
+from .combining.combine import Combined as Combined
+from .combining.combine import combine as combine
 from .errors import CheckpointError as CheckpointError
 from .errors import MedpeftError as MedpeftError
 from .features.file import FeatureFile as FeatureFile
@@ -24,16 +26,18 @@ from .reports.fits import fits as fits
 from .reports.report import Report as Report
 from .reports.report import report as report
 from .surgery.apply import apply as apply
-from .surgery.apply import disabled as disabled
 from .surgery.apply import remove as remove
 from .surgery.merge import merge as merge
 from .surgery.merge import merged as merged
 from .surgery.plan import Plan as Plan
 from .surgery.plan import plan as plan
+from .surgery.strength import disabled as disabled
+from .surgery.strength import scaled as scaled
 
 __all__ = [
     "Adapter",
     "CheckpointError",
+    "Combined",
     "FeatureFile",
     "Fits",
     "Header",
@@ -44,6 +48,7 @@ __all__ = [
     "Site",
     "apply",
     "check",
+    "combine",
     "disabled",
     "fits",
     "inspect",
@@ -59,6 +64,7 @@ __all__ = [
     "remove",
     "report",
     "save",
+    "scaled",
     "search_space",
     "state",
 ]

@@ -185,6 +185,8 @@ def test_options_are_read_as_values(capsys):
         == 0
     )
     assert "lora" in capsys.readouterr().out
+    assert main(["plan", ARCH, "lora", "--option", "rank={'blocks.0': 8, '*': 2}"]) == 0
+    assert "lora: rank 8 at blocks.0.attn.qkv, 2 at " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from medpeft.architecture.site import Site
 
 PACKAGE = ROOT / "medpeft"
 ROOMS = (
-    "architecture", "adapters", "formulas", "surgery", "checks", "reports", "checkpoint", "features", "interchange",
+    "architecture", "adapters", "formulas", "surgery", "checks", "reports", "checkpoint", "combining", "features",
+    "interchange",
 )  # fmt: skip
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 

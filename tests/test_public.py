@@ -15,9 +15,9 @@ from places import ROOT
 import medpeft
 
 PUBLIC = {
-    "Adapter", "CheckpointError", "FeatureFile", "Fits", "Header", "MedpeftError", "Plan", "Prefix", "Report", "Site",
-    "apply", "check", "disabled", "fits", "inspect", "load", "load_state", "merge", "merged", "methods", "parameter_groups",
-    "plan", "prefix", "register", "remove", "report", "save", "search_space", "state",
+    "Adapter", "CheckpointError", "Combined", "FeatureFile", "Fits", "Header", "MedpeftError", "Plan", "Prefix", "Report",
+    "Site", "apply", "check", "combine", "disabled", "fits", "inspect", "load", "load_state", "merge", "merged", "methods",
+    "parameter_groups", "plan", "prefix", "register", "remove", "report", "save", "scaled", "search_space", "state",
 }  # fmt: skip
 
 

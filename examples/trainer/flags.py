@@ -26,7 +26,8 @@ def options_of(method: str, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     options = options_by_method(method)
     for name, value in given.items():
         owner, dot, own = name.replace("/", ".").rpartition(".")
-        if isinstance(value, dict):
+        by_name = isinstance(value, dict) and name in options  # Else a dict is a value by place.
+        if by_name:
             owner, dot = name, "."
         if dot and owner not in options:
             raise TrainerError(f"--option {owner}.{own} is for '{owner}', and --method is {method}.")
@@ -36,7 +37,7 @@ def options_of(method: str, given: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 f"Say for which: --option {next(iter(options))}.{name}={value}"
             )
         more = {own: value}
-        if isinstance(value, dict):
+        if by_name:
             more = value
         for key, one in more.items():
             options[owner or next(iter(options))][key] = read_value(one)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..architecture.layers import as_kept, outputs_first, own_tensor
@@ -18,6 +19,7 @@ class Adapters(nn.ModuleDict):
 
     Attributes:
         enabled: Whether they act: False within `disabled` and `merged`.
+        strength: Share of each one's change that acts: 1 but within `scaled`.
         entering: Names of the adapters that change the input, in order. One that also changes the output
             goes in first and comes out last, like brackets.
         on_weight: Names of the adapters that change the weight, in order.
@@ -25,6 +27,8 @@ class Adapters(nn.ModuleDict):
         dropping: Name of the `DroppingAdapter` in `on_weight` that drops something, "" for none.
         leaving: Names of the adapters that change the output, in order.
     """
+
+    strength = 1.0  # Of the class too, for models that were pickled before.
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         # An input adapter computes W'·R·x. Merging gives the same only if additive changes of W come first:
@@ -69,6 +73,17 @@ class Adapters(nn.ModuleDict):
         # A second place has no weight to change: the first place decides whether it can be merged.
         return [adapter for adapter in in_order if not isinstance(adapter, SecondPlace)]
 
+    def part_of(self, before: Tensor | None, after: Tensor | None, name: str = "") -> Tensor | None:
+        """Take part of a change: before + strength · (after − before).
+
+        A layer without a weight computes as with one of ones, and one without a bias as with one of zeros.
+        """
+        if self.strength == 1 or after is None or after is before:
+            return after
+        if before is None:
+            before = torch.zeros_like(after) if name.endswith("bias") else torch.ones_like(after)
+        return before + self.strength * (after - before)
+
     def merged_tensors(self, layer: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Tensor]:
         """Compute the tensors of the layer that `Adapter.merged` changes, by name.
 
@@ -82,6 +97,8 @@ class Adapters(nn.ModuleDict):
                 weight = outputs_first(layer, weight)
             bias = changed.get(adapter._bias, own_tensor(layer, adapter._bias))
             new_weight, new_bias = adapter.merged(weight, bias)
+            new_weight = self.part_of(weight, new_weight, adapter._weight)
+            new_bias = self.part_of(bias, new_bias, adapter._bias)
             if new_weight is not None and new_weight is not weight:
                 changed[adapter._weight] = as_kept(layer, new_weight)
             if new_bias is not None and new_bias is not bias:

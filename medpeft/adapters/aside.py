@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -21,7 +22,16 @@ from torch import Tensor, nn
 from ..errors import require
 from ..sharding import is_sharded, like, reshard
 from .record import Adapted, Applied, Aside, adapted_layers, applied, own_state, require_applied
-from .running import Token, close_block, has_open_block, open_block, switching
+from .running import (
+    Token,
+    close_block,
+    has_open_block,
+    innermost_strength,
+    open_block,
+    strengths_elsewhere,
+    switching,
+)
+from .strength import between
 
 
 class Settled:
@@ -81,12 +91,18 @@ def put(
 
 @contextmanager
 def others_in_place(
-    model: nn.Module, action: str, values: Callable[[Adapted], Mapping[str, Tensor]], *, swaps: bool = False
+    model: nn.Module,
+    action: str,
+    values: Callable[[Adapted], Mapping[str, Tensor]],
+    *,
+    swaps: bool = False,
+    strength: float | None = None,
 ) -> Iterator[None]:
     """Put other values in the place of the trained ones, with the adapters off, for a `with` block.
 
     Blocks of one action may be open at once. The first puts its values in, later ones find them there, and
-    the last brings the trained ones back.
+    the last brings the trained ones back. So may blocks with a strength, whatever their action: the innermost
+    one decides.
 
     Args:
         model: The model.
@@ -94,40 +110,114 @@ def others_in_place(
         values: Computes the values, by name, of the adapted model. It is called when no other thread can put
             values in or bring them back meanwhile.
         swaps: As in `put`.
+        strength: The values are then the base's, and inside there is base + strength · (trained − base). The
+            adapters act at that strength too.
+
+    Raises:
+        MedpeftError: the model is merged meanwhile, or another thread is in a block of another strength.
     """
     require_applied(model)
-    block = Token()
+    block = Token(strength=strength)
 
     def settle() -> None:
         close_block(model, block)
         record = applied(model)
         if record is not None:
             recover(model, record, action)
+            _follow(model, record, action)
 
     settled = Settled(settle)
     with settled, settled:
         with switching(model, action):
+            _require_agreement(model, action, strength)
             adapted = recovered(model, action)  # A block that was cut short may have left half of its values.
-            aside = adapted.record.aside
-            if aside is None or aside.action != action:
+            if not _joins(adapted.record.aside, action, strength):
                 require_acting(adapted, action)
-                put(model, adapted.record, action, values(adapted), swaps=swaps)
+                _put_between(adapted, action, values(adapted), strength, swaps=swaps)
             open_block(model, block)
-            _enable(model, False)
+            _switch(model, adapted.record, strength)
         yield
 
 
+def _put_between(
+    adapted: Adapted, action: str, values: Mapping[str, Tensor], strength: float | None, *, swaps: bool
+) -> None:
+    """Put values in, or with a strength what lies between them and the trained ones, and note it."""
+    others = between(values, adapted.trained, strength)
+    put(adapted.model, adapted.record, action, others, swaps=swaps)
+    assert adapted.record.aside is not None
+    adapted.record.aside.strength = strength
+
+
+def _switch(model: nn.Module, record: Applied, strength: float | None) -> None:
+    """Switch the adapters off, or let them act at a strength."""
+    if strength is None:
+        _enable(model, False)
+    else:
+        _bring_in(model, record, strength)
+
+
+def _joins(aside: Aside | None, action: str, strength: float | None) -> bool:
+    """Whether a block can build on what an open one has put aside."""
+    if aside is None:
+        return False
+    if strength is None:
+        return aside.action == action
+    return aside.strength is not None
+
+
+def _require_agreement(model: nn.Module, action: str, strength: float | None) -> None:
+    """Raise `MedpeftError` where another thread is in a block of another strength: a model has one."""
+    if strength is None:
+        return
+    for other in strengths_elsewhere(model):
+        require(
+            other == strength,
+            f"{action} at strength {strength:g}, while another thread is within a block at {other:g}: a "
+            "model has one strength at a time. Wait for that block, or give each thread a copy of it.",
+        )
+
+
+def _follow(model: nn.Module, record: Applied, action: str) -> None:
+    """Go back to the strength of the block around, after one within it has ended."""
+    if record.aside is None or record.aside.strength is None or not has_open_block(model):
+        return
+    if record.aside.strength == innermost_strength(model):
+        return
+    with switching(model, action):
+        strength = innermost_strength(model)
+        if record.aside is not None and strength is not None:
+            _bring_in(model, record, strength)
+
+
+@torch.no_grad()
+def _bring_in(model: nn.Module, record: Applied, strength: float) -> None:
+    """Let the methods act at a strength, where the trained values are aside. It can be done twice."""
+    aside = record.aside
+    assert aside is not None
+    if aside.strength != strength:
+        aside.strength = math.nan  # Until all of it is in place.
+        reshard(model)
+        present = _tensors(model)
+        values = between(record.base or {}, aside.values, strength)
+        for name in values.keys() - set(misfits(present, values)):
+            present[name].copy_(values[name])
+    _enable(model, strength != 0, strength)
+    aside.strength = strength
+
+
 def require_acting(adapted: Adapted, action: str) -> None:
-    """Raise `MedpeftError` inside `disabled` or `merged`, where the trained values are not in place."""
+    """Raise `MedpeftError` inside `disabled`, `scaled` or `merged`: the trained values are not in place."""
     require(
-        adapted.acting, f"{action} does not work inside disabled(model) or merged(model): leave that first."
+        adapted.acting,
+        f"{action} does not work inside disabled(model), scaled(model, …) or merged(model): leave it first.",
     )
 
 
-def _enable(model: nn.Module, enabled: bool) -> None:
-    """Switch all adapters on or off."""
+def _enable(model: nn.Module, enabled: bool, strength: float = 1.0) -> None:
+    """Switch all adapters on or off, and let them act at a strength."""
     for _, _, adapters in adapted_layers(model):
-        adapters.enabled = enabled
+        adapters.enabled, adapters.strength = enabled, strength
 
 
 @torch.no_grad()

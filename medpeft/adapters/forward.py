@@ -135,7 +135,7 @@ def _run_adapted(
         return output
     y = output[0] if isinstance(output, tuple) else output
     for name in adapters.leaving:
-        y = adapters._modules[name](x, y)
+        y = _leave(adapters, adapters._modules[name], x, y)
     if isinstance(output, tuple):
         return (y, *output[1:])
     return y
@@ -154,11 +154,18 @@ def _enter(
         x = others.pop(first)
     for name in adapters.entering:
         adapter: Adapter = adapters._modules[name]  # type: ignore[assignment]  # these names are of adapters
-        x = adapter.enter(x, others)
+        x = adapters.part_of(x, adapter.enter(x, others))
     if args:
         args = (x, *[others.pop(name) for name in names])
         return args, others
     return (), {first: x, **others}
+
+
+def _leave(adapters: Adapters, adapter: Any, x: Any, y: Tensor) -> Any:
+    """Let an adapter change the layer's output, into which it may write."""
+    if adapters.strength == 1:
+        return adapter(x, y)
+    return adapters.part_of(y, adapter(x, y.clone()))
 
 
 def _names_of(args: tuple[Any, ...], wiring: Wiring) -> list[str]:
@@ -214,9 +221,9 @@ def _run_flexibly(
     if form == "output" and adapters.on_weight[-1] == adapters.flexible:
         tensors = adapted_tensors(layer, adapters, x, without=flexible)
         output = _run(layer, wiring, tensors, args, kwargs)
-        return flexible(x, output)
+        return _leave(adapters, flexible, x, output)
     # `compute` takes the place of the layer, which it cannot where another adapter changes the weight.
-    if form == "compute" and len(adapters.on_weight) == 1:
+    if form == "compute" and len(adapters.on_weight) == 1 and adapters.strength == 1:
         return flexible.compute(x, own_tensor(layer, flexible._bias))
     return _run(layer, wiring, adapted_tensors(layer, adapters, x), args, kwargs)
 

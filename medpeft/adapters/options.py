@@ -103,7 +103,7 @@ def require_options(owner: str, values: Mapping[str, Any], annotations: Mapping[
     """
     for option, value in values.items():
         annotation = annotations.get(option, Any)
-        if _fits(value, annotation):
+        if fits(value, annotation):
             continue
         fault = f"{option}={clipped(value)} {_demand(annotation)}."
         if owner:
@@ -111,16 +111,16 @@ def require_options(owner: str, values: Mapping[str, Any], annotations: Mapping[
         raise MedpeftError(fault)
 
 
-def _fits(value: Any, annotation: Any) -> bool:
+def fits(value: Any, annotation: Any) -> bool:
     """Whether a value is what an annotation says; any value fits an unknown annotation."""
     origin = get_origin(annotation)
     if origin is Annotated:
         kind, *requirements = get_args(annotation)
-        return _fits(value, kind) and all(must.holds(value) for must in requirements if type(must) is Must)
+        return fits(value, kind) and all(must.holds(value) for must in requirements if type(must) is Must)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(annotation))
     if origin in (Union, UnionType):
-        return any(_fits(value, alternative) for alternative in get_args(annotation))
+        return any(fits(value, alternative) for alternative in get_args(annotation))
     if annotation is float:
         return _is_number(value) and abs(value) <= _LARGEST_FLOAT
     if annotation is int:

@@ -27,11 +27,13 @@ class Aside:
         action: The call that put other values in: "disabled", for one.
         values: By name, what tensors held that hold other values now.
         tensors: By name, the tensors in whose place others are now; None where there was none.
+        strength: The strength at which the methods act meanwhile; None where they are merged.
     """
 
     action: str
     values: dict[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, Tensor | None] = field(default_factory=dict)
+    strength: float | None = None
 
 
 @dataclass
@@ -292,7 +294,7 @@ class Adapted:
 
     @property
     def acting(self) -> bool:
-        """Whether the adapters act: False within `disabled` and `merged`."""
+        """Whether the model is as trained: False within `disabled`, `scaled` and `merged`."""
         if self.record.aside is not None:
             return False
         return all(adapters.enabled for _, _, adapters in self.layers)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ..errors import MedpeftError, clipped, did_you_mean, require
 from .adapter import Adapter
+from .by_place import ByPlace, is_by_place, require_by_place
 from .options import annotations_of, require_options
 
 Selector = Callable[..., bool]
@@ -35,6 +36,7 @@ class Method:
         decays: Whether weight decay makes sense on its matrices.
         identity: Whether the adapted model computes at first the same as the base.
         unmergeable: Reason why no weight ever computes the same, "" for a method that may be merged.
+        unscalable: Reason why it has no strength between 0 and 1, "" for a method that may be scaled.
         takes_complex: Whether its adapters, which are real, act rightly on layers of complex numbers.
         older: Values of options that came later, for files that lack them: those that compute as before.
     """
@@ -52,6 +54,7 @@ class Method:
     decays: bool = True
     identity: bool = True
     unmergeable: str = ""
+    unscalable: str = ""
     takes_complex: bool = False
     older: Mapping[str, Any] = field(default_factory=dict)
 
@@ -75,8 +78,41 @@ class Method:
         return None
 
     def require_options(self, options: Mapping[str, Any]) -> None:
-        """Raise `MedpeftError` where the value of an option is none that it may have."""
-        require_options(repr(self.name), options, self.annotations)
+        """Raise `MedpeftError` where the value of an option is none that it may have, in some place."""
+        by_place = self.by_place(options)
+        plain = {option: value for option, value in options.items() if option not in by_place}
+        require_options(repr(self.name), plain, self.annotations)
+        for option in by_place:
+            require_by_place(repr(self.name), option, options[option], self.annotations[option])
+
+    def by_place(self, options: Mapping[str, Any]) -> list[str]:
+        """List the options that have a dict of values by place; see `by_place.py`."""
+        names = []
+        for option, value in options.items():
+            if is_by_place(value, self.annotations.get(option, Any)):
+                names.append(option)
+        return names
+
+    def read_options(self, options: Mapping[str, Any], layers: Collection[str]) -> dict[str, Any]:
+        """Check options from a file, and mark those that are by place.
+
+        Args:
+            options: The options.
+            layers: Names of the layers with adapters of the method.
+
+        Raises:
+            MedpeftError: an option has a value that it cannot have, or by place other layers.
+        """
+        self.require_options(options)
+        read = dict(options)
+        for option in self.by_place(options):
+            read[option] = ByPlace(options[option])
+            # A selective method is not asked again: the parameters that it picked are in the file.
+            require(
+                self.adapter is None or read[option].keys() == set(layers),
+                f"{self.name!r} has values of {option!r} for other layers than those that it adapts.",
+            )
+        return read
 
     def options_of_sites(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Pick the options that choose the sites."""
@@ -87,7 +123,14 @@ class Method:
         return {name: value for name, value in options.items() if name in self.adapter_options}
 
 
-_ABOUT = {"hint": str, "unmergeable": str, "decays": bool, "identity": bool, "takes_complex": bool}
+_ABOUT = {
+    "hint": str,
+    "unmergeable": str,
+    "unscalable": str,
+    "decays": bool,
+    "identity": bool,
+    "takes_complex": bool,
+}
 
 _METHODS: dict[str, Method] = {}
 
@@ -102,6 +145,7 @@ def register(
     decays: bool = True,
     identity: bool = True,
     unmergeable: str = "",
+    unscalable: str = "",
     takes_complex: bool = False,
     older: Mapping[str, Any] | None = None,
 ) -> Callable[[Registered], Registered]:
@@ -119,6 +163,7 @@ def register(
         decays: Whether weight decay makes sense on its matrices; vectors and scalars are never decayed.
         identity: Whether the adapted model computes at first the same as the base.
         unmergeable: Reason why no weight ever computes the same, for the error of `merge`.
+        unscalable: Reason why it has no strength between 0 and 1, for the error of `scaled`.
         takes_complex: Whether its adapters, which are real, act rightly on layers of complex numbers.
         older: Values of later options for files that lack them, where the default computes otherwise.
 
@@ -136,7 +181,7 @@ def register(
     """
     _require_name(name)
     flags = {"decays": decays, "identity": identity, "takes_complex": takes_complex}
-    about: dict[str, Any] = {"hint": hint, "unmergeable": unmergeable, **flags}
+    about: dict[str, Any] = {"hint": hint, "unmergeable": unmergeable, "unscalable": unscalable, **flags}
     _require_description(search, older, selects, fast, about)
 
     def add(define: Registered) -> Registered:

@@ -25,12 +25,18 @@ _PAUSE = 0.0005
 
 
 class Token:
-    """A running forward, a switch, or an open block, and its thread."""
+    """A running forward, a switch, or an open block, and its thread.
 
-    __slots__ = ("__weakref__", "is_switch", "thread")
+    Attributes:
+        is_switch: Whether it is a switch.
+        strength: Of a block, the strength at which the methods act inside; None where they are merged.
+        thread: Its thread.
+    """
 
-    def __init__(self, *, is_switch: bool = False) -> None:
-        self.is_switch, self.thread = is_switch, threading.get_ident()
+    __slots__ = ("__weakref__", "is_switch", "strength", "thread")
+
+    def __init__(self, *, is_switch: bool = False, strength: float | None = None) -> None:
+        self.is_switch, self.strength, self.thread = is_switch, strength, threading.get_ident()
 
 
 class Tokens:
@@ -168,3 +174,17 @@ def close_block(model: nn.Module, token: Token) -> None:
 def has_open_block(model: nn.Module) -> bool:
     """Whether any block is open."""
     return bool(_blocks.of(model))
+
+
+def innermost_strength(model: nn.Module) -> float | None:
+    """Return the strength of the block that was opened last, None where none is open or it has none."""
+    blocks = _blocks.of(model)
+    if not blocks:
+        return None
+    return blocks[-1].strength
+
+
+def strengths_elsewhere(model: nn.Module) -> list[float]:
+    """List the strengths of the blocks that other threads have open."""
+    others = [block for block in _blocks.of(model) if block.thread != threading.get_ident()]
+    return [block.strength for block in others if block.strength is not None]

@@ -116,11 +116,11 @@ def choose(network: Network, names: Sequence[str], target: Target, exclude: Targ
     selection = Selection.of(target, exclude)
     for pattern in (*selection.target, *selection.exclude):
         if not any(picks(network, pattern, name) for name in names):
-            raise MedpeftError(_no_hit(network, names, pattern, method))
+            raise MedpeftError(no_hit(network, names, pattern, method))
     return {name for name in names if selection.picks(network, name)}
 
 
-def _no_hit(network: Network, names: Sequence[str], pattern: Pattern, method: str) -> str:
+def no_hit(network: Network, names: Sequence[str], pattern: Pattern, method: str) -> str:
     """Say that a pattern picks none of `names`, and why."""
     model = type(network.model).__name__
     fault = f"The pattern {pattern!r} picks no layer that {method!r} fits in {model}"

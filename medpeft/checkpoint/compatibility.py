@@ -103,7 +103,8 @@ def saved_record(header: Header) -> Applied:
             ) from None
         record.methods[name] = {**method.options, **method.older, **options}
         try:
-            method.require_options(record.methods[name])
+            layers = {layer for used, layer, _ in record.sites if used == name}
+            record.methods[name] = method.read_options(record.methods[name], layers)
         except MedpeftError as error:
             raise CheckpointError(f"{header.name}: {clip(error, 2000)}") from None
     for used, layer, _ in record.sites:

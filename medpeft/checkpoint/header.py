@@ -11,16 +11,18 @@ from typing import Any, get_args
 
 from torch import Tensor
 
+from ..adapters.by_place import ByPlace, shown
 from ..adapters.options import DTYPES
 from ..adapters.record import BatchNormPolicy
+from ..adapters.registry import find, methods
 from ..errors import CheckpointError
 from .file import Entry, Layout, digest, memory, parse, read_layout, read_tensors, short
 from .fingerprint import label
 from .messages import clip, printable
 from .validators import by_name, fields, list_of, one_of, optional, share, text, whole_number
 
-SCHEMA = 1
-"""Version of the document; a later medpeft reads all earlier ones."""
+SCHEMA = 2
+"""Version of the document; a later medpeft reads all earlier ones. Options by place came with 2."""
 
 KEY = "medpeft"
 """Name of the document in the file's `__metadata__`."""
@@ -117,17 +119,16 @@ class Header:
         document = self.document
         size = sum(entry.bytes for entry in self.tensors.values())
         layers = dict.fromkeys(layer for _, layer, _ in document["sites"])
-        methods = []
+        described = []
         for name, options in self.methods.items():
-            shown = {option: repr(value) for option, value in options.items()}
-            methods.append(f"{name}({_pairs(shown, '=', ', ')})")
+            described.append(f"{name}({_pairs(_shown(name, options), '=', ', ')})")
         depth = ""
         if document["depth"] < 1:
             depth = f"the last {document['depth']:g} of the blocks"
         metadata = self.metadata
         metadata.pop("classes", None)
         return {
-            "methods": "\n".join(methods),
+            "methods": "\n".join(described),
             "tensors": f"{len(self.tensors)}, {self.parameters:,} elements, {size:,} bytes",
             "layers": _counted(layers),
             "selected": _counted(document["selected"]),
@@ -140,6 +141,19 @@ class Header:
             "metadata": _pairs(metadata, ": ", "\n"),
             "written by": f"medpeft {document['medpeft']}, schema {document['schema']}",
         }
+
+
+def _shown(method: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Write the options of a method, those by place by their values; of an unknown method all as they are."""
+    by_place: list[str] = []
+    if method in methods():
+        by_place = find(method).by_place(options)
+    texts = {}
+    for option, value in options.items():
+        texts[option] = shown(value)
+        if option in by_place:
+            texts[option] = f"[{shown(ByPlace(value))}]"
+    return texts
 
 
 def _pairs(values: Mapping[str, Any], between: str, after: str) -> str:
@@ -157,6 +171,14 @@ def _few(names: Iterable[str], most: int = 4) -> str:
     if len(shown) > most:
         shown[most:] = ["…"]
     return ", ".join(shown)
+
+
+def schema_of(options_by_method: Mapping[str, Mapping[str, Any]]) -> int:
+    """Return the first schema that can say these options: an earlier medpeft reads what it can."""
+    for options in options_by_method.values():
+        if any(isinstance(value, ByPlace) for value in options.values()):
+            return 2
+    return 1
 
 
 def compose(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -22,7 +22,7 @@ from ..sharding import is_first, reshard, whole
 from .compatibility import require_nothing_else_trains, require_values
 from .file import MAX_DEPTH
 from .fingerprint import identify, pretrained_config
-from .header import KEY, SCHEMA, compose
+from .header import KEY, compose, schema_of
 from .validators import list_of, optional, text
 from .writing import SupportsWrite, write, write_into
 
@@ -113,7 +113,7 @@ def _document(adapted: Adapted, metadata: dict[str, Any]) -> dict[str, Any]:
     }
     trained = {*record.selected, *record.statistics}
     return {
-        "schema": SCHEMA,
+        "schema": schema_of(record.methods),
         "medpeft": version("medpeft"),
         **record.to_json(),
         "methods": methods,
@@ -128,7 +128,7 @@ def _require_savable(adapted: Adapted) -> None:
     record = adapted.record
     if not adapted.acting:
         raise CheckpointError(
-            "Within medpeft.disabled or medpeft.merged a model is not as it was trained: leave it first."
+            "Within medpeft.disabled, scaled or merged a model is not as it was trained: leave it first."
         )
     present = set()
     for name, _, adapters in adapted.layers:

@@ -130,6 +130,8 @@ def _lost_forwards(adapted: Adapted) -> Iterator[Finding]:
             yield Finding(
                 name, "has its adapters switched off; leave `with medpeft.disabled(…)` or `merged(…)` first"
             )
+        elif adapters.strength != 1:
+            yield Finding(name, "has its adapters scaled; leave `with medpeft.scaled(…)` first")
 
 
 def _changing_statistics(adapted: Adapted) -> Iterator[Finding]:

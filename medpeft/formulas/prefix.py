@@ -59,6 +59,7 @@ class Place:
     identity=False,
     search={"tokens": (1, 5, 10, 20, 50)},
     unmergeable="its keys and values belong to no token, and no weight of the attention computes them",
+    unscalable="its keys and values take part in every softmax, or do not",
 )
 class Prefix(Adapter):
     """Learned keys and values in every attention: softmax(q·[P_k; k]ᵀ / √d)·[P_v; v].

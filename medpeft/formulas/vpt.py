@@ -26,6 +26,7 @@ from ..errors import MedpeftError
 _INSTEAD = "Try 'adaptformer' or 'lora'."
 _HINT = f"it adds tokens to transformer blocks in which nothing but attention depends on them. {_INSTEAD}"
 _UNMERGEABLE = "its prompts are tokens, which no weight of the model can add"
+_UNSCALABLE = "its prompts are tokens, of which there is no part"
 _SEARCH = {"tokens": (1, 5, 10, 50, 100), "dropout": (0.0, 0.1)}
 
 
@@ -58,7 +59,14 @@ class Prompts(nn.Module):
         return self.span.take_off(x)
 
 
-@register("vpt_deep", hint=_HINT, identity=False, search=_SEARCH, unmergeable=_UNMERGEABLE)
+@register(
+    "vpt_deep",
+    hint=_HINT,
+    identity=False,
+    search=_SEARCH,
+    unmergeable=_UNMERGEABLE,
+    unscalable=_UNSCALABLE,
+)
 class VPTDeep(Adapter):
     """Learned tokens at every transformer block's input, taken off at its output: [x, _, E] = L([x, P, E]).
 
@@ -99,7 +107,14 @@ class VPTDeep(Adapter):
         return self.prompts.take_off(y)
 
 
-@register("vpt_shallow", hint=_HINT, identity=False, search=_SEARCH, unmergeable=_UNMERGEABLE)
+@register(
+    "vpt_shallow",
+    hint=_HINT,
+    identity=False,
+    search=_SEARCH,
+    unmergeable=_UNMERGEABLE,
+    unscalable=_UNSCALABLE,
+)
 class VPTShallow(Adapter):
     """Learned tokens at the first transformer block, taken off after the last: [x, Z, E] = L([x, P, E]).
 

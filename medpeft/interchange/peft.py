@@ -161,8 +161,8 @@ def from_peft(
 ) -> nn.Module:
     """Apply `lora` to a base and load a LoRA of peft: adapter_model.safetensors and adapter_config.json.
 
-    A layer's own factor is multiplied into B, and smaller ranks are filled up, so that all layers have one
-    rank and one factor. Where q, k and v are one layer, each part gets its own copy of A.
+    Every layer gets its own rank. Its factor is multiplied into B, so that all layers have one factor. Where
+    q, k and v are one layer, each part gets its own copy of A.
 
     Args:
         model: The base, not adapted.

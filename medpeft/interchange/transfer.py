@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.by_place import ByPlace
 from ..adapters.record import Adapted, Applied, own_tensors, trained_tensors
 from ..architecture.head import Head
 from ..architecture.layers import within
@@ -38,7 +39,7 @@ def export_factors(adapted: Adapted, *, with_head: bool) -> dict[str, Factors]:
     require_values(model)
     require_nothing_else_trains(model, adapted.record)
     if not adapted.acting:
-        raise CheckpointError("Leave medpeft.disabled or medpeft.merged first: its head is not as trained.")
+        raise CheckpointError("Leave medpeft.disabled, scaled or merged first: its head is not as trained.")
     problems = _inexpressible_options(adapted.record, with_head)
     factors: dict[str, Factors] = {}
     network = Network(model)
@@ -64,11 +65,13 @@ def _inexpressible_options(record: Applied, with_head: bool) -> list[str]:
         problems.append("adapting BatchNorm statistics: use batchnorm='frozen'")
     if record.head and not with_head:
         problems.append(f"the head {', '.join(record.head)}: apply with head=None")
+    if isinstance(record.methods.get("lora", {}).get("dropout"), ByPlace):
+        problems.append("dropout by place: these files have one for all layers")
     return problems
 
 
 def apply_file(model: nn.Module, file: LoRAFile, *, head: Head, dropout: float) -> nn.Module:
-    """Apply `lora` with one rank and a factor of 1 to the layers of a file, and load the file.
+    """Apply `lora` with a factor of 1 to the layers of a file, each with its rank, and load the file.
 
     Raises:
         CheckpointError: something does not fit. All of it is listed, and the model is untouched.
@@ -102,23 +105,23 @@ def _without_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _plan(model: nn.Module, factors: Mapping[str, Factors], head: Head, dropout: float) -> Plan:
-    """Plan `lora` at the layers of a file, with the largest rank that any part of them needs.
+    """Plan `lora` at the layers of a file, each with the largest rank that any part of it needs.
 
     A first plan finds the layers' parts. B then says which of them the file changes, and by how many columns.
     """
     options: dict[str, Any] = {"dropout": dropout, "target": lambda name, layer: name in factors}
     first = plan(model, {"lora": {**options, "parts": "qkvo", "rank": 1}}, head=head)
     parts: set[str] = set()
-    rank = 1
+    ranks = ByPlace()
     for _, site in first.sites:
         if site.weight != "weight":
+            ranks.setdefault(site.name, 1)
             continue  # Reported later: peft adapts no other weight.
         layer = factors[site.name]
         parts.update(changed_parts(layer, site))
-        for columns in columns_by_part(layer, site):
-            rank = max(rank, len(columns))
+        ranks[site.name] = max(1, *map(len, columns_by_part(layer, site)))
     options["parts"] = "".join(sorted(parts)) or "qkvo"
-    return plan(model, {"lora": {**options, "rank": rank}}, head=head)
+    return plan(model, {"lora": {**options, "rank": ranks or 1}}, head=head)
 
 
 def _misfits(planned: Plan, factors: Mapping[str, Factors]) -> Iterator[str]:

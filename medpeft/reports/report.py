@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 
+from ..adapters import by_place
 from ..adapters.adapter import parameters_of
 from ..adapters.record import Adapted
 from ..table import Row, Table, heading
@@ -28,6 +29,7 @@ class Report:
         checkpoint_bytes: Bytes of the tensors that `save` writes.
         rows: Trainable parameters per method and layer type, the head apart.
         warnings: Layers whose adapter is larger than they are.
+        by_place: One line for each option that layers have values of their own of.
         costs: Costs of one training step on the example input, None without one.
         full_costs: The same for full fine-tuning, without adapters.
 
@@ -55,6 +57,7 @@ class Report:
     checkpoint_bytes: int
     rows: list[Row]
     warnings: list[str]
+    by_place: list[str] = field(default_factory=list)
     costs: Costs | None = None
     full_costs: Costs | None = None
 
@@ -82,6 +85,7 @@ class Report:
         notes = [f"{size}; checkpoint {self.checkpoint_bytes:,} bytes"]
         if self.costs is not None and self.full_costs is not None:
             notes += _compared(self.costs, self.full_costs)
+        notes += self.by_place
         for warning in self.warnings:
             notes.append(f"warning: {warning}")
         title = heading(self.method, self.model, self.depth)
@@ -122,6 +126,7 @@ def report(model: nn.Module, example_input: Any = None) -> Report:
         checkpoint_bytes=sum(tensor.numel() * tensor.element_size() for tensor in adapted.saved.values()),
         rows=rows,
         warnings=_oversized(adapted),
+        by_place=by_place.notes(adapted.record.methods),
         costs=step,
         full_costs=full_step,
     )

@@ -1,15 +1,14 @@
-"""Apply methods to a model, switch them off for a while, and remove them."""
+"""Apply methods to a model, and remove them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.aside import Settled, misfits, others_in_place, put, recovered, require_acting, restore
+from ..adapters.aside import Settled, put, recovered, require_acting, restore
 from ..adapters.batchnorm import freeze_statistics, release_statistics
 from ..adapters.record import (
     Adapted,
@@ -22,14 +21,15 @@ from ..adapters.record import (
 )
 from ..adapters.requests import Methods
 from ..adapters.running import switching
-from ..adapters.samples import changes_since_apply, sample_base
+from ..adapters.samples import sample_base
 from ..architecture.head import Head
 from ..architecture.targets import Target
-from ..errors import MedpeftError, listed, require
+from ..errors import require
 from .build import build
 from .install import Built, install, uninstall
 from .observe import with_inputs
 from .plan import Plan, plan
+from .strength import base_values
 
 
 def apply(
@@ -75,7 +75,7 @@ def apply(
         seed: Seed of the adapters' initial values, which leave torch's own random state alone.
         data: Batches on which the model is run once, in eval mode, for methods that start from what enters
             its layers (`lora` with init="eva"); each an input or a tuple of inputs, on the model's device.
-        **options: Options of the method.
+        **options: Options of the method: a value, or a dict of patterns to values, of which the first counts.
 
     Returns:
         `model` itself.
@@ -172,7 +172,7 @@ def remove(model: nn.Module) -> nn.Module:
     """
 
     def base(adapted: Adapted) -> dict[str, Tensor]:
-        return _base(adapted, "remove")
+        return base_values(adapted, "remove")
 
     make_plain(model, "remove", base)
     return model
@@ -218,63 +218,3 @@ def _take_off(model: nn.Module, record: Applied) -> None:
     release_statistics(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.trained_before.get(name, True))
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Make the model the base, bit for bit, for the duration of a `with` block.
-
-    It waits for running forwards of other threads. Forwards that begin inside the block compute the base.
-
-    Raises:
-        MedpeftError: nothing was applied, the original values were given up with `keep_base=False`, other
-            weights were loaded since, or the model is merged for the moment.
-
-    Examples:
-        >>> import medpeft, torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> x = torch.ones(1, 4)
-        >>> base = model(x)
-        >>> model = medpeft.apply(model, "lora", target="0", head="2", init="pissa", rank=2)
-        >>> with medpeft.disabled(model):
-        ...     torch.equal(model(x), base)
-        True
-    """
-
-    def base(adapted: Adapted) -> dict[str, Tensor]:
-        return _base(adapted, "disabled")
-
-    with others_in_place(model, "disabled", base):
-        yield model
-
-
-def _base(adapted: Adapted, action: str) -> dict[str, Tensor]:
-    """Return the original values that `apply` kept, if they still belong to the base."""
-    record = adapted.record
-    if record.base is None:
-        raise MedpeftError(
-            f"{action} needs the original values, which {record.name!r} gave up: pass keep_base=True to "
-            f"apply (the default of every method but 'full')."
-        )
-    replaced = misfits(adapted.trained, record.base)
-    require(
-        not replaced,
-        f"{action} cannot give the base back: {listed(replaced, most=1)} is gone or of another shape, so its "
-        f"original value has no place: was the head, or a layer, replaced after apply? Put the old one back; "
-        f"or save what was trained, and load it into a model whose head was replaced first.",
-    )
-    if record.base:
-        _require_same_base(adapted, action)
-    return record.base
-
-
-def _require_same_base(adapted: Adapted, action: str) -> None:
-    """Raise `MedpeftError` if the base has changed so that the original values do not belong to it."""
-    changes = changes_since_apply(adapted.model, adapted.record)
-    require(
-        not changes,
-        f"{action} cannot give the base back: {listed(changes, most=1)} changed after apply (other weights "
-        f"loaded, layers quantised or re-parameterised?), and the original values of "
-        f"{listed(adapted.trained, most=1)} belong to what was before. Do that before apply; to keep what "
-        f"was trained, save it first, and load it into the changed base.",
-    )

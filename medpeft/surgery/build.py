@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters.adapter import ON_WEIGHT, Adapter, parameters_of
+from ..adapters.by_place import ByPlace, at
 from ..adapters.handover import Handover
 from ..adapters.record import Applied, applied, named_state
 from ..adapters.registry import Method, methods
@@ -20,7 +21,7 @@ from ..adapters.sharing import home_of
 from ..adapters.stand_in import rebound
 from ..architecture.layers import is_differentiable
 from ..architecture.site import Site
-from ..errors import MedpeftError
+from ..errors import MedpeftError, listed, require
 from .install import Built
 from .refusals import refuse_layer, refuse_occupied
 
@@ -67,9 +68,32 @@ def build(
         )
         planned = Planned(method, replace(site, draft=draft))
         built += _build_at(model, planned, record, shared, shapes_only=shapes_only)
+    _require_agreement(built, record)
     if applied(model) is None:  # A plan may be printed once it is carried out.
         _require_places(model, built)
     return built
+
+
+def _require_agreement(built: list[Built], record: Applied) -> None:
+    """Raise if adapters that share a module, or hand values to one another, differ in an option by place."""
+    firsts: dict[tuple[str, int], Built] = {}
+    for item in built:
+        options = item.method.options_of_adapter(record.methods[item.method.name])
+        by_place = {option: value for option, value in options.items() if isinstance(value, ByPlace)}
+        if item.first is not None or not by_place:
+            continue
+        common = [id(module) for module in item.adapter.shared.values() if not isinstance(module, Adapter)]
+        if item.site.draft.around is not None:
+            common.append(id(item.site.draft.handover))
+        for module in common:
+            first = firsts.setdefault((item.method.name, module), item)
+            here, there = at(by_place, item.site.name), at(by_place, first.site.name)
+            differing = [option for option in by_place if here[option] != there[option]]
+            require(
+                not differing,
+                f"{item.method.name!r} at {item.site.name} and at {first.site.name} work with the same "
+                f"numbers, so {listed(differing)} cannot differ there: give one value to all layers.",
+            )
 
 
 def _require_places(model: nn.Module, built: list[Built]) -> None:
@@ -133,7 +157,8 @@ def _adapter_of(method: Method, site: Site, record: Applied) -> Adapter:
         "or use a method that acts on the layer's output, such as 'lora' or 'ssf'."
     )
     try:
-        adapter = method.define(site, **method.options_of_adapter(record.methods[method.name]))
+        options = method.options_of_adapter(record.methods[method.name])
+        adapter = method.define(site, **at(options, site.name))
     except (NotImplementedError, RuntimeError, TypeError) as error:
         if is_quantised:
             raise refusal from error

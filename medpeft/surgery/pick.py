@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from ..adapters.by_place import Asked, ByPlace, at, choices
 from ..adapters.registry import Method
 from ..adapters.requests import Request
 from ..architecture.layers import is_differentiable, is_norm_of_buffers, made_by
@@ -15,26 +16,31 @@ from ..errors import MedpeftError
 
 
 class Picked(NamedTuple):
-    """Sites of a method's adapters, and names of the existing parameters that it trains."""
+    """Sites of a method's adapters, names of the existing parameters that it trains, and its options."""
 
     sites: list[Site]
     parameters: list[str]
+    options: dict[str, Any]
 
 
 def pick(network: Network, request: Request, target: Target, exclude: Target) -> Picked:
     """Pick the sites and parameters of a method by the target and the exclusion.
 
     Raises:
-        MedpeftError: nothing is left.
+        MedpeftError: nothing is left, or a pattern of an option by place decides nowhere.
     """
     method = request.method
     target = request.places.get("target", target)
     exclude = request.places.get("exclude", exclude)
+    defaults = {}
+    for option in method.by_place(request.options):
+        if not isinstance(request.options[option], ByPlace):  # Else the values are by name already.
+            defaults[option] = method.options[option]
+    asked = Asked(network, method.name, request.options, defaults)
     offers: list[Site | Unfit] = []
     if method.adapter is not None:
-        site_options = method.options_of_sites(request.options)
-        offers = list(method.adapter.sites(network, targeted=bool(patterns(target)), **site_options))
-    owner_of = dict(_selected(network, request))
+        offers = offers_of(network, method, asked.everywhere, targeted=bool(patterns(target)))
+    owner_of = dict(_selected(network, method, asked.everywhere))
     places = list(dict.fromkeys([*(offer.name for offer in offers), *owner_of.values()]))
     if places or patterns(target):
         chosen = choose(network, places, target, exclude, method.name)
@@ -47,17 +53,34 @@ def pick(network: Network, request: Request, target: Target, exclude: Target) ->
     picked = sites if method.adapter is not None else owner_of
     if not picked and method.name != "linear_probe":
         raise MedpeftError(_fits_nothing(network, method, target, unfit))
-    return Picked(sites, list(owner_of))
+    adapted = [site.name for site in sites] if method.adapter is not None else owner_of.values()
+    return Picked(sites, list(owner_of), asked.narrowed(adapted))
 
 
-def _selected(network: Network, request: Request) -> Iterator[tuple[str, str]]:
+def offers_of(
+    network: Network, method: Method, options: Mapping[str, Any], *, targeted: bool
+) -> list[Site | Unfit]:
+    """List what an additive method fits, every place by its own options, in the order of the model."""
+    assert method.adapter is not None
+    site_options = method.options_of_sites(options)
+    different = choices(site_options)
+    if len(different) == 1:
+        return list(method.adapter.sites(network, targeted=targeted, **different[0]))
+    offers: list[Site | Unfit] = []
+    for choice in different:
+        for_all = method.adapter.sites(network, targeted=targeted, **choice)
+        offers += [offer for offer in for_all if at(site_options, offer.name) == choice]
+    order = {name: number for number, name in enumerate(network.modules)}
+    return sorted(offers, key=lambda offer: order[offer.name])
+
+
+def _selected(network: Network, method: Method, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the names of the existing parameters that a method trains, each with its layer.
 
     The original of a pruned or parametrised tensor is shown to the method as that tensor.
     """
-    method = request.method
     predicate: Any = method.define
-    options = method.options_of_adapter(request.options)
+    options = method.options_of_adapter(options)
     if method.adapter is not None:
         if method.selects is None:
             return
@@ -69,7 +92,7 @@ def _selected(network: Network, request: Request) -> Iterator[tuple[str, str]]:
             continue
         if network.in_head(owner):
             continue
-        if predicate(stands_for, parameter, network.layer(owner), **options):
+        if predicate(stands_for, parameter, network.layer(owner), **at(options, owner)):
             yield name, owner
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters import by_place
 from ..adapters.batchnorm import statistics_names
 from ..adapters.options import require_common, require_options
 from ..adapters.record import Applied, BatchNormPolicy
 from ..adapters.registry import Method, find
-from ..adapters.requests import Methods, Request, resolve
+from ..adapters.requests import Methods, resolve
 from ..architecture.head import Head, find_head
 from ..architecture.layers import within
 from ..architecture.network import Network
@@ -21,7 +22,7 @@ from ..architecture.targets import Target
 from ..errors import listed, require
 from ..table import Row, Table, heading
 from .build import Planned, build, count_new, in_order
-from .pick import pick
+from .pick import offers_of, pick
 from .refusals import refuse
 
 
@@ -72,7 +73,8 @@ class Plan:
             if name in self.selected:
                 owner = modules[name.rpartition(".")[0]]
                 rows.append(Row(self.selected[name], name, type(owner).__name__, parameter.numel()))
-        return Table(heading(self.record.name, type(self.model).__name__, self.record.depth), rows)
+        title = heading(self.record.name, type(self.model).__name__, self.record.depth)
+        return Table(title, rows, notes=by_place.notes(self.record.methods))
 
     @property
     def trainable(self) -> int:
@@ -114,8 +116,10 @@ def plan(
     network = Network(model, find_head(model, head), depth)
     sites: list[Planned] = []
     selected: dict[str, str] = {}
+    methods: list[tuple[Method, dict[str, Any]]] = []
     for request in requests:
         picked = pick(network, request, target, exclude)
+        methods.append((request.method, picked.options))
         sites += [Planned(request.method, site) for site in picked.sites]
         for name in picked.parameters:
             selected.setdefault(name, request.method.name)
@@ -127,14 +131,14 @@ def plan(
         f"{method!r} would train nothing: {type(model).__name__} has no head; pass head='name'.",
     )
     sites = _with_added_tokens(in_order(sites))
-    record = _record(network, requests, sites, selected, batchnorm, keep_base)
+    record = _record(network, methods, sites, selected, batchnorm, keep_base)
     record.seed, record.dtype = seed, dtype
-    return Plan(model, [(request.method, request.options) for request in requests], sites, selected, record)
+    return Plan(model, methods, sites, selected, record)
 
 
 def _record(
     network: Network,
-    requests: list[Request],
+    methods: list[tuple[Method, dict[str, Any]]],
     sites: list[Planned],
     selected: dict[str, str],
     batchnorm: BatchNormPolicy | None,
@@ -144,14 +148,14 @@ def _record(
 
     By default full fine-tuning adapts the statistics of BatchNorms, and keeps no second copy of everything.
     """
-    is_full = any(request.method.name == "full" for request in requests)
+    is_full = any(method.name == "full" for method, _ in methods)
     if batchnorm is None:
         batchnorm = "adapt" if is_full else "frozen"
     require_options("", {"batchnorm": batchnorm}, {"batchnorm": BatchNormPolicy})
     if keep_base is None:
         keep_base = not is_full
     return Applied(
-        methods={request.method.name: request.options for request in requests},
+        methods={method.name: options for method, options in methods},
         sites=[(planned.method.name, planned.site.name, planned.site.weight) for planned in sites],
         selected=selected,
         head=network.head,
@@ -196,11 +200,10 @@ def plan_from(model: nn.Module, record: Applied) -> Plan:
 def _all_sites(network: Network, method: Method, options: dict[str, Any]) -> dict[tuple[str, str], Site]:
     """Map every site that the method fits, with or without a target, by layer and weight."""
     require(method.adapter is not None, f"{method.name!r} adds no adapters.")
-    assert method.adapter is not None
     sites: dict[tuple[str, str], Site] = {}
     for targeted in (False, True):
         # A method may fit layers only with a target, and others only without one.
-        for site in method.adapter.sites(network, targeted=targeted, **method.options_of_sites(options)):
+        for site in offers_of(network, method, options, targeted=targeted):
             if isinstance(site, Site):
                 sites[site.name, site.weight] = site
     return sites

@@ -79,7 +79,7 @@ HOSTILE = {
     "no document": with_header('{"__metadata__": {"format": "pt"}}'),
     "document no JSON": with_header('{"__metadata__": {"medpeft": "hello"}}'),
     "document deep": with_header(json.dumps({"__metadata__": {"medpeft": "[" * 90_000}})),
-    "later schema": with_header(json.dumps({"__metadata__": {"medpeft": '{"schema": 2}'}})),
+    "later schema": with_header(json.dumps({"__metadata__": {"medpeft": '{"schema": 3}'}})),
     "no schema": with_header(json.dumps({"__metadata__": {"medpeft": '{"schema": true}'}})),
 }
 

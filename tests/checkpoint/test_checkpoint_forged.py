@@ -90,6 +90,24 @@ def test_forged_options_are_refused_without_memory_or_time(whole, tmp_path):
     assert grown < 300 * 1024
 
 
+def test_forged_options_by_place_are_exact_or_refused(whole, tmp_path):
+    options = medpeft.inspect(whole[0]).methods["lora"]
+    for value in (
+        {"body": 2},
+        {"body": 3},
+        {"*": 2},
+        {"body": 2, "head": 2},
+        {},
+        {"body": {"body": 2}},
+        {"body": 10**9},
+    ):
+        methods = {"lora": options | {"rank": value}, "bn": {}}
+        data = forged(whole, tmp_path / "f", methods=methods, schema=2)
+        summary_is_whole_or_refused(data)
+        loaded = attempt(data, whole[1])
+        assert value == {"body": 2} or not loaded
+
+
 def test_forged_names_never_reach_other_tensors(whole, tmp_path):
     said = medpeft.inspect(whole[0]).document
     own = "body.adapters.lora.down"

@@ -27,6 +27,9 @@ def test_options_of_a_union_name_their_method():
         TrainerError, match=r"could be for any of lora, ssf\. Say for which: --option lora\.rank=4"
     ):
         options_of("lora+ssf", {"rank": "4"})
+    by_place = {"attention": 16, "*": 4}
+    assert options_of("lora", {"rank": by_place}) == options_of("lora", {"rank": str(by_place)})
+    assert options_of("lora+ssf", {"lora": {"rank": by_place}})["lora"] == {"rank": by_place}
     with pytest.raises(TrainerError, match=r"--option bn\.x is for 'bn', and --method is lora"):
         options_of("lora", {"bn.x": "1"})
 

@@ -1,4 +1,4 @@
-"""Write the golden files of the present schema: `python tests/golden/write.py`, once for a schema, never again.
+"""Write the golden files: `python tests/golden/write.py`. Each is in the folder of the first schema that can say it.
 
 Files that exist are left alone: that old ones stay readable is what they are there to show.
 """
@@ -10,9 +10,8 @@ from model import base_of, example, fill
 from safetensors.torch import load_file, save_file
 
 import medpeft
-from medpeft.checkpoint.header import SCHEMA
 
-HERE = Path(__file__).parent / f"schema{SCHEMA}"
+HERE = Path(__file__).parent
 
 CASES = {
     **{name: (name, {}) for name in medpeft.methods()},
@@ -31,13 +30,20 @@ CASES = {
     "no_head": ("ssf", {"head": None}),
 }
 
+OF_SCHEMA_2 = {
+    "lora_by_place": (
+        {"lora": {"rank": {"*.qkv": 3, "*": 2}, "alpha": {"*.fc1": 4}, "parts": {"*.qkv": "v"}}},
+        {"target": "linear"},
+    ),
+}
 
-def write():
+
+def write(folder, cases):
     """One file a case, and the outputs of all in `outputs.safetensors`."""
-    HERE.mkdir(exist_ok=True)
-    outputs = HERE / "outputs.safetensors"
+    folder.mkdir(exist_ok=True)
+    outputs = folder / "outputs.safetensors"
     found = load_file(outputs) if outputs.exists() else {}
-    for case, (method, options) in CASES.items():
+    for case, (method, options) in cases.items():
         if case in found:
             continue
         model = medpeft.apply(base_of(case), method, seed=3, **options).eval()
@@ -50,9 +56,12 @@ def write():
                 if name in changed and tensor.is_floating_point():
                     tensor.copy_(before[name] + 0.25 * tensor)
             found[case] = model(example())
-        medpeft.save(model, HERE / f"{case}.safetensors", metadata={"classes": ["a", "b", "c"], "case": case})
+        medpeft.save(
+            model, folder / f"{case}.safetensors", metadata={"classes": ["a", "b", "c"], "case": case}
+        )
     save_file(found, outputs)
 
 
 if __name__ == "__main__":
-    write()
+    write(HERE / "schema1", CASES)
+    write(HERE / "schema2", OF_SCHEMA_2)

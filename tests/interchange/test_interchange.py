@@ -152,15 +152,15 @@ def test_a_file_that_changes_one_of_several_parts_loads(tmp_path):
     assert close(output(back, example("vit")), output(model, example("vit")))
 
 
-def test_ranks_that_are_filled_up_still_train(tmp_path):
-    trained_by_peft(
-        make("vit"), tmp_path, r=4, target_modules=["qkv", "proj"], rank_pattern={"blocks.0.attn.qkv": 2}
-    )
+def test_every_layer_gets_its_own_rank_there_and_back(tmp_path):
+    pattern = {"blocks.0.attn.qkv": 2}
+    trained_by_peft(make("vit"), tmp_path, r=4, target_modules=["qkv", "proj"], rank_pattern=pattern)
     model = from_peft(make("vit"), tmp_path)
-    output(model, example("vit")).sum().backward()
-    up = model.blocks[0].attn.qkv.adapters.lora.up
-    assert torch.equal(up[:, 2:], torch.zeros_like(up[:, 2:]))
-    assert bool((up.grad[:16, 2:] != 0).all())
+    assert model.blocks[0].attn.qkv.adapters.lora.rank == 2
+    assert model.blocks[0].attn.proj.adapters.lora.rank == model.blocks[1].attn.qkv.adapters.lora.rank == 4
+    to_peft(model, tmp_path)
+    again = from_peft(make("vit"), tmp_path)
+    assert close(output(again, example("vit")), output(model, example("vit")))
 
 
 @pytest.mark.parametrize(
@@ -168,6 +168,7 @@ def test_ranks_that_are_filled_up_still_train(tmp_path):
     [
         ("vit", "lora+bias", {}, "the methods lora+bias: these files hold LoRA alone"),
         ("vit", "ssf", {}, "the methods ssf"),
+        ("vit", "lora", {"dropout": {"blocks.0": 0.1}}, "dropout by place: these files have one for all"),
         ("vit", "lora", {"dora": True}, "blocks.0.attn.qkv: DoRA is not written"),
         ("beit", "lora", {}, "blocks.0.attn.qkv: other code reads its weight without calling it"),
         ("multihead_attention", "lora", {}, "attn: other code reads its weight without calling it"),
@@ -188,7 +189,7 @@ def test_nothing_is_written_while_the_values_of_the_base_are_in_place(switch, tm
     model = adapted("vit")
     with (
         switch(model),
-        pytest.raises(medpeft.CheckpointError, match=r"Leave medpeft\.disabled or medpeft\.merged"),
+        pytest.raises(medpeft.CheckpointError, match=r"Leave medpeft\.disabled, scaled or merged"),
     ):
         to_peft(model, tmp_path)
     assert list(tmp_path.iterdir()) == []

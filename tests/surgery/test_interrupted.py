@@ -211,12 +211,18 @@ def within(context):
     return call
 
 
+def scaled_twice(model):
+    with medpeft.scaled(model, 0.5), medpeft.scaled(model, 0.25):
+        pass
+
+
 CALLS = {
     "remove": medpeft.remove,
     "merge": medpeft.merge,
     "merge after a comparison": lambda model: medpeft.merge(model, example_input=torch.ones(4, 6)),
     "merged": within(medpeft.merged),
     "disabled": within(medpeft.disabled),
+    "scaled within scaled": scaled_twice,
 }
 
 

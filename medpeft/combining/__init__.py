@@ -1,0 +1,1 @@
+"""SEVERAL ADAPTERS of one base made into one."""
