@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.aside import recovered
 from ..checkpoint.file import parse
 from ..checkpoint.writing import write
 from ..errors import CheckpointError
 from ..sharding import is_first
-from .lora_file import LoRAFile, pair_up, read, scale
-from .transfer import apply_file, export_factors
+from .formats import DIFFUSERS
+from .lora_file import LoRAFile, read, sort
+from .matrices import Factors
+from .peft_config import scale
+from .transfer import apply_file, export
 
 # Models of a pipeline, by which the keys of a file may begin.
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
@@ -52,12 +54,14 @@ def to_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component: s
         ...     print(*sorted(load_file(f"{directory}/lora.safetensors")))
         unet.0.lora_A.weight unet.0.lora_B.weight
     """
-    factors = export_factors(recovered(model, "to_diffusers"), with_head=False)
     tensors = {}
-    for name, layer in factors.items():
-        tensors[f"{component}.{name}.lora_A.weight"] = layer.A
+    for name, change in export(recovered(model, "to_diffusers"), DIFFUSERS).items():
+        assert isinstance(change, Factors)
+        tensors[f"{component}.{name}.lora_A.weight"] = change.A
         # Without an alpha, diffusers takes a factor of 1.
-        tensors[f"{component}.{name}.lora_B.weight"] = layer.B * layer.scale
+        tensors[f"{component}.{name}.lora_B.weight"] = change.B * change.scale
+        if change.magnitude is not None:
+            tensors[f"{component}.{name}.lora_magnitude_vector"] = change.magnitude
     if is_first(model.parameters()):
         write(os.fspath(path), tensors, {"format": "pt"})
 
@@ -88,7 +92,7 @@ def from_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component:
         >>> medpeft.report(loaded).trainable
         16
     """
-    return apply_file(model, _read_file(model, os.fspath(path), component), head=None, dropout=0.0)
+    return apply_file(model, _read_file(model, os.fspath(path), component), DIFFUSERS)
 
 
 def _read_file(model: nn.Module, path: str, component: str) -> LoRAFile:
@@ -103,10 +107,16 @@ def _read_file(model: nn.Module, path: str, component: str) -> LoRAFile:
             raise CheckpointError(f"{missing}: its keys begin with {first!r}.")
     config = _below(prefix, _configuration(metadata, path))
     tensors = _below(prefix, tensors)
-    alphas = _pop_alphas(tensors)
     if "lora_alpha" in config:
-        return pair_up(path, tensors, partial(scale, config))
-    return pair_up(path, tensors, lambda layer, rank: alphas.get(layer, rank) / rank)
+        return sort(path, tensors, lambda layer, rank, alpha: scale(config, layer, rank), DIFFUSERS.methods)
+    return sort(path, tensors, _scale, DIFFUSERS.methods)
+
+
+def _scale(layer: str, rank: int, alpha: float | None) -> float:
+    """Compute α/r; 1 without an α."""
+    if alpha is None:
+        return 1.0
+    return alpha / rank
 
 
 def _configuration(metadata: Mapping[str, str], path: str) -> dict[str, Any]:
@@ -120,16 +130,3 @@ def _configuration(metadata: Mapping[str, str], path: str) -> dict[str, Any]:
 def _below(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
     """Take the values whose names begin with a prefix, by their names without it."""
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-
-
-def _pop_alphas(tensors: dict[str, Tensor]) -> dict[str, float]:
-    """Take the α of every layer out of the tensors, where older releases put them."""
-    alphas = {}
-    for key in list(tensors):
-        if not key.endswith(".alpha"):
-            continue
-        alpha = tensors.pop(key)
-        if alpha.numel() != 1:
-            raise CheckpointError(f"{key!r} is no single number but of shape {tuple(alpha.shape)}.")
-        alphas[key.removesuffix(".alpha")] = float(alpha)
-    return alphas

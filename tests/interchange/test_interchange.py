@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from lora_files import PEFT_WARNINGS, close, refused
+from lora_files import PEFT_WARNINGS, close, refused, trained_by_peft
 from models import example, make, output, randomise_adapters
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -59,18 +59,6 @@ def test_peft_loads_what_medpeft_wrote_and_computes_the_same(case, tmp_path):
     # Of PiSSA and OLoRA the file holds the change alone.
     if "init" not in options:
         assert medpeft.report(back).trainable == medpeft.report(model).trainable
-
-
-def trained_by_peft(base, tmp_path, **options):
-    """A model of peft's, its factors drawn anew, and its files."""
-    model = peft.get_peft_model(base, peft.LoraConfig(**options))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    model.save_pretrained(tmp_path)
-    return model.eval()
 
 
 @pytest.mark.parametrize(
@@ -166,11 +154,17 @@ def test_ranks_that_are_filled_up_still_train(tmp_path):
 @pytest.mark.parametrize(
     ("family", "method", "options", "reason"),
     [
-        ("vit", "lora+bias", {}, "the methods lora+bias: these files hold LoRA alone"),
+        ("vit", "lora+norm", {}, "the methods lora+norm: these files hold lora, loha, lokr alone"),
         ("vit", "ssf", {}, "the methods ssf"),
-        ("vit", "lora", {"dora": True}, "blocks.0.attn.qkv: DoRA is not written"),
         ("beit", "lora", {}, "blocks.0.attn.qkv: other code reads its weight without calling it"),
-        ("multihead_attention", "lora", {}, "attn: other code reads its weight without calling it"),
+        ("multihead_attention", "lora", {"dora": True}, "attn: DoRA in nn.MultiheadAttention is nothing"),
+        (
+            "transformer_encoder",
+            "lora",
+            {"head": None},
+            "layers.0.self_attn: other code reads its weight without calling it",
+        ),
+        ("multihead_attention_of_other_widths", "lora", {}, "attn: other code reads its weight without"),
         ("resnet", "lora", {"batchnorm": "adapt"}, "adapting BatchNorm statistics"),
         ("regnet", "lora", {"target": "conv"}, "peft's convolutions ignore groups"),
     ],
@@ -197,9 +191,10 @@ def test_nothing_is_written_while_the_values_of_the_base_are_in_place(switch, tm
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"use_dora": True}, "use_dora=True"),
+        ({"use_dora": True}, "use_dora=True, and 'blocks.0.attn.qkv' has no lora_magnitude_vector"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
-        ({"bias": "all"}, "bias='all'"),
+        ({"bias": "some"}, "bias='some'"),
+        ({"lora_bias": True}, "lora_bias=True"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"alpha_pattern": {r"blocks\.(a+)+$": 3}}, "medpeft reads names of layers alone"),
         ({"lora_alpha": "4"}, "lora_alpha='4'"),
@@ -233,7 +228,7 @@ def test_files_that_do_not_fit_name_every_reason(tmp_path):
         from_peft, make("vit"), tmp_path, "'head.bias': (3,) int64 in the file, (3,) float64 in the model"
     )
     save_file(tensors | {first.replace("lora_B.weight", "lora_magnitude_vector"): torch.zeros(3)}, path)
-    refused(from_peft, make("vit"), tmp_path, "lora_magnitude_vector")
+    refused(from_peft, make("vit"), tmp_path, "'blocks.0.attn.qkv' has a lora_magnitude_vector")
     path.write_bytes(path.read_bytes()[:-1])
     refused(from_peft, make("vit"), tmp_path, "cut off")
     path.unlink()
