@@ -34,6 +34,7 @@ PARTS = {
     "lora_magnitude_vector.weight": "magnitude",
     "dora_scale": "dora_scale",
     "alpha": "alpha",
+    "lora.alpha": "alpha",
 }
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")

@@ -113,7 +113,7 @@ def sort(path: str, tensors: Mapping[str, Tensor], scale: Scale, methods: tuple[
 
 def _taken_apart(key: str) -> tuple[str, str]:
     """Split a key into a layer and the part of its change; the part is "" for any other tensor."""
-    for pieces in (1, 2, 3):
+    for pieces in (3, 2, 1):
         words = key.rsplit(".", pieces)
         part = PARTS.get(".".join(words[1:]))
         if len(words) > pieces and part is not None:
@@ -123,7 +123,7 @@ def _taken_apart(key: str) -> tuple[str, str]:
 
 def _has_change(layer: str, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file changes a layer; else its "alpha" is a parameter of the model that has this name."""
-    return any(f"{layer}.{suffix}" in tensors for suffix in PARTS if suffix != "alpha")
+    return any(f"{layer}.{suffix}" in tensors for suffix in PARTS if not suffix.endswith("alpha"))
 
 
 def _require_known(path: str, key: str) -> None:
