@@ -40,7 +40,7 @@ _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 PARTS.update({part: part for part in (*_LOHA, *_LOKR)})
 
-_VECTORS = ("alpha", "magnitude", "dora_scale")
+_VECTORS = ("magnitude", "dora_scale")
 
 
 def make_change(
@@ -88,14 +88,20 @@ def _require_matrices(what: str, parts: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{what}: {part} is of {tensor.dtype}, which LoRA is not kept in.")
         if part == "alpha" and tensor.numel() != 1:
             raise CheckpointError(f"{what}: alpha is no single number but of shape {shape}.")
-        if part not in _VECTORS and (tensor.ndim < 2 or tensor.numel() == 0):
-            raise CheckpointError(f"{what}: {part} is no matrix but of shape {shape}.")
+        axes = 2
+        if part in _VECTORS:
+            axes = 1
+        if part != "alpha" and (tensor.ndim < axes or tensor.numel() == 0):
+            raise CheckpointError(f"{what}: {part} has {axes} axes at least, and is of shape {shape}.")
 
 
 def _pop_lora(what: str, parts: dict[str, Tensor], scale: Callable[[int], float]) -> Factors:
     """Take A and B of LoRA out of the parts, and what goes with them."""
     if "embedding_A" in parts:
-        A, B = parts.pop("embedding_B").t(), parts.pop("embedding_A").t()  # (dim, r), (r, rows), transposed
+        A, B = (
+            parts.pop("embedding_B").transpose(0, 1),
+            parts.pop("embedding_A").transpose(0, 1),
+        )  # (dim, r), (r, rows), transposed
     else:
         A, B = parts.pop("A"), parts.pop("B")
     magnitude = parts.pop("magnitude", None)
@@ -123,7 +129,7 @@ def _pop_product(parts: dict[str, Tensor], name: str, core: str) -> Product:
     up, down = parts.pop(f"{name}_a"), parts.pop(f"{name}_b")
     if core not in parts:
         return Product(up, down)
-    return Product(up.t(), down, parts.pop(core))  # (r, out) → (out, r)
+    return Product(up.transpose(0, 1), down, parts.pop(core))  # (r, out) → (out, r)
 
 
 def _rank(value: Tensor | Product) -> int:

@@ -69,6 +69,8 @@ def inexpressible(network: Network, name: str, adapter: nn.Module, into: Format)
     """Say why a library cannot compute what the adapter of a layer does; "" if it can."""
     if not isinstance(adapter, (LoRA, LoHa, LoKr)):
         return ""
+    if not name:
+        return f"the model is itself the layer, and {into.name} names layers of a model: wrap it in one"
     layer: Any = network.modules[name]
     method = _method(adapter)
     weight = weight_name(adapter)
@@ -93,7 +95,11 @@ def inexpressible(network: Network, name: str, adapter: nn.Module, into: Format)
 
 def _method(adapter: Adapter) -> str:
     """Name of the method of an adapter."""
-    return {LoRA: "lora", LoHa: "loha", LoKr: "lokr"}[type(adapter)]
+    if isinstance(adapter, LoRA):
+        return "lora"
+    if isinstance(adapter, LoHa):
+        return "loha"
+    return "lokr"
 
 
 def _with_dora(adapter: Adapter, reason: str) -> str:

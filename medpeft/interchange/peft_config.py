@@ -110,7 +110,7 @@ def read_configuration(path: str) -> dict[str, Any]:
     with opened(path) as file:
         config = parse(file.read(MAX_HEADER), path)
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise CheckpointError(
             f"{path} is of peft_type {clip(repr(kind))}; medpeft reads {', '.join(KINDS)}. Merge it into the "
             "weights with peft (merge_and_unload), and load these."

@@ -24,8 +24,9 @@ from ..formulas.lora import LoRA
 from ..sharding import reshard
 from ..surgery.apply import carry_out
 from ..surgery.build import build
+from ..surgery.install import Built
 from ..surgery.plan import Plan, plan
-from .changes import Change
+from .changes import Change, parts_of
 from .formats import Format, attention_around, in_whole_attention, inexpressible
 from .hadamard import hadamard_of, options_of_loha
 from .kronecker import kronecker_of, options_of_lokr
@@ -33,6 +34,11 @@ from .lora_file import LoRAFile
 from .matrices import Factors, changed_parts, columns_by_part, factors_of
 
 _BIASES = ("bias", "bitfit")
+
+# Ranks are filled up to the largest, for which a file may ask in one small layer. So many numbers are always
+# made, and beyond that so many times those that the file holds.
+_LARGEST = 2**26
+_MOST_TIMES = 100
 
 
 def export(adapted: Adapted, into: Format) -> dict[str, Change]:
@@ -57,15 +63,20 @@ def export(adapted: Adapted, into: Format) -> dict[str, Change]:
                 reason = f"it has two adapters, and {into.name} reads one a layer"
             if reason:
                 problems.append(f"{name}: {reason}")
-            elif isinstance(adapter, LoRA):
-                changes[name] = factors_of(layer, adapter)
-            elif isinstance(adapter, LoHa):
-                changes[name] = hadamard_of(adapter)
-            elif isinstance(adapter, LoKr):
-                changes[name] = kronecker_of(adapter)
+            elif isinstance(adapter, (LoRA, LoHa, LoKr)):
+                changes[name] = _change_of(layer, adapter)
     if problems:
         raise CheckpointError("\n  ".join([f"This model cannot be written for {into.name}:", *problems]))
     return changes
+
+
+def _change_of(layer: nn.Module, adapter: LoRA | LoHa | LoKr) -> Change:
+    """Copy the change that an adapter makes to its layer."""
+    if isinstance(adapter, LoRA):
+        return factors_of(layer, adapter)
+    if isinstance(adapter, LoHa):
+        return hadamard_of(adapter)
+    return kronecker_of(adapter)
 
 
 def _inexpressible_options(record: Applied, into: Format) -> list[str]:
@@ -109,9 +120,11 @@ def apply_file(
     others = _without_frozen(model, file.others)
     try:
         planned = _plan(model, file.changes, head, options or {})
-        problems = [*_misfits(planned, file.changes, source), *_misfits_of_head(planned, others)]
+        shapes = build(planned.model, planned.sites, planned.record, shapes_only=True)
+        problems = [*_misfits(planned, shapes, file.changes, source), *_misfits_of_head(planned, others)]
         if problems:
             raise CheckpointError("\n  " + as_lines(problems))
+        _require_bounded(shapes, file)
         built = build(planned.model, planned.sites, planned.record)
         for item in built:
             file.changes[item.site.name].fill(item.adapter, item.site)
@@ -191,10 +204,11 @@ def _options_of_lora(changes: Mapping[str, Factors], sites: Mapping[str, Site]) 
     return {"parts": "".join(sorted(parts)) or "qkvo", "rank": rank, "dora": bool(with_norms)}
 
 
-def _misfits(planned: Plan, changes: Mapping[str, Change], source: Format) -> Iterator[str]:
+def _misfits(
+    planned: Plan, built: list[Built], changes: Mapping[str, Change], source: Format
+) -> Iterator[str]:
     """List every layer of a file that does not fit the plan."""
     network = Network(planned.model)
-    built = build(planned.model, planned.sites, planned.record, shapes_only=True)
     sites = {item.site.name: (item.site, item.adapter) for item in built}
     for layer, change in changes.items():
         if layer in sites:
@@ -209,6 +223,18 @@ def _misfits(planned: Plan, changes: Mapping[str, Change], source: Format) -> It
             reason = f"{source.name} adapts nn.MultiheadAttention as a whole, and the file holds half of it"
         if reason:
             yield f"{layer!r}: {reason}"
+
+
+def _require_bounded(shapes: list[Built], file: LoRAFile) -> None:
+    """Refuse a file in which one large rank would fill up all other layers beyond measure."""
+    needed = sum(p.numel() for item in shapes for p in item.adapter.parameters())
+    held = sum(tensor.numel() for change in file.changes.values() for tensor in parts_of(change).values())
+    if needed > max(_LARGEST, _MOST_TIMES * held):
+        ranks = sorted(change.rank for change in file.changes.values())
+        raise CheckpointError(
+            f"its layers have ranks from {ranks[0]} to {ranks[-1]}; all at the largest would be {needed:,} "
+            f"numbers, and the file has {held:,}. Merge it into the weights with the library that wrote it."
+        )
 
 
 def _whole_attention(network: Network, layer: str, changes: Mapping[str, Change]) -> bool:

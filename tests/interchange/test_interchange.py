@@ -193,6 +193,7 @@ def test_nothing_is_written_while_the_values_of_the_base_are_in_place(switch, tm
     [
         ({"use_dora": True}, "use_dora=True, and 'blocks.0.attn.qkv' has no lora_magnitude_vector"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"peft_type": ["LORA"]}, "is of peft_type"),
         ({"bias": "some"}, "bias='some'"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),

@@ -179,3 +179,20 @@ def test_damaged_tensors_are_refused_and_leave_the_model(tmp_path):
             refused(from_kohya, make("vit"), path, str(path), prefix="lycoris")
         save_file(whole | {key: torch.full_like(tensor, float("nan"))}, path)
         refused(from_kohya, make("vit"), path, "not finite", prefix="lycoris")
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "shape"),
+    [("lora", "dora_scale", ()), ("loha", "hada_w1_a", (2, 2, 2)), ("lokr", "lokr_w2_a", (1, 2, 2))],
+)
+def test_tensors_of_other_axes_are_refused(method, part, shape, tmp_path):
+    options = {"lora": {"dora": True}, "loha": {"tucker": True}, "lokr": {"tucker": True, "factor": 2}}[
+        method
+    ]
+    path = tmp_path / "a.safetensors"
+    model = medpeft.apply(make("monai_densenet"), method, target="*.conv2", head=None, rank=1, **options)
+    to_kohya(model, path, prefix="lycoris")
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith(part))
+    save_file(tensors | {key: torch.ones(shape)}, path)
+    refused(from_kohya, make("monai_densenet"), path, str(path), prefix="lycoris")

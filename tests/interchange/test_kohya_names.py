@@ -162,3 +162,17 @@ def test_names_of_another_model_are_told_by_their_layout(key, reason, tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({f"{key}.lora_down.weight": torch.ones(1, 4), f"{key}.lora_up.weight": torch.ones(4, 1)}, path)
     refused(from_kohya, linears("a"), path, reason)
+
+
+def test_a_rank_that_would_fill_up_every_other_layer_is_refused(tmp_path):
+    def build():
+        return nn.Sequential(nn.Linear(1, 1), nn.Linear(1024, 1024))
+
+    path = tmp_path / "a.safetensors"
+    ranks = {"0": (1, 2**17), "1": (1024, 1)}
+    tensors = {}
+    for layer, (width, rank) in ranks.items():
+        tensors[f"lycoris_{layer}.lora_down.weight"] = torch.ones(rank, width)
+        tensors[f"lycoris_{layer}.lora_up.weight"] = torch.ones(width, rank)
+    save_file(tensors, path)
+    refused(from_kohya, build(), path, "ranks from 1 to 131072", prefix="lycoris")
