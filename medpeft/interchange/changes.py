@@ -98,10 +98,9 @@ def _require_matrices(what: str, parts: Mapping[str, Tensor]) -> None:
 def _pop_lora(what: str, parts: dict[str, Tensor], scale: Callable[[int], float]) -> Factors:
     """Take A and B of LoRA out of the parts, and what goes with them."""
     if "embedding_A" in parts:
-        A, B = (
-            parts.pop("embedding_B").transpose(0, 1),
-            parts.pop("embedding_A").transpose(0, 1),
-        )  # (dim, r), (r, rows), transposed
+        # peft's B is (dim, r) and its A (r, rows): those of the transposed weight.
+        A = parts.pop("embedding_B").transpose(0, 1)  # (dim, r) → (r, dim)
+        B = parts.pop("embedding_A").transpose(0, 1)  # (r, rows) → (rows, r)
     else:
         A, B = parts.pop("A"), parts.pop("B")
     magnitude = parts.pop("magnitude", None)

@@ -72,8 +72,11 @@ def read_by_lycoris(base, path):
 
 
 @pytest.mark.filterwarnings("ignore")  # LyCORIS'
-@pytest.mark.parametrize("family", ["vit", "monai_densenet"])
-@pytest.mark.parametrize("case", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [("vit", case) for case in ALGORITHMS if "core" not in case]
+    + [("monai_densenet", case) for case in ALGORITHMS if "scalar" not in case],
+)
 def test_files_of_lycoris_are_read_and_written_with_the_same_outputs(family, case, tmp_path):
     path, x = tmp_path / "a.safetensors", example(family)
     theirs = trained_by_lycoris(make(family), path, **ALGORITHMS[case])
@@ -164,7 +167,11 @@ def test_what_these_files_cannot_hold_is_named(family, method, options, reason, 
 
 def test_damaged_tensors_are_refused_and_leave_the_model(tmp_path):
     path = tmp_path / "a.safetensors"
-    methods = {"lora": {"target": "*.qkv"}, "loha": {"target": "*.fc1"}, "lokr": {"target": "*.proj"}}
+    methods = {
+        "lora": {"target": "blocks.0.attn.qkv"},
+        "loha": {"target": "blocks.0.mlp.fc1"},
+        "lokr": {"target": "blocks.0.attn.proj"},
+    }
     to_kohya(medpeft.apply(make("vit"), methods, head=None), path, prefix="lycoris")
     whole = load_file(path)
     for key, tensor in whole.items():
