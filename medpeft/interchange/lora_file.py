@@ -30,6 +30,7 @@ _FOREIGN = {
     ".b1.": "GLoRA",
     ".q_layer.": "T-LoRA",
     ".diff": "whole differences of weights",
+    ".bias_indices": "differences of biases",
     ".w_norm": "trained norms",
     ".b_norm": "trained norms",
     ".lora": "a LoRA",
