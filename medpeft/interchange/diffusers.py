@@ -7,22 +7,31 @@ releases are read, too. diffusers itself is not needed.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from ..adapters.aside import recovered
 from ..checkpoint.file import parse
+from ..checkpoint.messages import clip
 from ..checkpoint.writing import write
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listed
 from ..sharding import is_first
-from .lora_file import LoRAFile, pair_up, read, scale
-from .transfer import apply_file, export_factors
+from .formats import DIFFUSERS
+from .lora_file import LoRAFile, read, sort
+from .matrices import Factors
+from .peft_config import scale
+from .transfer import apply_file, export
 
 # Models of a pipeline, by which the keys of a file may begin.
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+
+# Keys of older releases, by which an attention held all LoRA of its projections.
+_OF_PROCESSORS = re.compile(
+    r"(\w+)(?:\.processor)?\.to_(q|k|v|out)_(lora\.(?:down\.weight|up\.weight|alpha))$"
+)
 
 Value = TypeVar("Value")
 
@@ -52,12 +61,17 @@ def to_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component: s
         ...     print(*sorted(load_file(f"{directory}/lora.safetensors")))
         unet.0.lora_A.weight unet.0.lora_B.weight
     """
-    factors = export_factors(recovered(model, "to_diffusers"), with_head=False)
     tensors = {}
-    for name, layer in factors.items():
-        tensors[f"{component}.{name}.lora_A.weight"] = layer.A
+    for name, change in export(recovered(model, "to_diffusers"), DIFFUSERS).items():
+        assert isinstance(change, Factors)
+        tensors[f"{component}.{name}.lora_A.weight"] = change.A
         # Without an alpha, diffusers takes a factor of 1.
-        tensors[f"{component}.{name}.lora_B.weight"] = layer.B * layer.scale
+        tensors[f"{component}.{name}.lora_B.weight"] = change.B * change.scale
+        if change.magnitude is not None:
+            norms = change.magnitude
+            if change.A.ndim > 2:
+                norms = norms.view(1, -1, *[1] * (change.A.ndim - 2))  # (out,) → (1, out, 1 …)
+            tensors[f"{component}.{name}.lora_magnitude_vector.weight"] = norms
     if is_first(model.parameters()):
         write(os.fspath(path), tensors, {"format": "pt"})
 
@@ -88,7 +102,7 @@ def from_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component:
         >>> medpeft.report(loaded).trainable
         16
     """
-    return apply_file(model, _read_file(model, os.fspath(path), component), head=None, dropout=0.0)
+    return apply_file(model, _read_file(model, os.fspath(path), component), DIFFUSERS)
 
 
 def _read_file(model: nn.Module, path: str, component: str) -> LoRAFile:
@@ -97,16 +111,63 @@ def _read_file(model: nn.Module, path: str, component: str) -> LoRAFile:
     prefix = f"{component}."
     if not any(key.startswith(prefix) for key in tensors):
         prefix = ""
-        first = next(iter(tensors), "").partition(".")[0]
-        if first in _COMPONENTS and not hasattr(model, first):
-            missing = f"{path} has nothing for component={component!r}"
-            raise CheckpointError(f"{missing}: its keys begin with {first!r}.")
+        _require_no_component(model, path, component, tensors)
     config = _below(prefix, _configuration(metadata, path))
-    tensors = _below(prefix, tensors)
-    alphas = _pop_alphas(tensors)
+    tensors = _renamed(model, _below(prefix, tensors), path)
     if "lora_alpha" in config:
-        return pair_up(path, tensors, partial(scale, config))
-    return pair_up(path, tensors, lambda layer, rank: alphas.get(layer, rank) / rank)
+        return sort(path, tensors, lambda layer, rank, alpha: scale(config, layer, rank), DIFFUSERS.methods)
+    return sort(path, tensors, _scale, DIFFUSERS.methods)
+
+
+def _require_no_component(model: nn.Module, path: str, component: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a file whose keys begin with the names of other models of a pipeline, or in kohya's way."""
+    firsts = {key.partition(".")[0] for key in tensors}
+    others = sorted(first for first in firsts if first in _COMPONENTS and not hasattr(model, first))
+    if others:
+        raise CheckpointError(
+            f"{path} has nothing for component={component!r}: its keys begin with {listed(others)}. Pass "
+            f"component={others[0]!r} together with that model of the pipeline."
+        )
+    if any(first.startswith(("lora_unet_", "lora_te", "lycoris_")) for first in firsts):
+        raise CheckpointError(f"{path} is a file of kohya's scripts or LyCORIS: read it by from_kohya.")
+
+
+def _renamed(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """Name tensors as today's diffusers does, where a file has the keys of older releases."""
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = _OF_PROCESSORS.sub(_by_layer, key)
+        name = _as_in(model, name)
+        if name in renamed:
+            raise CheckpointError(f"{path} holds {clip(repr(name))} twice, by two spellings.")
+        renamed[name] = tensor
+    return renamed
+
+
+def _by_layer(match: re.Match[str]) -> str:
+    """Name the projection of a text encoder or of a denoiser that an older key of its attention names."""
+    attention, projection, rest = match.groups()
+    names = {"out": "to_out.0"}
+    if attention == "self_attn":
+        names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
+    return f"{attention}.{names.get(projection, f'to_{projection}')}.{rest}"
+
+
+def _as_in(model: nn.Module, name: str) -> str:
+    """Name a tensor below `text_model` where the text encoder has that module, as before transformers 5."""
+    below = name.removeprefix("text_model.")
+    if hasattr(model, "text_model"):
+        if below.startswith(("encoder.", "embeddings.")):
+            return f"text_model.{below}"
+        return name
+    return below
+
+
+def _scale(layer: str, rank: int, alpha: float | None) -> float:
+    """Compute α/r; 1 without an α."""
+    if alpha is None:
+        return 1.0
+    return alpha / rank
 
 
 def _configuration(metadata: Mapping[str, str], path: str) -> dict[str, Any]:
@@ -120,16 +181,3 @@ def _configuration(metadata: Mapping[str, str], path: str) -> dict[str, Any]:
 def _below(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
     """Take the values whose names begin with a prefix, by their names without it."""
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-
-
-def _pop_alphas(tensors: dict[str, Tensor]) -> dict[str, float]:
-    """Take the α of every layer out of the tensors, where older releases put them."""
-    alphas = {}
-    for key in list(tensors):
-        if not key.endswith(".alpha"):
-            continue
-        alpha = tensors.pop(key)
-        if alpha.numel() != 1:
-            raise CheckpointError(f"{key!r} is no single number but of shape {tuple(alpha.shape)}.")
-        alphas[key.removesuffix(".alpha")] = float(alpha)
-    return alphas

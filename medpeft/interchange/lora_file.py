@@ -1,115 +1,137 @@
-"""The LoRA file of another library: its pairs of A and B, the factor of each, and its other tensors."""
+"""The file of another library: the change that it makes to each layer, and its other tensors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from ..checkpoint.file import read_layout, read_tensors
+from ..checkpoint.messages import clip
 from ..checkpoint.source import opened
 from ..errors import CheckpointError
-from .matrices import Factors
+from .changes import MERGE_THERE, PARTS, Change, make_change
 
-# peft's names of A and B, and those of diffusers before it took over peft's.
-_SUFFIXES = (("lora_A.weight", "lora_B.weight"), ("lora.down.weight", "lora.up.weight"))
+Scale = Callable[[str, int, float | None], float]
+"""Computes the factor of a change from the name of its layer, its rank (0 for none) and the file's α."""
 
-# Characters that make a regular expression of a name.
-_OPERATORS = frozenset("*+?[](){}|\\$")
+# Pieces of keys by which other layouts are recognised.
+_FOREIGN = {
+    ".lora_B.bias": "a LoRA with a bias of B (lora_bias=True)",
+    ".oft_": "OFT",
+    ".boft_": "BOFT",
+    ".ia3_l": "(IA)³",
+    ".on_input": "(IA)³",
+    ".vera_": "VeRA",
+    ".a1.": "GLoRA",
+    ".b1.": "GLoRA",
+    ".q_layer.": "T-LoRA",
+    ".diff": "whole differences of weights",
+    ".bias_indices": "differences of biases",
+    ".w_norm": "trained norms",
+    ".b_norm": "trained norms",
+    ".lora": "a LoRA",
+    "_lora.": "a LoRA",
+    ".hada_": "a LoHa",
+    ".lokr_": "a LoKr",
+}
+_NEEDED = "lora_A.weight and lora_B.weight (lora_down, lora_up)"
 
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """A LoRA file in the names of the model.
+    """A file in the names of the model.
 
     Attributes:
         name: Path of the file, for messages.
-        factors: LoRA by name of the layer.
+        changes: LoRA, LoHa or LoKr by name of the layer.
         others: Every other tensor, by its name in the model; those of a trained head.
     """
 
     name: str
-    factors: dict[str, Factors]
+    changes: dict[str, Change]
     others: dict[str, Tensor]
 
 
 def read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a safetensors file: its tensors by name, and the texts beside them."""
+    """Read a safetensors file: its tensors by name, and the texts beside them.
+
+    Raises:
+        CheckpointError: it is damaged, or a value is not finite.
+    """
     with opened(path) as file:
         layout = read_layout(file, path)
-        return read_tensors(file, layout, path), layout.metadata
+        tensors = read_tensors(file, layout, path)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            tensors[key] = tensor.float()  # torch computes nothing in 8 bits.
+        if not torch.isfinite(tensors[key]).all():
+            raise CheckpointError(f"{path} holds values in {clip(key)!r} that are not finite.")
+    return tensors, layout.metadata
 
 
-def pair_up(path: str, tensors: Mapping[str, Tensor], factor: Callable[[str, int], float]) -> LoRAFile:
-    """Sort tensors into the A and B of every layer, and the others.
+def sort(path: str, tensors: Mapping[str, Tensor], scale: Scale, methods: tuple[str, ...]) -> LoRAFile:
+    """Sort tensors into the change of every layer, and the others.
 
-    `factor` computes the factor of B·A from a layer's name and rank.
-
-    Raises:
-        CheckpointError: there is no pair, an A or B is alone or no matrix, or another tensor is LoRA's.
-    """
-    factors: dict[str, Factors] = {}
-    others = dict(tensors)
-    for suffix_a, suffix_b in _SUFFIXES:
-        for key in tensors:
-            layer = key.removesuffix(f".{suffix_a}")
-            partner = f"{layer}.{suffix_b}"
-            if layer == key or partner not in tensors:
-                continue
-            A, B = others.pop(key), others.pop(partner)
-            if not _is_matrix(A) or not _is_matrix(B):
-                raise CheckpointError(f"{path} holds an A or B that is no matrix.")
-            factors[layer] = Factors(A, B, factor(layer, A.shape[0]))
-    unknown = [key for key in others if "lora" in key.lower()]
-    if unknown or not factors:
-        shown = next(iter(unknown or others), "nothing")
-        names = "lora_A.weight and lora_B.weight (lora.down, lora.up)"
-        raise CheckpointError(f"{path} holds {shown!r}, which is no pair of {names}.")
-    return LoRAFile(path, factors, others)
-
-
-def _is_matrix(tensor: Tensor) -> bool:
-    """Whether a tensor has rows and, beside them, another axis."""
-    return tensor.ndim >= 2 and len(tensor) > 0
-
-
-def scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """Compute the factor of a layer's B·A from peft's configuration: α/r, or α/√r with `use_rslora`.
+    Args:
+        path: The file, for messages.
+        tensors: Its tensors, by names that begin with that of a layer.
+        scale: Computes the factor of a change.
+        methods: Those that the file may hold.
 
     Raises:
-        CheckpointError: α is no number, or `alpha_pattern` has an expression in place of a name.
+        CheckpointError: there is no change, a part of one is missing or no matrix, or another tensor belongs
+            to a method that medpeft does not read.
     """
-    alpha = _alpha(config, layer, rank)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise CheckpointError(f"lora_alpha={alpha!r} of {layer!r} is no number.")
-    if config.get("use_rslora"):
-        return alpha / math.sqrt(rank)
-    return alpha / rank
+    parts: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        layer, part = _taken_apart(key)
+        if not part or (part == "alpha" and not _has_change(layer, tensors)):
+            others[key] = tensor
+        elif part in parts.setdefault(layer, {}):
+            raise CheckpointError(f"{path} holds {part} of {clip(layer)!r} twice, by two spellings.")
+        else:
+            parts[layer][part] = tensor
+    for key in others:
+        _require_known(path, key)
+    if not parts:
+        shown = clip(next(iter(others), "nothing"))
+        raise CheckpointError(f"{path} holds {shown!r}, which is no pair of {_NEEDED}.")
+    changes = {}
+    for layer, found in parts.items():
+        change = make_change(f"{path}: {clip(layer)!r}", found, partial(scale, layer))
+        changes[layer] = change
+        if change.method not in methods:
+            raise CheckpointError(
+                f"{path} holds {change.method} of {clip(layer)!r}, not {' or '.join(methods)}."
+            )
+    return LoRAFile(path, changes, others)
 
 
-def _alpha(config: Mapping[str, Any], layer: str, rank: int) -> Any:
-    """Find α of a layer: that of the first pattern that names it, else the one of all layers."""
-    patterns = config.get("alpha_pattern")
-    if isinstance(patterns, dict):
-        for pattern, alpha in patterns.items():
-            if _names(pattern, layer):
-                return alpha
-    return config.get("lora_alpha", rank)
+def _taken_apart(key: str) -> tuple[str, str]:
+    """Split a key into a layer and the part of its change; the part is "" for any other tensor."""
+    for pieces in (3, 2, 1):
+        words = key.rsplit(".", pieces)
+        part = PARTS.get(".".join(words[1:]))
+        if len(words) > pieces and part is not None:
+            return words[0], part
+    return key, ""
 
 
-def _names(pattern: str, layer: str) -> bool:
-    """Whether peft's pattern names the layer.
+def _has_change(layer: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file changes a layer; else its "alpha" is a parameter of the model that has this name."""
+    return any(f"{layer}.{suffix}" in tensors for suffix in PARTS if not suffix.endswith("alpha"))
 
-    peft takes it for a regular expression. Here it has to be a name: an expression could run for ever.
-    """
-    name = pattern.removeprefix("^").replace("\\.", ".")
-    if not _OPERATORS.isdisjoint(name):
-        raise CheckpointError(
-            f"alpha_pattern has the expression {pattern!r}; medpeft reads names of layers alone.",
-        )
-    if layer == name:
-        return True
-    return not pattern.startswith("^") and layer.endswith(f".{name}")
+
+def _require_known(path: str, key: str) -> None:
+    """Refuse a tensor of a method that medpeft does not read."""
+    for piece, layout in _FOREIGN.items():
+        if piece in key:
+            raise CheckpointError(
+                f"{path} holds {clip(key)!r}, which is no pair of {_NEEDED}, no LoHa and no LoKr, but part "
+                f"of {layout}. {MERGE_THERE}"
+            )

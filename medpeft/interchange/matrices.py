@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import weight_name
-from ..architecture.convolution import slides_plainly
 from ..architecture.layers import outputs_first
-from ..architecture.network import Network
 from ..architecture.rows import Rows
 from ..architecture.site import Site
 from ..checkpoint.save import plain
 from ..formulas.lora import LoRA
 from ..sharding import whole
+from .products import Product, described, fits, without_ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,59 +27,73 @@ class Factors:
         A: (r, fan-in), or (r, channels, kernel …) for a convolution.
         B: (out, r), or (out, r, 1 …) for a convolution.
         scale: The factor of the product.
+        magnitude: Norm of every output row, (out,), with DoRA; else None.
+        core: (r, r, kernel …) between B and A, (r, channels), in Tucker's form of a convolution; else None.
     """
 
+    method: ClassVar[str] = "lora"
     A: Tensor
     B: Tensor
     scale: float
+    magnitude: Tensor | None = None
+    core: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """r, summed over the parts of a fused projection."""
         return self.A.shape[0]
 
-
-def inexpressible(network: Network, name: str, adapter: nn.Module) -> str:
-    """Say why peft cannot compute what the adapter of a layer does; "" if it can, or if it is no LoRA."""
-    layer: Any = network.modules[name]
-    if not isinstance(adapter, LoRA):
+    def misshapen(self, site: Site) -> str:
+        """Say why A and B do not fit a layer; "" if they do."""
+        host = site.host
+        shape_a = (self.rank, *host.shape[1:])
+        shape_b = (host.shape[0], self.rank, *[1] * (host.ndim - 2))
+        in_file = tuple(self.A.shape), tuple(self.B.shape)
+        if self.core is not None:
+            product = Product(self.B.flatten(1), self.A.flatten(1), self.core)
+            if not fits(product, host.shape[0], host.shape[1], tuple(host.shape[2:])):
+                return f"{described(product)} in the file does not make {tuple(host.shape)}"
+        elif tuple(map(without_ones, in_file)) != (without_ones(shape_a), without_ones(shape_b)):
+            return f"A {in_file[0]} and B {in_file[1]} in the file, {shape_a} and {shape_b} fit the layer"
+        if self.magnitude is not None and self.magnitude.shape != host.shape[:1]:
+            return (
+                f"{tuple(self.magnitude.shape)} norms in the file, {tuple(host.shape[:1])} rows in the layer"
+            )
+        if site.rows and _changes_beside(self.B, site.rows):
+            return "the file changes rows of the layer that are neither query, key nor value"
         return ""
-    if adapter.magnitude is not None:
-        return "DoRA is not written"
-    if adapter.bias is not None:
-        return "a bias of its own is not written: use bias=False"
-    if adapter.kind not in ("linear", "conv"):
-        return f"{type(layer).__name__} is no Linear and no convolution"
-    if weight_name(adapter) != "weight" or network.readers(network.modules[name], "weight", "bias"):
-        return "other code reads its weight without calling it, so that peft's wrapper would not act"
-    if adapter.kind == "conv":
-        return _ignored_by_peft(layer)
-    return ""
 
+    @torch.no_grad()
+    def fill(self, adapter: nn.Module, site: Site) -> None:
+        """Put A and B into an adapter.
 
-def _ignored_by_peft(layer: Any) -> str:
-    """Say what of a convolution peft's own convolutions leave out; "" if nothing."""
-    ignored = []
-    if layer.groups != 1:
-        ignored.append("groups")
-    if layer.padding_mode != "zeros":
-        ignored.append("padding_mode")
-    if set(layer.dilation) != {1}:
-        ignored.append("dilation")
-    if not slides_plainly(layer):
-        ignored.append("what this class does to its weight or input")
-    if not ignored:
-        return ""
-    return f"peft's convolutions ignore {' and '.join(ignored)}"
+        If its rank is larger, the other rows of its A keep their random start, the other columns of its B
+        are 0.
+        """
+        assert isinstance(adapter, LoRA)
+        product = Product(self.B.flatten(1), self.A.flatten(1), self.core).without_core()
+        A, B = product.down, product.up  # (r, fan-in), (out, r)
+        by_part = _channels_by_part(adapter.rows, len(B))
+        adapter.up.zero_()
+        row = 0
+        for part, (indices, columns) in enumerate(zip(by_part, columns_by_part(self, site), strict=True)):
+            first = part * adapter.rank
+            rows = slice(row, row + len(indices))
+            adapter.down[first : first + len(columns)] = A[columns].to(adapter.down)
+            adapter.up[rows, : len(columns)] = B[indices][:, columns].to(adapter.up) * self.scale
+            if adapter.magnitude is not None and self.magnitude is not None:
+                adapter.magnitude[rows] = self.magnitude[indices].to(adapter.magnitude)
+            row += len(indices)
 
 
 def factors_of(layer: nn.Module, adapter: LoRA) -> Factors:
     """Write an adapter as one A and one B of its whole layer.
 
     Each part of a fused projection has its own A. These are stacked, and B is block-diagonal. PiSSA and OLoRA
-    get a second block, which takes off the product they started from.
+    get a second block, which takes off the product they started from. With DoRA, rows of no part keep their
+    norm.
     """
-    own: Any = layer._parameters["weight"]
+    own: Any = layer._parameters[weight_name(adapter)]
     weight = outputs_first(layer, own)
     channels = weight.shape[0]
     downs, ups = [whole(adapter.down)], [whole(adapter.up)]
@@ -99,29 +112,26 @@ def factors_of(layer: nn.Module, adapter: LoRA) -> Factors:
     if adapter.kind == "conv":
         A = A.view(-1, *weight.shape[1:])  # (r, fan-in) → (r, channels, kernel …)
         B = B.view(*B.shape, *[1] * (weight.ndim - 2))  # (out, r) → (out, r, 1 …)
-    return Factors(plain(A), plain(B), float(adapter.scale))
+    magnitude = None
+    if adapter.magnitude is not None:
+        magnitude = _norms_of_rows(whole(weight).flatten(1))  # (out, in, …) → (out, fan-in)
+        for indices, part in zip(by_part, whole(adapter.magnitude).split(adapter.sizes), strict=True):
+            magnitude[indices] = part.to(magnitude)
+        magnitude = plain(magnitude)
+    return Factors(plain(A), plain(B), float(adapter.scale), magnitude)
 
 
-@torch.no_grad()
-def fill(adapter: LoRA, site: Site, factors: Factors) -> None:
-    """Put A and B into an adapter.
-
-    If its rank is larger, the other rows of its A keep their random start, the other columns of its B are 0.
-    """
-    A = factors.A.flatten(1)  # (r, channels, kernel …) → (r, fan-in)
-    B = factors.B.flatten(1) * factors.scale  # (out, r, 1 …) → (out, r)
-    by_part = _channels_by_part(adapter.rows, len(B))
-    adapter.up.zero_()
-    row = 0
-    for part, (indices, columns) in enumerate(zip(by_part, columns_by_part(factors, site), strict=True)):
-        first = part * adapter.rank
-        adapter.down[first : first + len(columns)] = A[columns].to(adapter.down)
-        adapter.up[row : row + len(indices), : len(columns)] = B[indices][:, columns].to(adapter.up)
-        row += len(indices)
+def _norms_of_rows(matrix: Tensor) -> Tensor:
+    """Measure every row in float32 or wider."""
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    norms: Tensor = torch.linalg.vector_norm(wide, dim=1)
+    return norms
 
 
 def changed_parts(factors: Factors, site: Site) -> str:
-    """Letters of the parts of a layer that B changes; all of them if it changes none."""
+    """Letters of the parts of a layer that B changes; all of them if it changes none, and with DoRA."""
+    if factors.magnitude is not None:
+        return site.parts
     B = factors.B.flatten(1)  # (out, r, 1 …) → (out, r)
     if len(B) != site.host.shape[0]:
         return site.parts
@@ -145,21 +155,6 @@ def columns_by_part(factors: Factors, site: Site) -> list[list[int]]:
     if not any(used):
         return [every] * len(used)
     return used
-
-
-def misshapen(factors: Factors, site: Site) -> str:
-    """Say why A and B do not fit a layer; "" if they do."""
-    host = site.host
-    shape_a = (factors.rank, *host.shape[1:])
-    shape_b = (host.shape[0], factors.rank, *[1] * (host.ndim - 2))
-    in_file = tuple(factors.A.shape), tuple(factors.B.shape)
-    if in_file != (shape_a, shape_b):
-        return f"A {in_file[0]} and B {in_file[1]} in the file, {shape_a} and {shape_b} fit the layer"
-    if not factors.A.is_floating_point() or not factors.B.is_floating_point():
-        return f"A and B are {factors.A.dtype} and {factors.B.dtype}"
-    if site.rows and _changes_beside(factors.B, site.rows):
-        return "the file changes rows of the layer that are neither query, key nor value"
-    return ""
 
 
 def _changes_beside(B: Tensor, rows: Sequence[Rows]) -> bool:

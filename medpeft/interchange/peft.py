@@ -8,40 +8,43 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adapters.aside import recovered
 from ..adapters.record import Adapted, require_applied
 from ..adapters.running import switching
 from ..architecture.head import Head
-from ..checkpoint.file import MAX_HEADER, parse
+from ..architecture.layers import CONVS
+from ..checkpoint.messages import clip
 from ..checkpoint.save import plain
-from ..checkpoint.source import opened
 from ..checkpoint.writing import write
 from ..errors import CheckpointError
 from ..sharding import is_first
-from .lora_file import LoRAFile, pair_up, read, scale
+from .changes import Change, parts_of
+from .formats import PEFT, attention_around
+from .lora_file import LoRAFile, read, sort
 from .matrices import Factors
-from .transfer import apply_file, export_factors
+from .peft_config import KINDS, describe, read_configuration, scale
+from .transfer import apply_file, export
 
 _PREFIX = "base_model.model."
 _TENSORS = "adapter_model.safetensors"
 _CONFIGURATION = "adapter_config.json"
 
-# Options with which peft computes something that `lora` does not.
-_REFUSED = (
-    "use_dora", "lora_bias", "fan_in_fan_out", "layer_replication", "target_parameters",
-    "trainable_token_indices", "use_qalora", "use_bdlora", "alora_invocation_tokens", "megatron_config",
-    "arrow_config",
-)  # fmt: skip
+# The projection that peft adapts within an adapted attention.
+_OUT = ".base_layer.out_proj"
 
-# Starts that leave the base as it is, so that the file's A and B say everything.
-_PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
+# peft 0.21 adds the change of that projection twice: in `MultiheadAttention.merge`, and by the merge of the
+# projection itself that is called there. So the attention computes with B·A doubled, in training as well.
+_TIMES = 2.0
+
+_LORA = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_EMBEDDING = {"A": "lora_embedding_B", "B": "lora_embedding_A"}
 
 
 def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -72,77 +75,95 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     require_applied(model)
     with switching(model, "to_peft"):  # So that no other thread puts another head in meanwhile.
         adapted = recovered(model, "to_peft")
-        factors = export_factors(adapted, with_head=True)
-        tensors = _renamed(factors) | _head_tensors(model, adapted.record.head)
-        config = _configuration(adapted, factors)
+        changes = _with_whole_attentions(model, _of_one_method(export(adapted, PEFT)))
+        targets = {name: change for name, change in changes.items() if _OUT not in name}
+        tensors = _renamed(model, changes) | _trained(adapted, targets)
+        config = describe(adapted, targets)
         if is_first(model.parameters()):
             write(os.path.join(directory, _TENSORS), tensors, {"format": "pt"})
             _write_json(os.path.join(directory, _CONFIGURATION), config)
 
 
-def _renamed(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """Name every A and B as peft does."""
+def _of_one_method(changes: dict[str, Change]) -> dict[str, Change]:
+    """Refuse changes of several methods."""
+    methods = sorted({change.method for change in changes.values()})
+    if len(methods) > 1:
+        raise CheckpointError(f"The model has {' and '.join(methods)}, and a file of peft holds one method.")
+    return changes
+
+
+def _with_whole_attentions(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
+    """Give both projections of an `nn.MultiheadAttention` a LoRA of one rank and a factor of 1, as peft does.
+
+    A projection that is not adapted gets one of zeros.
+    """
+    complete = dict(changes)
+    for name in changes:
+        attention = model.get_submodule(attention_around(name))
+        if not isinstance(attention, nn.MultiheadAttention):
+            continue
+        name = attention_around(name)
+        inner, outer = f"{name}.out_proj", f"{name}{_OUT}"
+        if outer in complete:
+            continue
+        entering, leaving = complete.pop(name, None), complete.pop(inner, None)
+        rank = max(change.rank for change in (entering, leaving) if change is not None)
+        assert attention.in_proj_weight is not None
+        complete[name] = _of_rank(rank, entering, attention.in_proj_weight)
+        complete[outer] = _of_rank(rank, leaving, attention.out_proj.weight, 1 / _TIMES)
+    return complete
+
+
+def _of_rank(rank: int, change: Change | None, weight: Tensor, times: float = 1.0) -> Factors:
+    """Fill a LoRA up with zeros to a rank, its factor and another one in B; without one, with zeros alone."""
+    outputs, inputs = weight.shape
+    A, B = torch.zeros(rank, inputs, dtype=weight.dtype), torch.zeros(outputs, rank, dtype=weight.dtype)
+    if isinstance(change, Factors):
+        A, B = A.to(change.A.dtype), B.to(change.B.dtype)
+        A[: change.rank] = change.A
+        B[:, : change.rank] = change.B * (change.scale * times)
+    return Factors(A, B, 1.0)
+
+
+def _renamed(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Tensor]:
+    """Name every tensor of the changes as peft does."""
     tensors = {}
-    for name, layer in factors.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = layer.A
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = layer.B
+    for name, change in changes.items():
+        layer = model.get_submodule(name.replace(".base_layer.", "."))
+        for part, tensor in parts_of(change).items():
+            key = _LORA.get(part, part)
+            if isinstance(layer, nn.Embedding):
+                key = _EMBEDDING[part]
+                tensor = tensor.t().contiguous()  # (dim, r) and (r, rows)
+            elif part == "magnitude" and isinstance(layer, CONVS):
+                tensor = tensor.view(1, -1, *[1] * (layer.weight.ndim - 2))  # (out,) → (1, out, 1 …)
+            elif part.startswith("hada_t") and tensor.ndim == 3:
+                tensor = tensor[..., None]  # (r, r, kernel) → (r, r, kernel, 1)
+            tensors[f"{_PREFIX}{name}.{key}"] = tensor
     return tensors
 
 
-def _head_tensors(model: nn.Module, head: Iterable[str]) -> dict[str, Tensor]:
-    """Copy the tensors of the head, named as peft does."""
-    tensors = {}
-    for module in head:
+def _trained(adapted: Adapted, targets: Mapping[str, Change]) -> dict[str, Tensor]:
+    """Copy the tensors of the head and the trained biases, named as peft does."""
+    model, tensors = adapted.model, {}
+    for module in adapted.record.head:
         for name, tensor in model.get_submodule(module).state_dict(prefix=f"{module}.").items():
             tensors[f"{_PREFIX}{name}"] = plain(tensor).clone()
+    for name, tensor in adapted.trained.items():
+        if adapted.record.selected.get(name) != "head":
+            tensors[f"{_PREFIX}{_below_wrappers(name, targets)}"] = plain(tensor).clone()
     return tensors
 
 
-def _configuration(adapted: Adapted, factors: Mapping[str, Factors]) -> dict[str, Any]:
-    """Describe LoRA to peft: the most frequent rank and its α, and a pattern for each layer that differs."""
-    ranks = Counter(layer.rank for layer in factors.values())
-    rank = ranks.most_common(1)[0][0]
-    alphas = {name: layer.scale * layer.rank for name, layer in factors.items()}
-    alpha = next(alphas[name] for name, layer in factors.items() if layer.rank == rank)
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": adapted.record.methods["lora"]["dropout"],
-        "target_modules": _target_modules(adapted.model, list(factors)),
-        "modules_to_save": list(adapted.record.head) or None,
-        "rank_pattern": _exceptions({name: layer.rank for name, layer in factors.items()}, rank),
-        "alpha_pattern": _exceptions(alphas, alpha),
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-    }
-
-
-def _target_modules(model: nn.Module, layers: list[str]) -> list[str] | str:
-    """Name the layers as peft reads them.
-
-    peft takes every module whose name ends in a listed one. Where that would be too many, the names form one
-    expression, which has to match the whole name of a module.
-    """
-    endings = tuple(f".{layer}" for layer in layers)
-    for name, _ in model.named_modules():
-        if name.endswith(endings) and name not in layers:
-            return "|".join(map(_escaped, layers))
-    return layers
-
-
-def _exceptions(values: Mapping[str, float], common: float) -> dict[str, float]:
-    """Take the values that differ from the common one, by an expression that matches their layer alone."""
-    return {f"^{_escaped(name)}": value for name, value in values.items() if value != common}
-
-
-def _escaped(name: str) -> str:
-    return name.replace(".", r"\.")
+def _below_wrappers(name: str, targets: Mapping[str, Change]) -> str:
+    """Name a bias as in peft's model, where an adapted layer is `base_layer` within a wrapper."""
+    layer, _, bias = name.rpartition(".")
+    attention = attention_around(layer)
+    if layer in targets:
+        return f"{layer}.base_layer.{bias}"
+    if attention in targets:
+        return f"{attention}{_OUT}.base_layer.{bias}"
+    return name
 
 
 def _write_json(path: str, content: Mapping[str, Any]) -> None:
@@ -188,11 +209,25 @@ def from_peft(
         >>> medpeft.report(loaded).trainable == medpeft.report(model).trainable
         True
     """
-    config = _read_configuration(os.path.join(directory, _CONFIGURATION))
+    config = read_configuration(os.path.join(directory, _CONFIGURATION))
     file = _read_file(os.path.join(directory, _TENSORS), config)
-    if dropout is None:
-        dropout = config.get("lora_dropout", 0.0)
-    return apply_file(model, file, head=head, dropout=dropout)
+    _require_norms(file, config)
+    return apply_file(model, file, PEFT, head=head, options=_options(file, config, dropout))
+
+
+def _options(file: LoRAFile, config: Mapping[str, Any], dropout: float | None) -> dict[str, dict[str, Any]]:
+    """Name the options that come from peft's configuration, and the biases that it trained."""
+    options: dict[str, dict[str, Any]] = {}
+    if config["peft_type"] == "LORA":
+        if dropout is None:
+            dropout = config.get("lora_dropout", 0.0)
+        options["lora"] = {"dropout": dropout}
+    bias = config.get("bias", "none")
+    if bias == "all":
+        options["bias"] = {}
+    elif bias == "lora_only":
+        options["bias"] = {"target": lambda name, layer: name in file.changes}
+    return options
 
 
 def _read_file(path: str, config: Mapping[str, Any]) -> LoRAFile:
@@ -200,30 +235,34 @@ def _read_file(path: str, config: Mapping[str, Any]) -> LoRAFile:
     tensors = {}
     for key, tensor in read(path)[0].items():
         tensors[key.removeprefix(_PREFIX).replace(".modules_to_save.default.", ".")] = tensor
-    return pair_up(path, tensors, partial(scale, config))
+    file = sort(path, tensors, partial(_scale, config), (KINDS[config["peft_type"]],))
+    changes = {_without_wrappers(name): change for name, change in file.changes.items()}
+    others = {_without_wrappers(name): tensor for name, tensor in file.others.items()}
+    return LoRAFile(path, changes, others)
 
 
-def _read_configuration(path: str) -> dict[str, Any]:
-    """Read peft's configuration, and refuse one that asks for more than LoRA."""
-    with opened(path) as file:
-        config = parse(file.read(MAX_HEADER), path)
-    kind = config.get("peft_type") if isinstance(config, dict) else None
-    if kind != "LORA":
-        raise CheckpointError(f"{path} is of peft_type {kind!r}; medpeft reads LORA.")
-    refused = _refused_options(config)
-    if refused:
-        raise CheckpointError(f"{path} asks for what 'lora' here does not compute: {', '.join(refused)}.")
-    return dict(config)
+def _scale(config: Mapping[str, Any], layer: str, rank: int, alpha: float | None) -> float:
+    """Compute the factor with which peft adds a layer's change, one within an attention included."""
+    factor = scale(config, layer.partition(".base_layer.")[0], rank)
+    if layer.endswith(_OUT):
+        return factor * _TIMES
+    return factor
 
 
-def _refused_options(config: Mapping[str, Any]) -> list[str]:
-    """List the options with which peft computes something else than LoRA."""
-    refused = [f"{key}={config[key]!r}" for key in _REFUSED if config.get(key)]
-    bias = config.get("bias", "none")
-    if bias != "none":
-        refused.append(f"{bias=}")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start not in _PLAIN_STARTS:
-        hint = "peft changes the base then: save with path_initial_model_for_weight_conversion"
-        refused.append(f"init_lora_weights={start!r} ({hint})")
-    return refused
+def _require_norms(file: LoRAFile, config: Mapping[str, Any]) -> None:
+    """Refuse a file whose configuration and tensors disagree about DoRA."""
+    for layer, change in file.changes.items():
+        has_norms = isinstance(change, Factors) and change.magnitude is not None
+        expected = bool(config.get("use_dora"))
+        if has_norms != expected:
+            count = "no"
+            if has_norms:
+                count = "a"
+            raise CheckpointError(
+                f"{file.name}: the configuration says use_dora={expected}, and {clip(layer)!r} has {count} "
+                "lora_magnitude_vector."
+            )
+
+
+def _without_wrappers(name: str) -> str:
+    return name.replace(".base_layer.", ".")

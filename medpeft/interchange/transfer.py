@@ -1,4 +1,4 @@
-"""LoRA of a whole model: out of it as factors, and from a file into it."""
+"""The changes of a whole model: out of it, and from a file into it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,40 @@ from ..adapters.record import Adapted, Applied, own_tensors, trained_tensors
 from ..architecture.head import Head
 from ..architecture.layers import within
 from ..architecture.network import Network
+from ..architecture.site import Site
 from ..checkpoint.compatibility import require_nothing_else_trains, require_values
 from ..checkpoint.file import short
 from ..checkpoint.fingerprint import class_of
+from ..checkpoint.messages import as_lines
 from ..errors import CheckpointError, MedpeftError
+from ..formulas.loha import LoHa
+from ..formulas.lokr import LoKr
 from ..formulas.lora import LoRA
 from ..sharding import reshard
 from ..surgery.apply import carry_out
 from ..surgery.build import build
+from ..surgery.install import Built
 from ..surgery.plan import Plan, plan
+from .changes import Change, parts_of
+from .formats import Format, attention_around, in_whole_attention, inexpressible
+from .hadamard import hadamard_of, options_of_loha
+from .kronecker import kronecker_of, options_of_lokr
 from .lora_file import LoRAFile
-from .matrices import Factors, changed_parts, columns_by_part, factors_of, fill, inexpressible, misshapen
+from .matrices import Factors, changed_parts, columns_by_part, factors_of
+
+_BIASES = ("bias", "bitfit")
+
+# Ranks are filled up to the largest, for which a file may ask in one small layer. So many numbers are always
+# made, and beyond that so many times those that the file holds.
+_LARGEST = 2**26
+_MOST_TIMES = 100
 
 
-def export_factors(adapted: Adapted, *, with_head: bool) -> dict[str, Factors]:
-    """Take the factors of every layer from an adapted model, by name of the layer.
-
-    `with_head` says whether the format has room for a head.
+def export(adapted: Adapted, into: Format) -> dict[str, Change]:
+    """Take the change of every layer from an adapted model, by name of the layer.
 
     Raises:
-        CheckpointError: something cannot be expressed; all of it is named.
+        CheckpointError: the format cannot express something; all of it is named.
     """
     model = adapted.model
     reshard(model)
@@ -40,38 +54,67 @@ def export_factors(adapted: Adapted, *, with_head: bool) -> dict[str, Factors]:
     require_nothing_else_trains(model, adapted.record)
     if not adapted.acting:
         raise CheckpointError("Leave medpeft.disabled, scaled or merged first: its head is not as trained.")
-    problems = _inexpressible_options(adapted.record, with_head)
-    factors: dict[str, Factors] = {}
+    problems = _inexpressible_options(adapted.record, into)
+    changes: dict[str, Change] = {}
     network = Network(model)
     for name, layer, adapters in adapted.layers:
         for _, adapter in adapters.adapters():
-            reason = inexpressible(network, name, adapter)
+            reason = inexpressible(network, name, adapter, into)
+            if not reason and name in changes:
+                reason = f"it has two adapters, and {into.name} reads one a layer"
             if reason:
                 problems.append(f"{name}: {reason}")
-            elif isinstance(adapter, LoRA):
-                factors[name] = factors_of(layer, adapter)
+            elif isinstance(adapter, (LoRA, LoHa, LoKr)):
+                changes[name] = _change_of(layer, adapter)
     if problems:
-        heading = "This model cannot be written as LoRA of peft or diffusers:"
-        raise CheckpointError("\n  ".join([heading, *problems]))
-    return factors
+        raise CheckpointError("\n  ".join([f"This model cannot be written for {into.name}:", *problems]))
+    return changes
 
 
-def _inexpressible_options(record: Applied, with_head: bool) -> list[str]:
-    """List the methods and options beside LoRA that have no place in the file."""
+def _change_of(layer: nn.Module, adapter: LoRA | LoHa | LoKr) -> Change:
+    """Copy the change that an adapter makes to its layer."""
+    if isinstance(adapter, LoRA):
+        return factors_of(layer, adapter)
+    if isinstance(adapter, LoHa):
+        return hadamard_of(adapter)
+    return kronecker_of(adapter)
+
+
+def _inexpressible_options(record: Applied, into: Format) -> list[str]:
+    """List the methods and options that have no place in the file."""
     problems = []
-    if "lora" not in record.methods or not set(record.methods) <= {"lora", "linear_probe"}:
-        problems.append(f"the methods {'+'.join(record.methods)}: these files hold LoRA alone")
+    held = {*into.methods, "linear_probe"}
+    if into.biases:
+        held.update(_BIASES)
+    if not set(record.methods) <= held or not set(record.methods) & set(into.methods):
+        problems.append(
+            f"the methods {'+'.join(record.methods)}: these files hold {', '.join(into.methods)} alone"
+        )
     if record.statistics:
         problems.append("adapting BatchNorm statistics: use batchnorm='frozen'")
-    if record.head and not with_head:
+    if record.head and not into.head:
         problems.append(f"the head {', '.join(record.head)}: apply with head=None")
     if isinstance(record.methods.get("lora", {}).get("dropout"), ByPlace):
         problems.append("dropout by place: these files have one for all layers")
     return problems
 
 
-def apply_file(model: nn.Module, file: LoRAFile, *, head: Head, dropout: float) -> nn.Module:
-    """Apply `lora` with a factor of 1 to the layers of a file, each with its rank, and load the file.
+def apply_file(
+    model: nn.Module,
+    file: LoRAFile,
+    source: Format,
+    *,
+    head: Head = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> nn.Module:
+    """Apply methods with a factor of 1 to the layers of a file, and load the file.
+
+    Args:
+        model: The base.
+        file: The file, in the names of the model.
+        source: Its format.
+        head: As in `apply`.
+        options: Further options by method, and selective methods that the file trained beside its own.
 
     Raises:
         CheckpointError: something does not fit. All of it is listed, and the model is untouched.
@@ -79,15 +122,15 @@ def apply_file(model: nn.Module, file: LoRAFile, *, head: Head, dropout: float) 
     require_values(model)
     others = _without_frozen(model, file.others)
     try:
-        planned = _plan(model, file.factors, head, dropout)
-        problems = [*_misfits(planned, file.factors), *_misfits_of_head(planned, others)]
+        planned = _plan(model, file.changes, head, options or {})
+        shapes = build(planned.model, planned.sites, planned.record, shapes_only=True)
+        problems = [*_misfits(planned, shapes, file.changes, source), *_misfits_of_head(planned, others)]
         if problems:
-            raise CheckpointError("\n  ".join(["", *problems]))
+            raise CheckpointError("\n  " + as_lines(problems))
+        _require_bounded(shapes, file)
         built = build(planned.model, planned.sites, planned.record)
         for item in built:
-            site, adapter = item.site, item.adapter
-            assert isinstance(adapter, LoRA)
-            fill(adapter, site, file.factors[site.name])
+            file.changes[item.site.name].fill(item.adapter, item.site)
     except MedpeftError as error:
         raise CheckpointError(f"{file.name} does not fit this {class_of(model).__name__}: {error}") from error
     carry_out(planned, built, others)
@@ -104,42 +147,103 @@ def _without_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
     return changed
 
 
-def _plan(model: nn.Module, factors: Mapping[str, Factors], head: Head, dropout: float) -> Plan:
-    """Plan `lora` at the layers of a file, each with the largest rank that any part of it needs.
+def _plan(
+    model: nn.Module, changes: Mapping[str, Change], head: Head, options: Mapping[str, Mapping[str, Any]]
+) -> Plan:
+    """Plan each method at the layers that a file changes by it.
 
-    A first plan finds the layers' parts. B then says which of them the file changes, and by how many columns.
+    A first plan finds the layers. They say which options hold the changes of all of them.
     """
-    options: dict[str, Any] = {"dropout": dropout, "target": lambda name, layer: name in factors}
-    first = plan(model, {"lora": {**options, "parts": "qkvo", "rank": 1}}, head=head)
+    names: dict[str, set[str]] = {}
+    for name, change in changes.items():
+        names.setdefault(change.method, set()).add(name)
+    requests: dict[str, dict[str, Any]] = {}
+    for method, chosen in names.items():
+        requests[method] = {"rank": 1, "target": _is_one_of(chosen)}
+    if "lora" in requests:
+        requests["lora"]["parts"] = "qkvo"
+    sites = {site.name: site for _, site in plan(model, requests, head=head).sites}
+    for method in requests:
+        requests[method].update(_options(method, changes, sites))
+    for method, further in options.items():
+        requests.setdefault(method, {}).update(further)
+    return plan(model, requests, head=head)
+
+
+def _is_one_of(names: set[str]) -> Any:
+    """Make a target of layers by their names."""
+    return lambda name, layer: name in names
+
+
+def _options(method: str, changes: Mapping[str, Change], sites: Mapping[str, Site]) -> dict[str, Any]:
+    """Choose the options of a method with which its adapters hold what a file holds."""
+    changes = {name: change for name, change in changes.items() if change.method == method}
+    sites = {name: site for name, site in sites.items() if name in changes}
+    if method == "loha":
+        return options_of_loha(changes, sites)  # type: ignore[arg-type]  # all are of this method
+    if method == "lokr":
+        return options_of_lokr(changes, sites)  # type: ignore[arg-type]  # all are of this method
+    return _options_of_lora(changes, sites)  # type: ignore[arg-type]  # all are of this method
+
+
+def _options_of_lora(changes: Mapping[str, Factors], sites: Mapping[str, Site]) -> dict[str, Any]:
+    """Choose the parts that B changes, and for each layer the largest rank that any of its parts needs.
+
+    Raises:
+        CheckpointError: some layers are DoRA and others are not.
+    """
     parts: set[str] = set()
     ranks = ByPlace()
-    for _, site in first.sites:
-        if site.weight != "weight":
-            ranks.setdefault(site.name, 1)
-            continue  # Reported later: peft adapts no other weight.
-        layer = factors[site.name]
-        parts.update(changed_parts(layer, site))
-        ranks[site.name] = max(1, *map(len, columns_by_part(layer, site)))
-    options["parts"] = "".join(sorted(parts)) or "qkvo"
-    return plan(model, {"lora": {**options, "rank": ranks or 1}}, head=head)
+    for name, site in sites.items():
+        parts.update(changed_parts(changes[name], site))
+        ranks[name] = max(1, *map(len, columns_by_part(changes[name], site)))
+    with_norms = [name for name, change in changes.items() if change.magnitude is not None]
+    if with_norms and len(with_norms) < len(changes):
+        without = next(name for name in changes if name not in with_norms)
+        raise CheckpointError(
+            f"{with_norms[0]!r} is DoRA in the file and {without!r} is not; 'lora' makes all alike."
+        )
+    return {"parts": "".join(sorted(parts)) or "qkvo", "rank": ranks or 1, "dora": bool(with_norms)}
 
 
-def _misfits(planned: Plan, factors: Mapping[str, Factors]) -> Iterator[str]:
+def _misfits(
+    planned: Plan, built: list[Built], changes: Mapping[str, Change], source: Format
+) -> Iterator[str]:
     """List every layer of a file that does not fit the plan."""
     network = Network(planned.model)
-    built = build(planned.model, planned.sites, planned.record, shapes_only=True)
     sites = {item.site.name: (item.site, item.adapter) for item in built}
-    for layer in factors:
+    for layer, change in changes.items():
         if layer in sites:
             continue
-        reason = "the model has no such layer for LoRA"
+        reason = f"the model has no such layer for {change.method}"
         if within(layer, planned.record.head):
             reason = "it is the head, trained whole: pass head=None"
         yield f"{layer!r}: in the file, but {reason}"
     for layer, (site, adapter) in sites.items():
-        reason = inexpressible(network, layer, adapter) or misshapen(factors[layer], site)
+        reason = inexpressible(network, layer, adapter, source) or changes[layer].misshapen(site)
+        if not reason and site.only_weight and not _whole_attention(network, layer, changes):
+            reason = f"{source.name} adapts nn.MultiheadAttention as a whole, and the file holds half of it"
         if reason:
             yield f"{layer!r}: {reason}"
+
+
+def _require_bounded(shapes: list[Built], file: LoRAFile) -> None:
+    """Refuse a file in which one large rank would fill up all other layers beyond measure."""
+    needed = sum(p.numel() for item in shapes for p in item.adapter.parameters())
+    held = sum(tensor.numel() for change in file.changes.values() for tensor in parts_of(change).values())
+    if needed > max(_LARGEST, _MOST_TIMES * held):
+        ranks = sorted(change.rank for change in file.changes.values())
+        raise CheckpointError(
+            f"its layers have ranks from {ranks[0]} to {ranks[-1]}; all at the largest would be {needed:,} "
+            f"numbers, and the file has {held:,}. Merge it into the weights with the library that wrote it."
+        )
+
+
+def _whole_attention(network: Network, layer: str, changes: Mapping[str, Change]) -> bool:
+    """Whether a file changes both projections of an attention, as peft does."""
+    attention = attention_around(layer)
+    both = attention in changes and f"{attention}.out_proj".lstrip(".") in changes
+    return both and in_whole_attention(network, layer)
 
 
 def _misfits_of_head(planned: Plan, tensors: Mapping[str, Tensor]) -> Iterator[str]:

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from lora_files import PEFT_WARNINGS, close, refused
+from lora_files import PEFT_WARNINGS, close, refused, trained_by_peft
 from models import example, make, output, randomise_adapters
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -59,18 +59,6 @@ def test_peft_loads_what_medpeft_wrote_and_computes_the_same(case, tmp_path):
     # Of PiSSA and OLoRA the file holds the change alone.
     if "init" not in options:
         assert medpeft.report(back).trainable == medpeft.report(model).trainable
-
-
-def trained_by_peft(base, tmp_path, **options):
-    """A model of peft's, its factors drawn anew, and its files."""
-    model = peft.get_peft_model(base, peft.LoraConfig(**options))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-    model.save_pretrained(tmp_path)
-    return model.eval()
 
 
 @pytest.mark.parametrize(
@@ -152,26 +140,32 @@ def test_a_file_that_changes_one_of_several_parts_loads(tmp_path):
     assert close(output(back, example("vit")), output(model, example("vit")))
 
 
-def test_every_layer_gets_its_own_rank_there_and_back(tmp_path):
-    pattern = {"blocks.0.attn.qkv": 2}
-    trained_by_peft(make("vit"), tmp_path, r=4, target_modules=["qkv", "proj"], rank_pattern=pattern)
+def test_ranks_that_are_filled_up_still_train(tmp_path):
+    trained_by_peft(
+        make("vit"), tmp_path, r=4, target_modules=["qkv", "proj"], rank_pattern={"blocks.0.attn.qkv": 2}
+    )
     model = from_peft(make("vit"), tmp_path)
-    assert model.blocks[0].attn.qkv.adapters.lora.rank == 2
-    assert model.blocks[0].attn.proj.adapters.lora.rank == model.blocks[1].attn.qkv.adapters.lora.rank == 4
-    to_peft(model, tmp_path)
-    again = from_peft(make("vit"), tmp_path)
-    assert close(output(again, example("vit")), output(model, example("vit")))
+    output(model, example("vit")).sum().backward()
+    up = model.blocks[0].attn.qkv.adapters.lora.up
+    assert torch.equal(up[:, 2:], torch.zeros_like(up[:, 2:]))
+    assert bool((up.grad[:16, 2:] != 0).all())
 
 
 @pytest.mark.parametrize(
     ("family", "method", "options", "reason"),
     [
-        ("vit", "lora+bias", {}, "the methods lora+bias: these files hold LoRA alone"),
+        ("vit", "lora+norm", {}, "the methods lora+norm: these files hold lora, loha, lokr alone"),
         ("vit", "ssf", {}, "the methods ssf"),
         ("vit", "lora", {"dropout": {"blocks.0": 0.1}}, "dropout by place: these files have one for all"),
-        ("vit", "lora", {"dora": True}, "blocks.0.attn.qkv: DoRA is not written"),
         ("beit", "lora", {}, "blocks.0.attn.qkv: other code reads its weight without calling it"),
-        ("multihead_attention", "lora", {}, "attn: other code reads its weight without calling it"),
+        ("multihead_attention", "lora", {"dora": True}, "attn: DoRA in nn.MultiheadAttention is nothing"),
+        (
+            "transformer_encoder",
+            "lora",
+            {"head": None},
+            "layers.0.self_attn: other code reads its weight without calling it",
+        ),
+        ("multihead_attention_of_other_widths", "lora", {}, "attn: other code reads its weight without"),
         ("resnet", "lora", {"batchnorm": "adapt"}, "adapting BatchNorm statistics"),
         ("regnet", "lora", {"target": "conv"}, "peft's convolutions ignore groups"),
     ],
@@ -189,7 +183,7 @@ def test_nothing_is_written_while_the_values_of_the_base_are_in_place(switch, tm
     model = adapted("vit")
     with (
         switch(model),
-        pytest.raises(medpeft.CheckpointError, match=r"Leave medpeft\.disabled, scaled or merged"),
+        pytest.raises(medpeft.CheckpointError, match=r"Leave medpeft\.disabled or medpeft\.merged"),
     ):
         to_peft(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -198,9 +192,11 @@ def test_nothing_is_written_while_the_values_of_the_base_are_in_place(switch, tm
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"use_dora": True}, "use_dora=True"),
+        ({"use_dora": True}, "use_dora=True, and 'blocks.0.attn.qkv' has no lora_magnitude_vector"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
-        ({"bias": "all"}, "bias='all'"),
+        ({"peft_type": ["LORA"]}, "is of peft_type"),
+        ({"bias": "some"}, "bias='some'"),
+        ({"lora_bias": True}, "lora_bias=True"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"alpha_pattern": {r"blocks\.(a+)+$": 3}}, "medpeft reads names of layers alone"),
         ({"lora_alpha": "4"}, "lora_alpha='4'"),
@@ -234,7 +230,7 @@ def test_files_that_do_not_fit_name_every_reason(tmp_path):
         from_peft, make("vit"), tmp_path, "'head.bias': (3,) int64 in the file, (3,) float64 in the model"
     )
     save_file(tensors | {first.replace("lora_B.weight", "lora_magnitude_vector"): torch.zeros(3)}, path)
-    refused(from_peft, make("vit"), tmp_path, "lora_magnitude_vector")
+    refused(from_peft, make("vit"), tmp_path, "'blocks.0.attn.qkv' has a lora_magnitude_vector")
     path.write_bytes(path.read_bytes()[:-1])
     refused(from_peft, make("vit"), tmp_path, "cut off")
     path.unlink()

@@ -1,5 +1,7 @@
 """Files of other libraries: outputs that agree, and files that are refused and leave the model."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -23,3 +25,19 @@ def refused(call, model, path, reason, **options):
     assert reason in str(caught.value)
     assert list(before) == list(model.state_dict())
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def trained_by_peft(base, folder, config="LoraConfig", **options):
+    """A model of peft's, its factors drawn anew, and its files."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model = peft.get_peft_model(base, getattr(peft, config)(**options))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        model.save_pretrained(folder)
+    return model.eval()
