@@ -28,7 +28,7 @@ class Adapters(nn.ModuleDict):
         leaving: Names of the adapters that change the output, in order.
     """
 
-    strength = 1.0  # Of the class too, for models that were pickled before.
+    strength: float = 1.0  # Of the class too, for models that were pickled before.
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         # An input adapter computes W'·R·x. Merging gives the same only if additive changes of W come first:
@@ -40,7 +40,7 @@ class Adapters(nn.ModuleDict):
 
         names = sorted(adapters, key=order)
         super().__init__({name: adapters[name] for name in names})
-        self.enabled = True
+        self.enabled, self.strength = True, 1.0
         self.on_weight = [name for name in names if "weight" in adapters[name].acts_on]
         self.flexible = next(
             (name for name in self.on_weight if isinstance(adapters[name], FlexibleAdapter)), ""
