@@ -176,3 +176,19 @@ def test_a_model_of_lokr_that_came_back_trains_on(tmp_path):
     model = from_peft(copy.deepcopy(make("vit")), tmp_path, head=None)
     output(model, example("vit")).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_cores_of_one_dimension_go_to_peft_and_back_or_are_refused(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv1d(6, 8, 3), nn.Flatten(), nn.Linear(64, 3)).double().eval()
+
+    x = torch.randn(2, 6, 10, dtype=torch.float64)
+    model = medpeft.apply(build(), "loha", target="0", head=None, rank=2, tucker=True)
+    randomise_adapters(model, size=0.3)
+    to_peft(model, tmp_path)
+    assert close(peft.PeftModel.from_pretrained(build(), tmp_path)(x), model(x))
+    assert close(from_peft(build(), tmp_path, head=None)(x), model(x))
+    model = medpeft.apply(build(), "lokr", target="0", head=None, rank=1, tucker=True, factor=2)
+    with pytest.raises(medpeft.CheckpointError, match=r"0: peft .* fails at LoKr with a core on a Conv1d"):
+        to_peft(model, tmp_path)
