@@ -172,7 +172,8 @@ def test_a_rank_that_would_fill_up_every_other_layer_is_refused(tmp_path):
     ranks = {"0": (1, 2**17), "1": (1024, 1)}
     tensors = {}
     for layer, (width, rank) in ranks.items():
-        tensors[f"lycoris_{layer}.lora_down.weight"] = torch.ones(rank, width)
-        tensors[f"lycoris_{layer}.lora_up.weight"] = torch.ones(width, rank)
+        for factor in ("w1", "w2"):
+            tensors[f"lycoris_{layer}.hada_{factor}_a"] = torch.ones(width, rank)
+            tensors[f"lycoris_{layer}.hada_{factor}_b"] = torch.ones(rank, width)
     save_file(tensors, path)
     refused(from_kohya, build(), path, "ranks from 1 to 131072", prefix="lycoris")
