@@ -19,6 +19,8 @@ from .features.file import FeatureFile as FeatureFile
 from .features.prefix import Prefix as Prefix
 from .features.prefix import prefix as prefix
 from .optimizer import parameter_groups as parameter_groups
+from .privacy import Private as Private
+from .privacy import private as private
 from .reports.fits import Fits as Fits
 from .reports.fits import fits as fits
 from .reports.report import Report as Report
@@ -40,6 +42,7 @@ __all__ = [
     "MedpeftError",
     "Plan",
     "Prefix",
+    "Private",
     "Report",
     "Site",
     "apply",
@@ -55,6 +58,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "prefix",
+    "private",
     "register",
     "remove",
     "report",

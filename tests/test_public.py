@@ -15,9 +15,10 @@ from places import ROOT
 import medpeft
 
 PUBLIC = {
-    "Adapter", "CheckpointError", "FeatureFile", "Fits", "Header", "MedpeftError", "Plan", "Prefix", "Report", "Site",
+    "Adapter", "CheckpointError", "FeatureFile", "Fits", "Header", "MedpeftError", "Plan", "Prefix", "Private", "Report",
+    "Site",
     "apply", "check", "disabled", "fits", "inspect", "load", "load_state", "merge", "merged", "methods", "parameter_groups",
-    "plan", "prefix", "register", "remove", "report", "save", "search_space", "state",
+    "plan", "prefix", "private", "register", "remove", "report", "save", "search_space", "state",
 }  # fmt: skip
 
 
