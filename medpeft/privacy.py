@@ -32,8 +32,14 @@ class _Pending(NamedTuple):
 class Private(nn.Module):
     """An adapted model as Opacus trains it: one layer whose parameters are all that trains.
 
-    Made by `medpeft.private`. It has no state of its own: `model` is the adapted model, for `medpeft.save` and
-    all other calls.
+    Made by `medpeft.private`. It has no state of its own: `model` is the adapted model, for `medpeft.save`
+    and all other calls.
+
+    Examples:
+        >>> import medpeft, torch
+        >>> model = medpeft.apply(torch.nn.Sequential(torch.nn.Linear(4, 2)), "bias", head=None)
+        >>> medpeft.private(model).model is model
+        True
 
     Attributes:
         model: The adapted model. It is not registered, so that Opacus does not look into it.
@@ -166,8 +172,8 @@ def private(model: nn.Module) -> Private:
     record = Adapted.of(model).record
     if record.statistics:
         raise MedpeftError(
-            f"The BatchNorm statistics {listed(record.statistics, most=1)} adapt to all images of a batch, so no "
-            "image has a gradient of its own, and they are not private: apply with batchnorm='frozen'."
+            f"The BatchNorm statistics {listed(record.statistics, most=1)} adapt to all images of a batch, so "
+            "no image has a gradient of its own, and they are not private: apply with batchnorm='frozen'."
         )
     require(any(p.requires_grad for p in model.parameters()), "Nothing trains: see medpeft.report(model).")
     try:
@@ -214,6 +220,6 @@ def _require_tensor(output: Any, images: int) -> Tensor:
     if isinstance(output, Tensor) and output.ndim > 0 and len(output) == images:
         return output
     raise MedpeftError(
-        f"The model returns {type(output).__name__} in place of one tensor with an entry an image, (B, …): put "
-        "it into a module that returns its logits, and apply to that module."
+        f"The model returns {type(output).__name__} in place of one tensor with an entry an image, (B, …): "
+        "put it into a module that returns its logits, and apply to that module."
     )

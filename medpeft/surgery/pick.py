@@ -9,6 +9,7 @@ from ..adapters.registry import Method
 from ..adapters.requests import Request
 from ..architecture.layers import is_differentiable, is_norm_of_buffers, made_by
 from ..architecture.network import Network
+from ..architecture.quantised import is_quantised
 from ..architecture.site import Site, Unfit
 from ..architecture.targets import Target, choose, patterns
 from ..errors import MedpeftError
@@ -44,10 +45,22 @@ def pick(network: Network, request: Request, target: Target, exclude: Target) ->
     owner_of = {name: owner for name, owner in owner_of.items() if network.in_depth(owner)}
     sites = [offer for offer in offers if isinstance(offer, Site)]
     unfit = next((offer for offer in offers if isinstance(offer, Unfit)), None)
+    _require_plain(network, method, owner_of)
     picked = sites if method.adapter is not None else owner_of
     if not picked and method.name != "linear_probe":
         raise MedpeftError(_fits_nothing(network, method, target, unfit))
     return Picked(sites, list(owner_of))
+
+
+def _require_plain(network: Network, method: Method, owner_of: dict[str, str]) -> None:
+    """Raise if a method would train numbers that were quantised, which have no gradients."""
+    for name, owner in owner_of.items():
+        if is_quantised(network.modules[owner], name.rpartition(".")[2]):
+            raise MedpeftError(
+                f"{method.name!r} would train {name}, which is quantised and has no gradient: exclude it, use "
+                "a method beside the weights, such as 'lora' or 'bias', or apply to the model before it is "
+                "quantised."
+            )
 
 
 def _selected(network: Network, request: Request) -> Iterator[tuple[str, str]]:
@@ -65,7 +78,7 @@ def _selected(network: Network, request: Request) -> Iterator[tuple[str, str]]:
     for name, parameter in network.model.named_parameters():
         stands_for = made_by(name)
         owner = stands_for.rpartition(".")[0]
-        if not is_differentiable(parameter):
+        if not is_differentiable(parameter) and not is_quantised(network.modules[owner]):
             continue
         if network.in_head(owner):
             continue
