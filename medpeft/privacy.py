@@ -172,8 +172,8 @@ def private(model: nn.Module) -> Private:
     record = Adapted.of(model).record
     if record.statistics:
         raise MedpeftError(
-            f"The BatchNorm statistics {listed(record.statistics, most=1)} adapt to all images of a batch, so "
-            "no image has a gradient of its own, and they are not private: apply with batchnorm='frozen'."
+            f"The BatchNorm statistics {listed(record.statistics, most=1)} adapt to all images of a batch, "
+            "so no image has a gradient of its own, and they are not private: apply with batchnorm='frozen'."
         )
     require(any(p.requires_grad for p in model.parameters()), "Nothing trains: see medpeft.report(model).")
     try:

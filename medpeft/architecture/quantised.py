@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..sharding import is_sharded
-
 
 def is_quantised(layer: nn.Module, name: str = "weight") -> bool:
     """Whether a tensor of the layer's own is of integers, is packed, or is a type that stands for both."""
@@ -31,7 +29,8 @@ def holds_integers(tensor: Tensor) -> bool:
     """Whether a tensor is of integers, or of a type that is made of other tensors, as torchao's."""
     if tensor.is_quantized or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    return hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor)
+    is_shard = hasattr(tensor, "device_mesh")  # FSDP2's type is made of others too.
+    return hasattr(tensor, "__tensor_flatten__") and not is_shard
 
 
 def shape_alone(layer: nn.Module, tensor: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ def _require_plain(network: Network, method: Method, owner_of: dict[str, str]) -
     for name, owner in owner_of.items():
         if is_quantised(network.modules[owner], name.rpartition(".")[2]):
             raise MedpeftError(
-                f"{method.name!r} would train {name}, which is quantised and has no gradient: exclude it, use "
-                "a method beside the weights, such as 'lora' or 'bias', or apply to the model before it is "
+                f"{method.name!r} would train {name}, which is quantised and has no gradient: exclude it, "
+                "use a method beside the weights, such as 'lora' or 'bias', or apply to the model before it is "
                 "quantised."
             )
 

@@ -56,8 +56,8 @@ def require_floating(layer: nn.Module) -> None:
     require(
         not is_quantised(layer),
         f"its weight is quantised or of integers ({type(weight).__name__} of {weight.dtype}), which would "
-        "round the update away: save the adapters, load them into the base as it was before it was quantised, with "
-        "check_base=False, merge there, then quantise",
+        "round the update away: save the adapters, load them into the base as it was before it was "
+        "quantised, with check_base=False, merge there, then quantise",
     )
 
 
