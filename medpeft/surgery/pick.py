@@ -58,7 +58,7 @@ def _require_plain(network: Network, method: Method, owner_of: dict[str, str]) -
         if is_quantised(network.modules[owner], name.rpartition(".")[2]):
             raise MedpeftError(
                 f"{method.name!r} would train {name}, which is quantised and has no gradient: exclude it, "
-                "use a method beside the weights, such as 'lora' or 'bias', or apply to the model before it is "
+                "use a method beside the weights, such as 'lora' or 'bias', or apply before the model is "
                 "quantised."
             )
 
