@@ -21,6 +21,8 @@ from .features.file import FeatureFile as FeatureFile
 from .features.prefix import Prefix as Prefix
 from .features.prefix import prefix as prefix
 from .optimizer import parameter_groups as parameter_groups
+from .privacy import Private as Private
+from .privacy import private as private
 from .reports.fits import Fits as Fits
 from .reports.fits import fits as fits
 from .reports.report import Report as Report
@@ -44,6 +46,7 @@ __all__ = [
     "MedpeftError",
     "Plan",
     "Prefix",
+    "Private",
     "Report",
     "Site",
     "apply",
@@ -60,6 +63,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "prefix",
+    "private",
     "register",
     "remove",
     "report",

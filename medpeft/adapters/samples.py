@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from ..architecture.quantised import unpack
 from ..sharding import whole
 from .adapter import weight_name
 from .record import Adapted, Applied, own_tensors
@@ -53,6 +54,7 @@ def _positions(numel: int) -> Tensor:
 def sample_base(model: nn.Module, record: Applied) -> dict[str, Tensor]:
     """Sample what is to stay as it is, by name: weights that are not selected, and frozen statistics."""
     samples = {}
+    unpack(model)
     for name, tensor in _base_tensors(model, record):
         values = whole(tensor)
         if _has_plain_values(values):
@@ -95,6 +97,7 @@ def changes_since_apply(model: nn.Module, record: Applied) -> dict[str, str]:
     Returns:
         By name `OTHER_VALUES` or `GONE`. Of a sharded model every rank has to ask.
     """
+    unpack(model)
     present: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     present.update(model.named_buffers(remove_duplicate=False))
     changes = {}

@@ -13,6 +13,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from .quantised import is_quantised, shape_alone
+
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -107,9 +109,12 @@ def way_back(layer: nn.Module, name: str) -> str:
 def any_tensor(layer: nn.Module, name: str) -> Tensor | None:
     """Return the layer's tensor of that name, its own or a computed one; None where it has none.
 
-    A parametrization is copied to compute it, since a spectral norm changes its buffers when it does.
+    A parametrization is copied to compute it, since a spectral norm changes its buffers when it does. A
+    quantised tensor is shown by its shape alone.
     """
     tensor = own_tensor(layer, name)
+    if tensor is not None and is_quantised(layer, name):
+        return shape_alone(layer, tensor)
     if tensor is not None or not is_computed(layer, name):
         return tensor
     if is_parametrized(layer, name):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters.record import own_tensors
 from ..adapters.samples import has_drifted, sample
+from ..architecture.quantised import unpack
 from ..errors import CheckpointError
 from ..sharding import whole
 from .file import digest, short
@@ -39,6 +40,7 @@ def identify(
     config = pretrained_config(model)
     tensors = {}
     shapes, values = [], []
+    unpack(model)
     for name, tensor in own_tensors(model):
         if frozen(name):
             tensors[name] = f"{_shape(tensor)} {_sample(tensor, (samples or {}).get(name))}"

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..adapters.record import Applied, applied
 from ..architecture.layers import is_differentiable
+from ..architecture.quantised import holds_integers
 from ..errors import MedpeftError
 
 Result = TypeVar("Result")
@@ -33,6 +34,8 @@ def copied(model: nn.Module, *, share_frozen: bool = False, dtype: torch.dtype |
     """Copy a model, in another floating-point type if asked, or with its frozen parameters shared."""
 
     def change(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter) and holds_integers(tensor):
+            return copy.deepcopy(tensor)  # With its scales; and bitsandbytes packs it anew in inference.
         if share_frozen and isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
             return tensor
         return _like(tensor, cast_floats(tensor.detach().clone(), dtype))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture.layers import erases_scale, is_norm
+from ..architecture.quantised import holds_integers
 from ..errors import MedpeftError
 from .connections import BYPASSED, Dataflow, WithoutEffect, layer_of
 from .copies import cast_floats, copied, mapped, run, seed_everything, trainable
@@ -217,7 +218,7 @@ def _shut_gates(model: nn.Module) -> tuple[list[str], list[str]]:
     small, zeros = [], []
     for name, parameter in model.named_parameters():
         is_bias = "bias" in name.rpartition(".")[2]
-        if parameter.requires_grad or is_bias or not parameter.numel() or not parameter.is_floating_point():
+        if parameter.requires_grad or is_bias or not parameter.numel() or holds_integers(parameter):
             continue
         largest = float(parameter.detach().abs().max())
         if largest == 0:

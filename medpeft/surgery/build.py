@@ -19,7 +19,7 @@ from ..adapters.record import Applied, applied, named_state
 from ..adapters.registry import Method, methods
 from ..adapters.sharing import home_of
 from ..adapters.stand_in import rebound
-from ..architecture.layers import is_differentiable
+from ..architecture.quantised import is_quantised
 from ..architecture.site import Site
 from ..errors import MedpeftError, listed, require
 from .install import Built
@@ -148,23 +148,25 @@ def _adapter_of(method: Method, site: Site, record: Applied) -> Adapter:
     """Make the adapter of a site.
 
     Raises:
-        MedpeftError: it would change a weight of integers, which cannot take its small changes.
+        MedpeftError: it would change or take apart a quantised weight.
     """
-    weight = site.tensor(site.weight) if site.weight else None
-    is_quantised = weight is not None and not is_differentiable(weight)
+    quantised = is_quantised(site.layer, site.weight)
     refusal = MedpeftError(
         f"{method.name!r} changes or takes apart the weight of {site.name}, which is quantised: exclude it, "
-        "or use a method that acts on the layer's output, such as 'lora' or 'ssf'."
+        "use a method that acts on the layer's output, such as 'lora' or 'ssf', without options that need "
+        "the weight (dora, init), or apply to the model before it is quantised."
     )
     try:
         options = method.options_of_adapter(record.methods[method.name])
         adapter = method.define(site, **at(options, site.name))
     except (NotImplementedError, RuntimeError, TypeError) as error:
-        if is_quantised:
+        if quantised:
             raise refusal from error
         raise
     assert isinstance(adapter, Adapter)
-    if is_quantised and "weight" in adapter.acts_on:
+    made = chain(adapter.parameters(), adapter.buffers())
+    needs_values = not site.draft.shapes_only and any(tensor.is_meta for tensor in made)
+    if quantised and ("weight" in adapter.acts_on or needs_values):
         raise refusal
     return adapter
 

@@ -10,6 +10,7 @@ from ..adapters.registry import Method
 from ..adapters.requests import Request
 from ..architecture.layers import is_differentiable, is_norm_of_buffers, made_by
 from ..architecture.network import Network
+from ..architecture.quantised import is_quantised
 from ..architecture.site import Site, Unfit
 from ..architecture.targets import Target, choose, patterns
 from ..errors import MedpeftError
@@ -50,6 +51,7 @@ def pick(network: Network, request: Request, target: Target, exclude: Target) ->
     owner_of = {name: owner for name, owner in owner_of.items() if network.in_depth(owner)}
     sites = [offer for offer in offers if isinstance(offer, Site)]
     unfit = next((offer for offer in offers if isinstance(offer, Unfit)), None)
+    _require_plain(network, method, owner_of)
     picked = sites if method.adapter is not None else owner_of
     if not picked and method.name != "linear_probe":
         raise MedpeftError(_fits_nothing(network, method, target, unfit))
@@ -74,6 +76,17 @@ def offers_of(
     return sorted(offers, key=lambda offer: order[offer.name])
 
 
+def _require_plain(network: Network, method: Method, owner_of: dict[str, str]) -> None:
+    """Raise if a method would train numbers that were quantised, which have no gradients."""
+    for name, owner in owner_of.items():
+        if is_quantised(network.modules[owner], name.rpartition(".")[2]):
+            raise MedpeftError(
+                f"{method.name!r} would train {name}, which is quantised and has no gradient: exclude it, "
+                "use a method beside the weights, such as 'lora' or 'bias', or apply before the model is "
+                "quantised."
+            )
+
+
 def _selected(network: Network, method: Method, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the names of the existing parameters that a method trains, each with its layer.
 
@@ -88,7 +101,7 @@ def _selected(network: Network, method: Method, options: Mapping[str, Any]) -> I
     for name, parameter in network.model.named_parameters():
         stands_for = made_by(name)
         owner = stands_for.rpartition(".")[0]
-        if not is_differentiable(parameter):
+        if not is_differentiable(parameter) and not is_quantised(network.modules[owner]):
             continue
         if network.in_head(owner):
             continue

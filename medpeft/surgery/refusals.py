@@ -74,12 +74,6 @@ def refuse_layer(method: Method, site: Site) -> None:
                 f"{method.name!r} cannot adapt it: {way_back(layer, name)}, or exclude the layer."
             )
     weight = site.tensor(site.weight)
-    if isinstance(layer, nn.Linear) and tuple(layer.weight.shape) != (layer.out_features, layer.in_features):
-        raise MedpeftError(
-            f"The weight of {site.name} ({type(layer).__name__}) is {tuple(layer.weight.shape)} in place of "
-            f"{(layer.out_features, layer.in_features)}: it is packed, as in 4 bits, and {method.name!r} "
-            "cannot read it. Apply to the layer before it is quantised, or exclude it."
-        )
     if weight is not None and weight.numel() == 0:
         raise MedpeftError(
             f"{site.name} has no channels on one side, its weight is {tuple(weight.shape)}, so "

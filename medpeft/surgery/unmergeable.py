@@ -8,9 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..architecture.layers import is_computed, is_differentiable, own_tensor, way_back
+from ..architecture.layers import is_computed, own_tensor, way_back
+from ..architecture.quantised import is_quantised
 from ..errors import MedpeftError, require
-from ..sharding import is_sharded, whole
+from ..sharding import whole
 
 
 class Place(NamedTuple):
@@ -52,12 +53,11 @@ def require_floating(layer: nn.Module) -> None:
     weight = own_tensor(layer, "weight")
     if weight is None:
         return
-    kind = type(weight.data).__name__
-    quantised = weight.is_quantized or (kind != "Tensor" and not is_sharded(weight))
     require(
-        is_differentiable(weight) and not quantised,
-        f"its weight is quantised or of integers ({kind} of {weight.dtype}), which would round the update "
-        "away: merge first, then quantise",
+        not is_quantised(layer),
+        f"its weight is quantised or of integers ({type(weight).__name__} of {weight.dtype}), which would "
+        "round the update away: save the adapters, load them into the base as it was before it was "
+        "quantised, with check_base=False, merge there, then quantise",
     )
 
 

@@ -232,12 +232,10 @@ class Packed(nn.Linear):
         self.weight = nn.Parameter(torch.randint(0, 256, (32, 1), dtype=torch.uint8), requires_grad=False)
 
 
-@pytest.mark.parametrize("method", ["lora", "ssf", "svdiff", "vera", "fact", "ia3"])
+@pytest.mark.parametrize("method", ["svdiff", "loha", "shira"])
 def test_a_packed_weight_is_refused(method):
     model = nn.Sequential(Packed(), nn.Tanh(), nn.Linear(8, 2))
-    with pytest.raises(
-        medpeft.MedpeftError, match=r"weight of 0 \(Packed\) is \(32, 1\) in place of \(8, 8\)"
-    ):
+    with pytest.raises(medpeft.MedpeftError, match="weight of 0, which is quantised: exclude it"):
         medpeft.apply(model, method, target="0", head="2")
     assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
