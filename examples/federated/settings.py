@@ -59,7 +59,7 @@ class Settings:
     average: Literal["mean", "products", "frozen_a"] = "products"
     local: str = ""
     batchnorm: Literal["frozen", "adapt"] = "frozen"
-    rounds: int = 8
+    rounds: int = 5
     epochs: int = 1
     batch_size: int = 16
     lr: float = 0.0

@@ -1,5 +1,8 @@
 """What an exchange between sites computes, without Flower: averages, what travels and is refused, who has what."""
 
+import dataclasses
+import tomllib
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from federated.exchange import Terms, accept, put
 from federated.settings import Settings
 from federated.sites import FOLDS, read_site, read_sites, together
 from federated.training import make_model
+from places import EXAMPLES
 from torch import nn
 from trainer.errors import TrainerError
 
@@ -220,6 +224,11 @@ def test_folders_are_sites_and_their_classes_are_those_of_all(stripes):
 def test_settings_that_make_no_sense_are_refused(given, message):
     with pytest.raises(TrainerError, match=message):
         settings(**given)
+
+
+def test_the_app_of_flower_has_every_setting_with_its_default():
+    app = tomllib.loads((EXAMPLES / "pyproject.toml").read_text(encoding="utf-8"))
+    assert app["tool"]["flwr"]["app"]["config"] == dataclasses.asdict(Settings())
 
 
 def test_too_many_sites_for_the_patients_are_refused():

@@ -13,7 +13,7 @@ pytest.importorskip("flwr", reason="needs the extra 'federated'")
 
 from federated import command
 from federated.client import LOCAL
-from federated.messages import arrays_of, record_of
+from federated.messages import arrays_of, record_of, site_of
 from federated.server import Exchange
 from federated.settings import Settings
 from federated.training import make_model
@@ -54,21 +54,21 @@ def test_the_common_adapter_is_the_average_of_what_the_sites_sent(two_folders, t
     model = medpeft.load(make_model(own, ["across", "down"]), tmp_path / "adapter.safetensors")
     for name, tensor in medpeft.state(model, numpy=True).items():
         np.testing.assert_allclose(tensor, (arrays[0][name] + arrays[1][name]) / 2, atol=1e-6)
+    table = rounds(tmp_path)
+    assert table["error"][0] == table["error_of_mean"][0] > 1e-4
     assert pd.read_csv(tmp_path / "sites.csv")["site"].tolist() == ["A", "B"]
 
 
-@pytest.mark.parametrize("average", ["mean", "products", "frozen_a"])
+@pytest.mark.parametrize("average", ["products", "frozen_a"])
 def test_every_average_says_how_exact_it_is(average, two_folders, tmp_path):
     run_here(settings(tmp_path, average=average, **two_folders))
     table = rounds(tmp_path)
     assert table["sites"].tolist() == ["A B", "A B"]
     assert table["refused"].tolist() == ["", ""]
     first, second = table["error_of_mean"], table["error"]
-    if average == "mean":
-        assert (first == second).all()
-        assert (first > 1e-4).all()
     if average == "products":
         assert (second < first).all()
+        assert (first > 1e-4).all()
     if average == "frozen_a":
         assert (first < 1e-6).all()
 
@@ -79,7 +79,7 @@ def first_round(two_folders, tmp_path_factory):
     own = settings(tmp_path_factory.mktemp("first"), rounds=1, least=1, **two_folders)
     sent = []
     run_here(own, spoil=lambda reply, _: sent.append(reply))
-    return own, make_model(own, ["across", "down"]), sent[:2]
+    return own, make_model(own, ["across", "down"]), sorted(sent[:2], key=site_of)
 
 
 def not_finite(reply):
@@ -132,7 +132,7 @@ def test_a_site_that_was_left_out_takes_part_in_the_next_round(two_folders, tmp_
 
     def spoil(reply, node):
         met.append(node["partition-id"])
-        if met == [0, 1]:
+        if met.count(1) == 1 and met[-1] == 1:
             other_base(reply)
 
     run_here(settings(tmp_path, least=1, **two_folders), spoil)
@@ -195,6 +195,7 @@ def test_a_real_site_says_itself_where_its_images_are(stripes, tmp_path):
 def test_the_table_compares_each_site_alone_the_exchange_and_the_pool(
     two_folders, tmp_path, monkeypatch, capsys
 ):
+    # Flower's own simulation needs Ray and a process for each site, which takes a minute.
     monkeypatch.setattr(command, "simulate", run_here)
     words = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32", "--rounds", "1"]
     words += ["--site-data", *two_folders["site_data"].split(","), "--option", "rank=2"]
@@ -208,6 +209,7 @@ def test_the_table_compares_each_site_alone_the_exchange_and_the_pool(
     assert "A 16 + 4 16 + 4" in " ".join(capsys.readouterr().out.split())
     assert medpeft.inspect(tmp_path / "adapter.safetensors").methods["lora"]["rank"] == 2
     federated = pd.read_csv(tmp_path / "sites.csv")
+    assert federated["site"].tolist() == ["A", "B"]
     assert federated["macro_f1"].tolist() == pytest.approx(table.loc[2, names[:2]].tolist())
 
 
