@@ -121,7 +121,7 @@ def checked(adapted: Adapted, state: Mapping[str, Tensor | Array]) -> dict[str, 
 def _fitting(name: str, value: object, present: Tensor) -> Tensor:
     if isinstance(value, np.ndarray):
         try:
-            value = torch.from_numpy(np.ascontiguousarray(value))
+            value = torch.from_numpy(np.array(value, order="C"))
         except TypeError as error:
             raise CheckpointError(f"{name!r} in the state is no array of numbers: {error}") from error
     if not isinstance(value, Tensor):

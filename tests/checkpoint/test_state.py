@@ -10,6 +10,7 @@ from every_method import CASES, adapted, perturb
 from golden.model import Golden
 from models import make
 from safetensors.torch import load_file
+from torch import nn
 
 import medpeft
 
@@ -55,6 +56,18 @@ def test_arrays_go_out_and_come_back(model):
     perturb(model)
     medpeft.load_state(model, state)
     assert all(np.array_equal(value, state[name]) for name, value in medpeft.state(model, numpy=True).items())
+
+
+def test_arrays_of_batchnorm_that_adapts_come_back_with_the_number_of_batches():
+    model = medpeft.apply(
+        nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "bias", batchnorm="adapt", head=None
+    )
+    model(torch.randn(5, 3))
+    arrays = medpeft.state(model, numpy=True)
+    model(torch.randn(5, 3))
+    medpeft.load_state(model, arrays)
+    assert model[1].num_batches_tracked.shape == ()
+    assert model[1].num_batches_tracked == 1
 
 
 def test_bfloat16_goes_out_as_float32_and_comes_back_bit_for_bit():
