@@ -120,8 +120,8 @@ def choose_baseline(records: Sequence[Record], wanted: str | None) -> str:
 
 
 def is_full(label: str) -> bool:
-    """Say whether a row is full fine-tuning: `full`, `full-frozen`, `full-adapt`."""
-    return label.split("-")[0] == "full"
+    """Say whether a row is full fine-tuning of the whole model."""
+    return label in ("full", "full-frozen", "full-adapt")
 
 
 def compare(ours: Sequence[Record], reference: Sequence[Record], draws: int) -> dict[str, Any]:

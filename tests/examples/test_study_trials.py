@@ -83,10 +83,33 @@ def test_files_of_settings_take_the_place_of_their_method_and_given_settings_win
     assert [row.label for row in rows_of([], files, {})] == ["ssf", "frozen", "adapt"]
 
 
+def test_a_file_may_name_many_rows_that_share_its_other_settings(tmp_path):
+    file = tmp_path / "rows.yaml"
+    file.write_text("epochs: 3\nrows:\n  half: {method: ssf, depth: 0.5}\n  ssf: {method: ssf, epochs: 4}\n")
+    rows = rows_of(["ssf", "bias"], [file], {"epochs": 2})
+    assert [row.label for row in rows] == ["bias", "half", "ssf"]
+    assert rows[1].settings == {"method": "ssf", "depth": 0.5, "epochs": 2}
+    assert [row.settings["epochs"] for row in rows_of([], [file], {})] == [3, 4]
+    kept, left_out = fitting(rows, TINY)
+    assert (len(kept), left_out) == (3, {})
+
+
+def test_two_rows_of_one_name_are_refused(tmp_path):
+    (tmp_path / "rows.yaml").write_text("rows:\n  bias: {method: ssf}\n")
+    with pytest.raises(TrainerError, match="Two rows are called bias"):
+        rows_of(["bias"], [tmp_path / "rows.yaml"], {})
+
+
+def test_places_of_a_run_hold_from_any_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = make_trial(row("ssf", depth=0.5, cache_features="kept"), TINY, tmp_path).settings
+    assert settings.cache_features == tmp_path / "kept"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr: 0.001", r"rate\.yaml names no method\. Add a line such as 'method: ssf'"),
+        ("lr: 0.001", r"rate\.yaml names no method for rate\. Add a line such as 'method: ssf'"),
         ("method: ssf\nlearning: 1", r"rate\.yaml has 'learning', which is no setting of train\.py"),
         ("method: [", r"rate\.yaml could not be read"),
     ],
