@@ -26,11 +26,13 @@ from trainer.settings import Settings
 
 import medpeft
 
+from .asked import all_rows, tries_of
 from .cluster import Machines, run_all
 from .page import Page, about, file_name, write_comparison, write_volume
 from .rates import tuned
+from .runs import write_runs
 from .search import search
-from .trials import Row, fitting, make_trial, name_of, rows_of, settings_of
+from .trials import Trial, make_trial, name_of
 
 # What a comparison sets itself, or takes several values for; a search takes them as train.py does.
 OWN = {"data", "model", "method", "seed", "k_folds", "fold"}
@@ -107,6 +109,8 @@ def declare_rows(parser: ArgumentParser) -> None:
     add("--seed", nargs="+", type=int, default=[0, 1, 2], help="each is a split, a head, an order of images")
     add("--k_folds", type=int, default=0, help="K runs with each seed, each tested on another fold")
     add("--baseline", help="row to compare with (default: the full fine-tuning that validates best)")
+    text = "a difference whose interval lies within ±X is none that matters: the rows are level"
+    add("--margin", type=float, default=0.02, help=text)
     add("--lr_factors", nargs="+", type=float, help="try each method's learning rate times each X")
     add("--lr_epochs", type=int, help="epochs of those trials (default: those of the runs)")
     add(
@@ -139,8 +143,9 @@ def run_study(command: str, args: Namespace, given: dict[str, Any], line: str) -
     """Run what is missing and write the results; give the exit status, 1 if a run failed."""
     folder, machines = args.output, machines_of(args)
     rows, missing = all_rows(args, given)
+    tried: list[Trial] = []
     if args.lr_factors:
-        rows, failed = tuned(rows, given, args.lr_factors, tries_of(args), folder, machines)
+        rows, failed, tried = tuned(rows, given, args.lr_factors, tries_of(args), folder, machines)
         missing += failed
     trials = []
     for data, seed, fold in product(args.data, args.seed, range(max(args.k_folds, 1))):
@@ -151,81 +156,16 @@ def run_study(command: str, args: Namespace, given: dict[str, Any], line: str) -
     reasons = run_all(trials, machines)
     missing += [f"{trial} failed: {reasons[trial.folder]}" for trial in trials if not trial.finished()]
     done = [trial.record() for trial in trials if trial.finished()]
-    if done and command == "compare":
-        page = Page("Which method for these data?", line, about(done, len(trials)), missing)
-        print("\n" + write_comparison(done, page, folder, args.baseline))
-    elif done:
-        page = Page("How many images does each method need?", line, about(done, len(trials)), missing)
-        print("\n" + write_volume(done, page, folder, args.baseline))
+    write_runs({"rate": [trial.record() for trial in tried if trial.finished()], "test": done}, folder)
     if done:
+        title, write = "Which method for these data?", write_comparison
+        if command == "volume":
+            title, write = "How many images does each method need?", write_volume
+        page = Page(title, line, about(done, len(trials)), missing)
+        print("\n" + write(done, page, folder, args.baseline, args.margin))
         print("\n".join([*page.answers, *page.cautions]))
     print("\n".join([*missing, f"{len(done)} of {len(trials)} runs are in {folder / 'report.html'}"]))
     return int(len(done) < len(trials) or not done)
-
-
-def tries_of(args: Namespace) -> list[dict[str, Any]]:
-    """Say on which splits, and for how many epochs, learning rates are tried."""
-    tries: list[dict[str, Any]] = []
-    for seed in args.lr_seed or args.seed[:1]:
-        # Of a cross-validation the first fold is enough.
-        tries.append({"seed": seed, "k_folds": args.k_folds, "fold": 0})
-        if args.lr_epochs:
-            tries[-1]["epochs"] = args.lr_epochs
-    return tries
-
-
-def all_rows(args: Namespace, given: dict[str, Any]) -> tuple[list[Row], list[str]]:
-    """List the rows for all models, data sets and shares, and why others are left out.
-
-    Raises:
-        TrainerError: no method fits a model, or the baseline is none of the rows.
-    """
-    asked = rows_of(args.method, args.config, given)
-    rows: list[Row] = []
-    missing = []
-    # The largest share first, which tells soonest whether the settings are any good.
-    shares = sorted(set(args.get("fraction", [None])), reverse=True)
-    for model in args.model:
-        kept, left_out = fitting(asked, given | {"model": model})
-        missing += [f"{label} {reason}" for label, reason in left_out.items()]
-        if not kept:
-            raise TrainerError(f"No method fits {model}: {'; '.join(missing)}")
-        kept = chosen(kept, args.row)
-        labels = [row.label for row in kept]
-        if args.baseline is not None and args.baseline not in labels:
-            named = ", ".join(labels)
-            raise TrainerError(
-                f"--baseline {args.baseline} is not among the rows ({named}). Name one of them."
-            )
-        for share in shares:
-            for row in kept:
-                own = row if share is None else on_share(row, given, share, args.stretch)
-                rows += [own.with_settings(model=model, data=data) for data in args.data]
-    return rows, missing
-
-
-def chosen(rows: list[Row], names: Sequence[str] | None) -> list[Row]:
-    """Keep the rows of some names, all for None.
-
-    Raises:
-        TrainerError: there is no row of a name.
-    """
-    labels = [row.label for row in rows]
-    for name in names or []:
-        if name not in labels:
-            raise TrainerError(f"--row {name} is not among the rows ({', '.join(labels)}). Name one of them.")
-    return [row for row in rows if names is None or row.label in names]
-
-
-def on_share(row: Row, given: dict[str, Any], share: float, stretch: float) -> Row:
-    """Give a row on a share of the training images.
-
-    With the epochs of the whole, a hundredth of the images would get a hundredth of the steps, and a method
-    that learns slowly would seem to need data where it needs time. An epoch goes through them more often:
-    more epochs would be more validations too, which on few images cost more than the training.
-    """
-    repeat = round(min(stretch, 1 / share) * settings_of(row, given).repeat)
-    return row.with_settings(train_fraction=share, repeat=repeat)
 
 
 def run_tune(args: Namespace, given: dict[str, Any]) -> int:
@@ -257,6 +197,8 @@ def check(args: Namespace) -> None:
         raise TrainerError(
             f"--k-folds is {args.k_folds}; take at least 2 folds, or 0 for one split of each seed."
         )
+    if not args.margin >= 0:
+        raise TrainerError(f"--margin is {args.margin}; it must be at least 0.")
     if args.lr_seed and not args.lr_factors:
         raise TrainerError("--lr-seed says where rates are tried, and --lr-factors which. Add --lr-factors.")
     for share in args.get("fraction", []):

@@ -25,6 +25,9 @@ def test_a_comparison_runs_every_row_on_every_seed_and_writes_its_results(asked,
     assert set(scores["runs"]) == {2}
     assert len(asked) == 8
     assert all(settings.quiet and settings.epochs == 2 for settings in asked)
+    runs = pd.read_csv(tmp_path / "runs.csv")
+    assert len(runs) == 8
+    assert sorted(runs["run"]) == sorted(path.name for path in (tmp_path / "runs").iterdir())
     text = (tmp_path / "report.html").read_text()
     assert "study.py compare --model test_efficientnet" in text
     assert "8 of 8 runs; seeds 0, 1; at most 2 epochs" in text
@@ -85,6 +88,14 @@ def test_rates_are_tried_on_seeds_of_their_own(asked, tmp_path):
     assert tried[:4] == [(7, 0.0009), (8, 0.0009), (7, 0.003), (8, 0.003)]
     assert tried[-1] == (0, 0.003)
     assert list(pd.read_csv(tmp_path / "scores.csv")["runs"]) == [1]
+    runs = pd.read_csv(tmp_path / "runs.csv")
+    assert runs["for"].to_list() == ["rate"] * (len(asked) - 1) + ["test"]
+    assert runs.loc[len(asked) - 1, ["row", "seed", "lr", "epochs"]].to_list() == [
+        "linear_probe",
+        0,
+        0.003,
+        2,
+    ]
 
 
 def test_of_the_rows_of_a_file_those_of_some_names_are_run(asked, tmp_path):
@@ -181,6 +192,7 @@ def test_flags_of_the_trainer_go_to_every_run(asked, tmp_path):
         (["--devices", "2"], "--devices is 2, and a run trains on one device, which Ray gives it"),
         (["--baseline", "full", "--method", "ssf"], "--baseline full is not among the rows (ssf)"),
         (["--row", "ssf", "half", "--method", "ssf"], "--row half is not among the rows (ssf)"),
+        (["--margin", "-1"], "--margin is -1.0; it must be at least 0"),
         (["--fraction", "0"], "--fraction 0 is no share: give numbers above 0 and at most 1"),
         (["--epochs", "0"], "--epochs is 0; it must be above 0"),
     ],

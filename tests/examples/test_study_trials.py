@@ -205,7 +205,8 @@ SEEDS = [{"seed": 0}, {"seed": 1}]
 
 
 def rates(folder, rows, factors, tries):
-    found, missing = tuned(rows, TINY, factors, tries, folder, Machines())
+    found, missing, tried = tuned(rows, TINY, factors, tries, folder, Machines())
+    assert {trial.label for trial in tried} == {row.label for row in rows}
     return {row.label: row.settings["lr"] for row in found}, missing
 
 
@@ -230,7 +231,7 @@ def test_each_share_has_a_learning_rate_of_its_own_and_at_most_two_beyond_the_gr
     best = {0.1: 0.9, 1.0: 0.003}
     asked = imagined(lambda trial: -abs(trial.settings.lr - best[trial.settings.train_fraction]))
     shares = [row("ssf", train_fraction=0.1), row("ssf", train_fraction=1.0)]
-    found, _ = tuned(shares, {}, [0.3, 1, 3], SEEDS[:1], tmp_path, Machines())
+    found, _, _ = tuned(shares, {}, [0.3, 1, 3], SEEDS[:1], tmp_path, Machines())
     assert [row.settings["lr"] for row in found] == [0.081, 0.003]
     assert sorted({settings.lr for settings in asked if settings.train_fraction == 0.1}) == [
         0.0009,
