@@ -19,6 +19,8 @@ from .trials import Trial
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Its newer output prints tables of the trials even where it is asked for none.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# Its workers are 15 nicer than who starts them, and hardly run on a machine that others use too.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray
 from ray import tune
@@ -83,6 +85,7 @@ def run_all(trials: Sequence[Trial], machines: Machines) -> dict[Path, str]:
 
     Raises:
         KeyboardInterrupt: it was interrupted; the same call goes on.
+        TrainerError: Ray broke off; the same call goes on.
     """
     waiting = list({trial.folder: trial for trial in trials if not trial.finished()}.values())
     if not waiting:
@@ -99,13 +102,11 @@ def run_all(trials: Sequence[Trial], machines: Machines) -> dict[Path, str]:
             storage_path=str(storage),
             # A run whose machine went away goes on elsewhere from its last epoch.
             failure_config=tune.FailureConfig(max_failures=2),
-            callbacks=[
-                Progress(len(waiting), lambda trial: _outcome(waiting[trial.config["number"]], trial))
-            ],
+            callbacks=[Progress(len(waiting), lambda one: _outcome(waiting[one.config["number"]], one))],
             verbose=0,
         ),
     )
-    results = tuner.fit()
+    results = fit(tuner)
     # What Ray notes about its trials is not needed again: finished is what has its metrics.
     shutil.rmtree(storage, ignore_errors=True)
     failed = {}
@@ -120,6 +121,21 @@ def run_all(trials: Sequence[Trial], machines: Machines) -> dict[Path, str]:
         # Ray took the interrupt for itself.
         raise KeyboardInterrupt
     return failed
+
+
+def fit(tuner: tune.Tuner) -> tune.ResultGrid:
+    """Run the trials of a tuner.
+
+    Raises:
+        TrainerError: Ray broke off, as where its watch over the memory ends a process that just begins.
+    """
+    try:
+        return tuner.fit()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainerError(
+            f"Ray broke off: {reason} What is finished is kept, and the same command goes on from there."
+        ) from error
 
 
 class Progress(tune.Callback):

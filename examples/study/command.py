@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from trainer.settings import Settings
 
 import medpeft
 
+from .asked import all_rows, tries_of
 from .cluster import Machines, run_all
 from .page import Page, about, file_name, write_comparison, write_volume
 from .rates import tuned
+from .runs import write_runs
 from .search import search
-from .trials import Row, fitting, make_trial, name_of, rows_of, settings_of
+from .trials import Trial, make_trial, name_of
 
 # What a comparison sets itself, or takes several values for; a search takes them as train.py does.
 OWN = {"data", "model", "method", "seed", "k_folds", "fold"}
@@ -97,14 +100,25 @@ def declare_rows(parser: ArgumentParser) -> None:
     add("--model", nargs="+", default=[Settings().model], help="timm models")
     add("--method", nargs="*", help="methods or unions (default: every method that fits)")
     text = "YAML files of settings, such as tune writes; each takes the place of its method, and two for one "
-    text += "method make two rows, named as the files. With --method and no name, these are the only rows"
+    text += (
+        "method make two rows, named as the files; a file may hold many rows by their names below `rows`. "
+    )
+    text += "With --method and no name, these are the only rows"
     add("--config", nargs="+", type=Path, default=[], help=text)
+    add("--row", nargs="+", help="of all these rows, run and show only those of these names")
     add("--seed", nargs="+", type=int, default=[0, 1, 2], help="each is a split, a head, an order of images")
     add("--k_folds", type=int, default=0, help="K runs with each seed, each tested on another fold")
     add("--baseline", help="row to compare with (default: the full fine-tuning that validates best)")
+    text = "a difference whose interval lies within ±X is none that matters: the rows are level"
+    add("--margin", type=float, default=0.02, help=text)
     add("--lr_factors", nargs="+", type=float, help="try each method's learning rate times each X")
     add("--lr_epochs", type=int, help="epochs of those trials (default: those of the runs)")
-    add("--lr_seeds", type=int, default=1, help="judge a rate by its mean over the first N seeds")
+    add(
+        "--lr_seed",
+        nargs="+",
+        type=int,
+        help="judge a rate by its mean over these seeds (default: the first)",
+    )
 
 
 def declare_shares(parser: ArgumentParser) -> None:
@@ -113,8 +127,8 @@ def declare_shares(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--fraction", nargs="+", type=float, default=shares, help="shares of the training images"
     )
-    text = "a smaller share has more epochs, for the steps of the whole, but at most X times as many"
-    parser.add_argument("--stretch", type=float, default=4.0, help=text)
+    text = "an epoch goes through a smaller share more often, for the steps of the whole, but at most X times"
+    parser.add_argument("--stretch", type=float, default=20.0, help=text)
 
 
 def declare_tune(parser: ArgumentParser) -> None:
@@ -129,77 +143,29 @@ def run_study(command: str, args: Namespace, given: dict[str, Any], line: str) -
     """Run what is missing and write the results; give the exit status, 1 if a run failed."""
     folder, machines = args.output, machines_of(args)
     rows, missing = all_rows(args, given)
-    splits = []
-    for seed in args.seed:
-        splits += [
-            {"seed": seed, "k_folds": args.k_folds, "fold": fold} for fold in range(max(args.k_folds, 1))
-        ]
+    tried: list[Trial] = []
     if args.lr_factors:
-        # Of a cross-validation the first fold is enough.
-        tries = [split for split in splits if split["fold"] == 0][: args.lr_seeds]
-        if args.lr_epochs:
-            tries = [split | {"epochs": args.lr_epochs} for split in tries]
-        rows, failed = tuned(rows, given, args.lr_factors, tries, folder, machines)
+        rows, failed, tried = tuned(rows, given, args.lr_factors, tries_of(args), folder, machines)
         missing += failed
     trials = []
-    for data in args.data:
-        for split in splits:
-            own = [row.with_settings(**split) for row in rows if row.settings["data"] == data]
-            trials += [make_trial(row, given, folder) for row in own]
+    for data, seed, fold in product(args.data, args.seed, range(max(args.k_folds, 1))):
+        for row in rows:
+            if row.settings["data"] == data:
+                own = row.with_settings(seed=seed, k_folds=args.k_folds, fold=fold)
+                trials.append(make_trial(own, given, folder))
     reasons = run_all(trials, machines)
     missing += [f"{trial} failed: {reasons[trial.folder]}" for trial in trials if not trial.finished()]
     done = [trial.record() for trial in trials if trial.finished()]
-    if done and command == "compare":
-        page = Page("Which method for these data?", line, about(done, len(trials)), missing)
-        print("\n" + write_comparison(done, page, folder, args.baseline))
-    elif done:
-        page = Page("How many images does each method need?", line, about(done, len(trials)), missing)
-        print("\n" + write_volume(done, page, folder, args.baseline))
+    write_runs({"rate": [trial.record() for trial in tried if trial.finished()], "test": done}, folder)
     if done:
+        title, write = "Which method for these data?", write_comparison
+        if command == "volume":
+            title, write = "How many images does each method need?", write_volume
+        page = Page(title, line, about(done, len(trials)), missing)
+        print("\n" + write(done, page, folder, args.baseline, args.margin))
         print("\n".join([*page.answers, *page.cautions]))
     print("\n".join([*missing, f"{len(done)} of {len(trials)} runs are in {folder / 'report.html'}"]))
     return int(len(done) < len(trials) or not done)
-
-
-def all_rows(args: Namespace, given: dict[str, Any]) -> tuple[list[Row], list[str]]:
-    """List the rows for all models, data sets and shares, and why others are left out.
-
-    Raises:
-        TrainerError: no method fits a model, or the baseline is none of the rows.
-    """
-    asked = rows_of(args.method, args.config, given)
-    rows: list[Row] = []
-    missing = []
-    # The largest share first, which tells soonest whether the settings are any good.
-    shares = sorted(set(args.get("fraction", [None])), reverse=True)
-    for model in args.model:
-        kept, left_out = fitting(asked, given | {"model": model})
-        missing += [f"{label} {reason}" for label, reason in left_out.items()]
-        if not kept:
-            raise TrainerError(f"No method fits {model}: {'; '.join(missing)}")
-        labels = [row.label for row in kept]
-        if args.baseline is not None and args.baseline not in labels:
-            named = ", ".join(labels)
-            raise TrainerError(
-                f"--baseline {args.baseline} is not among the rows ({named}). Name one of them."
-            )
-        for share in shares:
-            for row in kept:
-                own = row if share is None else on_share(row, given, share, args.stretch)
-                rows += [own.with_settings(model=model, data=data) for data in args.data]
-    return rows, missing
-
-
-def on_share(row: Row, given: dict[str, Any], share: float, stretch: float) -> Row:
-    """Give a row on a share of the training images.
-
-    With the epochs of the whole, a hundredth of the images would get a hundredth of the steps, and a method
-    that learns slowly would seem to need data where it needs time.
-    """
-    whole = settings_of(row, given)
-    longer = min(stretch, 1 / share)
-    epochs, patience = round(longer * whole.epochs), round(longer * whole.patience)
-    return row.with_settings(train_fraction=share, epochs=epochs, patience=patience)
 
 
 def run_tune(args: Namespace, given: dict[str, Any]) -> int:
@@ -221,7 +187,7 @@ def check(args: Namespace) -> None:
             f"--devices is {args.devices}, and a run trains on one device, which Ray gives it. Leave it out; "
             "runs are beside each other on all devices there are."
         )
-    if "lr_seeds" not in args:
+    if "lr_seed" not in args:
         return
     names = [name_of(data) for data in args.data]
     twice = [name for name in names if names.count(name) > 1]
@@ -231,11 +197,10 @@ def check(args: Namespace) -> None:
         raise TrainerError(
             f"--k-folds is {args.k_folds}; take at least 2 folds, or 0 for one split of each seed."
         )
-    if not 1 <= args.lr_seeds <= len(args.seed):
-        many = len(args.seed)
-        raise TrainerError(
-            f"--lr-seeds is {args.lr_seeds}; it must be from 1 to {many}, the number of seeds."
-        )
+    if not args.margin >= 0:
+        raise TrainerError(f"--margin is {args.margin}; it must be at least 0.")
+    if args.lr_seed and not args.lr_factors:
+        raise TrainerError("--lr-seed says where rates are tried, and --lr-factors which. Add --lr-factors.")
     for share in args.get("fraction", []):
         if not 0 < share <= 1:
             raise TrainerError(

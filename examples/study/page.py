@@ -9,7 +9,9 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 
 from . import figures, tables
-from .summary import ALIKE, BETTER, WORSE, Record, crossings, is_full, summarise
+from .figures_ranks import draw_ranks
+from .ranks import rank_rows
+from .summary import AHEAD, BEHIND, LEVEL, MARGIN, UNCLEAR, Record, crossings, is_full, summarise
 
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -24,11 +26,13 @@ class Section:
         title: its heading.
         pictures: as base64, each with what it shows.
         parts: of every table its kind, by which the page has a note, its heading, and its HTML.
+        remarks: on the pictures.
     """
 
     title: str
     pictures: list[tuple[str, str]] = field(default_factory=list)
     parts: list[tuple[str, str, str]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     def add_picture(self, path: Path, description: str) -> None:
         """Add a PNG, which the page will hold itself."""
@@ -67,7 +71,9 @@ class Page:
         path.write_text(ENVIRONMENT.get_template("page.html").render(vars(self)), encoding="utf-8")
 
 
-def write_comparison(done: Sequence[Record], page: Page, folder: Path, baseline: str | None = None) -> str:
+def write_comparison(
+    done: Sequence[Record], page: Page, folder: Path, baseline: str | None = None, margin: float = MARGIN
+) -> str:
     """Write the tables, the pictures and the page of a comparison; give the tables in Markdown.
 
     Args:
@@ -75,13 +81,15 @@ def write_comparison(done: Sequence[Record], page: Page, folder: Path, baseline:
         page: answers, cautions and sections are added to it.
         folder: where they go.
         baseline: the row to compare with; None for full fine-tuning.
+        margin: a difference within it is none that matters.
     """
-    summary = summarise(done, baseline)
+    summary = summarise(done, baseline, margin)
     named: dict[str, tables.Table] = {}
     for model, rows in summary.groupby("model", sort=False):
         scores = Section(f"Scores on {model}")
         named[str(model)] = tables.score_table(rows)
         scores.add_table("scores", "", named[str(model)])
+        _add_ranks(scores, done, str(model), folder)
         page.sections.append(scores)
         for data, group in rows.groupby("data", sort=False):
             title = f"{model} on {data}"
@@ -100,9 +108,11 @@ def write_comparison(done: Sequence[Record], page: Page, folder: Path, baseline:
     return _finish(page, summary, named, folder, "scores")
 
 
-def write_volume(done: Sequence[Record], page: Page, folder: Path, baseline: str | None = None) -> str:
+def write_volume(
+    done: Sequence[Record], page: Page, folder: Path, baseline: str | None = None, margin: float = MARGIN
+) -> str:
     """Write the same of a study of the number of images; give the tables in Markdown."""
-    summary = summarise(done, baseline)
+    summary = summarise(done, baseline, margin)
     named: dict[str, tables.Table] = {}
     for (model, data), rows in summary.groupby(["model", "data"], sort=False):
         title = f"{model} on {data}"
@@ -115,9 +125,21 @@ def write_volume(done: Sequence[Record], page: Page, folder: Path, baseline: str
         named[f"{title}: learning rates"] = tables.rate_table(rows)
         section.add_table("volume", "", named[title])
         section.add_table("rates", "Learning rates", named[f"{title}: learning rates"])
+        own = [record for record in done if record.data == data]
+        _add_ranks(section, own, str(model), folder)
         section.add_table("images", "Images", count_images(done, str(data)))
         page.sections.append(section)
     return _finish(page, summary, named, folder, "volume")
+
+
+def _add_ranks(section: Section, done: Sequence[Record], model: str, folder: Path) -> None:
+    """Draw the mean ranks of a model's rows where there are enough blocks of runs to rank them in."""
+    ranks = rank_rows([record for record in done if record.model == model])
+    if ranks is not None:
+        picture = folder / f"ranks-{file_name(section.title)}.png"
+        draw_ranks(ranks, section.title, picture)
+        section.add_picture(picture, "Mean ranks of the methods")
+        section.remarks.append(ranks.words())
 
 
 def _finish(
@@ -129,7 +151,7 @@ def _finish(
 
 
 def answer(rows: pd.DataFrame) -> str:
-    """Say in a sentence which methods are better than the baseline, alike, or worse.
+    """Say in a sentence which methods are ahead of the baseline, level with it, or behind.
 
     Args:
         rows: of `summarise`, of one model, data set and share of the images, the best first.
@@ -141,20 +163,24 @@ def answer(rows: pd.DataFrame) -> str:
     if is_full(baseline):
         name = f"full fine-tuning ({baseline}, {words} {score:.3f})"
     parts: list[str] = []
-    for verdict, word, than in ((BETTER, "better", " than"), (ALIKE, "", ""), (WORSE, "worse", " than")):
+    for verdict, says in verdict_words(rows["margin"].iloc[0]).items():
         labels = list(rows["label"][rows["verdict"] == verdict])
         if labels:
             verb = "is" if len(labels) == 1 else "are"
-            says = f"{verb} {word}"
-            if verdict == ALIKE:
-                says = "cannot be told apart from"
-            if not parts:
-                says += f"{than} {name}"
-            elif verdict == ALIKE:
-                says += " it"
-            parts.append(f"{listed(labels)} {says}")
+            reference = "it" if parts else name
+            parts.append(f"{listed(labels)} {verb} {says.format(reference)}")
     found = "; ".join(parts) or f"there is nothing to compare {name} with"
     return f"On {rows['data'].iloc[0]} with {rows['model'].iloc[0]}, {found}."
+
+
+def verdict_words(margin: float) -> dict[str, str]:
+    """Say each verdict in words, with a place for the baseline."""
+    return {
+        AHEAD: "ahead of {}",
+        LEVEL: f"level with {{}} (within {margin:g})",
+        BEHIND: "behind {}",
+        UNCLEAR: "not to be told from {}",
+    }
 
 
 def volume_answers(rows: pd.DataFrame) -> list[str]:
@@ -163,11 +189,11 @@ def volume_answers(rows: pd.DataFrame) -> list[str]:
     sentences = []
     for label, part in rows[rows["label"] != baseline].groupby("label", sort=False):
         parts: list[str] = []
-        for verdict, words in ((BETTER, "ahead of"), (WORSE, "behind"), (ALIKE, "not to be told apart from")):
+        for verdict, says in verdict_words(rows["margin"].iloc[0]).items():
             shares = part["fraction"][part["verdict"] == verdict].sort_values()
             if len(shares):
                 reference = "it" if parts else baseline
-                parts.append(f"{words} {reference} with {listed(list(map(tables.percent, shares)))}")
+                parts.append(f"{says.format(reference)} with {listed(list(map(tables.percent, shares)))}")
         crossed = ""
         for before, after, ahead in crossings(part):
             verb = "overtakes it" if ahead else "falls behind"

@@ -53,7 +53,7 @@ def tuned(
     tries: Sequence[Mapping[str, Any]],
     folder: Path,
     machines: Machines,
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[Row], list[str], list[Trial]]:
     """Give the rows with the learning rates that validate best, and write their settings to files.
 
     Args:
@@ -65,7 +65,7 @@ def tuned(
         machines: where.
 
     Returns:
-        Beside the rows, why others are left out: no rate worked.
+        Beside the rows, why others are left out, which is that no rate worked; and all runs.
     """
     lanes = [Lane(row, multiples(settings_of(row, common).lr or 0, factors)) for row in rows]
     untried = lanes
@@ -80,15 +80,16 @@ def tuned(
             trials += lane.trials
         failed |= run_all(trials, machines)
         untried = [lane for lane in untried if lane.extend()]
-    found, missing = [], []
+    found, missing, tried = [], [], []
     for lane in lanes:
+        tried += lane.trials
         best = lane.best()
         if best is None:
             missing.append(f"{lane.trials[0]} failed: {failed[lane.trials[0].folder]}")
         else:
             found.append(lane.row.with_settings(lr=best))
             _write(settings_of(found[-1], common), lane, folder)
-    return found, missing
+    return found, missing, tried
 
 
 def _write(settings: Settings, lane: Lane, folder: Path) -> None:

@@ -17,7 +17,7 @@ from trainer.tasks import TASKS
 
 import medpeft
 
-from .cluster import Machines, Progress
+from .cluster import Machines, Progress, fit
 from .trials import shapes_of, write_settings
 
 DECAYS = (0.0, 0.001, 0.01, 0.1)
@@ -186,7 +186,7 @@ def search(
     start = start_of(settings, space)
     machines.start()
     tuner = make_tuner(settings, space, start, how, folder.resolve(), machines)
-    results = tuner.fit()
+    results = fit(tuner)
     ended = 0
     for number in range(len(results)):
         trial = results[number]

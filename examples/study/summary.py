@@ -1,7 +1,8 @@
 """What many runs say together: mean, spread and interval of a row, its difference from full fine-tuning.
 
 Intervals are drawn (`bootstrap.py`). A difference is drawn from the images that both rows were tested on, so
-that images which are hard for both do not count as chance.
+that images which are hard for both do not count as chance. What is said of it follows from its interval and
+from a margin that is fixed before: within it a difference is none that matters.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,13 @@ COSTS = {
     "step_ms": ("step_seconds", 1000.0),
     "seconds": ("seconds", 1.0),
 }
-BETTER, ALIKE, WORSE = "better", "cannot be told apart", "worse"
+AHEAD, LEVEL, BEHIND, UNCLEAR = "ahead", "level", "behind", "cannot tell"
+MARGIN = 0.02  # of the score
+# Of classes: what the task's words do not name.
+FURTHER = {
+    "worst_recall": "recall of the worst class",
+    "calibration_error_untempered": "calibration error before the temperature",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,27 @@ class Record:
         return float(self.metrics["test"][self.task.score])
 
     @property
+    def options(self) -> str:
+        """In which options the method differs from its default, and whether features are kept."""
+        words = []
+        for own in self.metrics["settings"].get("option", {}).values():
+            words += [f"{name}={value}" for name, value in own.items()]
+        if self.metrics["settings"].get("cache_features"):
+            words.append("features kept")
+        return ", ".join(words)
+
+    @property
+    def depth(self) -> float:
+        """Share of the blocks that are adapted."""
+        return float(self.metrics["settings"].get("depth") or 1.0)
+
+    @property
+    def worst_recall(self) -> float:
+        """Recall of the class with the lowest, NaN where there are no classes."""
+        known = [recall for recall in self.metrics["test"].get("recall_per_class", []) if recall is not None]
+        return min(known, default=np.nan)
+
+    @property
     def split(self) -> tuple[int, int]:
         """Seed and fold: runs of one data set that have them in common were tested on the same images."""
         settings = self.metrics["settings"]
@@ -65,21 +93,24 @@ class Record:
         return float(self.metrics["settings"].get("train_fraction") or 1.0)
 
 
-def summarise(records: Iterable[Record], baseline: str | None = None, *, draws: int = 2000) -> pd.DataFrame:
+def summarise(
+    records: Iterable[Record], baseline: str | None = None, margin: float = MARGIN, *, draws: int = 2000
+) -> pd.DataFrame:
     """Sum up the runs that differ in nothing but their split of the data.
 
     Args:
         records: of finished runs.
         baseline: the label to compare the others with; None for the row of full fine-tuning (or, where there
             is none, of all rows) that has the best mean validation score.
+        margin: a difference within it is none that matters.
         draws: of the bootstrap.
 
     Returns:
         A row for each model, data set, share of the training images and label, the best first in each of
         these, with its `task`, `runs`, `mean` and `sd` of the test score (NaN for one run), `low` and `high`
         of its 95 % interval, the mean `val` of the validation score, each other score of the task and its
-        deviation in `…_sd`, the costs, and against the `baseline`: `difference`, `difference_low`,
-        `difference_high` and in a word the `verdict`.
+        deviation in `…_sd`, the `depth` and `options`, the costs, and against the `baseline`: `difference`,
+        `difference_low`, `difference_high` and in a word the `verdict`.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     labels: dict[tuple[str, str], list[Record]] = {}
@@ -91,10 +122,11 @@ def summarise(records: Iterable[Record], baseline: str | None = None, *, draws: 
         against = choose_baseline(labels[model, data], baseline)
         row = {"model": model, "data": data, "fraction": fraction, "label": label}
         row |= {"task": group[0].metrics["settings"].get("task") or "classify", **_sum_up(group, draws)}
+        row |= {"baseline": against, "margin": margin}
         reference = groups.get((model, data, fraction, against), [])
-        rows.append(
-            {**row, "baseline": against, **compare(group, reference if label != against else [], draws)}
-        )
+        if label == against:
+            reference = []
+        rows.append(row | compare(group, reference, margin, draws))
     table = pd.DataFrame(rows)
     place = table.groupby(["model", "data"], sort=False).ngroup()
     table = table.assign(place=place).sort_values(
@@ -120,11 +152,33 @@ def choose_baseline(records: Sequence[Record], wanted: str | None) -> str:
 
 
 def is_full(label: str) -> bool:
-    """Say whether a row is full fine-tuning: `full`, `full-frozen`, `full-adapt`."""
-    return label.split("-")[0] == "full"
+    """Say whether a row is full fine-tuning of the whole model."""
+    return label in ("full", "full-frozen", "full-adapt")
 
 
-def compare(ours: Sequence[Record], reference: Sequence[Record], draws: int) -> dict[str, Any]:
+def verdict_of(low: float, high: float, margin: float) -> str:
+    """Say what the interval of a difference from the baseline bears.
+
+    Args:
+        low: where it begins.
+        high: where it ends.
+        margin: within ±margin a difference is none that matters.
+
+    Returns:
+        `level`: the interval lies within ±margin, whether it holds 0 or not. `ahead`, `behind`: it lies
+        above, below 0, and reaches beyond the margin. `cannot tell`: it holds 0 and reaches beyond the
+        margin.
+    """
+    if -margin < low and high < margin:
+        return LEVEL
+    if low > 0:
+        return AHEAD
+    if high < 0:
+        return BEHIND
+    return UNCLEAR
+
+
+def compare(ours: Sequence[Record], reference: Sequence[Record], margin: float, draws: int) -> dict[str, Any]:
     """Give the mean difference of the scores on the splits of both rows, its interval and the verdict."""
     other = {record.split: record for record in reference}
     pairs = [(record, other[record.split]) for record in ours if record.split in other]
@@ -133,11 +187,7 @@ def compare(ours: Sequence[Record], reference: Sequence[Record], draws: int) -> 
         return dict(zip(names, (np.nan, np.nan, np.nan, ""), strict=True))
     scores = draw_scores([side_by_side(pair) for pair in pairs], ours[0].task.score, draws)
     low, high = np.quantile(scores[:, 0] - scores[:, 1], [0.025, 0.975])
-    verdict = ALIKE
-    if low > 0:
-        verdict = BETTER
-    elif high < 0:
-        verdict = WORSE
+    verdict = verdict_of(low, high, margin)
     total = 0.0
     for own, theirs in pairs:
         total += own.score - theirs.score
@@ -189,10 +239,10 @@ def crossings(rows: pd.DataFrame) -> list[tuple[float, float, bool]]:
         apart.
     """
     found = []
-    known = rows[rows["verdict"].isin([BETTER, WORSE])].sort_values("fraction")
+    known = rows[rows["verdict"].isin([AHEAD, BEHIND])].sort_values("fraction")
     for (_, before), (_, after) in zip(known.iloc[:-1].iterrows(), known.iloc[1:].iterrows(), strict=True):
         if before["verdict"] != after["verdict"]:
-            found.append((float(before["fraction"]), float(after["fraction"]), after["verdict"] == BETTER))
+            found.append((float(before["fraction"]), float(after["fraction"]), after["verdict"] == AHEAD))
     return found
 
 
@@ -200,7 +250,8 @@ def _sum_up(group: list[Record], draws: int) -> dict[str, Any]:
     task = group[0].task
     runs = pd.json_normalize([record.metrics for record in group])
     numbers = ["best_val_score", "settings.lr", "trainable"]
-    numbers += [f"test.{name}" for name in task.words] + [key for key, _ in COSTS.values()]
+    numbers += [f"test.{name}" for name in [*task.words, "calibration_error_untempered"]]
+    numbers += [key for key, _ in COSTS.values()]
     # What a run has not, such as an AUROC where a class is missing, is NaN.
     runs = runs.assign(**runs.reindex(columns=numbers).astype(float))
     row: dict[str, Any] = {"runs": len(runs)}
@@ -210,6 +261,10 @@ def _sum_up(group: list[Record], draws: int) -> dict[str, Any]:
     row["val"] = runs["best_val_score"].mean()
     for name in other_scores(task):
         row[name], row[f"{name}_sd"] = _spread(runs[f"test.{name}"])
+    row["worst_recall"], row["worst_recall_sd"] = _spread(pd.Series([own.worst_recall for own in group]))
+    untempered = "calibration_error_untempered"
+    row[untempered], row[f"{untempered}_sd"] = _spread(runs[f"test.{untempered}"])
+    row["depth"], row["options"] = group[0].depth, group[0].options
     row["lr"], row["trainable"] = runs["settings.lr"].median(), int(runs["trainable"].iloc[0])
     row["train_images"] = round(runs.filter(regex=r"^images\.train\.").sum(axis=1).mean())
     # The median: one step during a cold start or beside another process does not move it.

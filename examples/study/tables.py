@@ -8,7 +8,7 @@ from jinja2 import Environment
 from pandas.io.formats.style import Styler
 from trainer.tasks import TASKS, Task
 
-from .summary import BETTER, WORSE, across_data, other_scores
+from .summary import AHEAD, BEHIND, FURTHER, LEVEL, across_data, other_scores
 
 # A template is what the Markdown is: pandas needs one more package for it.
 MARKDOWN = Environment(autoescape=False, trim_blocks=True).from_string(
@@ -20,8 +20,8 @@ MARKDOWN = Environment(autoescape=False, trim_blocks=True).from_string(
 {% endfor %}
 """
 )
-LATEX = {"±": r"$\pm$", "–": "--", "−": "$-$", "▲": r"$\uparrow$", "▼": r"$\downarrow$"}
-SIGNS = {BETTER: " ▲", WORSE: " ▼"}
+LATEX = {"±": r"$\pm$", "–": "--", "−": "$-$", "▲": r"$\uparrow$", "▼": r"$\downarrow$", "≈": r"$\approx$"}
+SIGNS = {AHEAD: " ▲", LEVEL: " ≈", BEHIND: " ▼"}
 COSTS = {
     "saved_mib": "Kept for backward (MiB)",
     "peak_mib": "Peak memory (MiB)",
@@ -132,6 +132,11 @@ def detail_table(rows: pd.DataFrame) -> Table:
         text = found.apply(lambda row, name=name: spread_text(row[name], row[f"{name}_sd"]), axis=1)
         best = found[name].min() if name in task.lower else found[name].max()
         table.add(capitalised(title), text, found[name] == best)
+    for name, title in FURTHER.items():
+        if found[name].notna().any():
+            text = found.apply(lambda row, name=name: spread_text(row[name], row[f"{name}_sd"]), axis=1)
+            best = found[name].max() if name == "worst_recall" else found[name].min()
+            table.add(capitalised(title), text, found[name] == best)
     return table
 
 
@@ -139,6 +144,10 @@ def cost_table(rows: pd.DataFrame) -> Table:
     """Lay out what the runs of one model on one data set cost, and the learning rate that each took."""
     found = rows.set_index("label")
     table = Table(list(found.index))
+    if (found["depth"] < 1).any():
+        table.add("Depth", found["depth"].map("{:g}".format))
+    if found["options"].any():
+        table.add("Options", found["options"].replace("", "–"))
     table.add("Learning rate", found["lr"].map("{:.3g}".format))
     table.add("Trainable", found["trainable"].map("{:,}".format))
     for name, title in COSTS.items():
@@ -194,7 +203,7 @@ def score_text(row: pd.Series) -> str:
 
 
 def difference_text(row: pd.Series) -> str:
-    """Write a difference from the baseline with its interval, and a sign where it can be told from none."""
+    """Write a difference from the baseline with its interval, and a sign where that bears a verdict."""
     if pd.isna(row["difference"]):
         return "–"
     text = f"{row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"

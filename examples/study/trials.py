@@ -7,7 +7,6 @@ A run's folder is `runs/DIGEST` below the study's, named by what its result depe
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,12 @@ class Row:
     Attributes:
         label: its name.
         settings: those in which it differs from the others.
+        from_file: it is named as its file, for want of a better name.
     """
 
     label: str
     settings: dict[str, Any]
+    from_file: bool = False
 
     def with_settings(self, **more: Any) -> "Row":
         """Give the row with further settings."""
@@ -90,9 +91,11 @@ def make_trial(row: Row, common: Mapping[str, Any], folder: Path) -> Trial:
         TrainerError: they do not go together.
     """
     settings = settings_of(row, common)
+    # A run of Ray's has another working folder.
     if settings.data is not None and not settings.data.startswith("hf:"):
-        # A run of Ray's has another working folder.
         settings = replace(settings, data=str(Path(settings.data).resolve()))
+    if settings.cache_features is not None:
+        settings = replace(settings, cache_features=Path(settings.cache_features).resolve())
     settings = replace(settings, output=(folder / "runs" / settings.digest()).resolve())
     return Trial(row.label, name_of(settings.data), settings)
 
@@ -113,40 +116,56 @@ def rows_of(methods: Sequence[str] | None, configs: Sequence[Path], given: Mappi
     Args:
         methods: names or unions; None for every registered method.
         configs: YAML files of settings with a `method` among them. A file takes the place of its method; two
-            files for one method are told apart by their names.
+            files for one method are told apart by their names. A file may also hold several rows: below
+            `rows` the name and the settings of each, and beside it what all of them share.
         given: settings that win over those of a file.
 
     Raises:
-        TrainerError: a file cannot be read or names no method.
+        TrainerError: a file cannot be read or names no method, or two rows have one name.
     """
-    files = {config: read_settings(config) | dict(given) for config in configs}
-    owners = list(map(itemgetter("method"), files.values()))
+    files: list[Row] = []
+    for config in configs:
+        files += [row.with_settings(**given) for row in read_rows(config)]
+    owners = [row.settings["method"] for row in files]
     asked = medpeft.methods() if methods is None else methods
     rows = [Row(method, {"method": method}) for method in asked if method not in owners]
-    for config, settings in files.items():
-        method = settings["method"]
-        rows.append(Row(method if owners.count(method) == 1 else config.stem, settings))
+    for row in files:
+        method = row.settings["method"]
+        alone = row.from_file and owners.count(method) == 1
+        rows.append(replace(row, label=method) if alone else row)
+    labels = [row.label for row in rows]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise TrainerError(f"Two rows are called {label}. Rename one, or its file.")
     return rows
 
 
-def read_settings(config: Path) -> dict[str, Any]:
-    """Read a YAML file of settings.
+def read_rows(config: Path) -> list[Row]:
+    """Read a YAML file of settings: one row that is named as the file, or those that it names itself.
 
     Raises:
-        TrainerError: it cannot be read, names no method, or has a key that is no setting.
+        TrainerError: it cannot be read, a row names no method, or has a key that is no setting.
     """
     try:
         content = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TrainerError(f"--config {config} could not be read: {error}") from error
-    if not (isinstance(content, dict) and isinstance(content.get("method"), str)):
-        raise TrainerError(f"--config {config} names no method. Add a line such as 'method: ssf'.")
-    unknown = content.keys() - vars(Settings()).keys()
-    if unknown:
-        raise TrainerError(
-            f"--config {config} has '{min(unknown)}', which is no setting of train.py. See --help."
-        )
-    return content
+    content = content if isinstance(content, dict) else {}
+    common = {name: value for name, value in content.items() if name != "rows"}
+    rows = [Row(config.stem, common, from_file=True)]
+    if isinstance(content.get("rows"), dict):
+        rows = [Row(str(label), common | (own or {})) for label, own in content["rows"].items()]
+    for row in rows:
+        if not isinstance(row.settings.get("method"), str):
+            raise TrainerError(
+                f"--config {config} names no method for {row.label}. Add a line such as 'method: ssf'."
+            )
+        unknown = row.settings.keys() - vars(Settings()).keys()
+        if unknown:
+            raise TrainerError(
+                f"--config {config} has '{min(unknown)}', which is no setting of train.py. See --help."
+            )
+    return rows
 
 
 def fitting(rows: Sequence[Row], common: Mapping[str, Any]) -> tuple[list[Row], dict[str, str]]:
@@ -181,6 +200,7 @@ def fitting(rows: Sequence[Row], common: Mapping[str, Any]) -> tuple[list[Row], 
                 target=settings.target,
                 exclude=settings.exclude,
                 batchnorm=settings.batchnorm,
+                depth=settings.depth,
             )
         except medpeft.MedpeftError as error:
             left_out[row.label] = f"does not fit {settings.model}: {error}"

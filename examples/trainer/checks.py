@@ -19,7 +19,7 @@ TABLE_ONLY = (
     *("path_column", "label_column", "mask_column", "patient_column"),
     *("group_column", "finding_column"),
 )
-POSITIVE = ("epochs", "patience", "batch_size", "accumulate", "devices", "lr")
+POSITIVE = ("epochs", "patience", "repeat", "batch_size", "accumulate", "devices", "lr")
 # Settings that are of use to some tasks alone.
 OF_TASKS = {
     "finding_column": ("multilabel",),

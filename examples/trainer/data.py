@@ -168,6 +168,7 @@ class EpochOrder(DistributedSampler[Any]):
         rank: of this one.
         balance: draw every class (or stratum) equally often, with replacement.
         views: of each image, which the epochs take in turn; None for a new one every epoch.
+        repeat: times that an epoch goes through the images, each in an order and with a view of its own.
     """
 
     def __init__(
@@ -178,22 +179,34 @@ class EpochOrder(DistributedSampler[Any]):
         rank: int,
         balance: bool,
         views: int | None = None,
+        repeat: int = 1,
     ) -> None:
         super().__init__(part, world, rank, seed=1000 * seed)
-        self.views = views
+        self.views, self.repeat = views, repeat
         counts = torch.bincount(part.strata)
         self.weights = 1.0 / counts[part.strata]
         self.balance = balance
 
+    def __len__(self) -> int:
+        return self.num_samples * self.repeat
+
     def __iter__(self) -> Iterator[Key]:
-        places = super().__iter__()
+        for turn in range(self.epoch * self.repeat, (self.epoch + 1) * self.repeat):
+            view = turn if self.views is None else turn % self.views
+            for place in self._order(turn):
+                yield place, view
+
+    def _order(self, turn: int) -> list[int]:
+        """Give the places that this process takes when it goes through the images once."""
+        generator = torch.Generator().manual_seed(self.seed + turn)
         if self.balance:
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
             drawn = torch.multinomial(self.weights, self.total_size, True, generator=generator)
-            places = iter(drawn[self.rank :: self.num_replicas].tolist())
-        view = self.epoch if self.views is None else self.epoch % self.views
-        for place in places:
-            yield place, view
+        else:
+            drawn = torch.randperm(len(self.weights), generator=generator)
+            # The last round of the processes is filled up with the first images.
+            drawn = drawn.repeat(-(-self.total_size // len(drawn)))[: self.total_size]
+        places: list[int] = drawn[self.rank :: self.num_replicas].tolist()
+        return places
 
 
 class DataModule(lightning.LightningDataModule):
@@ -207,7 +220,9 @@ class DataModule(lightning.LightningDataModule):
         """Batch the training part; `batch_size` counts the images of a step over all processes."""
         world, rank = self._process()
         part, settings = self.parts["train"], self.settings
-        order = EpochOrder(part, settings.seed, world, rank, settings.balanced_sampler, settings.views)
+        order = EpochOrder(
+            part, settings.seed, world, rank, settings.balanced_sampler, settings.views, settings.repeat
+        )
         size = settings.batch_size // (settings.accumulate * world)
         # BatchNorm that adapts cannot take statistics from one image of 1 × 1 features.
         lonely = len(order) > size and len(order) % size == 1

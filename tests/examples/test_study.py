@@ -25,6 +25,9 @@ def test_a_comparison_runs_every_row_on_every_seed_and_writes_its_results(asked,
     assert set(scores["runs"]) == {2}
     assert len(asked) == 8
     assert all(settings.quiet and settings.epochs == 2 for settings in asked)
+    runs = pd.read_csv(tmp_path / "runs.csv")
+    assert len(runs) == 8
+    assert sorted(runs["run"]) == sorted(path.name for path in (tmp_path / "runs").iterdir())
     text = (tmp_path / "report.html").read_text()
     assert "study.py compare --model test_efficientnet" in text
     assert "8 of 8 runs; seeds 0, 1; at most 2 epochs" in text
@@ -78,6 +81,32 @@ def test_learning_rates_are_found_by_validation_and_their_settings_asked_for_aga
     assert len(asked) == 4
 
 
+def test_rates_are_tried_on_seeds_of_their_own(asked, tmp_path):
+    given = ["--method", "linear_probe", "--lr-factors", "0.3", "1", "--lr-seed", "7", "8", "--seed", "0"]
+    assert study.main(["compare", *TINY, *given, "--output", str(tmp_path)]) == 0
+    tried = [(settings.seed, settings.lr) for settings in asked]
+    assert tried[:4] == [(7, 0.0009), (8, 0.0009), (7, 0.003), (8, 0.003)]
+    assert tried[-1] == (0, 0.003)
+    assert list(pd.read_csv(tmp_path / "scores.csv")["runs"]) == [1]
+    runs = pd.read_csv(tmp_path / "runs.csv")
+    assert runs["for"].to_list() == ["rate"] * (len(asked) - 1) + ["test"]
+    assert runs.loc[len(asked) - 1, ["row", "seed", "lr", "epochs"]].to_list() == [
+        "linear_probe",
+        0,
+        0.003,
+        2,
+    ]
+
+
+def test_of_the_rows_of_a_file_those_of_some_names_are_run(asked, tmp_path):
+    rows = "epochs: 2\nrows:\n  half: {method: ssf, depth: 0.5}\n  whole: {method: ssf}\n  lora: {method: lora}\n"
+    (tmp_path / "rows.yaml").write_text(rows)
+    given = ["compare", *TINY, "--method", "--config", str(tmp_path / "rows.yaml"), "--seed", "0"]
+    assert study.main([*given, "--row", "half", "lora", "--output", str(tmp_path)]) == 0
+    assert [(settings.method, settings.depth) for settings in asked] == [("ssf", 0.5), ("lora", 1.0)]
+    assert set(pd.read_csv(tmp_path / "scores.csv")["label"]) == {"half", "lora"}
+
+
 def test_a_cross_validation_runs_every_fold(asked, tmp_path):
     given = ["--method", "linear_probe", "--seed", "0", "--k-folds", "3", "--lr-factors", "1"]
     assert study.main(["compare", *TINY, *given, "--output", str(tmp_path)]) == 0
@@ -96,12 +125,12 @@ def test_a_run_that_fails_ends_itself_alone(asked, tmp_path, capsys):
     assert said in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize(("fraction", "epochs", "patience"), [(1.0, 6, 5), (0.5, 12, 10), (0.01, 24, 20)])
-def test_smaller_shares_have_more_epochs_up_to_a_bound(asked, tmp_path, fraction, epochs, patience):
+@pytest.mark.parametrize(("fraction", "repeat"), [(1.0, 1), (0.5, 2), (0.05, 20), (0.01, 20)])
+def test_an_epoch_goes_through_smaller_shares_more_often_up_to_a_bound(asked, tmp_path, fraction, repeat):
     given = ["volume", *TINY, "--epochs", "6", "--method", "ssf", "--seed", "0", "--fraction", str(fraction)]
     assert study.main([*given, "--output", str(tmp_path)]) == 0
     (settings,) = asked
-    assert (settings.train_fraction, settings.epochs, settings.patience) == (fraction, epochs, patience)
+    assert (settings.train_fraction, settings.epochs, settings.repeat) == (fraction, 6, repeat)
 
 
 def test_a_study_of_the_number_of_images_writes_all_its_results(asked, tmp_path, capsys):
@@ -156,12 +185,14 @@ def test_flags_of_the_trainer_go_to_every_run(asked, tmp_path):
         (["--method", "lra"], "'lra'. Did you mean 'lora'"),
         (["--method", "attention"], "No method fits test_efficientnet"),
         (
-            ["--seed", "0", "1", "--lr-factors", "1", "--lr-seeds", "3"],
-            "--lr-seeds is 3; it must be from 1 to 2",
+            ["--lr-seed", "3"],
+            "--lr-seed says where rates are tried, and --lr-factors which",
         ),
         (["--data", "/nowhere"], "--data /nowhere does not exist"),
         (["--devices", "2"], "--devices is 2, and a run trains on one device, which Ray gives it"),
         (["--baseline", "full", "--method", "ssf"], "--baseline full is not among the rows (ssf)"),
+        (["--row", "ssf", "half", "--method", "ssf"], "--row half is not among the rows (ssf)"),
+        (["--margin", "-1"], "--margin is -1.0; it must be at least 0"),
         (["--fraction", "0"], "--fraction 0 is no share: give numbers above 0 and at most 1"),
         (["--epochs", "0"], "--epochs is 0; it must be above 0"),
     ],

@@ -6,7 +6,7 @@ import subprocess
 import pandas as pd
 import pytest
 from study.page import Page, answer, cautions, volume_answers, write_comparison, write_volume
-from study.summary import ALIKE, BETTER, WORSE, summarise
+from study.summary import AHEAD, BEHIND, LEVEL, UNCLEAR, summarise
 from study.tables import cost_table, detail_table, image_table, score_table, volume_table, write_tables
 from study_runs import volume
 from test_study_summary import MIDDLE, STRONG, WEAK, record
@@ -95,6 +95,26 @@ def test_the_other_scores_are_tabled_and_the_lowest_error_is_the_best(done):
     assert not table.best["AUROC, one vs rest"].any()
 
 
+def test_the_worst_class_and_the_calibration_before_the_temperature_are_tabled_where_they_are_known():
+    runs = runs_of(["full-frozen", "ssf"])
+    for place, run in enumerate(runs):
+        run.metrics["test"]["recall_per_class"] = [0.9, None, 0.5 + place / 10]
+        run.metrics["test"]["calibration_error_untempered"] = 0.2
+    table = detail_table(summarise(runs, draws=50))
+    assert table.text.loc["ssf", "Recall of the worst class"] == "0.700 ± 0.141"
+    assert table.text.loc["ssf", "Calibration error before the temperature"] == "0.200 ± 0.000"
+    assert table.best["Recall of the worst class"].to_dict() == {"ssf": True, "full-frozen": False}
+
+
+def test_depth_and_options_of_a_row_are_tabled_where_one_has_any():
+    runs = runs_of(["full-frozen", "ssf"], seeds=[0])
+    assert not {"Depth", "Options"} & set(cost_table(summarise(runs, draws=50)).text)
+    runs[1].metrics["settings"] |= {"depth": 0.5, "option": {"ssf": {"init": "x"}}, "cache_features": "kept"}
+    text = cost_table(summarise(runs, draws=50)).text
+    assert text.loc["ssf", ["Depth", "Options"]].to_list() == ["0.5", "init=x, features kept"]
+    assert text.loc["full-frozen", ["Depth", "Options"]].to_list() == ["1", "–"]
+
+
 def test_what_runs_cost_is_tabled_with_their_learning_rate(summary):
     text = cost_table(summary[summary["data"] == "one_set"]).text
     assert text.loc["bias+norm"].to_dict() == {
@@ -118,14 +138,15 @@ def test_the_csv_holds_every_number_unrounded(summary, tmp_path):
     )
 
 
-def test_the_sentence_names_what_is_better_alike_and_worse(done):
-    rows = summarise(done, draws=200)
+def test_the_sentence_names_what_is_ahead_level_behind_and_unclear(done):
+    unclear = [record("lora", seed, MIDDLE, order=seed) for seed in (0, 1)]
+    rows = summarise([*done, *unclear], draws=200)
     assert answer(rows) == (
-        "On one_set with a_model, ssf is better than full fine-tuning (full-frozen, macro-F1 0.800); bias+norm cannot be "
-        "told apart from it; full-adapt and linear_probe are worse."
+        "On one_set with a_model, ssf is ahead of full fine-tuning (full-frozen, macro-F1 0.800); bias+norm is level with "
+        "it (within 0.02); full-adapt and linear_probe are behind it; lora is not to be told from it."
     )
-    assert answer(rows[rows["verdict"] == WORSE]).startswith(
-        "On one_set with a_model, full-adapt and linear_probe are worse than full fine-tuning (full-frozen"
+    assert answer(rows[rows["verdict"] == BEHIND]).startswith(
+        "On one_set with a_model, full-adapt and linear_probe are behind full fine-tuning (full-frozen"
     )
     alone = summarise(runs_of(["ssf"]), draws=50)
     assert answer(alone) == "On one_set with a_model, there is nothing to compare ssf (macro-F1 0.960) with."
@@ -143,14 +164,14 @@ def test_few_seeds_are_cautioned_of():
     ("verdicts", "said"),
     [
         (
-            [BETTER, BETTER, WORSE],
+            [AHEAD, AHEAD, BEHIND],
             "ahead of full with 1 % and 10 % and behind it with 100 % of the images; it falls behind between 10 % and 100 %.",
         ),
         (
-            [WORSE, WORSE, BETTER],
+            [BEHIND, BEHIND, AHEAD],
             "ahead of full with 100 % and behind it with 1 % and 10 % of the images; it overtakes it between 10 % and 100 %.",
         ),
-        ([ALIKE] * 3, "not to be told apart from full with 1 %, 10 % and 100 % of the images."),
+        ([UNCLEAR] * 3, "not to be told from full with 1 %, 10 % and 100 % of the images."),
     ],
 )
 def test_where_a_method_is_ahead_is_said_only_where_intervals_tell(verdicts, said):
@@ -158,9 +179,9 @@ def test_where_a_method_is_ahead_is_said_only_where_intervals_tell(verdicts, sai
 
 
 def test_shares_are_tabled_with_their_images_and_signs():
-    table = volume_table(volume([BETTER, ALIKE, WORSE]))
+    table = volume_table(volume([AHEAD, LEVEL, BEHIND]))
     assert list(table.text.columns) == ["1 % (5 images)", "10 % (50 images)", "100 % (500 images)"]
-    assert [text[-1] for text in table.text.loc["ssf"]] == ["▲", "]", "▼"]
+    assert [text[-1] for text in table.text.loc["ssf"]] == ["▲", "≈", "▼"]
     assert list(table.text.index) == ["ssf", "full"]
 
 
@@ -179,7 +200,7 @@ def test_a_comparison_writes_all_its_results(done, tmp_path):
     ):
         assert (tmp_path / name).stat().st_size > 100, name
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "ssf is better than full fine-tuning" in text
+    assert "ssf is ahead of full fine-tuning" in text
     assert "Caution: 2 runs a row are few." in text
     assert "oft: &lt;does not fit&gt;" in text
     assert "<b>" not in text

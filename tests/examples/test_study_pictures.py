@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from study import figures
-from study.summary import ALIKE, BETTER, WORSE
+from study.summary import AHEAD, BEHIND, UNCLEAR
 from study_runs import volume
 
 
@@ -65,7 +65,9 @@ def test_the_axis_is_on_the_data_and_says_of_a_far_cheaper_method_what_it_costs(
     assert "← some_method_0, 0.08 MiB" in [text.get_text() for text in drawn[0].axes[0].texts]
 
 
-@pytest.mark.parametrize(("verdicts", "rings"), [([WORSE, ALIKE, BETTER], 1), ([ALIKE, ALIKE, BETTER], 0)])
+@pytest.mark.parametrize(
+    ("verdicts", "rings"), [([BEHIND, UNCLEAR, AHEAD], 1), ([UNCLEAR, UNCLEAR, AHEAD], 0)]
+)
 def test_a_crossing_is_marked_only_where_intervals_tell(drawn, tmp_path, verdicts, rings):
     figures.draw_volume(volume(verdicts), "a model on a set", tmp_path / "picture.png")
     (axes,) = drawn[0].axes

@@ -6,14 +6,16 @@ import pytest
 from sklearn.metrics import f1_score
 from study.bootstrap import draw_scores
 from study.summary import (
-    ALIKE,
-    BETTER,
-    WORSE,
+    AHEAD,
+    BEHIND,
+    LEVEL,
+    UNCLEAR,
     Record,
     across_data,
     crossings,
     pareto_front,
     summarise,
+    verdict_of,
 )
 from trainer.quick import macro_f1
 
@@ -94,14 +96,14 @@ def test_the_interval_widens_with_the_spread_of_the_seeds_and_narrows_with_more_
     assert width([MIDDLE] * 3) == width([MIDDLE] * 3)
 
 
-def test_rows_are_compared_on_the_same_images_and_said_to_be_better_alike_or_worse():
+def test_rows_are_compared_on_the_same_images_and_said_to_be_ahead_behind_or_neither():
     runs = []
     for seed in range(3):
         runs += [record("full-frozen", seed, MIDDLE), record("ssf", seed, STRONG), record("bias", seed, WEAK)]
         runs.append(record("lora", seed, MIDDLE, order=7 + seed))
     found = summarise(runs).set_index("label")
     assert list(found.index) == ["ssf", "full-frozen", "lora", "bias"]
-    assert found["verdict"].to_dict() == {"ssf": BETTER, "full-frozen": "", "lora": ALIKE, "bias": WORSE}
+    assert found["verdict"].to_dict() == {"ssf": AHEAD, "full-frozen": "", "lora": UNCLEAR, "bias": BEHIND}
     assert found.loc["ssf", "difference"] == pytest.approx(0.16)
     assert np.isnan(found.loc["full-frozen", "difference"])
     # The separate intervals of two rows that err on the same images overlap, and the difference is plain.
@@ -111,7 +113,32 @@ def test_rows_are_compared_on_the_same_images_and_said_to_be_better_alike_or_wor
     )
     pair = pair.set_index("label")
     assert pair.loc["ssf", "low"] < pair.loc["full", "high"]
-    assert pair.loc["ssf", "verdict"] == BETTER
+    assert pair.loc["ssf", "verdict"] == AHEAD
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "margin", "verdict"),
+    [
+        (-0.019, 0.019, 0.02, LEVEL),
+        (0.001, 0.019, 0.02, LEVEL),  # certain, and too small to matter
+        (-0.019, 0.021, 0.02, UNCLEAR),
+        (-0.03, 0.03, 0.02, UNCLEAR),
+        (0.001, 0.021, 0.02, AHEAD),
+        (0.03, 0.05, 0.02, AHEAD),
+        (-0.02, -0.001, 0.02, BEHIND),
+        (0.0, 0.0, 0.0, UNCLEAR),
+        (0.001, 0.002, 0.0, AHEAD),
+    ],
+)
+def test_a_verdict_follows_from_the_interval_and_the_margin(low, high, margin, verdict):
+    assert verdict_of(low, high, margin) == verdict
+
+
+def test_the_margin_is_what_the_verdicts_are_by():
+    close = [record("full", s, [[41, 9], [9, 41]]) for s in range(5)]
+    close += [record("ssf", s, [[42, 8], [8, 42]]) for s in range(5)]
+    verdicts = [summarise(close, margin=margin)["verdict"].max() for margin in (0.0, 0.1)]
+    assert verdicts == [AHEAD, LEVEL]
 
 
 def test_two_runs_of_one_score_on_other_images_are_no_different():
@@ -155,11 +182,11 @@ def test_the_pareto_front_holds_what_nothing_beats():
 @pytest.mark.parametrize(
     ("verdicts", "expected"),
     [
-        ([WORSE, BETTER, BETTER], [(0.01, 0.1, True)]),
-        ([WORSE, ALIKE, BETTER], [(0.01, 1.0, True)]),
-        ([BETTER, WORSE, BETTER], [(0.01, 0.1, False), (0.1, 1.0, True)]),
-        ([ALIKE, ALIKE, BETTER], []),
-        ([WORSE, ALIKE, ALIKE], []),
+        ([BEHIND, AHEAD, AHEAD], [(0.01, 0.1, True)]),
+        ([BEHIND, UNCLEAR, AHEAD], [(0.01, 1.0, True)]),
+        ([AHEAD, BEHIND, AHEAD], [(0.01, 0.1, False), (0.1, 1.0, True)]),
+        ([UNCLEAR, UNCLEAR, AHEAD], []),
+        ([BEHIND, UNCLEAR, UNCLEAR], []),
         (["", "", ""], []),
     ],
 )

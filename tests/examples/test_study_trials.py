@@ -5,13 +5,11 @@ from dataclasses import replace
 import pytest
 import yaml
 from study import rates as rate_search
-from study.cluster import Machines
+from study.cluster import Machines, fit
 from study.rates import best_rate, beyond, multiples, tuned
-from study.search import at_point, search_space, start_of
 from study.summary import Record
 from study.trials import Row, fitting, make_trial, rows_of, settings_of, write_settings
 from trainer.errors import TrainerError
-from trainer.settings import Settings
 
 import medpeft
 from medpeft.adapters import registry
@@ -83,10 +81,33 @@ def test_files_of_settings_take_the_place_of_their_method_and_given_settings_win
     assert [row.label for row in rows_of([], files, {})] == ["ssf", "frozen", "adapt"]
 
 
+def test_a_file_may_name_many_rows_that_share_its_other_settings(tmp_path):
+    file = tmp_path / "rows.yaml"
+    file.write_text("epochs: 3\nrows:\n  half: {method: ssf, depth: 0.5}\n  ssf: {method: ssf, epochs: 4}\n")
+    rows = rows_of(["ssf", "bias"], [file], {"epochs": 2})
+    assert [row.label for row in rows] == ["bias", "half", "ssf"]
+    assert rows[1].settings == {"method": "ssf", "depth": 0.5, "epochs": 2}
+    assert [row.settings["epochs"] for row in rows_of([], [file], {})] == [3, 4]
+    kept, left_out = fitting(rows, TINY)
+    assert (len(kept), left_out) == (3, {})
+
+
+def test_two_rows_of_one_name_are_refused(tmp_path):
+    (tmp_path / "rows.yaml").write_text("rows:\n  bias: {method: ssf}\n")
+    with pytest.raises(TrainerError, match="Two rows are called bias"):
+        rows_of(["bias"], [tmp_path / "rows.yaml"], {})
+
+
+def test_places_of_a_run_hold_from_any_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = make_trial(row("ssf", depth=0.5, cache_features="kept"), TINY, tmp_path).settings
+    assert settings.cache_features == tmp_path / "kept"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lr: 0.001", r"rate\.yaml names no method\. Add a line such as 'method: ssf'"),
+        ("lr: 0.001", r"rate\.yaml names no method for rate\. Add a line such as 'method: ssf'"),
         ("method: ssf\nlearning: 1", r"rate\.yaml has 'learning', which is no setting of train\.py"),
         ("method: [", r"rate\.yaml could not be read"),
     ],
@@ -182,7 +203,8 @@ SEEDS = [{"seed": 0}, {"seed": 1}]
 
 
 def rates(folder, rows, factors, tries):
-    found, missing = tuned(rows, TINY, factors, tries, folder, Machines())
+    found, missing, tried = tuned(rows, TINY, factors, tries, folder, Machines())
+    assert {trial.label for trial in tried} == {row.label for row in rows}
     return {row.label: row.settings["lr"] for row in found}, missing
 
 
@@ -207,7 +229,7 @@ def test_each_share_has_a_learning_rate_of_its_own_and_at_most_two_beyond_the_gr
     best = {0.1: 0.9, 1.0: 0.003}
     asked = imagined(lambda trial: -abs(trial.settings.lr - best[trial.settings.train_fraction]))
     shares = [row("ssf", train_fraction=0.1), row("ssf", train_fraction=1.0)]
-    found, _ = tuned(shares, {}, [0.3, 1, 3], SEEDS[:1], tmp_path, Machines())
+    found, _, _ = tuned(shares, {}, [0.3, 1, 3], SEEDS[:1], tmp_path, Machines())
     assert [row.settings["lr"] for row in found] == [0.081, 0.003]
     assert sorted({settings.lr for settings in asked if settings.train_fraction == 0.1}) == [
         0.0009,
@@ -227,48 +249,12 @@ def test_a_row_for_which_no_rate_works_does_not_end_the_others(tmp_path, imagine
     assert missing[0].endswith("failed: The training loss became nan")
 
 
-# The space of a search
+def test_what_ends_ray_itself_is_said_with_what_to_do():
+    class Broken:
+        def fit(self):
+            raise RuntimeError("1 worker(s) were killed due to the node running low on memory.\nMore.")
 
-
-def settings(method, **more):
-    return Settings(**TINY, method=method, **more).checked()
-
-
-def test_the_space_is_the_trainers_and_the_methods_own():
-    space = search_space(settings("lora+ssf"), {})
-    assert set(space) == {"lr", "weight_decay", "augment", *medpeft.search_space("lora+ssf")}
-    assert (space["lr"].lower, space["lr"].upper) == pytest.approx((3e-4, 3e-2))
-    assert tuple(space["lora.rank"].categories) == medpeft.search_space("lora")["lora.rank"]
-    assert "light" in space["augment"].categories
-
-
-def test_what_is_given_is_not_searched():
-    space = search_space(settings("lora", option={"rank": 3}, lr=0.01), {"lr": 0.01})
-    assert set(space) == {"weight_decay", "augment", "lora.dora"}
-
-
-def test_nothing_to_search_is_an_error():
-    given = {"lr": 0.1, "weight_decay": 0.0, "augment": "none"}
-    with pytest.raises(TrainerError, match="Nothing is left to search"):
-        search_space(settings("bias", **given), given)
-
-
-def test_the_first_point_is_what_the_trainer_would_do_without_a_search():
-    own = settings("lora")
-    assert start_of(own, search_space(own, {})) == {
-        "lr": 0.003, "weight_decay": 0.01, "augment": "light", "lora.rank": 8, "lora.dora": False
-    }  # fmt: skip
-
-
-def test_a_method_that_does_not_fit_is_refused_before_anything_starts():
-    own = settings("adaptformer")
-    with pytest.raises(medpeft.MedpeftError, match="'adaptformer' found nothing to train"):
-        start_of(own, search_space(own, {}))
-
-
-def test_a_point_changes_what_it_names_and_nothing_else():
-    own = settings("lora+ssf", option={"lora": {"rank": 2}})
-    found = at_point(own, {"lr": 0.0123, "augment": "none", "lora.dora": True, "ssf.init": "official"})
-    assert (found.lr, found.augment, found.weight_decay) == (0.0123, "none", own.weight_decay)
-    assert found.option == {"lora": {"rank": 2, "dora": True}, "ssf": {"init": "official"}}
-    assert own.option == {"lora": {"rank": 2}, "ssf": {}}
+    with pytest.raises(
+        TrainerError, match=r"low on memory\. What is finished is kept, and the same command goes"
+    ):
+        fit(Broken())

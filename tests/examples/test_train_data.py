@@ -89,6 +89,20 @@ def test_two_processes_together_see_the_steps_of_one():
         assert sorted(seen) == sorted(alone[4 * step : 4 * step + 4])
 
 
+@pytest.mark.parametrize("balance", [False, True])
+def test_an_epoch_that_goes_through_the_images_thrice_is_three_epochs(balance):
+    once, thrice = (EpochOrder(part_of(5), 3, 1, 0, balance, repeat=times) for times in (1, 3))
+    expected = []
+    for epoch in (3, 4, 5):
+        once.set_epoch(epoch)
+        expected += list(once)
+    thrice.set_epoch(1)
+    assert list(thrice) == expected
+    assert len(thrice) == 15
+    views = EpochOrder(part_of(5), 3, 1, 0, balance, views=2, repeat=3)
+    assert [view for _, view in views] == [0] * 5 + [1] * 5 + [0] * 5
+
+
 def test_a_balanced_order_draws_every_class_as_often():
     part = part_of(2000)
     part.strata = torch.tensor([0] * 1600 + [1] * 400)

@@ -1,5 +1,7 @@
 """Settings, from the command line and from a file, are read with their types, and wrong ones answered with what to do."""
 
+from dataclasses import dataclass
+
 import pytest
 import train
 from small_training import TINY, checked, messages, parsed
@@ -158,6 +160,15 @@ def test_the_help_says_what_every_setting_means(capsys):
         "default: 160",
     ):
         assert expected in shown
+
+
+def test_a_setting_of_later_date_leaves_the_digests_as_they_are():
+    @dataclass(kw_only=True)
+    class Later(Settings):
+        later: int = 1
+
+    assert Later(lr=0.1).checked().digest() == checked(lr=0.1).digest()
+    assert Later(lr=0.1, later=2).checked().digest() != checked(lr=0.1).digest()
 
 
 def test_the_digest_names_what_the_result_depends_on(tmp_path):

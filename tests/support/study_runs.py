@@ -57,6 +57,7 @@ def write_run(settings):
         "best_epoch": 1,
         "best_val_score": val,
         "history": [{"train_loss": 1.0, "val_loss": 1.0, "val_macro_f1": val}],
+        "digest": settings.digest(),
         "test": {"macro_f1": f1_score(labels, predicted, average="macro")},
     }
     (settings.output / "metrics.json").write_text(json.dumps(metrics))
@@ -70,7 +71,7 @@ def volume(verdicts):
     table = (
         pd.DataFrame(rows)
         .fillna({"verdict": ""})
-        .assign(sd=0.01, baseline="full", task="classify", data="one_set", lr=0.003)
+        .assign(sd=0.01, baseline="full", margin=0.02, task="classify", data="one_set", lr=0.003)
     )
     table = table.assign(low=table["mean"] - 0.1, high=table["mean"] + 0.1)
     return table.assign(train_images=(500 * table["fraction"]).astype(int))
