@@ -23,6 +23,8 @@ from .features.prefix import prefix as prefix
 from .optimizer import parameter_groups as parameter_groups
 from .privacy import Private as Private
 from .privacy import private as private
+from .reports.attribution import Attribution as Attribution
+from .reports.attribution import attribute as attribute
 from .reports.fits import Fits as Fits
 from .reports.fits import fits as fits
 from .reports.report import Report as Report
@@ -38,6 +40,7 @@ from .surgery.strength import scaled as scaled
 
 __all__ = [
     "Adapter",
+    "Attribution",
     "CheckpointError",
     "Combined",
     "FeatureFile",
@@ -50,6 +53,7 @@ __all__ = [
     "Report",
     "Site",
     "apply",
+    "attribute",
     "check",
     "combine",
     "disabled",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,17 +41,22 @@ class Adapters(nn.ModuleDict):
         names = sorted(adapters, key=order)
         super().__init__({name: adapters[name] for name in names})
         self.enabled, self.strength = True, 1.0
-        self.on_weight = [name for name in names if "weight" in adapters[name].acts_on]
+        self.let_act(names)
+
+    def let_act(self, names: Collection[str]) -> None:
+        """Let those adapters act that have one of these names, in the order of all of them."""
+        acting = {name: adapter for name, adapter in self.adapters() if name in names}
+        self.on_weight = [name for name, adapter in acting.items() if "weight" in adapter.acts_on]
         self.flexible = next(
-            (name for name in self.on_weight if isinstance(adapters[name], FlexibleAdapter)), ""
+            (name for name in self.on_weight if isinstance(acting[name], FlexibleAdapter)), ""
         )
         self.dropping = ""
         for name in self.on_weight:
-            adapter = adapters[name]
+            adapter = acting[name]
             if isinstance(adapter, DroppingAdapter) and adapter.drops:
                 self.dropping = name
-        self.leaving = [name for name in names if "output" in adapters[name].acts_on]
-        inputs = [name for name in names if "input" in adapters[name].acts_on]
+        self.leaving = [name for name, adapter in acting.items() if "output" in adapter.acts_on]
+        inputs = [name for name, adapter in acting.items() if "input" in adapter.acts_on]
         brackets = [name for name in inputs if name in self.leaving]
         self.entering = [name for name in inputs if name not in brackets] + brackets[::-1]
 

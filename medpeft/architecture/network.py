@@ -12,7 +12,7 @@ from itertools import pairwise
 from torch import nn
 
 from .attention import Projection, is_attention_shell, projections
-from .depth import last_modules
+from .depth import last_modules, outermost_blocks
 from .layers import erases_scale, is_conv, is_mlp, kind_of, norm_channels, own_tensor, parents, within
 from .site import Draft, Reader, Site
 from .weight_reads import overwrites, reads, resolved
@@ -90,6 +90,11 @@ class Network:
     def _last(self) -> frozenset[str]:
         blocks = set(self.attention_blocks.values())
         return last_modules(self.modules, blocks, self.head, self.depth)
+
+    @cached_property
+    def outermost_blocks(self) -> list[str]:
+        """Names of the outermost blocks in the order of a forward; none where no kind of block is known."""
+        return outermost_blocks(self.modules, set(self.attention_blocks.values()), self.head)
 
     @cached_property
     def attentions(self) -> dict[str, list[Projection]]:
