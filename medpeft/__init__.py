@@ -23,6 +23,8 @@ from .reports.fits import Fits as Fits
 from .reports.fits import fits as fits
 from .reports.report import Report as Report
 from .reports.report import report as report
+from .serving.bank import Bank as Bank
+from .serving.proof import Proof as Proof
 from .surgery.apply import apply as apply
 from .surgery.apply import disabled as disabled
 from .surgery.apply import remove as remove
@@ -33,6 +35,7 @@ from .surgery.plan import plan as plan
 
 __all__ = [
     "Adapter",
+    "Bank",
     "CheckpointError",
     "FeatureFile",
     "Fits",
@@ -40,6 +43,7 @@ __all__ = [
     "MedpeftError",
     "Plan",
     "Prefix",
+    "Proof",
     "Report",
     "Site",
     "apply",

@@ -13,6 +13,7 @@ from medpeft.architecture.site import Site
 PACKAGE = ROOT / "medpeft"
 ROOMS = (
     "architecture", "adapters", "formulas", "surgery", "checks", "reports", "checkpoint", "features", "interchange",
+    "serving",
 )  # fmt: skip
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 

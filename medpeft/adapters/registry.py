@@ -37,6 +37,7 @@ class Method:
         unmergeable: Reason why no weight ever computes the same, "" for a method that may be merged.
         takes_complex: Whether its adapters, which are real, act rightly on layers of complex numbers.
         older: Values of options that came later, for files that lack them: those that compute as before.
+        by_image: Whether `torch.vmap` runs an adapted layer with other adapter tensors for each image.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Method:
     unmergeable: str = ""
     takes_complex: bool = False
     older: Mapping[str, Any] = field(default_factory=dict)
+    by_image: bool = False
 
     def __post_init__(self) -> None:
         for values, would in ((self.search, "search"), (self.older, "read from older files")):
@@ -87,7 +89,8 @@ class Method:
         return {name: value for name, value in options.items() if name in self.adapter_options}
 
 
-_ABOUT = {"hint": str, "unmergeable": str, "decays": bool, "identity": bool, "takes_complex": bool}
+_FLAGS = ("decays", "identity", "takes_complex", "by_image")
+_ABOUT = {"hint": str, "unmergeable": str, **dict.fromkeys(_FLAGS, bool)}
 
 _METHODS: dict[str, Method] = {}
 
@@ -104,6 +107,7 @@ def register(
     unmergeable: str = "",
     takes_complex: bool = False,
     older: Mapping[str, Any] | None = None,
+    by_image: bool = False,
 ) -> Callable[[Registered], Registered]:
     """Register a class derived from `Adapter`, or a predicate over parameters, as a method.
 
@@ -121,6 +125,7 @@ def register(
         unmergeable: Reason why no weight ever computes the same, for the error of `merge`.
         takes_complex: Whether its adapters, which are real, act rightly on layers of complex numbers.
         older: Values of later options for files that lack them, where the default computes otherwise.
+        by_image: Whether `torch.vmap` runs an adapted layer with other tensors for each image (`Bank`).
 
     Raises:
         MedpeftError: the name is taken or no identifier, or the object is no method or does nothing.
@@ -135,7 +140,7 @@ def register(
         'Everything in the module called `0`.'
     """
     _require_name(name)
-    flags = {"decays": decays, "identity": identity, "takes_complex": takes_complex}
+    flags = dict(zip(_FLAGS, (decays, identity, takes_complex, by_image), strict=True))
     about: dict[str, Any] = {"hint": hint, "unmergeable": unmergeable, **flags}
     _require_description(search, older, selects, fast, about)
 

@@ -52,7 +52,7 @@ HeadPolicy = Literal["strict", "skip", "reinit"]
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """Plan of everything that loading a file does to a model.
 
     Attributes:
@@ -129,7 +129,7 @@ def load(
     arguments = {"head": head, "check_base": check_base, "keep_base": keep_base}
     require_options("", arguments, {"head": HeadPolicy, "check_base": bool, "keep_base": bool | None})
     with switching(model, "load"):
-        prepared = _prepare(model, path, check_base=check_base, head=head, keep_base=keep_base)
+        prepared = prepare(model, path, check_base=check_base, head=head, keep_base=keep_base)
         if prepared.planned is None:
             fill(model, require_applied(model), prepared.values)
         else:
@@ -137,9 +137,9 @@ def load(
     return model
 
 
-def _prepare(
+def prepare(
     model: nn.Module, path: Source, *, check_base: bool, head: HeadPolicy, keep_base: bool | None
-) -> _Prepared:
+) -> Prepared:
     """Read and check everything; the model stays as it is."""
     with opened(path) as file:
         header = read(file, name_of(path))
@@ -157,7 +157,7 @@ def _prepare(
             values = {name: value for name, value in read_values(file, header).items() if name in names}
             if head == "reinit":
                 values |= _draw_head(model, record)
-            return _Prepared(planned, _build(planned, values), values)
+            return Prepared(planned, _build(planned, values), values)
         except CheckpointError:
             raise
         except MedpeftError as error:

@@ -37,6 +37,7 @@ from ..errors import MedpeftError, require
     hint="without a target it adapts attentions or convolutions. Try target='linear', or 'ssf'.",
     fast=("up",),
     search={"rank": (2, 4, 8, 16, 32), "dora": (False, True)},
+    by_image=True,
 )
 class LoRA(DroppingAdapter):
     """A low-rank change of the weight: W + (α/r)·B·A, by default of every query and value projection.
