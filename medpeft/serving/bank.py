@@ -228,6 +228,11 @@ class Bank:
             return None
         return installed.name
 
+    @property
+    def bytes(self) -> int:
+        """Memory that the tensors of all adapters take."""
+        return sum(entry.bytes for entry in list(self._entries.values()))
+
     def metadata(self, name: str) -> dict[str, Any]:
         """Return what was saved with an adapter."""
         return dict(self._entry(name).metadata)

@@ -15,7 +15,7 @@ from .entry import Entry
 from .kind import Kind
 from .mirror import Mirror
 from .rows import with_rows
-from .trial import comes_by_image
+from .trial import comes_by_image, is_near
 
 
 class Part(NamedTuple):
@@ -115,11 +115,22 @@ def _runs_by_image(base: Base, entry: Entry, inputs: Inputs) -> bool:
     if kind.layers is None:
         return False
     if key not in kind.tried:
-        one = inputs.of([0])
-        names = [*kind.layers, *kind.head_modules]
-        tensors = kind.replaced(base, entry.values)
-        kind.tried[key] = comes_by_image(kind.light, tensors, names, one.x, dict(one.others))
+        kind.tried[key] = _try_by_image(base, entry, inputs.of([0]))
     return kind.tried[key]
+
+
+def _try_by_image(base: Base, entry: Entry, one: Inputs) -> bool:
+    """Whether every layer gets its rows image by image, and `torch.vmap` gives what the layers give."""
+    kind = entry.kind
+    names = [*(kind.layers or {}), *kind.head_modules]
+    tensors = kind.replaced(base, entry.values)
+    if not comes_by_image(kind.light, tensors, names, one.x, dict(one.others)):
+        return False
+    try:
+        rows = _run_by_image(base, kind, [Part([0], [entry])], one)
+    except (RuntimeError, NotImplementedError):  # It has no rule for some operation.
+        return False
+    return is_near(rows, _run_one(base, entry, one))
 
 
 def _run_by_image(base: Base, kind: Kind, groups: Sequence[Part], inputs: Inputs) -> Any:

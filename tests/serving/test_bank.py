@@ -1,13 +1,17 @@
 """A bank computes with each adapter what a model with this one alone computes, and leaves the rest alone."""
 
+import re
+
 import pytest
 import torch
 from banks import bank_of, file_of, first, images, sites
 from checkpoints import bits, same
 from every_method import CASES, adapted, base, perturb
 from golden.model import Golden
+from places import ROOT
 
 import medpeft
+from medpeft.adapters import registry
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -186,3 +190,15 @@ def test_a_bank_shows_its_adapters():
     shown = repr(bank)
     assert "Bank of 2 adapters on Golden, using None" in shown
     assert f"{medpeft.inspect(file_of(sites('ssf', 1))).parameters:,}" in shown
+
+
+def test_the_page_names_the_methods_whose_images_are_computed_together():
+    page = (ROOT / "docs/bank.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| (.*?) \| together:", page, flags=re.MULTILINE).group(1)
+    additive, selective = [set(re.findall(r"`(\w+)`", half)) for half in row.split(";")]
+    by_image = {
+        n for n, m in registry._METHODS.items() if m.by_image and m.define.__module__.startswith("medpeft.")
+    }
+    assert additive == by_image
+    for name in selective:
+        assert registry.find(name).adapter is None
