@@ -100,7 +100,7 @@ def filled(bank: medpeft.Bank, model: nn.Module, method: str, args: argparse.Nam
 
 
 def switches(bank: medpeft.Bank, prefix: str, args: argparse.Namespace) -> list[float]:
-    """Measure the milliseconds of switches between adapters of one method, one of which is used in the end."""
+    """Measure the milliseconds of switches between adapters of one method, of which one is then in use."""
     bank.use(f"{prefix}0")
     times = []
     for number in range(SWITCHES):

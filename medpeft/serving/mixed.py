@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,10 @@ from .entry import Entry
 from .kind import Kind
 from .mirror import Mirror
 from .rows import with_rows
-from .trial import comes_by_image, is_near
+from .trial import is_near, uncalled
+
+_AT_ONCE = 16
+"""Images that a CPU computes together: of more, the outputs of a layer no longer fit its caches."""
 
 
 class Part(NamedTuple):
@@ -91,15 +95,29 @@ def run_mixed(base: Base, entries: Sequence[Entry | None], inputs: Inputs) -> An
     outputs: list[tuple[list[int], Any]] = []
     for part in parts_of(entries):
         own = inputs.of(part.numbers)
-        groups = by_adapter(Part(list(range(len(part.numbers))), part.entries))
+        groups = by_adapter(part)
         first = part.entries[0]
         if first is not None and len(groups) > 1 and _runs_by_image(base, first, own):
-            outputs.append((part.numbers, _run_by_image(base, first.kind, groups, own)))
-            continue
-        for group in groups:
-            numbers = [part.numbers[number] for number in group.numbers]
-            outputs.append((numbers, _run_one(base, group.entries[0], own.of(group.numbers))))
+            for portion in _portions(part, inputs.x):
+                output = _run_by_image(base, first.kind, portion.entries, inputs.of(portion.numbers))
+                outputs.append((portion.numbers, output))
+        else:
+            for group in groups:
+                output = _run_one(base, group.entries[0], inputs.of(group.numbers))
+                outputs.append((group.numbers, output))
     return _joined(outputs, len(entries))
+
+
+def _portions(part: Part, x: Tensor) -> list[Part]:
+    """Divide images that are computed together into as many as a CPU does best at once; a GPU takes all."""
+    step = len(part.numbers)
+    if x.device.type == "cpu":
+        step = _AT_ONCE
+    portions = []
+    for start in range(0, len(part.numbers), step):
+        end = start + step
+        portions.append(Part(part.numbers[start:end], part.entries[start:end]))
+    return portions
 
 
 def _run_one(base: Base, entry: Entry | None, inputs: Inputs) -> Any:
@@ -124,31 +142,37 @@ def _try_by_image(base: Base, entry: Entry, one: Inputs) -> bool:
     kind = entry.kind
     names = [*(kind.layers or {}), *kind.head_modules]
     tensors = kind.replaced(base, entry.values)
-    if not comes_by_image(kind.light, tensors, names, one.x, dict(one.others)):
+    missed = uncalled(kind.light, tensors, names, one.x, dict(one.others))
+    if missed is None:
         return False
+    # A parent may read the tensors of a layer that is never called: then they would show in the output.
+    spoilt = dict(entry.values)
+    for layer in missed:
+        for name in (kind.layers or {}).get(layer, kind.heads):
+            spoilt[name] = torch.full_like(spoilt[name], torch.nan)
     try:
-        rows = _run_by_image(base, kind, [Part([0], [entry])], one)
+        rows = _run_by_image(base, kind, [entry], one)
     except (RuntimeError, NotImplementedError):  # It has no rule for some operation.
         return False
-    return is_near(rows, _run_one(base, entry, one))
+    alone = _run_one(base, entry, one)
+    return is_near(rows, alone) and is_near(_run_one(base, replace(entry, values=spoilt), one), alone)
 
 
-def _run_by_image(base: Base, kind: Kind, groups: Sequence[Part], inputs: Inputs) -> Any:
+def _run_by_image(base: Base, kind: Kind, entries: Sequence[Entry | None], inputs: Inputs) -> Any:
     """Run images with adapters of one kind together."""
-    ordered: list[Mapping[str, Tensor]] = [{}] * len(inputs.x)
-    by_entry = []
-    for group in groups:
-        entry = group.entries[0]
+    values: list[Mapping[str, Tensor]] = []
+    for entry in entries:
         assert entry is not None  # The base is no kind.
-        for number in group.numbers:
-            ordered[number] = entry.values
+        values.append(entry.values)
+    by_entry = []
+    for group in by_adapter(Part(list(range(len(entries))), list(entries))):
         numbers = torch.tensor(group.numbers, device=inputs.x.device)
-        by_entry.append((numbers, kind.replaced(base, entry.values)))
+        by_entry.append((numbers, kind.replaced(base, values[group.numbers[0]])))
     rows = {}
     for layer, names in (kind.layers or {}).items():
         stacked = {}
         for name in names:
-            stacked[id(kind.tensors[name])] = torch.stack([values[name] for values in ordered])
+            stacked[id(kind.tensors[name])] = torch.stack([of_image[name] for of_image in values])
         rows[layer] = stacked
     model = with_rows(kind.light, kind.replaced(base, {}), rows, kind.head_modules, by_entry)
     return model(inputs.x, **inputs.others)

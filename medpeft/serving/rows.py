@@ -71,10 +71,13 @@ def _is_apart(item: Built) -> bool:
 
 
 def _is_a_leaf(model: nn.Module, name: str, record: Applied) -> bool:
-    """Whether a module is a layer inside the model, outside the head and without modules in it."""
+    """Whether a module is a layer inside the model, outside the head and without other layers in it."""
     if not name or within(name, record.head):
         return False
-    return all(isinstance(child, Adapters) for child in model.get_submodule(name).children())
+    for child in model.get_submodule(name).children():
+        if not isinstance(child, Adapters) and next(child.parameters(), None) is not None:
+            return False  # An activation, as timm has it in norms, has no parameters.
+    return True
 
 
 def with_rows(

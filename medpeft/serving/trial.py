@@ -26,10 +26,10 @@ _Calls = list[tuple[int, Any]]
 """What entered or left layers, in order, with the `id` of the layer."""
 
 
-def comes_by_image(
+def uncalled(
     light: nn.Module, tensors: Tensors, names: Sequence[str], x: Tensor, others: dict[str, Any]
-) -> bool:
-    """Whether the rows of every layer's input and output come image by image.
+) -> list[str] | None:
+    """Try whether the rows of every layer's input and output come image by image.
 
     Args:
         light: An adapted model.
@@ -37,17 +37,21 @@ def comes_by_image(
         names: Names of the layers.
         x: One image, with an axis for the batch.
         others: Further inputs by keyword; those of the image have an axis for the batch.
+
+    Returns:
+        Names of the layers that are not called at all; None if the rows of a layer do not come so.
     """
     two = torch.cat([x, _another(x)])
     alone = _calls(light, tensors, names, x, others)
     doubled = {name: _twice(value, len(x)) for name, value in others.items()}
     both = _calls(light, tensors, names, two, doubled)
-    if len(alone) != len(both) or {layer for layer, _ in alone} != set(range(len(names))):
-        return False
+    if len(alone) != len(both):
+        return None
     for (layer, one), (same_layer, pair) in zip(alone, both, strict=True):
         if layer != same_layer or not _is_first_half(one, pair):
-            return False
-    return True
+            return None
+    called = {layer for layer, _ in alone}
+    return [name for number, name in enumerate(names) if number not in called]
 
 
 def is_near(output: Any, other: Any) -> bool:
@@ -105,11 +109,19 @@ def _noted(layer: nn.Module, number: int, calls: _Calls, *args: Any, **kwargs: A
 
 
 def _is_first_half(one: Any, pair: Any) -> bool:
-    """Whether the values of one image are the first half of those of two, and unlike the second."""
+    """Whether the values of one image are the first half of those of two.
+
+    They must be unlike the second half, or where a layer gets the same for every image, unlike one another:
+    otherwise the order of the rows does not show.
+    """
     if not isinstance(one, Tensor) or not isinstance(pair, Tensor) or not one.ndim or not one.numel():
         return False
     if pair.shape != (2 * len(one), *one.shape[1:]):
         return False
     first, second = pair.double().chunk(2)
     off, apart = (first - one).abs().max(), (second - one).abs().max()
+    if len(one) == 1:
+        apart = torch.maximum(apart, one.double().abs().max())
+    elif apart <= _NEAR * (one[1:] - one[0]).double().abs().max():
+        apart = (one[1:] - one[0]).double().abs().max()
     return bool(off <= _NEAR * apart) and bool(apart > 0)

@@ -13,7 +13,7 @@ from models import example, make
 from torch import nn
 
 import medpeft
-from medpeft.serving import rows, switch
+from medpeft.serving import mixed, rows, switch
 
 
 def several(count=3):
@@ -121,9 +121,9 @@ def test_layers_run_once_for_all_adapters_also_within_windows(monkeypatch):
         outputs[name] = first(model.eval()(x)).detach()
         bank.add(name, file_of(model))
     x, names = torch.cat([x, x])[:3], ["a", "b", "c"]
-    mixed = bank(x, names)
+    output = bank(x, names)
     for i, name in enumerate(names):
-        torch.testing.assert_close(mixed[i], outputs[name][i % len(example("swin"))], rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(output[i], outputs[name][i % len(example("swin"))], rtol=1e-9, atol=1e-10)
     assert {count for count, _ in shapes} == {1, 3}  # One image at first, to try it out.
     assert max(size for _, size in shapes) > 3
 
@@ -170,3 +170,11 @@ def test_an_adapter_that_vmap_cannot_run_goes_by_adapter():
     for row, i in zip(bank(x, ["a", "b"]), range(2), strict=True):
         assert torch.equal(row, made["ab"[i]](x[i : i + 1])[0])
     assert list(bank._entries["a"].kind.tried.values()) == [False]
+
+
+def test_a_cpu_takes_a_large_batch_in_portions(monkeypatch):
+    monkeypatch.setattr(mixed, "_AT_ONCE", 2)
+    made = {name: sites("lora", seed, rank=2) for seed, name in enumerate("abc")}
+    bank, x, names = bank_of(made), images(5), list("abcab")
+    for row, i in zip(bank(x, names), range(5), strict=True):
+        torch.testing.assert_close(row, made[names[i]](x[i : i + 1])[0].detach(), rtol=1e-5, atol=1e-6)
