@@ -136,8 +136,8 @@ class Bank:
             MedpeftError: there is no such adapter; the model was adapted by other means than the bank, or
                 trained since the last `use`; or the base has changed.
         """
-        entry = None if name is None else self._entry(name)
         with switching(self._base.model, "use"):
+            entry = None if name is None else self._entry(name)
             self._look()
             self._base.require_unchanged()
             installed = self._live.installed
