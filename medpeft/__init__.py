@@ -29,6 +29,8 @@ from .reports.fits import Fits as Fits
 from .reports.fits import fits as fits
 from .reports.report import Report as Report
 from .reports.report import report as report
+from .serving.bank import Bank as Bank
+from .serving.proof import Proof as Proof
 from .surgery.apply import apply as apply
 from .surgery.apply import remove as remove
 from .surgery.merge import merge as merge
@@ -41,6 +43,7 @@ from .surgery.strength import scaled as scaled
 __all__ = [
     "Adapter",
     "Attribution",
+    "Bank",
     "CheckpointError",
     "Combined",
     "FeatureFile",
@@ -50,6 +53,7 @@ __all__ = [
     "Plan",
     "Prefix",
     "Private",
+    "Proof",
     "Report",
     "Site",
     "apply",

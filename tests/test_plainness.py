@@ -13,7 +13,7 @@ from medpeft.architecture.site import Site
 PACKAGE = ROOT / "medpeft"
 ROOMS = (
     "architecture", "adapters", "formulas", "surgery", "checks", "reports", "checkpoint", "combining", "features",
-    "interchange",
+    "interchange", "serving",
 )  # fmt: skip
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 

@@ -15,10 +15,11 @@ from places import ROOT
 import medpeft
 
 PUBLIC = {
-    "Adapter", "Attribution", "CheckpointError", "Combined", "FeatureFile", "Fits", "Header",
-    "MedpeftError", "Plan", "Prefix", "Private", "Report", "Site", "apply", "attribute", "check", "combine",
-    "disabled", "fits", "inspect", "load", "load_state", "merge", "merged", "methods", "parameter_groups",
-    "plan", "prefix", "private", "register", "remove", "report", "save", "scaled", "search_space", "state",
+    "Adapter", "Attribution", "Bank", "CheckpointError", "Combined", "FeatureFile", "Fits", "Header",
+    "MedpeftError", "Plan", "Prefix", "Private", "Proof", "Report", "Site", "apply", "attribute", "check",
+    "combine", "disabled", "fits", "inspect", "load", "load_state", "merge", "merged", "methods",
+    "parameter_groups", "plan", "prefix", "private", "register", "remove", "report", "save", "scaled",
+    "search_space", "state",
 }  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def put(
 ) -> None:
     """Put values into a model, by name, after the record has what was there.
 
-    They are copied into the tensors of these names; where there is none, one is created.
+    They are copied into the tensors of these names; where there is none of that shape, one is created.
 
     Args:
         model: The model.
@@ -74,7 +74,8 @@ def put(
     present = _tensors(model)
     written, placed = {}, {}
     for name, value in values.items():
-        if name in present and (not swaps or is_sharded(present[name])):
+        fits = name in present and present[name].shape == value.shape
+        if fits and (not swaps or is_sharded(present[name])):
             written[name] = like(value, present[name])
         else:
             placed[name] = value

@@ -39,6 +39,7 @@ class Method:
         unscalable: Reason why it has no strength between 0 and 1, "" for a method that may be scaled.
         takes_complex: Whether its adapters, which are real, act rightly on layers of complex numbers.
         older: Values of options that came later, for files that lack them: those that compute as before.
+        by_image: Whether `torch.vmap` runs an adapted layer with other adapter tensors for each image.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Method:
     unscalable: str = ""
     takes_complex: bool = False
     older: Mapping[str, Any] = field(default_factory=dict)
+    by_image: bool = False
 
     def __post_init__(self) -> None:
         for values, would in ((self.search, "search"), (self.older, "read from older files")):
@@ -123,14 +125,8 @@ class Method:
         return {name: value for name, value in options.items() if name in self.adapter_options}
 
 
-_ABOUT = {
-    "hint": str,
-    "unmergeable": str,
-    "unscalable": str,
-    "decays": bool,
-    "identity": bool,
-    "takes_complex": bool,
-}
+_FLAGS = ("decays", "identity", "takes_complex", "by_image")
+_ABOUT = {"hint": str, "unmergeable": str, "unscalable": str, **dict.fromkeys(_FLAGS, bool)}
 
 _METHODS: dict[str, Method] = {}
 
@@ -148,6 +144,7 @@ def register(
     unscalable: str = "",
     takes_complex: bool = False,
     older: Mapping[str, Any] | None = None,
+    by_image: bool = False,
 ) -> Callable[[Registered], Registered]:
     """Register a class derived from `Adapter`, or a predicate over parameters, as a method.
 
@@ -166,6 +163,7 @@ def register(
         unscalable: Reason why it has no strength between 0 and 1, for the error of `scaled`.
         takes_complex: Whether its adapters, which are real, act rightly on layers of complex numbers.
         older: Values of later options for files that lack them, where the default computes otherwise.
+        by_image: Whether `torch.vmap` runs an adapted layer with other tensors for each image (`Bank`).
 
     Raises:
         MedpeftError: the name is taken or no identifier, or the object is no method or does nothing.
@@ -180,7 +178,7 @@ def register(
         'Everything in the module called `0`.'
     """
     _require_name(name)
-    flags = {"decays": decays, "identity": identity, "takes_complex": takes_complex}
+    flags = dict(zip(_FLAGS, (decays, identity, takes_complex, by_image), strict=True))
     about: dict[str, Any] = {"hint": hint, "unmergeable": unmergeable, "unscalable": unscalable, **flags}
     _require_description(search, older, selects, fast, about)
 

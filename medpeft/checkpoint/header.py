@@ -183,12 +183,12 @@ def schema_of(options_by_method: Mapping[str, Mapping[str, Any]]) -> int:
 
 def compose(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Return the document as the header's text, with digests of the tensors and of itself."""
-    signed = {**document, "content": _content(tensors)}
+    signed = {**document, "content": content_digest(tensors)}
     return json.dumps({**signed, "digest": _digest(signed)}, allow_nan=False, separators=(",", ":"))
 
 
-def _content(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of names, dtypes, shapes and bytes."""
+def content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of names, dtypes, shapes and bytes of contiguous tensors in CPU memory."""
     described = []
     for name, tensor in sorted(tensors.items()):
         described.append([name, short(tensor.dtype), list(tensor.shape), digest(memory(tensor))])
@@ -242,6 +242,6 @@ def read_values(file: io.BufferedIOBase, header: Header) -> dict[str, Tensor]:
         CheckpointError: the tensors are not those that were written.
     """
     tensors = read_tensors(file, header.layout, header.name)
-    if _content(tensors) != header.document["content"]:
+    if content_digest(tensors) != header.document["content"]:
         raise CheckpointError(f"{header.name} was altered: its tensors are not those that medpeft wrote.")
     return tensors

@@ -91,10 +91,6 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor | Array]) -> None:
         True
     """
     require_model(model)
-    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
-        raise CheckpointError(
-            f"state={clipped(state)} must be a dict of tensors by name, as medpeft.state gives."
-        )
     with switching(model, "load_state"):
         adapted = savable(model, "load_state")
         fill(model, adapted.record, checked(adapted, state))
@@ -106,6 +102,10 @@ def checked(adapted: Adapted, state: Mapping[str, Tensor | Array]) -> dict[str, 
     Raises:
         CheckpointError: it does not.
     """
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(
+            f"state={clipped(state)} must be a dict of tensors by name, as medpeft.state gives."
+        )
     missing = [name for name in adapted.saved if name not in state]
     stray = [name for name in state if name not in adapted.saved]
     if missing or stray:

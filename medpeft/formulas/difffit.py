@@ -30,6 +30,7 @@ def trains(name: str, parameter: nn.Parameter, layer: Layer) -> bool:
     hint="it scales the branches of transformer blocks. Try 'bias+norm' or 'ssf'.",
     selects=trains,
     takes_complex=True,
+    by_image=True,
 )
 class DiffFit(Adapter):
     """A scale of the output of every attention and MLP, γ ⊙ y, beside every bias and norm of the model.

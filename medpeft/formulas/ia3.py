@@ -27,6 +27,7 @@ from ..architecture.site import Site
     "ia3",
     hint="it scales the keys, values and MLPs of transformers. Try 'ssf' or 'lora'.",
     takes_complex=True,
+    by_image=True,
 )
 class IA3(Adapter):
     """A scale of keys, values and hidden channels of the MLP: l ⊙ K, l ⊙ V, and W₂·(l ⊙ γ(W₁·x)).

@@ -27,6 +27,7 @@ Divisor = Annotated[int, Must("be -1 or at least 1", lambda n: n == -1 or 1 <= n
     "lokr",
     hint="it changes the weights of attentions or convolutions. Try target='linear', or 'lora'.",
     search={"rank": (4, 8, 16, 10_000), "factor": (-1, 4, 8, 16)},
+    by_image=True,
 )
 class LoKr(Adapter):
     """A change of the weight that is a Kronecker product of two small matrices: W + (α/r)·C ⊗ D.

@@ -38,6 +38,7 @@ from .lora_starts import FROM_WEIGHT, Init, draw_down, factors, require_inputs_s
     hint="without a target it adapts attentions or convolutions. Try target='linear', or 'ssf'.",
     fast=("up",),
     search={"rank": (2, 4, 8, 16, 32), "dora": (False, True)},
+    by_image=True,
 )
 class LoRA(DroppingAdapter):
     """A low-rank change of the weight: W + (α/r)·B·A, by default of every query and value projection.

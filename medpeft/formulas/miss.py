@@ -24,6 +24,7 @@ from .whole_weights import projections_or_convolutions
     "miss",
     hint="it changes the weights of attentions. Try 'lora', or target='linear'.",
     search={"rank": (4, 16, 64)},
+    by_image=True,
 )
 class MiSS(Adapter):
     """A change of the output by one small matrix: y + M·(Σ_j x_j), the input cut into pieces of r channels.

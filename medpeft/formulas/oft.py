@@ -28,6 +28,7 @@ BlockSize = Annotated[int, Must("be at least 2: a number has nowhere to rotate",
     hint="it rotates the weights of attentions or convolutions. Try target='linear', or 'lora'.",
     search={"block_size": (4, 8, 16, 32, 64)},
     decays=False,
+    by_image=True,
 )
 class OFT(Adapter):
     """A rotation of the weights of every neuron that keeps the angles between neurons: W·R.

@@ -53,6 +53,7 @@ class Maps(nn.Module):
     "repadapter",
     hint="it adapts the attentions and MLPs of transformers. Try 'lora' or 'ssf'.",
     search={"scale": (0.1, 0.5, 1.0, 5.0, 10.0), "bottleneck": (4, 8, 16)},
+    by_image=True,
 )
 class RepAdapter(Adapter):
     """Two thin linear maps before every attention and every MLP: x + s·up(down(x)).

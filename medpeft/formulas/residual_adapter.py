@@ -25,6 +25,7 @@ _TSA_FORMS: dict[str, Form] = {"parallel": "matrix", "series": "series"}
     "residual_adapter",
     hint="it adapts the 3×3 convolutions of residual blocks. Try 'houlsby' or 'lora'.",
     search={"form": ("parallel", "series")},
+    by_image=True,
 )
 class ResidualAdapter(TSA):
     """A 1×1 convolution beside or after the 3×3 ones of residual blocks: conv(x) + α∗x, or y + α∗y.

@@ -39,6 +39,7 @@ _KINDS = {
     hint="it scales the outputs of linear, convolution and norm layers. Try 'bias' or 'full'.",
     search={"init": ("identity", "official"), "sites": ("all", "norm")},
     takes_complex=True,
+    by_image=True,
 )
 class SSF(Adapter):
     """Scale and shift of every layer's output, per channel: y·γ + β.

@@ -28,6 +28,7 @@ Form = Literal["matrix", "vector", "series"]
     "tsa",
     hint="it adapts convolutions (without a target, those of residual blocks). Try 'lora' or 'ssf'.",
     search={"init": ("zero", "eye"), "sites": ("body", "all")},
+    by_image=True,
 )
 class TSA(Adapter):
     """A task-specific 1×1 convolution beside every convolution of the residual blocks: conv(x) + α∗x.

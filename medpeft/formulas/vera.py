@@ -59,6 +59,7 @@ def _draw(rows: int, columns: int, seed: int) -> Tensor:
     "vera",
     hint="without a target it adapts attentions or convolutions. Try 'lora' or 'ssf'.",
     search={"rank": (64, 256, 1024), "d_initial": (0.01, 0.1, 1.0)},
+    by_image=True,
 )
 class VeRA(Adapter):
     """Frozen random matrices for all layers, scaled by two vectors per layer: W + diag(b)·B·diag(d)·A.

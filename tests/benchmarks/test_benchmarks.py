@@ -77,6 +77,7 @@ CALLS = {
         ],
         ["floor", "medpeft", "plain expression"],
     ),
+    "bank": (["bank.py", "--model", "test_vit2", "--adapters", "2", *TINY], ["ssf", "lora", "bias"]),
     "start": (["start.py", "--model", "resnet10t", "--method", "ssf", "--repeats", "1"], ["ssf"]),
 }
 

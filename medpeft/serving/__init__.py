@@ -1,0 +1,1 @@
+"""Many adapters on one base: each image by its own, switched and withdrawn exactly."""

@@ -1,0 +1,147 @@
+"""One adapter of a bank: its tensors, read and checked before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..adapters.record import Adapted
+from ..checkpoint.compatibility import saved_record
+from ..checkpoint.header import read
+from ..checkpoint.load import prepare
+from ..checkpoint.source import Source, name_of, opened
+from ..checkpoint.state import Array, checked
+from ..errors import CheckpointError
+from ..table import Table
+from .base import Base, requiring
+from .heads import Shapes, zeros_for_head
+from .kind import Kind, key_of
+from .mirror import Mirror
+from .proof import digest_of
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An adapter of a bank.
+
+    Attributes:
+        name: Its name.
+        kind: Its kind.
+        values: Its tensors by the names of a file, in their own dtype, on the model's device.
+        metadata: What was saved with it; names of the classes under "classes".
+        digest: Digest of names, dtypes, shapes and bytes of its tensors.
+    """
+
+    name: str
+    kind: Kind
+    values: dict[str, Tensor]
+    metadata: dict[str, Any]
+    digest: str
+
+    @property
+    def methods(self) -> str:
+        """Its methods as one name."""
+        return self.kind.record.name
+
+    @property
+    def classes(self) -> str:
+        """Names of its classes, in one line."""
+        return ", ".join(self.metadata.get("classes") or [])
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements of all its tensors."""
+        return sum(value.numel() for value in self.values.values())
+
+    @property
+    def bytes(self) -> int:
+        """Memory that its tensors take."""
+        return sum(value.nbytes for value in self.values.values())
+
+    def head_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the tensors that may differ between adapters of a kind."""
+        return tuple(tuple(self.values[name].shape) for name in self.kind.heads)
+
+
+def read_entry(
+    base: Base, kinds: Mapping[str, Kind], name: str, source: Source, metadata: Mapping[str, Any] | None
+) -> Entry:
+    """Read a file.
+
+    Raises:
+        CheckpointError: it is damaged, of another base, has another head, or values that are not finite.
+    """
+    with opened(source) as file:
+        header = read(file, name_of(source))
+    record = saved_record(header)
+    shapes, dtypes = {}, {}
+    for tensor_name, entry in header.tensors.items():
+        shapes[tensor_name], dtypes[tensor_name] = entry.shape, entry.dtype
+    zeros = zeros_for_head(base, record, shapes, header.name)
+    key = key_of(record, dtypes)
+    kind = kinds.get(key)
+    if kind is None:
+        prepared = prepare(
+            base.view(record.selected, zeros), source, check_base=True, head="strict", keep_base=True
+        )
+        kind = Kind.of(base, key, prepared)
+    else:
+        view = _view_of(kind, base, zeros)
+        prepared = prepare(view, source, check_base=True, head="strict", keep_base=True)
+    if metadata is None:
+        metadata = header.metadata
+    return _entry(name, kind, prepared.values, metadata, header.name)
+
+
+def entry_of_state(
+    base: Base, kind: Kind, name: str, state: Mapping[str, Tensor | Array], metadata: Mapping[str, Any] | None
+) -> Entry:
+    """Take a state, of an adapter of a known kind.
+
+    Raises:
+        CheckpointError: names, shapes or kinds of numbers are not the kind's, or a value is not finite.
+    """
+    shapes: Shapes = {}
+    for key in kind.heads:
+        value: Any = state.get(key)
+        if isinstance(value, (Tensor, np.ndarray)):
+            shapes[key] = tuple(value.shape)
+    zeros = zeros_for_head(base, kind.record, shapes, f"The state of {name!r}")
+    values = checked(Adapted.of(_view_of(kind, base, zeros)), state)
+    return _entry(name, kind, values, metadata or {}, f"The state of {name!r}")
+
+
+def _view_of(kind: Kind, base: Base, zeros: Mapping[str, Tensor]) -> nn.Module:
+    """Mirror a model that is adapted as a kind, with the head's shapes as those of one of its adapters."""
+    heads = {name: zeros.get(name, base.own(name)) for name in kind.heads}
+    tensors = kind.replaced(base, heads)
+    return Mirror(tensors).of(kind.light)
+
+
+def _entry(
+    name: str, kind: Kind, values: Mapping[str, Tensor], metadata: Mapping[str, Any], source: str
+) -> Entry:
+    """Make an entry of checked tensors, which share no memory with others.
+
+    Raises:
+        CheckpointError: a value is not finite.
+    """
+    own = {}
+    for tensor_name, value in values.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(f"{tensor_name!r} in {source} has values that are not finite.")
+        model_has = kind.tensors[tensor_name]
+        own[tensor_name] = requiring(value.detach().to(model_has, copy=True), model_has.requires_grad)
+    return Entry(name, kind, own, dict(metadata), digest_of(own))
+
+
+def table_of(entries: Sequence[Entry], title: str) -> Table:
+    """Lay out adapters, one in a row."""
+    total = sum(entry.bytes for entry in entries)
+    columns = ("name", "methods", "classes", "parameters", "bytes")
+    return Table(title, entries, columns, [f"{total:,} bytes together"], summed=False)

@@ -1,0 +1,108 @@
+"""A kind of adapters: those of the same methods and options, at the same places."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.record import Adapted, Applied, own_tensors, set_applied
+from ..architecture.layers import within
+from ..checkpoint.load import Prepared
+from ..surgery.install import Built, install
+from .base import Base
+from .rows import layers_by_image
+
+
+@dataclass
+class Kind:
+    """What the adapters of one kind have in common. They differ in values, and in the number of classes.
+
+    Attributes:
+        key: Equal for adapters of the same kind.
+        record: What `apply` would leave on the model.
+        built: The adapters, which also come into the model when one of the kind is used.
+        light: A mirror of the base with these adapters in it.
+        tensors: Tensors of `light` by the names of a file.
+        own: Tensors of `light` by the names that they have in the base.
+        heads: Names of those of them that belong to the head, whose shapes may differ.
+        head_modules: Names of the modules that these belong to.
+        layers: Layers that can run with other tensors for each image, with the names of these; None if images
+            are run in groups of one adapter.
+        tried: Whether images can run so, by what comes in; see `trial.py`.
+    """
+
+    key: str
+    record: Applied
+    built: list[Built]
+    light: nn.Module
+    tensors: dict[str, Tensor]
+    own: dict[str, Tensor]
+    heads: list[str]
+    head_modules: list[str]
+    layers: dict[str, list[str]] | None
+    tried: dict[Any, bool] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, base: Base, key: str, prepared: Prepared) -> Kind:
+        """Make a kind of the first adapter of it that was read for a view of the base."""
+        planned = prepared.planned
+        assert planned is not None  # A view of the base is not adapted.
+        record = replace(planned.record, trained_before=base.trained_before)
+        install(planned.model, prepared.built)
+        set_applied(planned.model, record)
+        tensors = Adapted.of(planned.model).saved
+        layers = layers_by_image(planned.model, record, prepared.built, tensors)
+        heads = [name for name in record.selected if within(name, record.head)]
+        modules = [module for module in record.head if any(within(name, [module]) for name in heads)]
+        own = dict(own_tensors(planned.model))
+        return cls(key, record, prepared.built, planned.model, tensors, own, heads, modules, layers)
+
+    def replaced(self, base: Base, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Map the `id` of tensors of `light` to values of an adapter, and of the base."""
+        tensors = {id(self.own[name]): value for name, value in base.kept.items()}
+        for name, value in values.items():
+            tensors[id(self.tensors[name])] = value
+        return tensors
+
+    def built_for(self, model: nn.Module) -> list[Built]:
+        """List the adapters with their places in a model."""
+        built = []
+        modules = dict(model.named_modules())
+        for item in self.built:
+            layer = modules[item.site.name]
+            item.adapter.train(layer.training)
+            built.append(replace(item, site=replace(item.site, layer=layer)))
+        return built
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Forget the values of the adapter that was in the model last."""
+        for name, tensor in self.tensors.items():
+            if name not in self.record.selected and name not in self.record.statistics:
+                tensor.zero_()
+
+
+def key_of(record: Applied, dtypes: Mapping[str, torch.dtype]) -> str:
+    """Describe what the adapters of a kind have in common.
+
+    Args:
+        record: The record of one of them.
+        dtypes: dtypes of its tensors by name.
+    """
+    described = record.to_json()
+    for name in (
+        "seed",
+        "dtype",
+        "depth",
+    ):  # By these the adapters were made; values and sites tell the rest.
+        del described[name]
+    own = {}
+    for name, dtype in dtypes.items():
+        if name not in record.selected and name not in record.statistics:
+            own[name] = str(dtype)
+    return json.dumps([described, own], sort_keys=True, default=repr)

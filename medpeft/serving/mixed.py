@@ -1,0 +1,228 @@
+"""A batch in which each image has an adapter of its own, computed in as few forwards as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..errors import MedpeftError
+from .base import Base
+from .entry import Entry
+from .kind import Kind
+from .mirror import Mirror
+from .rows import with_rows
+from .trial import is_near, uncalled
+
+_AT_ONCE = 16
+"""Images that a CPU computes together: of more, the outputs of a layer no longer fit its caches."""
+
+
+class Part(NamedTuple):
+    """Images of a batch that are computed in one forward.
+
+    Attributes:
+        numbers: Numbers of the images in the batch.
+        entries: The adapter of each; None for the base.
+    """
+
+    numbers: list[int]
+    entries: list[Entry | None]
+
+
+def parts_of(entries: Sequence[Entry | None]) -> list[Part]:
+    """Divide a batch by the kinds of its adapters and the shapes of their heads."""
+    parts: dict[Any, Part] = {}
+    for number, entry in enumerate(entries):
+        key: Any = None
+        if entry is not None:
+            key = entry.kind.key, entry.head_shapes()
+        part = parts.setdefault(key, Part([], []))
+        part.numbers.append(number)
+        part.entries.append(entry)
+    return list(parts.values())
+
+
+def by_adapter(part: Part) -> list[Part]:
+    """Divide a part by adapters."""
+    parts: dict[str, Part] = {}
+    for number, entry in zip(part.numbers, part.entries, strict=True):
+        name = entry.name if entry is not None else ""
+        one = parts.setdefault(name, Part([], []))
+        one.numbers.append(number)
+        one.entries.append(entry)
+    return list(parts.values())
+
+
+class Inputs(NamedTuple):
+    """Inputs of a model: the images, and others by keyword, tensors with one row an image among them."""
+
+    x: Tensor
+    others: Mapping[str, Any]
+
+    def of(self, numbers: Sequence[int]) -> Inputs:
+        """Take those of some images."""
+        images = len(self.x)
+        if list(numbers) == list(range(images)):
+            return self
+        chosen = torch.tensor(numbers, device=self.x.device)
+        others = {}
+        for name, value in self.others.items():
+            if isinstance(value, Tensor) and value.ndim and len(value) == images:
+                value = value[chosen.to(value.device)]
+            others[name] = value
+        return Inputs(self.x[chosen], others)
+
+    def kind(self) -> Any:
+        """Describe all but the values and the number of images."""
+        described: list[Any] = [self.x.shape[1:], self.x.dtype, self.x.device]
+        for name, value in self.others.items():
+            shape = value.shape[1:] if isinstance(value, Tensor) else None
+            described.append((name, shape))
+        return tuple(described)
+
+
+def run_mixed(base: Base, entries: Sequence[Entry | None], inputs: Inputs) -> Any:
+    """Compute each image with its adapter.
+
+    Returns:
+        What the model returns for the batch, or where shapes differ a list of what it returns for each image.
+    """
+    outputs: list[tuple[list[int], Any]] = []
+    for part in parts_of(entries):
+        own = inputs.of(part.numbers)
+        groups = by_adapter(part)
+        first = part.entries[0]
+        if first is not None and len(groups) > 1 and _runs_by_image(base, first, own):
+            for portion in _portions(part, inputs.x):
+                output = _run_by_image(base, first.kind, portion.entries, inputs.of(portion.numbers))
+                outputs.append((portion.numbers, output))
+        else:
+            for group in groups:
+                output = _run_one(base, group.entries[0], inputs.of(group.numbers))
+                outputs.append((group.numbers, output))
+    return _joined(outputs, len(entries))
+
+
+def _portions(part: Part, x: Tensor) -> list[Part]:
+    """Divide images that are computed together into as many as a CPU does best at once; a GPU takes all."""
+    step = len(part.numbers)
+    if x.device.type == "cpu":
+        step = _AT_ONCE
+    portions = []
+    for start in range(0, len(part.numbers), step):
+        end = start + step
+        portions.append(Part(part.numbers[start:end], part.entries[start:end]))
+    return portions
+
+
+def _run_one(base: Base, entry: Entry | None, inputs: Inputs) -> Any:
+    """Run images with one adapter."""
+    if entry is None:
+        return Mirror(base.replaced()).of(base.plain)(inputs.x, **inputs.others)
+    return Mirror(entry.kind.replaced(base, entry.values)).of(entry.kind.light)(inputs.x, **inputs.others)
+
+
+def _runs_by_image(base: Base, entry: Entry, inputs: Inputs) -> bool:
+    """Whether images with adapters of one kind can be computed together; tried out once for each input."""
+    kind, key = entry.kind, inputs.kind()
+    if kind.layers is None:
+        return False
+    if key not in kind.tried:
+        kind.tried[key] = _try_by_image(base, entry, inputs.of([0]))
+    return kind.tried[key]
+
+
+def _try_by_image(base: Base, entry: Entry, one: Inputs) -> bool:
+    """Whether every layer gets its rows image by image, and `torch.vmap` gives what the layers give."""
+    kind = entry.kind
+    names = [*(kind.layers or {}), *kind.head_modules]
+    tensors = kind.replaced(base, entry.values)
+    missed = uncalled(kind.light, tensors, names, one.x, dict(one.others))
+    if missed is None:
+        return False
+    # A parent may read the tensors of a layer that is never called: then they would show in the output.
+    spoilt = dict(entry.values)
+    for layer in missed:
+        for name in (kind.layers or {}).get(layer, kind.heads):
+            spoilt[name] = torch.full_like(spoilt[name], torch.nan)
+    try:
+        rows = _run_by_image(base, kind, [entry], one)
+    except (RuntimeError, NotImplementedError):  # It has no rule for some operation.
+        return False
+    alone = _run_one(base, entry, one)
+    return is_near(rows, alone) and is_near(_run_one(base, replace(entry, values=spoilt), one), alone)
+
+
+def _run_by_image(base: Base, kind: Kind, entries: Sequence[Entry | None], inputs: Inputs) -> Any:
+    """Run images with adapters of one kind together."""
+    values: list[Mapping[str, Tensor]] = []
+    for entry in entries:
+        assert entry is not None  # The base is no kind.
+        values.append(entry.values)
+    by_entry = []
+    for group in by_adapter(Part(list(range(len(entries))), list(entries))):
+        numbers = torch.tensor(group.numbers, device=inputs.x.device)
+        by_entry.append((numbers, kind.replaced(base, values[group.numbers[0]])))
+    rows = {}
+    for layer, names in (kind.layers or {}).items():
+        stacked = {}
+        for name in names:
+            stacked[id(kind.tensors[name])] = torch.stack([of_image[name] for of_image in values])
+        rows[layer] = stacked
+    model = with_rows(kind.light, kind.replaced(base, {}), rows, kind.head_modules, by_entry)
+    return model(inputs.x, **inputs.others)
+
+
+def _joined(outputs: Sequence[tuple[list[int], Any]], images: int) -> Any:
+    """Put what was computed in parts together again, leaf by leaf.
+
+    Raises:
+        MedpeftError: a part's output has no row for each image.
+    """
+    if len(outputs) == 1:
+        return outputs[0][1]
+    flat = []
+    for numbers, output in outputs:
+        leaves, form = pytree.tree_flatten(output)
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and (not leaf.ndim or len(leaf) != len(numbers)):
+                raise MedpeftError(
+                    f"The model returned a tensor of the shape {tuple(leaf.shape)} for {len(numbers)} "
+                    "images. One without a row for each cannot be divided: call the bank with one name."
+                )
+        flat.append((numbers, leaves, form))
+    if _agree(flat):
+        _, first, form = flat[0]
+        joined = [_joined_leaf(flat, at, images) for at in range(len(first))]
+        return pytree.tree_unflatten(joined, form)
+    by_image: list[Any] = [None] * images
+    for numbers, leaves, form in flat:
+        for row, number in enumerate(numbers):
+            own = [leaf[row] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            by_image[number] = pytree.tree_unflatten(own, form)
+    return by_image
+
+
+def _agree(flat: Sequence[tuple[list[int], list[Any], Any]]) -> bool:
+    """Whether all parts have the same leaves, of the same shapes but for the images."""
+    described = []
+    for _, leaves, form in flat:
+        shapes = [tuple(leaf.shape[1:]) if isinstance(leaf, Tensor) else None for leaf in leaves]
+        described.append((str(form), shapes))
+    return all(other == described[0] for other in described)
+
+
+def _joined_leaf(flat: Sequence[tuple[list[int], list[Any], Any]], at: int, images: int) -> Any:
+    """Put the rows of one leaf into the order of the batch."""
+    first = flat[0][1][at]
+    if not isinstance(first, Tensor):
+        return first
+    whole = first.new_empty(images, *first.shape[1:])
+    for numbers, leaves, _ in flat:
+        whole[numbers] = leaves[at]
+    return whole

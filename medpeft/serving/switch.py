@@ -1,0 +1,179 @@
+"""Another adapter in the model itself: values are written over, or others installed, wholly or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.aside import Settled, restore
+from ..adapters.record import Adapted, Applied, Aside, applied
+from ..errors import MedpeftError
+from ..surgery.apply import carry_out, make_plain
+from ..surgery.plan import Plan
+from ..surgery.refusals import refuse
+from .base import Base
+from .entry import Entry
+
+
+@dataclass
+class Installed:
+    """The adapter that a bank has put into the model.
+
+    Attributes:
+        entry: The adapter.
+        record: The record that is on the model for as long as this holds.
+        tensors: The model's tensors that hold the adapter, by name.
+    """
+
+    entry: Entry
+    record: Applied
+    tensors: dict[str, Tensor]
+
+    @property
+    def name(self) -> str:
+        """Name of the adapter."""
+        return self.entry.name
+
+    def require_present(self, model: nn.Module) -> None:
+        """Raise `MedpeftError` if one of the tensors is no longer in the model."""
+        kind = self.entry.kind
+        for item in kind.built:
+            layer = _module(model, item.site.name)
+            adapters = layer and layer._modules.get("adapters")
+            if adapters is None or item.adapter not in adapters._modules.values():
+                raise _lost(item.site.name, self.name)
+        for name in (*kind.record.selected, *kind.record.statistics):
+            path, _, key = name.rpartition(".")
+            owner = _module(model, path)
+            tensor = self.tensors[name]
+            if owner is None or owner._parameters.get(key, owner._buffers.get(key)) is not tensor:
+                raise _lost(name, self.name)
+
+    def trained(self) -> list[str]:
+        """List the tensors that hold other values than the adapter in the bank."""
+        changed = []
+        for name, tensor in self.tensors.items():
+            if not torch.equal(tensor, self.entry.values[name]):
+                changed.append(name)
+        return changed
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    """Find a module by its name, None if it is not there."""
+    module: nn.Module | None = model
+    for name in filter(None, path.split(".")):
+        module = module and module._modules.get(name)
+    return module
+
+
+def _lost(name: str, adapter: str) -> MedpeftError:
+    return MedpeftError(
+        f"{name!r} is not what the bank put {adapter!r} into: was a layer or the head replaced? Put the old "
+        "one back, or make a new bank."
+    )
+
+
+class Live:
+    """What a bank has in the model at the moment.
+
+    Whoever changes it has seen to it that no other thread runs the model.
+
+    Attributes:
+        installed: The adapter, None for the base.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self._base, self.installed = base, None  # type: Base, Installed | None
+
+    def bring(self, entry: Entry | None) -> None:
+        """Bring an adapter into the model, or with None the base. A call that fails changes nothing."""
+        before = self.installed
+        if before is None or entry is None or not _fits(before.entry, entry):
+            self._exchange(before, entry)
+        else:
+            self._write_over(before, entry)
+
+    def _write_over(self, installed: Installed, entry: Entry) -> None:
+        """Write the values of an adapter into the tensors that hold another one of its kind."""
+        model, record = self._base.model, installed.record
+
+        def settle() -> None:
+            if installed.entry is entry:
+                record.aside = None
+            else:
+                restore(model, record)
+
+        settled = Settled(settle)
+        with settled, settled, torch.no_grad():
+            record.aside = Aside("use", dict(installed.entry.values))
+            for name, tensor in installed.tensors.items():
+                tensor.copy_(entry.values[name])
+            installed.entry = entry
+
+    def _exchange(self, before: Installed | None, entry: Entry | None) -> None:
+        """Take the adapter in the model out, and install another one."""
+        base, model = self._base, self._base.model
+        record = _record_for(base, entry)
+
+        def settle() -> None:
+            present = applied(model)
+            if present is None and before is not None and entry is not None:
+                _install(base, before.entry, before.record)
+                present = before.record
+            if present is not None and present is record and entry is not None:
+                self.installed = _installed(model, entry, present)
+            elif before is not None and present is before.record:
+                self.installed = _installed(model, before.entry, before.record)
+            elif present is None:
+                self.installed = None
+
+        settled = Settled(settle)
+        with settled, settled:
+            if before is not None:
+                take_out(base, before.record)
+            if entry is not None and record is not None:
+                refuse(model)
+                _install(base, entry, record)
+        if before is not None and (entry is None or entry.kind is not before.entry.kind):
+            before.entry.kind.clear()
+
+
+def _fits(before: Entry, entry: Entry) -> bool:
+    """Whether an adapter fits into the tensors of another one."""
+    return before.kind is entry.kind and before.head_shapes() == entry.head_shapes()
+
+
+def _installed(model: nn.Module, entry: Entry, record: Applied) -> Installed:
+    """Note where an adapter is in the model."""
+    return Installed(entry, record, dict(Adapted.of(model).saved))
+
+
+def _record_for(base: Base, entry: Entry | None) -> Applied | None:
+    """Make the record that an adapter leaves on the model, None for the base."""
+    if entry is None:
+        return None
+    return replace(entry.kind.record, base={}, samples={}, trained_before=dict(base.trained_before))
+
+
+def _install(base: Base, entry: Entry, record: Applied) -> None:
+    """Install an adapter in the model, which has none."""
+    model = base.model
+    present = dict(model.named_parameters())
+    values: dict[str, Tensor] = {}
+    for name, value in entry.values.items():
+        if name in present and present[name].shape != value.shape:
+            value = nn.Parameter(value.clone())
+        values[name] = value
+    planned = Plan(model, [], [], record.selected, record)
+    carry_out(planned, entry.kind.built_for(model), values)
+
+
+def take_out(base: Base, record: Applied) -> None:
+    """Make the model the base again, which is adapted as a record says."""
+
+    def values(adapted: Adapted) -> dict[str, Tensor]:
+        return base.values((*record.selected, *record.statistics), adapted.trained)
+
+    make_plain(base.model, "use", values)

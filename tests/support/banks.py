@@ -1,0 +1,44 @@
+"""Adapters of several sites on one tiny base, and banks of them."""
+
+import io
+
+import torch
+from checkpoints import trained
+from golden.model import Golden
+from torch import Tensor
+
+import medpeft
+
+
+def sites(method, seed, *, classes=3, **options):
+    """A copy of the base as one site has trained it, with as many classes."""
+    model = Golden()
+    if classes != 3:
+        other = Golden(classes=classes)
+        model.head = other.head
+    return trained(model, method, seed=seed, **options)
+
+
+def file_of(model, **metadata):
+    file = io.BytesIO()
+    medpeft.save(model, file, metadata or None)
+    return file
+
+
+def bank_of(made, plain=None):
+    """A bank of the adapters of trained models, by name."""
+    bank = medpeft.Bank(Golden().eval() if plain is None else plain)
+    for name, model in made.items():
+        bank.add(name, file_of(model))
+    return bank
+
+
+def first(output):
+    """The first tensor of an output."""
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output
+
+
+def images(count, seed=0):
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
