@@ -15,7 +15,8 @@ from places import ROOT
 import medpeft
 
 PUBLIC = {
-    "Adapter", "CheckpointError", "FeatureFile", "Fits", "Header", "MedpeftError", "Plan", "Prefix", "Report", "Site",
+    "Adapter", "Bank", "CheckpointError", "FeatureFile", "Fits", "Header", "MedpeftError", "Plan", "Prefix", "Proof", "Report",
+    "Site",
     "apply", "check", "disabled", "fits", "inspect", "load", "load_state", "merge", "merged", "methods", "parameter_groups",
     "plan", "prefix", "register", "remove", "report", "save", "search_space", "state",
 }  # fmt: skip
