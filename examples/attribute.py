@@ -3,7 +3,7 @@
     python examples/train.py --method ssf --output runs/ssf
     python examples/attribute.py runs/ssf --share 0.5
 
-A run's adapters are switched off place by place, and the score of its validation images is taken without each:
+The adapters of a run are switched off place by place, and its validation images are scored without each:
 places.csv and places.png in the run's folder. The last line printed is a command that trains anew with the
 adapters at the best share of the places.
 """

@@ -149,7 +149,7 @@ def register(
     """Register a class derived from `Adapter`, or a predicate over parameters, as a method.
 
     A predicate takes a parameter's full name, the parameter, the `medpeft.architecture.network.Layer` that
-    owns it, and its options as keywords. A parameter for which it returns True becomes trainable.
+    owns it, and its options as keywords. Where it returns True the parameter becomes trainable.
 
     Args:
         name: The name for `apply`; letters, digits and underscores.
@@ -181,10 +181,10 @@ def register(
     flags = dict(zip(_FLAGS, (decays, identity, takes_complex, by_image), strict=True))
     about: dict[str, Any] = {"hint": hint, "unmergeable": unmergeable, "unscalable": unscalable, **flags}
     _require_description(search, older, selects, fast, about)
+    about |= {"search": search or {}, "older": older or {}, "selects": selects, "fast": fast}
 
     def add(define: Registered) -> Registered:
-        method = replace(_method(name, define), search=search or {}, older=older or {}, **about)
-        _METHODS[name] = replace(method, selects=selects, fast=fast)
+        _METHODS[name] = replace(_method(name, define), **about)
         return define
 
     return add
