@@ -177,10 +177,9 @@ def register(
         >>> medpeft.methods()["first_layer"]
         'Everything in the module called `0`.'
     """
-    _require_name(name)
     flags = dict(zip(_FLAGS, (decays, identity, takes_complex, by_image), strict=True))
     about: dict[str, Any] = {"hint": hint, "unmergeable": unmergeable, "unscalable": unscalable, **flags}
-    _require_description(search, older, selects, fast, about)
+    _require_description(name, search, older, selects, fast, about)
     about |= {"search": search or {}, "older": older or {}, "selects": selects, "fast": fast}
 
     def add(define: Registered) -> Registered:
@@ -198,9 +197,15 @@ def _require_name(name: object) -> None:
 
 
 def _require_description(
-    search: object, older: object, selects: object, fast: object, about: Mapping[str, object]
+    name: object,
+    search: object,
+    older: object,
+    selects: object,
+    fast: object,
+    about: Mapping[str, object],
 ) -> None:
     """Raise `MedpeftError` where an argument of `register` is of another type than it says."""
+    _require_name(name)
     require_options("", about, _ABOUT)
     require(selects is None or callable(selects), f"selects={clipped(selects)} must be a predicate.")
     require(
