@@ -16,7 +16,7 @@ def settings(method, **more):
 def test_the_space_is_the_trainers_and_the_methods_own():
     space = search_space(settings("lora+ssf"), {})
     assert set(space) == {"lr", "weight_decay", "augment", *medpeft.search_space("lora+ssf")}
-    assert (space["lr"].lower, space["lr"].upper) == pytest.approx((3e-4, 3e-2))
+    assert (space["lr"].lower, space["lr"].upper) == pytest.approx((1e-4, 1e-2))
     assert tuple(space["lora.rank"].categories) == medpeft.search_space("lora")["lora.rank"]
     assert "light" in space["augment"].categories
 
@@ -35,7 +35,7 @@ def test_nothing_to_search_is_an_error():
 def test_the_first_point_is_what_the_trainer_would_do_without_a_search():
     own = settings("lora")
     assert start_of(own, search_space(own, {})) == {
-        "lr": 0.003, "weight_decay": 0.01, "augment": "light", "lora.rank": 8, "lora.dora": False
+        "lr": 0.001, "weight_decay": 0.01, "augment": "light", "lora.rank": 8, "lora.dora": False
     }  # fmt: skip
 
 

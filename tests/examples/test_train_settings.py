@@ -143,7 +143,7 @@ def test_a_wrong_file_of_settings_is_refused(tmp_path, capsys, text):
 
 @pytest.mark.parametrize(
     ("method", "rate"),
-    [("ssf", 3e-3), ("full", 3e-4), ("bias+tsa", 3e-4), ("mona", 3e-4), ("svdiff+bn", 3e-3)],
+    [("ssf", 3e-3), ("full", 3e-4), ("bias+tsa", 3e-4), ("mona", 3e-4), ("svdiff+bn", 3e-3), ("lora", 1e-3)],
 )
 def test_a_union_takes_the_lowest_rate_of_its_parts(method, rate):
     assert checked(method=method).lr == rate
