@@ -26,7 +26,7 @@ from .proof import digest_of
 
 
 @dataclass(frozen=True)
-class Entry:
+class BankEntry:
     """An adapter of a bank.
 
     Attributes:
@@ -70,7 +70,7 @@ class Entry:
 
 def read_entry(
     base: Base, kinds: Mapping[str, Kind], name: str, source: Source, metadata: Mapping[str, Any] | None
-) -> Entry:
+) -> BankEntry:
     """Read a file.
 
     Raises:
@@ -100,7 +100,7 @@ def read_entry(
 
 def entry_of_state(
     base: Base, kind: Kind, name: str, state: Mapping[str, Tensor | Array], metadata: Mapping[str, Any] | None
-) -> Entry:
+) -> BankEntry:
     """Take a state, of an adapter of a known kind.
 
     Raises:
@@ -120,12 +120,12 @@ def _view_of(kind: Kind, base: Base, zeros: Mapping[str, Tensor]) -> nn.Module:
     """Mirror a model that is adapted as a kind, with the head's shapes as those of one of its adapters."""
     heads = {name: zeros.get(name, base.own(name)) for name in kind.heads}
     tensors = kind.replaced(base, heads)
-    return Mirror(tensors).of(kind.light)
+    return Mirror(tensors).of(kind.adapted_mirror)
 
 
 def _entry(
     name: str, kind: Kind, values: Mapping[str, Tensor], metadata: Mapping[str, Any], source: str
-) -> Entry:
+) -> BankEntry:
     """Make an entry of checked tensors, which share no memory with others.
 
     Raises:
@@ -137,10 +137,10 @@ def _entry(
             raise CheckpointError(f"{tensor_name!r} in {source} has values that are not finite.")
         model_has = kind.tensors[tensor_name]
         own[tensor_name] = requiring(value.detach().to(model_has, copy=True), model_has.requires_grad)
-    return Entry(name, kind, own, dict(metadata), digest_of(own))
+    return BankEntry(name, kind, own, dict(metadata), digest_of(own))
 
 
-def table_of(entries: Sequence[Entry], title: str) -> Table:
+def table_of(entries: Sequence[BankEntry], title: str) -> Table:
     """Lay out adapters, one in a row."""
     total = sum(entry.bytes for entry in entries)
     columns = ("name", "methods", "classes", "parameters", "bytes")

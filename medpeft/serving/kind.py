@@ -26,9 +26,9 @@ class Kind:
         key: Equal for adapters of the same kind.
         record: What `apply` would leave on the model.
         built: The adapters, which also come into the model when one of the kind is used.
-        light: A mirror of the base with these adapters in it.
-        tensors: Tensors of `light` by the names of a file.
-        own: Tensors of `light` by the names that they have in the base.
+        adapted_mirror: A mirror of the base with these adapters in it.
+        tensors: Tensors of `adapted_mirror` by the names of a file.
+        own: Tensors of `adapted_mirror` by the names that they have in the base.
         heads: Names of those of them that belong to the head, whose shapes may differ.
         head_modules: Names of the modules that these belong to.
         layers: Layers that can run with other tensors for each image, with the names of these; None if images
@@ -39,7 +39,7 @@ class Kind:
     key: str
     record: Applied
     built: list[Built]
-    light: nn.Module
+    adapted_mirror: nn.Module
     tensors: dict[str, Tensor]
     own: dict[str, Tensor]
     heads: list[str]
@@ -63,7 +63,7 @@ class Kind:
         return cls(key, record, prepared.built, planned.model, tensors, own, heads, modules, layers)
 
     def replaced(self, base: Base, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """Map the `id` of tensors of `light` to values of an adapter, and of the base."""
+        """Map the `id` of tensors of `adapted_mirror` to values of an adapter, and of the base."""
         tensors = {id(self.own[name]): value for name, value in base.kept.items()}
         for name, value in values.items():
             tensors[id(self.tensors[name])] = value
