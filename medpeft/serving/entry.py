@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.record import Adapted
-from ..checkpoint.compatibility import saved_record
+from ..checkpoint.compatibility import OtherBaseError, saved_record
 from ..checkpoint.header import read
-from ..checkpoint.load import prepare
+from ..checkpoint.load import Prepared, prepare
 from ..checkpoint.source import Source, name_of, opened
 from ..checkpoint.state import Array, checked
 from ..errors import CheckpointError
@@ -84,18 +84,41 @@ def read_entry(
         shapes[tensor_name], dtypes[tensor_name] = entry.shape, entry.dtype
     zeros = zeros_for_head(base, record, shapes, header.name)
     key = key_of(record, dtypes)
-    kind = kinds.get(key)
+    kind, prepared = kinds.get(key), None
+    if (
+        kind is not None
+        and kind.record.seed != record.seed
+        and kind.has_unsaved
+        and kind.of_seed is not False
+    ):
+        prepared = _prepared(base.view(record.selected, zeros), source)
+        kind.of_seed = not kind.has_same_unsaved(prepared.built)
+        if kind.of_seed:
+            key = f"{key}, seed {record.seed}"
+            kind = kinds.get(key)
     if kind is None:
-        prepared = prepare(
-            base.view(record.selected, zeros), source, check_base=True, head="strict", keep_base=True
-        )
+        if prepared is None:
+            prepared = _prepared(base.view(record.selected, zeros), source)
         kind = Kind.of(base, key, prepared)
-    else:
-        view = _view_of(kind, base, zeros)
-        prepared = prepare(view, source, check_base=True, head="strict", keep_base=True)
+    elif prepared is None:
+        prepared = _prepared(_view_of(kind, base, zeros), source)
     if metadata is None:
         metadata = header.metadata
     return _entry(name, kind, prepared.values, metadata, header.name)
+
+
+def _prepared(view: nn.Module, source: Source) -> Prepared:
+    """Read and check a file for a view of the base.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    try:
+        return prepare(view, source, check_base=True, head="strict", keep_base=True)
+    except OtherBaseError as error:
+        raise CheckpointError(
+            f"{error.found}\nA bank has adapters of one base alone: make another bank of the base of these."
+        ) from None
 
 
 def entry_of_state(
