@@ -143,9 +143,8 @@ def _options(record: Applied) -> dict[str, object]:
     options = {}
     for method, values in record.methods.items():
         for option, value in values.items():
-            options[f"{method}: {option}"] = json.loads(
-                json.dumps(value, default=repr)
-            )  # A tuple becomes a list.
+            # A tuple becomes a list.
+            options[f"{method}: {option}"] = json.loads(json.dumps(value, default=repr))
     return options
 
 
