@@ -30,6 +30,7 @@ STEPS = [*BELOW_THE_FLOOR, "--method", "lora", "--method", "ssf", "--method", "t
 # Each case is compiled anew, which takes half a minute.
 COMPILED = ["--compile", "--method", "full", "--method", "lora", "--method", LAST_QUARTER]
 START = ["--method", "lora", "--method", "ssf", "--repeats", "3"]
+BANK = ["--method", "lora", "--adapters", "8", "--repeats", "3"]
 BFLOAT16 = ["--autocast", "bfloat16"]
 
 
@@ -65,9 +66,10 @@ def parts() -> list[Part]:
         Part("memory, ViT-B, float32", "memory.py", ["--model", VIT_B, *BELOW_THE_FLOOR], 25),
         Part("memory, ResNet-50, float32", "memory.py", ["--model", RESNET, *BELOW_THE_FLOOR], 25),
         Part("step, ViT-L, bfloat16", "step.py", ["--model", VIT_L, *BFLOAT16, *STEPS], 40),
-        Part("step, ViT-L, float32", "step.py", ["--model", VIT_L, *STEPS], 40),
+        Part("step, ViT-L, float32", "step.py", ["--model", VIT_L, *STEPS], 35),
         Part("peers", "peers.py", ["--task", "LoRA, every linear layer", "--task", "SSF"], 30),
-        Part("start, ViT-B", "start.py", ["--model", VIT_B, *START], 40),
+        Part("start, ViT-B", "start.py", ["--model", VIT_B, *START], 35),
+        Part("bank, ViT-B", "bank.py", ["--model", VIT_B, *BANK], 20),
         Part("step, ViT-B, compiled", "step.py", ["--model", VIT_B, *COMPILED], 55),
         Part("step, ResNet-50, compiled", "step.py", ["--model", RESNET, *COMPILED], 35),
     ]
@@ -168,6 +170,8 @@ def table(done: list[Part]) -> str:
             lines.append([part.name, part.result["summary"], "", "", "", "", ""])
         elif part.script == "start.py":
             lines += times(part)
+        elif part.script == "bank.py":
+            lines += of_bank(part)
         else:
             for name, rows in groups(part).items():
                 lines += [[name, *line(row, rows[0])] for row in rows]
@@ -201,6 +205,21 @@ def times(part: Part) -> list[list[str]]:
         for call, milliseconds in calls.items():
             if call != "file, KiB":
                 lines.append([part.name, f"{method}: {call}", "", "", f"{milliseconds:.1f}", "", ""])
+    return lines
+
+
+def of_bank(part: Part) -> list[list[str]]:
+    """Write what a bank takes to add and use an adapter, and for a batch in which each image has its own."""
+    lines = []
+    for method, row in part.result["rows"].items():
+        one = f"{1e3 * row['one']:.2f}"
+        mixed = [f"{row['ratio']:.2f}", spread(row), f"{1e3 * row['seconds']:.2f}"]
+        lines += [
+            [part.name, f"{method}: add", "", "", f"{row['add']:.1f}", "", ""],
+            [part.name, f"{method}: use", "", "", f"{row['use']:.1f}", "", ""],
+            [part.name, f"{method}: one for all images", "1.00", "", one, "", ""],
+            [part.name, f"{method}: one for each image", *mixed, "", ""],
+        ]
     return lines
 
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything that is to be known of a GPU, in at most eight minutes: the CUDA tests, then the time and memory of
-# steps, what comes before and after training, and other libraries if they are installed. It needs CUDA, torch and
-# timm, and no installation of medpeft. It prints one table, and writes gpu.json.
+# steps, what comes before and after training, a bank of adapters, and other libraries if they are installed. It
+# needs CUDA, torch and timm, and no installation of medpeft. It prints one table, and writes gpu.json.
 #
 #     benchmarks/gpu.sh
 #     benchmarks/gpu.sh --device cpu --tiny    # tries the command out, where there is no GPU

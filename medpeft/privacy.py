@@ -20,6 +20,7 @@ from .adapters.record import Adapted
 from .errors import MedpeftError, listed, require
 
 _MODE = "Opacus trains it in its default mode alone: pass grad_sample_mode='hooks', or nothing."
+"""What to do in the other modes, which copy the parameters, or ask for norms of gradients alone."""
 
 
 class _Pending(NamedTuple):
@@ -73,7 +74,8 @@ class Private(nn.Module):
         require(
             self._pending is None,
             "The output of the forward before was not used in a backward. In differentially private training "
-            "every forward is followed by its backward: evaluate in eval mode or under torch.no_grad().",
+            "every forward is followed by its backward: evaluate in eval mode or under torch.no_grad(). After a "
+            "step that was broken off, call train(), which gives its forward up.",
         )
         for tensor in inputs:
             require(
@@ -95,8 +97,8 @@ class Private(nn.Module):
             same = same and self._parameters.get(_registered(name)) is parameter
         require(
             same,
-            "What trains is not what trained when medpeft.private was called, or other tensors are in its "
-            f"place: call it after everything else. {_MODE}",
+            "Other parameters train than when medpeft.private was called, or other tensors are in their place: "
+            f"call medpeft.private after everything else that changes the model. {_MODE}",
         )
         return trained
 
@@ -117,7 +119,8 @@ class Private(nn.Module):
             alone = tuple(tensor[None] for tensor in image)  # (C, H, W) → (1, C, H, W)
             return _require_tensor(torch.func.functional_call(self.model, own, alone), 1)[0]
 
-        # The faster kernels of attention have no rule for vmap on a CPU.
+        # A CPU's faster kernel of attention has no rule for vmap, and would run image by image. On a GPU the
+        # plain one is taken too, so that the gradients are those of the same formula everywhere.
         with sdpa_kernel(SDPBackend.MATH):
             output = torch.func.vmap(run, randomness="different")(parameters, *inputs)
         return _Pending(output, list(parameters.values()))
@@ -125,7 +128,7 @@ class Private(nn.Module):
     def gradients(self, backprops: Tensor) -> dict[nn.Parameter, Tensor]:
         """Compute the gradient of every image, (B, …), by parameter, from that of the output, (B, …)."""
         pending, self._pending = self._pending, None
-        assert pending is not None  # Opacus asks once for each forward.
+        assert pending is not None  # Opacus asks once for each forward, and refuses one that was given up.
         own = pending.parameters
         if len(backprops) == 0:
             gradients: Any = [torch.zeros_like(tensor) for tensor in own]
@@ -134,10 +137,21 @@ class Private(nn.Module):
         return dict(zip(self.parameters(), gradients, strict=True))
 
     def train(self, mode: bool = True) -> Private:
-        """Switch the model between training and evaluation."""
+        """Switch the model between training and evaluation; a forward without a backward is given up."""
         super().train(mode)
         self.model.train(mode)
+        self._give_up()
         return self
+
+    def _give_up(self) -> None:
+        """Forget a forward whose backward did not come, or not to its end, and what Opacus noted of it."""
+        self._pending = None
+        for name in ("activations", "max_batch_len"):
+            self.__dict__.pop(name, None)
+        for parameter in self.parameters():
+            parameter.__dict__.pop("_current_grad_sample", None)
+            if "_forward_counter" in parameter.__dict__:
+                parameter.__dict__["_forward_counter"] = 0
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Private:
         """Convert or move the model; torch puts the new values into the same parameters."""

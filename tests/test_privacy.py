@@ -162,13 +162,34 @@ def test_a_training_that_would_be_wrong_is_refused_in_words():
         watched(X)
     watched.cleanup()
     model[0].weight.requires_grad_(True)
-    with pytest.raises(medpeft.MedpeftError, match="What trains is not what trained"):
+    with pytest.raises(medpeft.MedpeftError, match="Other parameters train than when"):
         watched(X)
     pair = medpeft.apply(two_outputs(mlp()), "lora", target="0.0", head=None).train()
     with pytest.raises(medpeft.MedpeftError, match="returns tuple in place of one tensor"):
         opacus.GradSampleModule(medpeft.private(pair))(X)
     with pytest.raises(medpeft.MedpeftError, match="with one entry an image each"):
         opacus.GradSampleModule(medpeft.private(mlp()))(X, X[:3])
+
+
+@pytest.mark.parametrize("switch", ["train", "eval"])
+@pytest.mark.parametrize("where", ["after forward", "in backward"])
+def test_after_a_step_that_was_broken_off_training_goes_on(where, switch, monkeypatch):
+    model, untouched = mlp(), mlp()
+    module, optimizer, loader = made_private(medpeft.private(model), size=8, poisson_sampling=False)
+    loss = F.cross_entropy(module(X.roll(1, 0)), Y)
+    if where == "in backward":
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.autograd, "grad", lambda *arguments, **options: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                loss.backward()
+    else:
+        with pytest.raises(medpeft.MedpeftError, match=r"broken off, call train\(\)"):
+            module(X)
+    getattr(module, switch)()
+    train(module.train(), optimizer, loader)
+    train(*made_private(medpeft.private(untouched), size=8, poisson_sampling=False))
+    for found, expected in zip(model.parameters(), untouched.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("mode", ["functorch", "ew", "ghost"])

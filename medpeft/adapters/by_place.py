@@ -52,17 +52,17 @@ def require_by_place(owner: str, option: str, values: Mapping[Any, Any], annotat
         f"{option}={{'blocks.*': …}}.",
     )
     for pattern, value in values.items():
-        try:
-            patterns(None if isinstance(pattern, (tuple, frozenset)) else pattern)
-        except MedpeftError as error:
-            raise MedpeftError(f"{owner}: {option} by place: {error}") from None
-        is_pattern = pattern is not None and not isinstance(pattern, (tuple, frozenset))
+        is_single = pattern is not None and not isinstance(pattern, (tuple, frozenset))
         is_short = not isinstance(pattern, str) or len(pattern) <= _LONGEST
         require(
-            is_pattern and is_short,
+            is_single and is_short,
             f"{owner}: {option} by place: {clipped(pattern)} is no single pattern of up to {_LONGEST:,} "
             "characters: give each pattern a value of its own.",
         )
+        try:
+            patterns(pattern)
+        except MedpeftError as error:
+            raise MedpeftError(f"{owner}: {option} by place: {error}") from None
         label = f"{option}[{clipped(pattern)}]"
         require_options(owner, {label: value}, {label: annotation})
 
@@ -83,17 +83,17 @@ def choices(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     Raises:
         MedpeftError: there are more than any model needs: for each of them the model is looked at once.
     """
-    by_place = [value for value in options.values() if isinstance(value, ByPlace)]
+    by_place = {option: value for option, value in options.items() if isinstance(value, ByPlace)}
     if not by_place:
         return [dict(options)]
     different: dict[str, dict[str, Any]] = {}
-    for name in by_place[0]:
+    for name in next(iter(by_place.values())):
         of_layer = at(options, name)
         if _NOWHERE not in of_layer.values():
             different[repr(of_layer)] = of_layer
     require(
         len(different) <= _MOST_CHOICES,
-        f"{', '.join(options)} by place choose layers in {len(different):,} different ways: "
+        f"{', '.join(by_place)} by place choose layers in {len(different):,} different ways: "
         f"{_MOST_CHOICES} is the limit.",
     )
     return list(different.values())

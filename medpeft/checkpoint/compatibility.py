@@ -143,9 +143,8 @@ def _options(record: Applied) -> dict[str, object]:
     options = {}
     for method, values in record.methods.items():
         for option, value in values.items():
-            options[f"{method}: {option}"] = json.loads(
-                json.dumps(value, default=repr)
-            )  # A tuple becomes a list.
+            # A tuple becomes a list.
+            options[f"{method}: {option}"] = json.loads(json.dumps(value, default=repr))
     return options
 
 
@@ -156,17 +155,30 @@ def _places(record: Applied, skipped: Sequence[str]) -> dict[str, None]:
     return dict.fromkeys(places)
 
 
+class OtherBaseError(CheckpointError):
+    """The frozen weights are not those of the file's base.
+
+    Attributes:
+        found: What differs, without what to do about it.
+    """
+
+    def __init__(self, found: str, advice: str) -> None:
+        super().__init__(f"{found}\n{advice}")
+        self.found = found
+
+
 def require_base(header: Header, model: nn.Module, record: Applied, skipped: Sequence[str]) -> None:
-    """Raise `CheckpointError`, with what differs, unless the frozen weights are those of its base."""
+    """Raise `OtherBaseError` unless the frozen weights are those of its base."""
     trained = {*record.selected, *record.statistics}
     base = identify(model, lambda name: name not in trained and not within(name, skipped))
     saved = {**header.document["base"], "tensors": outside(header.document["base"]["tensors"], skipped)}
     difference = _base_difference(saved, base)
     if difference:
-        raise CheckpointError(
+        raise OtherBaseError(
             f"{header.name} was trained on another base than this {class_of(model).__name__}:\n  "
-            f"{clip(difference, 1000)}\nCreate the model as in training, with the same pretrained weights "
-            "and precision, or pass check_base=False to load it nevertheless."
+            f"{clip(difference, 1000)}",
+            "Create the model as in training, with the same pretrained weights and precision, or pass "
+            "check_base=False to load it nevertheless.",
         )
 
 

@@ -26,8 +26,8 @@ class Recipe:
 
     Attributes:
         how: "sum": Σ wᵢ·τᵢ. "ties": of each τᵢ the largest numbers; of these, at each place, the mean of all
-            wᵢ·τᵢ whose τᵢ has the sign of their sum. "dare": Σ wᵢ·τᵢ, each of a random part of its numbers,
-            divided by the share that is left.
+            wᵢ·τᵢ whose τᵢ has the sign of the sum of all τᵢ, so that a change of weight 0 votes and counts.
+            "dare": Σ wᵢ·τᵢ, each of a random part of its numbers, divided by the share that is left.
         weights: w, one for each change.
         density: Share of the numbers of each change that is kept.
         seed: Seed of the random parts.
@@ -72,7 +72,7 @@ class Recipe:
         return trimmed.view_as(change)
 
     def _disjoint_mean(self, trimmed: Sequence[Tensor]) -> Tensor:
-        """Elect a sign at every place, and take the mean of the changes that have it."""
+        """Elect a sign at every place, and take the mean of the weighted changes that have it."""
         total = torch.zeros_like(trimmed[0])
         for change in trimmed:
             total += change

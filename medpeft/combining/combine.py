@@ -123,14 +123,20 @@ def combine(
     with switching(model, "combine"):
         parts = read(model, files, check_base=check_base, keep_base=keep_base, head=head)
         recipe = Recipe(how, tuple(part.weight for part in parts), density, seed)
-        return _carry_out(model, parts, recipe, rank, taken=_taken(files, head))
+        head_file = None
+        if head is not None:
+            head_file = list(files).index(head)
+        return _carry_out(model, parts, recipe, rank, head_file)
 
 
 def _carry_out(
-    model: nn.Module, parts: Sequence[Part], recipe: Recipe, rank: int | None, *, taken: int
+    model: nn.Module, parts: Sequence[Part], recipe: Recipe, rank: int | None, head_file: int | None
 ) -> Combined:
-    """Adapt the model by what the files give together; `taken` is the number of the file with the head."""
-    planned, tensors, low_rank = _combined(model, parts, recipe, rank, taken=taken)
+    """Adapt the model by what the files give together.
+
+    The head is that of the file with the number `head_file`, or with None the mean of all.
+    """
+    planned, tensors, low_rank = _combined(model, parts, recipe, rank, head_file)
     carry_out(planned, built_for(planned, tensors), tensors)
     return Combined(
         files=[(part.name, part.weight) for part in parts],
@@ -138,7 +144,7 @@ def _carry_out(
         how=recipe.how,
         rank=planned.record.methods.get("lora", {}).get("rank"),
         error=relative_error(low_rank),
-        classes=parts[taken].classes,
+        classes=parts[head_file or 0].classes,
     )
 
 
@@ -157,15 +163,8 @@ def _require_files(files: object, head: Source | None) -> None:
     )
 
 
-def _taken(files: Mapping[Source, float], head: Source | None) -> int:
-    """Number of the file whose head is taken; the first if it is a mean."""
-    if head is None:
-        return 0
-    return list(files).index(head)
-
-
 def _combined(
-    model: nn.Module, parts: Sequence[Part], recipe: Recipe, rank: int | None, *, taken: int
+    model: nn.Module, parts: Sequence[Part], recipe: Recipe, rank: int | None, head_file: int | None
 ) -> tuple[Plan, dict[str, Tensor], list[LowRank]]:
     """Compute the plan of the combined adapter and all its tensors; the model stays as it is."""
     low_rank = low_rank_of(parts, recipe, rank)
@@ -174,12 +173,12 @@ def _combined(
     done = {item.prefix + key for item in low_rank for key in item.keys}
     own = dict(own_tensors(model))
     starts = [part.starts() for part in parts]
-    for name, first in parts[taken].tensors.items():
+    for name, of_head_file in parts[head_file or 0].tensors.items():
         of_head = within(name, planned.record.head)
         if name in done:
             continue
-        if of_head and sum(name in part.tensors for part in parts) < len(parts):
-            tensors[name] = first
+        if of_head and head_file is not None:
+            tensors[name] = of_head_file
             continue
         of_files = [part.tensors[name] for part in parts]
         if of_head or name in planned.record.statistics:

@@ -12,7 +12,7 @@ from ..formulas.lora import LoRA
 from .changes import Recipe
 
 
-class Product(NamedTuple):
+class UpDown(NamedTuple):
     """A change of the weight as up · down.
 
     Attributes:
@@ -29,8 +29,8 @@ class Product(NamedTuple):
         return self.up.shape[1]
 
 
-class Cut(NamedTuple):
-    """A product of some rank, and what it leaves out.
+class Fitted(NamedTuple):
+    """A product of the rank that was asked for, and what it leaves out.
 
     Attributes:
         product: The product.
@@ -38,12 +38,12 @@ class Cut(NamedTuple):
         whole: Sum of the squares of the whole change.
     """
 
-    product: Product
-    lost: float = 0.0
-    whole: float = 0.0
+    product: UpDown
+    lost: float
+    whole: float
 
 
-def products_of(adapter: LoRA, tensors: Mapping[str, Tensor]) -> list[Product]:
+def products_of(adapter: LoRA, tensors: Mapping[str, Tensor]) -> list[UpDown]:
     """Write what an adapter with these tensors adds to the weight, one product a part of a fused layer.
 
     What it started from, as PiSSA does, is a second block that is taken off.
@@ -57,11 +57,11 @@ def products_of(adapter: LoRA, tensors: Mapping[str, Tensor]) -> list[Product]:
         for up, down, scale in blocks:
             ups.append(scale * tensors[up].double().split(adapter.sizes)[part])
             downs.append(tensors[down].double().split(adapter.rank)[part])
-        products.append(Product(torch.cat(ups, 1), torch.cat(downs)))
+        products.append(UpDown(torch.cat(ups, 1), torch.cat(downs)))
     return products
 
 
-def combined(name: str, products: Sequence[Product], recipe: Recipe, rank: int | None) -> Cut:
+def combined(name: str, products: Sequence[UpDown], recipe: Recipe, rank: int | None) -> Fitted:
     """Make one product of several.
 
     The sum of products is their concatenation, exactly. Of more than `rank` columns the largest singular
@@ -72,29 +72,31 @@ def combined(name: str, products: Sequence[Product], recipe: Recipe, rank: int |
         change = recipe.combine(name, changes)
         assert rank is not None
         left, values, right = torch.linalg.svd(change, full_matrices=False)
-        return _cut(left, values, right, rank)
+        return _fitted(left, values, right, rank)
     ups = []
     for weight, product in zip(recipe.weights, products, strict=True):
         ups.append(weight * product.up)
     up, down = torch.cat(ups, 1), torch.cat([product.down for product in products])
     if rank is None or rank >= up.shape[1]:
-        return Cut(Product(up, down))
+        # ‖up · down‖² without that matrix: the trace of (upᵀ · up) · (down · downᵀ), which are small.
+        whole = (up.mT @ up * (down @ down.mT)).sum()
+        return Fitted(UpDown(up, down), 0.0, float(whole.clamp(min=0)))
     # The singular values of up · down are those of the small matrix between two orthogonal ones.
     left, inner_left = torch.linalg.qr(up)
     right, inner_right = torch.linalg.qr(down.mT)
     u, values, vt = torch.linalg.svd(inner_left @ inner_right.mT, full_matrices=False)
-    return _cut(left @ u, values, vt @ right.mT, rank)
+    return _fitted(left @ u, values, vt @ right.mT, rank)
 
 
-def _cut(left: Tensor, values: Tensor, right: Tensor, rank: int) -> Cut:
+def _fitted(left: Tensor, values: Tensor, right: Tensor, rank: int) -> Fitted:
     """Keep the first singular values, half of each in either matrix."""
     root = values[:rank].sqrt()
-    product = Product(left[:, :rank] * root, root[:, None] * right[:rank])
+    product = UpDown(left[:, :rank] * root, root[:, None] * right[:rank])
     squares = values.square()
-    return Cut(product, float(squares[rank:].sum()), float(squares.sum()))
+    return Fitted(product, float(squares[rank:].sum()), float(squares.sum()))
 
 
-def tensors_of(products: Sequence[Product], rank: int) -> dict[str, Tensor]:
+def tensors_of(products: Sequence[UpDown], rank: int) -> dict[str, Tensor]:
     """Write products as the tensors of an adapter of one rank and a factor of 1, filled up by zeros."""
     ups, downs = [], []
     for product in products:

@@ -23,7 +23,7 @@ _FREE = ("rank", "alpha", "dropout", "init", "rslora", "freeze_a")
 """Options of `lora` in which files may differ: what they add to the weight is a matrix all the same."""
 
 _FACTS = Wording(
-    "{}: only in the second", "{}: only in the first", "{}: {!r} in the second, {!r} in the first"
+    "{}: only in this file", "{}: only in the first file", "{}: {!r} in this file, {!r} in the first"
 )
 
 

@@ -33,16 +33,16 @@ _SIDES = (3, 5, 7)
 _GAMMA = 1e-6
 
 
-class Running(NamedTuple):
-    """What one forward of a block has met so far.
+class Progress(NamedTuple):
+    """How far one forward of a block has come.
 
     Attributes:
         sizes: Of the grid, where the block's input has one; else empty.
-        change: What was added to the stream before the MLP; None before that.
+        added: What was added to the stream before the MLP; None before that.
     """
 
     sizes: tuple[int, ...]
-    change: Tensor | None
+    added: Tensor | None
 
 
 class Filters(nn.Module, TwoMatrices):
@@ -80,7 +80,7 @@ class Filters(nn.Module, TwoMatrices):
             for parameter in (weight, self.get_parameter(f"{name}_bias")):
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
-    def enter(self, tokens: Tensor) -> Tensor:
+    def narrowed(self, tokens: Tensor) -> Tensor:
         """Compute down(γ ⊙ LN(x) + γ_x ⊙ x): (B, …, D) → (B, …, width)."""
         x = cast(tokens, self.down)
         return self.narrow(self.gamma * self.norm(x) + self.gamma_x * x, -1)
@@ -104,7 +104,7 @@ class Filters(nn.Module, TwoMatrices):
             biases.append(getattr(self, f"conv_{side}_bias"))
         return torch.stack(kernels).mean(0), torch.stack(biases).mean(0)
 
-    def leave(self, hidden: Tensor, axis: int) -> Tensor:
+    def widened(self, hidden: Tensor, axis: int) -> Tensor:
         """Compute up(drop(gelu(z))), its channels on an axis."""
         return self.widen(self.dropout(F.gelu(hidden)), axis)
 
@@ -169,21 +169,21 @@ class Mona(Adapter):
         sizes: tuple[int, ...] = ()
         if isinstance(x, Tensor) and x.ndim > 3:
             sizes = tuple(x.movedim(self.layout.axis, -1).shape[1:-1])
-        self.handover.leave(Running(sizes, None))
+        self.handover.leave(Progress(sizes, None))
         return x
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the change before the MLP to the block's output, whose sum lacks it; then the one after it."""
         sizes: tuple[int, ...] = ()
         if self.after_attention is not None:
-            running = self.handover.take(Running((), None))
-            if running.change is None:
+            progress = self.handover.take(Progress((), None))
+            if progress.added is None:
                 raise MedpeftError(
                     f"{self.method!r} found no place in {self.name} between its attention and its MLP: "
                     "exclude it, or try 'adapter_plus'."
                 )
-            sizes = running.sizes
-            y = y + in_shape_of(y, running.change)
+            sizes = progress.sizes
+            y = y + in_shape_of(y, progress.added)
         return y + self.change(self.after_block, y, self.layout.axis, sizes)
 
     def before_mlp(self, x: Tensor, axis: int) -> Tensor:
@@ -192,23 +192,23 @@ class Mona(Adapter):
         Raises:
             MedpeftError: the block itself does not run, so its output would lack the change.
         """
-        running = self.handover.take(None)
-        if running is None:
+        progress = self.handover.take(None)
+        if progress is None:
             raise MedpeftError(
                 f"{self.method!r} changes the stream in the middle of {self.name}, of which a part was run "
                 "by itself: call the block as a whole. Where the model checkpoints parts of its blocks, "
                 "switch that off (in MONAI's SwinUNETR use_checkpoint=False)."
             )
-        if running.change is not None or self.after_attention is None:
+        if progress.added is not None or self.after_attention is None:
             return x
-        change = self.change(self.after_attention, x, axis, running.sizes)
-        self.handover.hand_on(Running(running.sizes, change.movedim(axis, self.layout.axis)))
+        change = self.change(self.after_attention, x, axis, progress.sizes)
+        self.handover.hand_on(Progress(progress.sizes, change.movedim(axis, self.layout.axis)))
         return x + change
 
     def change(self, filters: Filters, x: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
         """Compute what is added to a stream `x`, whose channels are on an axis."""
-        hidden = self._filtered(filters, filters.enter(x.movedim(axis, -1)), sizes)
-        return filters.leave(hidden, axis).to(x.dtype)
+        hidden = self._filtered(filters, filters.narrowed(x.movedim(axis, -1)), sizes)
+        return filters.widened(hidden, axis).to(x.dtype)
 
     def _filtered(self, filters: Filters, hidden: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """Filter (B, …, width), tokens in a row or on a grid; or the tokens of one image, (N, width)."""

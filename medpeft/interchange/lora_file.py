@@ -29,7 +29,6 @@ _FOREIGN = {
     ".a1.": "GLoRA",
     ".b1.": "GLoRA",
     ".q_layer.": "T-LoRA",
-    ".diff": "whole differences of weights",
     ".bias_indices": "differences of biases",
     ".w_norm": "trained norms",
     ".b_norm": "trained norms",
@@ -38,6 +37,9 @@ _FOREIGN = {
     ".hada_": "a LoHa",
     ".lokr_": "a LoKr",
 }
+_DIFFERENCES = ("diff", "diff_b")
+"""Last words of keys of whole differences; a head may have a name with such a word in it."""
+
 _NEEDED = "lora_A.weight and lora_B.weight (lora_down, lora_up)"
 
 
@@ -129,9 +131,11 @@ def _has_change(layer: str, tensors: Mapping[str, Tensor]) -> bool:
 
 def _require_known(path: str, key: str) -> None:
     """Refuse a tensor of a method that medpeft does not read."""
-    for piece, layout in _FOREIGN.items():
-        if piece in key:
-            raise CheckpointError(
-                f"{path} holds {clip(key)!r}, which is no pair of {_NEEDED}, no LoHa and no LoKr, but part "
-                f"of {layout}. {MERGE_THERE}"
-            )
+    found = [layout for piece, layout in _FOREIGN.items() if piece in key]
+    if key.rpartition(".")[2] in _DIFFERENCES:
+        found.append("whole differences of weights")
+    if found:
+        raise CheckpointError(
+            f"{path} holds {clip(key)!r}, which is no pair of {_NEEDED}, no LoHa and no LoKr, but part "
+            f"of {found[0]}. {MERGE_THERE}"
+        )

@@ -36,8 +36,8 @@ from .matrices import Factors, changed_parts, columns_by_part, factors_of
 
 _BIASES = ("bias", "bitfit")
 
-# Ranks are filled up to the largest, for which a file may ask in one small layer. So many numbers are always
-# made, and beyond that so many times those that the file holds.
+# Ranks of LoHa and LoKr are filled up to the largest, for which a file may ask in one small layer. So many
+# numbers are always made, and beyond that so many times those that the file holds.
 _LARGEST = 2**26
 _MOST_TIMES = 100
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import Adapter, SecondPlace, parameters_of
-from ..adapters.adapters import Adapters
 from ..adapters.options import require_options
 from ..adapters.record import Adapted
-from ..architecture.layers import within
-from ..architecture.network import Network
+from ..architecture.targets import ROLES
 from ..checks.copies import copied
-from ..errors import MedpeftError, require
+from ..errors import require
 from ..surgery.strength import base_values
 from ..table import Table
-
-Score = Callable[[nn.Module], float | Tensor]
-ScoreOfRows = Callable[[Any, Tensor], float]
+from .places import off, places_of
+from .scores import Score, ScoreOfImages, Scores, interval
 
 
 @dataclass(frozen=True)
@@ -36,6 +31,8 @@ class PlaceEffect:
         loss: The score with the place less the score without it; above 0 where the place helps.
         low: Lower end of the 95 % interval of the loss, None where there is none.
         high: Its upper end.
+        unscored: Draws of images that have no finite score, as an AUROC without positives; the interval is of
+            the others.
     """
 
     place: str
@@ -44,6 +41,7 @@ class PlaceEffect:
     loss: float
     low: float | None = None
     high: float | None = None
+    unscored: int = 0
 
     def as_text(self) -> _Line:
         """Write the numbers out."""
@@ -95,19 +93,24 @@ class Attribution:
     def best(self, share: float = 0.5, *, parameters: int | None = None) -> list[str]:
         """Name the places without which most is lost, for the `target` of another `apply`.
 
+        A place without which nothing is lost is not named, unless there is no other: then the first of all.
+
         Args:
-            share: Share of the places to name; at least one.
+            share: Share of the places to name at most; at least one.
             parameters: In its place: as many of them as have so many parameters together, those that cost
                 more than what is left passed over.
         """
         require_options("best", {"share": share}, {"share": float})
         require(0 < share <= 1, f"share is {share}; it must be above 0 and at most 1.")
+        helping = [row for row in self.rows if row.loss > 0]
+        if not helping:
+            helping = self.rows[:1]
         if parameters is None:
-            return [row.place for row in self.rows[: max(1, round(share * len(self.rows)))]]
+            return [_as_target(row.place) for row in helping[: max(1, round(share * len(self.rows)))]]
         left, names = parameters, []
-        for row in self.rows:
+        for row in helping:
             if row.parameters <= left:
-                names.append(row.place)
+                names.append(_as_target(row.place))
                 left -= row.parameters
         return names
 
@@ -123,33 +126,21 @@ class Attribution:
         return str(self._table())
 
     def _table(self) -> Table:
-        note = f"score {self.score:.4f}; {self.base:.4f} with every place off and the head as it is"
+        notes = [f"score {self.score:.4f}; {self.base:.4f} with every place off and the head as it is"]
+        unscored = max((row.unscored for row in self.rows), default=0)
+        if unscored:
+            notes.append(
+                f"up to {unscored} draws of the images have no score; the intervals are of the others"
+            )
         title = f"{self.method} on {self.model}: what is lost without a place"
         columns = ("place", "methods", "parameters", "interval", "loss")
-        return Table(title, [row.as_text() for row in self.rows], columns, [note], summed=False)
-
-
-@dataclass
-class _Place:
-    """Adapters and selected parameters of one layer or block.
-
-    Attributes:
-        adapters: Each with those of its layer and its name there.
-        values: The base's values of selected parameters and adapting statistics, by name.
-        methods: Names of the methods, once each.
-        parameters: How many parameters train.
-    """
-
-    adapters: list[tuple[Adapters, str]] = field(default_factory=list)
-    values: dict[str, Tensor] = field(default_factory=dict)
-    methods: dict[str, None] = field(default_factory=dict)
-    parameters: int = 0
+        return Table(title, [row.as_text() for row in self.rows], columns, notes, summed=False)
 
 
 @torch.no_grad()
 def attribute(
     model: nn.Module,
-    score: Score | ScoreOfRows,
+    score: Score | ScoreOfImages,
     *,
     predict: Callable[[nn.Module], Tensor] | None = None,
     by: Literal["layer", "block"] = "layer",
@@ -167,8 +158,8 @@ def attribute(
     Args:
         model: A model after `apply` and training.
         score: Computes the score of a model, the higher the better: a number, or a tensor (N,) of values of N
-            images, whose mean it is. With `predict`, the score `score(outputs, rows)` of some images, whose
-            positions `rows` (n,) may repeat, as for macro-F1.
+            images, whose mean it is. With `predict`, the score `score(outputs, images)` of some images, whose
+            positions `images` (n,) may repeat, as for macro-F1; NaN where these have none.
         predict: Computes the outputs (N, …) of a model for N images.
         by: Whether a place is a layer, or a block of the model with all layers inside.
         resamples: Draws of the images for the intervals, the same for every place (paired bootstrap, Efron &
@@ -184,8 +175,8 @@ def attribute(
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> model = medpeft.apply(model, "ssf", head="2")
         >>> x, labels = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
-        >>> def accuracy(outputs, rows):
-        ...     return float((outputs[rows].argmax(-1) == labels[rows]).float().mean())
+        >>> def accuracy(outputs, images):
+        ...     return float((outputs[images].argmax(-1) == labels[images]).float().mean())
         >>> found = medpeft.attribute(model, accuracy, predict=lambda network: network(x))
         >>> [(row.place, row.parameters, row.loss) for row in found.rows]
         [('0', 16, 0.0)]
@@ -197,151 +188,27 @@ def attribute(
     base = base_values(adapted, "attribute")
     require(adapted.acting, "attribute does not work inside disabled, scaled or merged: leave that first.")
     copy = copied(model, share_frozen=True).eval()
-    places = _places(Adapted.of(copy), base, by)
-    reading = _Reading(score, predict, resamples, seed)
-    whole = reading.of(copy)
+    places = places_of(Adapted.of(copy), base, by)
+    scores = Scores(score, predict, resamples, seed)
+    whole = scores.of(scores.run(copy))
     rows = []
     for name, place in places.items():
-        with _off(copy, [place], name):
-            losses = whole - reading.of(copy)
-        low = high = None
-        if len(losses) > 1:
-            low, high = torch.quantile(losses[1:], torch.tensor([0.025, 0.975], dtype=losses.dtype)).tolist()
+        with off(copy, [place], name):
+            found = scores.run(copy)
+        losses = whole - scores.of(found)
+        low, high, unscored = interval(losses)
         methods = "+".join(place.methods)
-        rows.append(PlaceEffect(name, methods, place.parameters, float(losses[0]), low, high))
+        loss = float(losses[0])
+        rows.append(PlaceEffect(name, methods, place.parameters, loss, low, high, unscored))
     rows.sort(key=lambda row: -row.loss)
-    with _off(copy, list(places.values()), "all"):
-        without = float(reading.of(copy)[0])
+    with off(copy, list(places.values()), "all"):
+        found = scores.run(copy)
+    without = float(scores.of(found)[0])
     return Attribution(type(model).__name__, adapted.record.name, float(whole[0]), without, rows)
 
 
-def _places(adapted: Adapted, base: dict[str, Tensor], by: str) -> dict[str, _Place]:
-    """Find the places of an adapted model, by name, in the order of its modules."""
-    blocks = []
-    if by == "block":
-        blocks = Network(adapted.model, adapted.record.head).outermost_blocks
-        require(
-            bool(blocks), f"No kind of block is known in {type(adapted.model).__name__}: leave by='layer'."
-        )
-    places: dict[str, _Place] = {}
-    for _, _, adapters in adapted.layers:
-        for name, adapter in adapters.adapters():
-            first = adapter.first if isinstance(adapter, SecondPlace) else adapter
-            place = places.setdefault(_place_of(_layer_of(first, adapted), blocks), _Place())
-            place.adapters.append((adapters, name))
-            place.methods[first.method] = None
-            place.parameters += sum(parameter.numel() for _, parameter in parameters_of(adapter))
-    for name, tensor in adapted.trained.items():
-        method = adapted.record.selected.get(name, "")
-        if method == "head":
-            continue
-        place = places.setdefault(_place_of(name.rpartition(".")[0], blocks), _Place())
-        place.values[name] = base[name]
-        if method:
-            place.methods[method] = None
-            place.parameters += tensor.numel()
-    return places
-
-
-def _layer_of(adapter: Adapter, adapted: Adapted) -> str:
-    """Name the layer of an adapter."""
-    for name, _, adapters in adapted.layers:
-        if any(other is adapter for _, other in adapters.adapters()):
-            return name
-    raise AssertionError("The first place of an adapter is on a layer of its model.")
-
-
-def _place_of(layer: str, blocks: Sequence[str]) -> str:
-    """Name the block that a layer lies in, or the layer itself where it lies in none."""
-    for block in blocks:
-        if within(layer, [block]):
-            return block
-    return layer
-
-
-@contextmanager
-def _off(copy: nn.Module, places: Sequence[_Place], name: str) -> Iterator[None]:
-    """Make places of a copy those of the base for a `with` block.
-
-    Raises:
-        MedpeftError: the model does not run then.
-    """
-    tensors: dict[str, Any] = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
-    trained = {}
-    silent: dict[Adapters, list[str]] = {}
-    for place in places:
-        for adapters, adapter in place.adapters:
-            silent.setdefault(adapters, []).append(adapter)
-        for value in place.values:
-            trained[value] = tensors[value].clone()
-            tensors[value].copy_(place.values[value])
-    for adapters, names in silent.items():
-        left = [other for other, _ in adapters.adapters() if other not in names]
-        adapters.let_act(left)
-        adapters.enabled = bool(left)
-    try:
-        yield
-    except MedpeftError as error:
-        raise MedpeftError(f"{name!r} cannot be switched off alone: {error}") from error
-    finally:
-        for adapters in silent:
-            adapters.let_act([other for other, _ in adapters.adapters()])
-            adapters.enabled = True
-        for value, tensor in trained.items():
-            tensors[value].copy_(tensor)
-
-
-class _Reading:
-    """The score of a model: of all images first, then of every draw of them.
-
-    Args:
-        score: As in `attribute`.
-        predict: As in `attribute`.
-        resamples: As in `attribute`.
-        seed: As in `attribute`.
-    """
-
-    def __init__(
-        self,
-        score: Callable[..., Any],
-        predict: Callable[[nn.Module], Tensor] | None,
-        resamples: int,
-        seed: int,
-    ) -> None:
-        self.score, self.predict, self.resamples = score, predict, resamples
-        self.generator = torch.Generator().manual_seed(seed)
-        self.draws: Tensor | None = None
-
-    def of(self, model: nn.Module) -> Tensor:
-        """Compute the scores (1 + resamples,) of a model; (1,) where the score is a number.
-
-        Raises:
-            MedpeftError: one is not finite, or the images are not as many as before.
-        """
-        if self.predict is not None:
-            outputs = self.predict(model)
-            scores = [float(self.score(outputs, rows)) for rows in self._rows(len(outputs))]
-            found = torch.tensor(scores, dtype=torch.float64)
-        else:
-            value = self.score(model)
-            if isinstance(value, Tensor) and value.ndim == 1:
-                values = value.detach().to("cpu", torch.float64)
-                found = torch.stack([values[rows].mean() for rows in self._rows(len(values))])
-            else:
-                found = torch.tensor([float(value)], dtype=torch.float64)
-        require(
-            bool(found[0].isfinite()),
-            f"score gave {float(found[0])} in place of a finite number; the higher it is the better.",
-        )
-        return found
-
-    def _rows(self, count: int) -> Iterator[Tensor]:
-        """Yield the positions of all images, then those of every draw, the same each time."""
-        if self.draws is None:
-            self.draws = torch.randint(count, (self.resamples, count), generator=self.generator)
-        require(
-            count == self.draws.shape[1],
-            f"score was given {self.draws.shape[1]} images first and now {count}; it must be the same ones.",
-        )
-        yield torch.arange(count)
-        yield from self.draws
+def _as_target(place: str) -> str:
+    """Write the name of a place as a pattern that picks it alone: `norm` alone would pick every norm."""
+    if place in ROLES:
+        return f"[{place[0]}]{place[1:]}"
+    return place

@@ -17,7 +17,7 @@ from ..checkpoint.source import Source
 from ..checkpoint.state import Array
 from ..errors import MedpeftError, clipped, did_you_mean, listed, require
 from .base import Base
-from .entry import Entry, entry_of_state, read_entry, table_of
+from .entry import BankEntry, entry_of_state, read_entry, table_of
 from .kind import Kind
 from .mixed import Inputs, run_mixed
 from .proof import Fact, Proof, digest_of
@@ -65,7 +65,7 @@ class Bank:
         with switching(model, "Bank"):
             self._base = Base(model)
         self._live = Live(self._base)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, BankEntry] = {}
         self._removed: list[Fact] = []
         self._digest = self._base_digest()
 
@@ -106,7 +106,7 @@ class Bank:
 
     def _read(
         self, name: str, source: Source | State | None, like: str | None, metadata: Mapping[str, Any] | None
-    ) -> Entry:
+    ) -> BankEntry:
         """Read and check an adapter."""
         if source is not None and not isinstance(source, Mapping):
             return read_entry(self._base, self._kinds(), name, source, metadata)
@@ -256,7 +256,7 @@ class Bank:
         title = f"Bank of {len(entries)} adapters on {type(self._base.model).__name__}, using {self.used!r}"
         return str(table_of(entries, title))
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> BankEntry:
         entry = self._entries.get(name)
         if entry is None:
             near = did_you_mean(str(name), self.names)

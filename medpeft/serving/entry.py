@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.record import Adapted
-from ..checkpoint.compatibility import saved_record
+from ..checkpoint.compatibility import OtherBaseError, saved_record
 from ..checkpoint.header import read
-from ..checkpoint.load import prepare
+from ..checkpoint.load import Prepared, prepare
 from ..checkpoint.source import Source, name_of, opened
 from ..checkpoint.state import Array, checked
 from ..errors import CheckpointError
@@ -26,7 +26,7 @@ from .proof import digest_of
 
 
 @dataclass(frozen=True)
-class Entry:
+class BankEntry:
     """An adapter of a bank.
 
     Attributes:
@@ -70,7 +70,7 @@ class Entry:
 
 def read_entry(
     base: Base, kinds: Mapping[str, Kind], name: str, source: Source, metadata: Mapping[str, Any] | None
-) -> Entry:
+) -> BankEntry:
     """Read a file.
 
     Raises:
@@ -84,23 +84,46 @@ def read_entry(
         shapes[tensor_name], dtypes[tensor_name] = entry.shape, entry.dtype
     zeros = zeros_for_head(base, record, shapes, header.name)
     key = key_of(record, dtypes)
-    kind = kinds.get(key)
+    kind, prepared = kinds.get(key), None
+    if (
+        kind is not None
+        and kind.record.seed != record.seed
+        and kind.has_unsaved
+        and kind.of_seed is not False
+    ):
+        prepared = _prepared(base.view(record.selected, zeros), source)
+        kind.of_seed = not kind.has_same_unsaved(prepared.built)
+        if kind.of_seed:
+            key = f"{key}, seed {record.seed}"
+            kind = kinds.get(key)
     if kind is None:
-        prepared = prepare(
-            base.view(record.selected, zeros), source, check_base=True, head="strict", keep_base=True
-        )
+        if prepared is None:
+            prepared = _prepared(base.view(record.selected, zeros), source)
         kind = Kind.of(base, key, prepared)
-    else:
-        view = _view_of(kind, base, zeros)
-        prepared = prepare(view, source, check_base=True, head="strict", keep_base=True)
+    elif prepared is None:
+        prepared = _prepared(_view_of(kind, base, zeros), source)
     if metadata is None:
         metadata = header.metadata
     return _entry(name, kind, prepared.values, metadata, header.name)
 
 
+def _prepared(view: nn.Module, source: Source) -> Prepared:
+    """Read and check a file for a view of the base.
+
+    Raises:
+        CheckpointError: it does not fit.
+    """
+    try:
+        return prepare(view, source, check_base=True, head="strict", keep_base=True)
+    except OtherBaseError as error:
+        raise CheckpointError(
+            f"{error.found}\nA bank has adapters of one base alone: make another bank of the base of these."
+        ) from None
+
+
 def entry_of_state(
     base: Base, kind: Kind, name: str, state: Mapping[str, Tensor | Array], metadata: Mapping[str, Any] | None
-) -> Entry:
+) -> BankEntry:
     """Take a state, of an adapter of a known kind.
 
     Raises:
@@ -120,12 +143,12 @@ def _view_of(kind: Kind, base: Base, zeros: Mapping[str, Tensor]) -> nn.Module:
     """Mirror a model that is adapted as a kind, with the head's shapes as those of one of its adapters."""
     heads = {name: zeros.get(name, base.own(name)) for name in kind.heads}
     tensors = kind.replaced(base, heads)
-    return Mirror(tensors).of(kind.light)
+    return Mirror(tensors).of(kind.adapted_mirror)
 
 
 def _entry(
     name: str, kind: Kind, values: Mapping[str, Tensor], metadata: Mapping[str, Any], source: str
-) -> Entry:
+) -> BankEntry:
     """Make an entry of checked tensors, which share no memory with others.
 
     Raises:
@@ -137,10 +160,10 @@ def _entry(
             raise CheckpointError(f"{tensor_name!r} in {source} has values that are not finite.")
         model_has = kind.tensors[tensor_name]
         own[tensor_name] = requiring(value.detach().to(model_has, copy=True), model_has.requires_grad)
-    return Entry(name, kind, own, dict(metadata), digest_of(own))
+    return BankEntry(name, kind, own, dict(metadata), digest_of(own))
 
 
-def table_of(entries: Sequence[Entry], title: str) -> Table:
+def table_of(entries: Sequence[BankEntry], title: str) -> Table:
     """Lay out adapters, one in a row."""
     total = sum(entry.bytes for entry in entries)
     columns = ("name", "methods", "classes", "parameters", "bytes")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,26 +26,29 @@ class Kind:
         key: Equal for adapters of the same kind.
         record: What `apply` would leave on the model.
         built: The adapters, which also come into the model when one of the kind is used.
-        light: A mirror of the base with these adapters in it.
-        tensors: Tensors of `light` by the names of a file.
-        own: Tensors of `light` by the names that they have in the base.
+        adapted_mirror: A mirror of the base with these adapters in it.
+        tensors: Tensors of `adapted_mirror` by the names of a file.
+        own: Tensors of `adapted_mirror` by the names that they have in the base.
         heads: Names of those of them that belong to the head, whose shapes may differ.
         head_modules: Names of the modules that these belong to.
         layers: Layers that can run with other tensors for each image, with the names of these; None if images
             are run in groups of one adapter.
         tried: Whether images can run so, by what comes in; see `trial.py`.
+        of_seed: Whether what the adapters keep beside the tensors of a file depends on the seed, as a random
+            buffer that is not saved does; None as long as no adapter of another seed has come.
     """
 
     key: str
     record: Applied
     built: list[Built]
-    light: nn.Module
+    adapted_mirror: nn.Module
     tensors: dict[str, Tensor]
     own: dict[str, Tensor]
     heads: list[str]
     head_modules: list[str]
     layers: dict[str, list[str]] | None
     tried: dict[Any, bool] = field(default_factory=dict)
+    of_seed: bool | None = None
 
     @classmethod
     def of(cls, base: Base, key: str, prepared: Prepared) -> Kind:
@@ -63,11 +66,23 @@ class Kind:
         return cls(key, record, prepared.built, planned.model, tensors, own, heads, modules, layers)
 
     def replaced(self, base: Base, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """Map the `id` of tensors of `light` to values of an adapter, and of the base."""
+        """Map the `id` of tensors of `adapted_mirror` to values of an adapter, and of the base."""
         tensors = {id(self.own[name]): value for name, value in base.kept.items()}
         for name, value in values.items():
             tensors[id(self.tensors[name])] = value
         return tensors
+
+    @property
+    def has_unsaved(self) -> bool:
+        """Whether the adapters keep tensors that are not in a file."""
+        return bool(_unsaved(self.built))
+
+    def has_same_unsaved(self, built: Sequence[Built]) -> bool:
+        """Whether adapters that were made by another seed keep the same beside the tensors of a file."""
+        own, others = _unsaved(self.built), _unsaved(built)
+        if own.keys() != others.keys():
+            return False
+        return all(torch.equal(tensor, others[name]) for name, tensor in own.items())
 
     def built_for(self, model: nn.Module) -> list[Built]:
         """List the adapters with their places in a model."""
@@ -87,6 +102,20 @@ class Kind:
                 tensor.zero_()
 
 
+def _unsaved(built: Sequence[Built]) -> dict[str, Tensor]:
+    """Collect the tensors of adapters that are not in a file: buffers that are not saved, plain attributes."""
+    found = {}
+    for number, item in enumerate(built):
+        for root in (item.adapter, *item.adapter.shared.values()):
+            for path, module in root.named_modules(prefix=f"{number}.{type(root).__name__}"):
+                for key in module._non_persistent_buffers_set:
+                    found[f"{path}.{key}"] = module.get_buffer(key)
+                for key, value in vars(module).items():
+                    if isinstance(value, Tensor):
+                        found[f"{path}.{key}"] = value
+    return found
+
+
 def key_of(record: Applied, dtypes: Mapping[str, torch.dtype]) -> str:
     """Describe what the adapters of a kind have in common.
 
@@ -95,12 +124,9 @@ def key_of(record: Applied, dtypes: Mapping[str, torch.dtype]) -> str:
         dtypes: dtypes of its tensors by name.
     """
     described = record.to_json()
-    for name in (
-        "seed",
-        "dtype",
-        "depth",
-    ):  # By these the adapters were made; values and sites tell the rest.
-        del described[name]
+    # By these three the adapters were made; their values and their places tell the rest.
+    for made_by in ("seed", "dtype", "depth"):
+        del described[made_by]
     own = {}
     for name, dtype in dtypes.items():
         if name not in record.selected and name not in record.statistics:

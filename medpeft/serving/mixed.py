@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import MedpeftError
 from .base import Base
-from .entry import Entry
+from .entry import BankEntry
 from .kind import Kind
 from .mirror import Mirror
 from .rows import with_rows
@@ -21,8 +21,10 @@ from .trial import is_near, uncalled
 _AT_ONCE = 16
 """Images that a CPU computes together: of more, the outputs of a layer no longer fit its caches."""
 
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
-class Part(NamedTuple):
+
+class Subset(NamedTuple):
     """Images of a batch that are computed in one forward.
 
     Attributes:
@@ -31,31 +33,31 @@ class Part(NamedTuple):
     """
 
     numbers: list[int]
-    entries: list[Entry | None]
+    entries: list[BankEntry | None]
 
 
-def parts_of(entries: Sequence[Entry | None]) -> list[Part]:
+def by_kind(entries: Sequence[BankEntry | None]) -> list[Subset]:
     """Divide a batch by the kinds of its adapters and the shapes of their heads."""
-    parts: dict[Any, Part] = {}
+    subsets: dict[Any, Subset] = {}
     for number, entry in enumerate(entries):
-        key: Any = None
+        key: Any = None  # Of images with the base.
         if entry is not None:
-            key = entry.kind.key, entry.head_shapes()
-        part = parts.setdefault(key, Part([], []))
-        part.numbers.append(number)
-        part.entries.append(entry)
-    return list(parts.values())
+            key = (entry.kind.key, entry.head_shapes())
+        subset = subsets.setdefault(key, Subset([], []))
+        subset.numbers.append(number)
+        subset.entries.append(entry)
+    return list(subsets.values())
 
 
-def by_adapter(part: Part) -> list[Part]:
-    """Divide a part by adapters."""
-    parts: dict[str, Part] = {}
-    for number, entry in zip(part.numbers, part.entries, strict=True):
+def by_adapter(subset: Subset) -> list[Subset]:
+    """Divide images of one kind by adapters."""
+    subsets: dict[str, Subset] = {}
+    for number, entry in zip(subset.numbers, subset.entries, strict=True):
         name = entry.name if entry is not None else ""
-        one = parts.setdefault(name, Part([], []))
+        one = subsets.setdefault(name, Subset([], []))
         one.numbers.append(number)
         one.entries.append(entry)
-    return list(parts.values())
+    return list(subsets.values())
 
 
 class Inputs(NamedTuple):
@@ -72,33 +74,44 @@ class Inputs(NamedTuple):
         chosen = torch.tensor(numbers, device=self.x.device)
         others = {}
         for name, value in self.others.items():
-            if isinstance(value, Tensor) and value.ndim and len(value) == images:
+            if self._has_rows(value):
                 value = value[chosen.to(value.device)]
             others[name] = value
         return Inputs(self.x[chosen], others)
 
-    def kind(self) -> Any:
-        """Describe all but the values and the number of images."""
+    def signature(self) -> tuple[Any, ...]:
+        """Describe everything but the values of tensors and the number of images."""
         described: list[Any] = [self.x.shape[1:], self.x.dtype, self.x.device]
         for name, value in self.others.items():
-            shape = value.shape[1:] if isinstance(value, Tensor) else None
-            described.append((name, shape))
+            leaves, form = pytree.tree_flatten(value)
+            described += [name, str(form)]
+            for leaf in leaves:
+                if not isinstance(leaf, Tensor):
+                    described.append(repr(leaf))  # A flag can have the model run other layers.
+                elif self._has_rows(leaf):
+                    described += [leaf.shape[1:], leaf.dtype]
+                else:
+                    described += [leaf.shape, leaf.dtype]
         return tuple(described)
 
+    def _has_rows(self, value: Any) -> bool:
+        """Whether a value is a tensor with one row an image."""
+        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self.x)
 
-def run_mixed(base: Base, entries: Sequence[Entry | None], inputs: Inputs) -> Any:
+
+def run_mixed(base: Base, entries: Sequence[BankEntry | None], inputs: Inputs) -> Any:
     """Compute each image with its adapter.
 
     Returns:
         What the model returns for the batch, or where shapes differ a list of what it returns for each image.
     """
     outputs: list[tuple[list[int], Any]] = []
-    for part in parts_of(entries):
-        own = inputs.of(part.numbers)
-        groups = by_adapter(part)
-        first = part.entries[0]
-        if first is not None and len(groups) > 1 and _runs_by_image(base, first, own):
-            for portion in _portions(part, inputs.x):
+    for subset in by_kind(entries):
+        own = inputs.of(subset.numbers)
+        groups = by_adapter(subset)
+        first = subset.entries[0]
+        if first is not None and len(groups) > 1 and _can_run_by_image(base, first, own):
+            for portion in _portions(subset, inputs.x):
                 output = _run_by_image(base, first.kind, portion.entries, inputs.of(portion.numbers))
                 outputs.append((portion.numbers, output))
         else:
@@ -108,64 +121,78 @@ def run_mixed(base: Base, entries: Sequence[Entry | None], inputs: Inputs) -> An
     return _joined(outputs, len(entries))
 
 
-def _portions(part: Part, x: Tensor) -> list[Part]:
+def _portions(subset: Subset, x: Tensor) -> list[Subset]:
     """Divide images that are computed together into as many as a CPU does best at once; a GPU takes all."""
-    step = len(part.numbers)
+    step = len(subset.numbers)
     if x.device.type == "cpu":
         step = _AT_ONCE
     portions = []
-    for start in range(0, len(part.numbers), step):
+    for start in range(0, len(subset.numbers), step):
         end = start + step
-        portions.append(Part(part.numbers[start:end], part.entries[start:end]))
+        portions.append(Subset(subset.numbers[start:end], subset.entries[start:end]))
     return portions
 
 
-def _run_one(base: Base, entry: Entry | None, inputs: Inputs) -> Any:
+def _run_one(base: Base, entry: BankEntry | None, inputs: Inputs) -> Any:
     """Run images with one adapter."""
     if entry is None:
         return Mirror(base.replaced()).of(base.plain)(inputs.x, **inputs.others)
-    return Mirror(entry.kind.replaced(base, entry.values)).of(entry.kind.light)(inputs.x, **inputs.others)
+    mirror = Mirror(entry.kind.replaced(base, entry.values))
+    return mirror.of(entry.kind.adapted_mirror)(inputs.x, **inputs.others)
 
 
-def _runs_by_image(base: Base, entry: Entry, inputs: Inputs) -> bool:
+def _can_run_by_image(base: Base, entry: BankEntry, inputs: Inputs) -> bool:
     """Whether images with adapters of one kind can be computed together; tried out once for each input."""
-    kind, key = entry.kind, inputs.kind()
+    kind, key = entry.kind, inputs.signature()
     if kind.layers is None:
         return False
     if key not in kind.tried:
-        kind.tried[key] = _try_by_image(base, entry, inputs.of([0]))
+        try:
+            kind.tried[key] = _try_by_image(base, entry, inputs.of([0]))
+        except RuntimeError as error:
+            if not _lacks_memory(error):
+                raise
+            return False  # Of this batch: the next one tries it again.
     return kind.tried[key]
 
 
-def _try_by_image(base: Base, entry: Entry, one: Inputs) -> bool:
+def _lacks_memory(error: Exception) -> bool:
+    """Whether an error says that there was no memory at the moment, in the words of one of torch's devices."""
+    return any(words in str(error) for words in _NO_MEMORY)
+
+
+def _try_by_image(base: Base, entry: BankEntry, one: Inputs) -> bool:
     """Whether every layer gets its rows image by image, and `torch.vmap` gives what the layers give."""
     kind = entry.kind
     names = [*(kind.layers or {}), *kind.head_modules]
     tensors = kind.replaced(base, entry.values)
-    missed = uncalled(kind.light, tensors, names, one.x, dict(one.others))
+    missed = uncalled(kind.adapted_mirror, tensors, names, one.x, dict(one.others))
     if missed is None:
         return False
-    # A parent may read the tensors of a layer that is never called: then they would show in the output.
+    # Whoever reads the tensors of a layer without calling it would get those of one adapter for all images. So
+    # a layer that is not called gets NaN for its tensors, which show in the output if somebody reads them.
     spoilt = dict(entry.values)
     for layer in missed:
         for name in (kind.layers or {}).get(layer, kind.heads):
             spoilt[name] = torch.full_like(spoilt[name], torch.nan)
     try:
         rows = _run_by_image(base, kind, [entry], one)
-    except (RuntimeError, NotImplementedError):  # It has no rule for some operation.
-        return False
+    except (RuntimeError, NotImplementedError) as error:
+        if _lacks_memory(error):
+            raise
+        return False  # torch.vmap has no rule for some operation.
     alone = _run_one(base, entry, one)
     return is_near(rows, alone) and is_near(_run_one(base, replace(entry, values=spoilt), one), alone)
 
 
-def _run_by_image(base: Base, kind: Kind, entries: Sequence[Entry | None], inputs: Inputs) -> Any:
+def _run_by_image(base: Base, kind: Kind, entries: Sequence[BankEntry | None], inputs: Inputs) -> Any:
     """Run images with adapters of one kind together."""
     values: list[Mapping[str, Tensor]] = []
     for entry in entries:
         assert entry is not None  # The base is no kind.
         values.append(entry.values)
     by_entry = []
-    for group in by_adapter(Part(list(range(len(entries))), list(entries))):
+    for group in by_adapter(Subset(list(range(len(entries))), list(entries))):
         numbers = torch.tensor(group.numbers, device=inputs.x.device)
         by_entry.append((numbers, kind.replaced(base, values[group.numbers[0]])))
     rows = {}
@@ -174,7 +201,7 @@ def _run_by_image(base: Base, kind: Kind, entries: Sequence[Entry | None], input
         for name in names:
             stacked[id(kind.tensors[name])] = torch.stack([of_image[name] for of_image in values])
         rows[layer] = stacked
-    model = with_rows(kind.light, kind.replaced(base, {}), rows, kind.head_modules, by_entry)
+    model = with_rows(kind.adapted_mirror, kind.replaced(base, {}), rows, kind.head_modules, by_entry)
     return model(inputs.x, **inputs.others)
 
 

@@ -24,13 +24,13 @@ from .mirror import Mirror
 Tensors = Mapping[int, Tensor]
 """Tensors by the `id` of those in whose place they are."""
 
-Layers = dict[str, list[str]]
+NamesByLayer = dict[str, list[str]]
 """Names of the tensors that differ between adapters, by the name of the layer that computes with them."""
 
 
 def layers_by_image(
     model: nn.Module, record: Applied, built: Sequence[Built], tensors: Mapping[str, Tensor]
-) -> Layers | None:
+) -> NamesByLayer | None:
     """List the layers outside the head that compute with tensors of an adapter.
 
     Args:
@@ -44,7 +44,7 @@ def layers_by_image(
         (`by_image`), a tensor is read by other modules too, or a selected one is no vector.
     """
     names = {id(tensor): name for name, tensor in tensors.items()}
-    layers: Layers = {}
+    layers: NamesByLayer = {}
     for item in built:
         if not item.method.by_image or not _is_apart(item):
             return None
@@ -81,35 +81,35 @@ def _is_a_leaf(model: nn.Module, name: str, record: Applied) -> bool:
 
 
 def with_rows(
-    light: nn.Module,
+    adapted_mirror: nn.Module,
     shared: Tensors,
-    layers: Mapping[str, Tensors],
+    rows_by_layer: Mapping[str, Tensors],
     heads: Sequence[str],
     groups: Sequence[tuple[Tensor, Tensors]],
 ) -> nn.Module:
     """Mirror a model so that each image has an adapter of its own.
 
     Args:
-        light: The adapted model.
+        adapted_mirror: The adapted model.
         shared: Tensors that are the same for all images.
-        layers: For each layer, tensors with a leading axis of images.
+        rows_by_layer: For each layer, by its name, tensors with a leading axis of images.
         heads: Names of the head's modules.
         groups: For each adapter, the numbers of its images, and its tensors.
     """
     fixed = dict(shared)
-    for rows in layers.values():
-        for tensor in rows:
-            fixed.pop(tensor, None)
+    for rows in rows_by_layer.values():
+        for identity in rows:
+            fixed.pop(identity, None)
     mirror = Mirror(fixed)
-    mirrored = mirror.of(light)
+    mirrored = mirror.of(adapted_mirror)
     images = sum(len(numbers) for numbers, _ in groups)
-    for name, rows in layers.items():
-        layer = mirror.of(light.get_submodule(name))
-        plain = Mirror(fixed).of(light.get_submodule(name))
+    for name, rows in rows_by_layer.items():
+        layer = mirror.of(adapted_mirror.get_submodule(name))
+        plain = Mirror(fixed).of(adapted_mirror.get_submodule(name))
         layer.__dict__["forward"] = partial(_by_image, plain, rows, images)
     for name in heads:
-        head = mirror.of(light.get_submodule(name))
-        head.__dict__["forward"] = partial(_by_adapter, light.get_submodule(name), groups, images)
+        head = mirror.of(adapted_mirror.get_submodule(name))
+        head.__dict__["forward"] = partial(_by_adapter, adapted_mirror.get_submodule(name), groups, images)
     return mirrored
 
 

@@ -14,7 +14,7 @@ from ..surgery.apply import carry_out, make_plain
 from ..surgery.plan import Plan
 from ..surgery.refusals import refuse
 from .base import Base
-from .entry import Entry
+from .entry import BankEntry
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Installed:
         tensors: The model's tensors that hold the adapter, by name.
     """
 
-    entry: Entry
+    entry: BankEntry
     record: Applied
     tensors: dict[str, Tensor]
 
@@ -41,7 +41,9 @@ class Installed:
         kind = self.entry.kind
         for item in kind.built:
             layer = _module(model, item.site.name)
-            adapters = layer and layer._modules.get("adapters")
+            adapters = None
+            if layer is not None:
+                adapters = layer._modules.get("adapters")
             if adapters is None or item.adapter not in adapters._modules.values():
                 raise _lost(item.site.name, self.name)
         for name in (*kind.record.selected, *kind.record.statistics):
@@ -64,7 +66,9 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
     """Find a module by its name, None if it is not there."""
     module: nn.Module | None = model
     for name in filter(None, path.split(".")):
-        module = module and module._modules.get(name)
+        if module is None:
+            return None
+        module = module._modules.get(name)
     return module
 
 
@@ -85,9 +89,10 @@ class Live:
     """
 
     def __init__(self, base: Base) -> None:
-        self._base, self.installed = base, None  # type: Base, Installed | None
+        self._base = base
+        self.installed: Installed | None = None
 
-    def bring(self, entry: Entry | None) -> None:
+    def bring(self, entry: BankEntry | None) -> None:
         """Bring an adapter into the model, or with None the base. A call that fails changes nothing."""
         before = self.installed
         if before is None or entry is None or not _fits(before.entry, entry):
@@ -95,7 +100,7 @@ class Live:
         else:
             self._write_over(before, entry)
 
-    def _write_over(self, installed: Installed, entry: Entry) -> None:
+    def _write_over(self, installed: Installed, entry: BankEntry) -> None:
         """Write the values of an adapter into the tensors that hold another one of its kind."""
         model, record = self._base.model, installed.record
 
@@ -112,20 +117,24 @@ class Live:
                 tensor.copy_(entry.values[name])
             installed.entry = entry
 
-    def _exchange(self, before: Installed | None, entry: Entry | None) -> None:
+    def _exchange(self, before: Installed | None, entry: BankEntry | None) -> None:
         """Take the adapter in the model out, and install another one."""
         base, model = self._base, self._base.model
         record = _record_for(base, entry)
 
         def settle() -> None:
             present = applied(model)
+            # The one before is out, and the other did not come in: the one before goes in again.
             if present is None and before is not None and entry is not None:
                 _install(base, before.entry, before.record)
                 present = before.record
+            # The other is in.
             if present is not None and present is record and entry is not None:
                 self.installed = _installed(model, entry, present)
+            # The one before is in: it did not come out, or went in again.
             elif before is not None and present is before.record:
                 self.installed = _installed(model, before.entry, before.record)
+            # Nothing is in, as was asked for, or as there was nothing before.
             elif present is None:
                 self.installed = None
 
@@ -136,28 +145,29 @@ class Live:
             if entry is not None and record is not None:
                 refuse(model)
                 _install(base, entry, record)
+        # Outside, since `settled` may put the one before in again, and needs its tensors for that.
         if before is not None and (entry is None or entry.kind is not before.entry.kind):
             before.entry.kind.clear()
 
 
-def _fits(before: Entry, entry: Entry) -> bool:
+def _fits(before: BankEntry, entry: BankEntry) -> bool:
     """Whether an adapter fits into the tensors of another one."""
     return before.kind is entry.kind and before.head_shapes() == entry.head_shapes()
 
 
-def _installed(model: nn.Module, entry: Entry, record: Applied) -> Installed:
+def _installed(model: nn.Module, entry: BankEntry, record: Applied) -> Installed:
     """Note where an adapter is in the model."""
     return Installed(entry, record, dict(Adapted.of(model).saved))
 
 
-def _record_for(base: Base, entry: Entry | None) -> Applied | None:
+def _record_for(base: Base, entry: BankEntry | None) -> Applied | None:
     """Make the record that an adapter leaves on the model, None for the base."""
     if entry is None:
         return None
     return replace(entry.kind.record, base={}, samples={}, trained_before=dict(base.trained_before))
 
 
-def _install(base: Base, entry: Entry, record: Applied) -> None:
+def _install(base: Base, entry: BankEntry, record: Applied) -> None:
     """Install an adapter in the model, which has none."""
     model = base.model
     present = dict(model.named_parameters())

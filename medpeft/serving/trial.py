@@ -27,12 +27,12 @@ _Calls = list[tuple[int, Any]]
 
 
 def uncalled(
-    light: nn.Module, tensors: Tensors, names: Sequence[str], x: Tensor, others: dict[str, Any]
+    adapted_mirror: nn.Module, tensors: Tensors, names: Sequence[str], x: Tensor, others: dict[str, Any]
 ) -> list[str] | None:
     """Try whether the rows of every layer's input and output come image by image.
 
     Args:
-        light: An adapted model.
+        adapted_mirror: An adapted model.
         tensors: Tensors of one adapter.
         names: Names of the layers.
         x: One image, with an axis for the batch.
@@ -42,9 +42,9 @@ def uncalled(
         Names of the layers that are not called at all; None if the rows of a layer do not come so.
     """
     two = torch.cat([x, _another(x)])
-    alone = _calls(light, tensors, names, x, others)
+    alone = _calls(adapted_mirror, tensors, names, x, others)
     doubled = {name: _twice(value, len(x)) for name, value in others.items()}
-    both = _calls(light, tensors, names, two, doubled)
+    both = _calls(adapted_mirror, tensors, names, two, doubled)
     if len(alone) != len(both):
         return None
     for (layer, one), (same_layer, pair) in zip(alone, both, strict=True):
@@ -82,15 +82,15 @@ def _twice(value: Any, images: int) -> Any:
 
 
 def _calls(
-    light: nn.Module, tensors: Tensors, names: Sequence[str], x: Tensor, others: dict[str, Any]
+    adapted_mirror: nn.Module, tensors: Tensors, names: Sequence[str], x: Tensor, others: dict[str, Any]
 ) -> _Calls:
     """Run the model, and note what enters and leaves the layers."""
     mirror = Mirror(tensors)
-    mirrored = mirror.of(light)
+    mirrored = mirror.of(adapted_mirror)
     calls: _Calls = []
     for number, name in enumerate(names):
-        layer = mirror.of(light.get_submodule(name))
-        bare = Mirror(tensors).of(light.get_submodule(name))
+        layer = mirror.of(adapted_mirror.get_submodule(name))
+        bare = Mirror(tensors).of(adapted_mirror.get_submodule(name))
         layer.__dict__["forward"] = partial(_noted, bare, number, calls)
     mirrored(x, **others)
     return calls

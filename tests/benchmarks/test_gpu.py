@@ -44,10 +44,15 @@ def test_the_table_has_a_line_for_every_call_and_every_problem():
     row = {"library": "peft", "ratio": 1.5, "ratio_range": [1.4, 1.6], "seconds": 0.002, "mib": 3.0}
     floor = {**row, "library": "floor", "mib": 2.0}
     peers = Part("peers", "peers.py", [], 1, {"tasks": {"SSF": [floor, row]}})
-    lines = table([start, peers, Part("late", "step.py", [], 1, problem="took longer than 1 s")]).splitlines()
+    figures = {"add": 9.0, "use": 0.5, "one": 0.1, "seconds": 0.11, "ratio": 1.1, "ratio_range": [1.0, 1.2]}
+    bank = Part("bank", "bank.py", [], 1, {"rows": {"lora": figures}})
+    late = Part("late", "step.py", [], 1, problem="took longer than 1 s")
+    lines = table([start, peers, late, bank]).splitlines()
     assert lines[2] == "| start | lora: apply |  |  | 1.2 |  |  |"
     assert lines[4] == "| peers, SSF | peft | 1.50 | 1.40–1.60 | 2.00 | 1.50 |  |"
     assert lines[5].startswith("| late | took longer than 1 s |")
+    assert lines[8] == "| bank | lora: one for all images | 1.00 |  | 100.00 |  |  |"
+    assert lines[9] == "| bank | lora: one for each image | 1.10 | 1.00–1.20 | 110.00 |  |  |"
 
 
 def test_all_parts_together_stay_within_eight_minutes():

@@ -22,6 +22,13 @@ def test_ties_trims_elects_a_sign_and_takes_the_mean_of_those_that_have_it():
     assert found.tolist() == [4.0, 2.5, -1.0, (2.0 + 6.0) / 2, 12.0, 0.0]
 
 
+def test_a_change_of_weight_0_votes_and_counts_in_ties():
+    found = Recipe("ties", (1.0, 0.0, 1.0), 0.5, 0).combine("x", [A, B, C])
+    assert found.tolist() == [4.0, 0.0, 0.0, 2.5, 6.0, 0.0]  # The sign that B elects alone leaves its 0.
+    found = Recipe("ties", (1.0, 0.0), 1.0, 0).combine("x", [A, A])
+    assert torch.equal(found, A.double() / 2)
+
+
 def test_ties_of_equal_weights_follows_the_paper_on_random_numbers():
     torch.manual_seed(0)
     changes = torch.randn(3, 7, 11, dtype=torch.float64)

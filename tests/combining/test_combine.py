@@ -6,49 +6,13 @@ import warnings
 
 import pytest
 import torch
+from combined import changes, require_sum, trained
 from every_method import perturb
 from models import example, make
 from torch import nn
 
 import medpeft
 from medpeft.interchange import to_peft
-
-
-def trained(base, method, move, seed=0, classes=None, **options):
-    """The bytes of a file, and the model, moved from its start by numbers of its own."""
-    model = medpeft.apply(copy.deepcopy(base), method, seed=seed, **options)
-    generator = torch.Generator().manual_seed(move)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(
-                    torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype), alpha=0.2
-                )
-    file = io.BytesIO()
-    medpeft.save(model, file, metadata={"classes": classes} if classes else None)
-    return file.getvalue(), model
-
-
-def weights(model):
-    return medpeft.merge(copy.deepcopy(model)).state_dict()
-
-
-def changes(model, base):
-    plain = base.state_dict()
-    return {name: tensor - plain[name] for name, tensor in weights(model).items()}
-
-
-def require_sum(combined, base, models, factors):
-    """Merged, the model has the weighted sum of the changes."""
-    found, expected = changes(combined, base), {}
-    for model, factor in zip(models, factors, strict=True):
-        for name, change in changes(model, base).items():
-            expected[name] = expected.get(name, 0) + factor * change
-    for name, change in expected.items():
-        if found[name].is_floating_point():
-            assert torch.allclose(found[name], change, rtol=1e-9, atol=1e-12), name
-    assert any(change.any() for change in expected.values())
-
 
 LORA = {
     "fused, other ranks and factors": ("vit", {"rank": 2}, {"rank": 3, "alpha": 5, "rslora": True}),
@@ -231,8 +195,8 @@ def test_what_cannot_be_combined_is_refused_in_words():
     lora, _ = trained(base, "lora", 1)
     for second, message in (
         (trained(base, "ssf", 2)[0], "cannot be combined with"),
-        (trained(base, "lora", 2, parts="qkv")[0], "lora: parts: 'qkv' in the second, 'qv' in the first"),
-        (trained(base, "lora", 2, target="mlp")[0], "only in the second"),
+        (trained(base, "lora", 2, parts="qkv")[0], "lora: parts: 'qkv' in this file, 'qv' in the first"),
+        (trained(base, "lora", 2, target="mlp")[0], "only in this file"),
         (trained(base, "lora", 2, dora=True)[0], "dora"),
         (trained(other, "lora", 2)[0], "was trained on another base"),
         (trained(base, "lora", 2)[0][:-9], "cut off"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import medpeft
-from medpeft.interchange import from_peft, to_peft
+from medpeft.interchange import from_peft, lora_file, to_peft
 
 pytestmark = PEFT_WARNINGS
 
@@ -256,3 +256,14 @@ def test_damaged_files_of_peft_load_or_are_refused_and_leave_the_model(file, tmp
             assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
             assert list(before) == list(model.state_dict())
     assert refusals > 50
+
+
+@pytest.mark.parametrize(("key", "refused"), [("net.diffusion_head.weight", False), ("net.diff_b", True)])
+def test_differences_of_weights_are_told_by_the_last_word_of_a_key(key, refused):
+    pair = {"net.fc.lora_A.weight": torch.ones(1, 2), "net.fc.lora_B.weight": torch.ones(2, 1)}
+    tensors = {**pair, key: torch.ones(2)}
+    if refused:
+        with pytest.raises(medpeft.CheckpointError, match="whole differences of weights"):
+            lora_file.sort("file", tensors, lambda *_: 1.0, ("lora",))
+    else:
+        assert list(lora_file.sort("file", tensors, lambda *_: 1.0, ("lora",)).others) == [key]

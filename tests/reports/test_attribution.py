@@ -10,6 +10,7 @@ from models import make
 
 import medpeft
 from medpeft.adapters.record import Adapted
+from medpeft.reports.attribution import Attribution, PlaceEffect
 
 STREAMS = ("dtl", "lst")
 SEPARATE = [case for case in CASES if case not in STREAMS]
@@ -133,14 +134,52 @@ def test_blocks_are_places_of_all_layers_inside():
 
 def test_the_best_places_are_a_target():
     model, x = adapted("ssf")
-    found = medpeft.attribute(model, lambda network: float(outputs(network, x).sum()))
+    found = medpeft.attribute(model, closeness(x, outputs(model, x)))  # Every place is missed.
     names = found.best(0.5)
     assert len(names) == round(len(found.rows) / 2)
     again = medpeft.apply(make("vit"), "ssf", target=names)
-    assert {layer for layer, _, _ in Adapted.of(again).layers} == set(names)
+    best = [row.place for row in found.rows[: len(names)]]
+    assert "norm" in best  # As a target, its name alone would pick every norm.
+    assert {layer for layer, _, _ in Adapted.of(again).layers} == set(best)
     few = found.best(parameters=found.rows[0].parameters)
-    assert few[0] == found.rows[0].place
+    assert few[0] == names[0]
     assert "| place | methods | parameters | interval | loss |" in found.to_markdown()
+
+
+def test_places_without_which_nothing_is_lost_are_not_among_the_best():
+    rows = []
+    for name, loss in zip("abcd", (0.2, 0.1, 0.0, -0.3), strict=True):
+        rows.append(PlaceEffect(name, "ssf", 10, loss))
+    found = Attribution("Net", "ssf", 0.5, 0.4, rows)
+    assert found.best(1.0) == ["a", "b"]
+    assert found.best(0.25) == ["a"]
+    assert found.best(parameters=40) == ["a", "b"]
+    harmful = Attribution("Net", "ssf", 0.5, 0.4, rows[2:])
+    assert harmful.best(1.0) == harmful.best(parameters=40) == ["c"]
+    assert harmful.best(parameters=9) == []
+
+
+def test_draws_without_a_score_are_left_out_of_the_intervals():
+    model, x = mlp()
+    positive = torch.arange(40) < 2
+
+    def margin(outputs, images):
+        return float(outputs[images][positive[images], 0].mean())  # NaN without positives
+
+    found = medpeft.attribute(model, margin, predict=lambda network: network(x), resamples=100, seed=3)
+    draws = torch.randint(40, (100, 40), generator=torch.Generator().manual_seed(3))
+    without_positives = int((~positive[draws].any(1)).sum())
+    assert 0 < without_positives < 100
+    assert {row.unscored for row in found.rows} == {without_positives}
+    assert all(row.low <= row.loss <= row.high for row in found.rows)
+    assert f"up to {without_positives} draws of the images have no score" in str(found)
+
+
+def test_an_error_of_the_score_is_told_as_it_is():
+    model, _ = mlp()
+    scores = iter([0.5, float("nan")])
+    with pytest.raises(medpeft.MedpeftError, match=r"^score gave nan"):
+        medpeft.attribute(model, lambda network: next(scores))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from checkpoints import bits, same
 from every_method import CASES, adapted, base, perturb
 from golden.model import Golden
 from places import ROOT
+from torch import nn
 
 import medpeft
 from medpeft.adapters import registry
@@ -173,6 +174,45 @@ def test_values_of_a_removed_adapter_do_not_stay_in_the_tensors_of_its_kind():
     tensors = [item.adapter.up for item in bank._entries["b"].kind.built]
     bank.use(None)
     assert not any(tensor.any() for tensor in tensors)
+
+
+def of_seeds(method, seeds):
+    """Models that were adapted with a seed each, by name."""
+    made = {}
+    for name, seed in seeds.items():
+        made[name] = medpeft.apply(Golden(), method, target="blocks", seed=seed).eval()
+    return made
+
+
+@pytest.mark.parametrize("kept", ["buffer", "attribute"])
+def test_what_is_drawn_and_not_saved_is_that_of_each_seed(kept):
+    @medpeft.register(f"drawn_{kept}")
+    class Drawn(medpeft.Adapter):
+        layers = (nn.Linear,)
+
+        def __init__(self, site):
+            super().__init__(site)
+            self.gain = nn.Parameter(torch.ones(site.host.shape[0]))
+            drawn = torch.rand(site.host.shape[0], generator=site.generator)
+            if kept == "buffer":
+                self.register_buffer("drawn", drawn, persistent=False)
+            else:
+                self.drawn = drawn
+
+        def forward(self, x, y):
+            return y + self.gain * self.drawn
+
+    made = of_seeds(f"drawn_{kept}", {"a": 1, "b": 2, "c": 1, "d": 3})
+    bank, x = bank_of(made), images(4)
+    for row, (name, model) in zip(bank(x, list("abcd")), made.items(), strict=True):
+        number = "abcd".index(name)
+        torch.testing.assert_close(row, model(x[number : number + 1])[0].detach())
+    assert len(bank._kinds()) == 3
+
+
+def test_svdiff_of_other_seeds_is_one_kind():
+    bank = bank_of(of_seeds("svdiff", {"a": 1, "b": 2, "c": 3}))
+    assert len(bank._kinds()) == 1
 
 
 def test_the_proof_finds_what_was_written_to():

@@ -136,21 +136,54 @@ class SequenceFirst(nn.Module):
         torch.manual_seed(0)
         self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
 
-    def forward(self, x):
+    def forward(self, x, mode="tokens first"):
+        if mode == "images first":
+            return self.head(self.mix(x).tanh().mean(1))
         tokens = self.mix(x.transpose(0, 1)).tanh()  # (B, 3, 4) → (3, B, 4)
         return self.head(tokens.mean(0))
 
 
-def test_a_layer_whose_rows_are_no_images_runs_by_adapter(monkeypatch):
-    monkeypatch.setattr(rows, "_by_image", lambda *a: pytest.fail("it would give rows to the wrong images"))
+def tokens_first():
+    """A bank of such models, and the models by name."""
     made, bank = {}, medpeft.Bank(SequenceFirst().eval())
     for seed, name in enumerate("abc"):
         model = medpeft.apply(SequenceFirst(), "ssf", init="official", seed=seed, head="head").eval()
         made[name] = perturb(model)
         bank.add(name, file_of(model))
-    x = torch.randn(3, 3, 4)
+    return bank, made
+
+
+def test_a_layer_whose_rows_are_no_images_runs_by_adapter(monkeypatch):
+    monkeypatch.setattr(rows, "_by_image", lambda *a: pytest.fail("it would give rows to the wrong images"))
+    (bank, made), x = tokens_first(), torch.randn(3, 3, 4)
     for i, row in enumerate(bank(x, list("abc"))):
         assert torch.equal(row, made["abc"[i]](x[i : i + 1])[0])
+
+
+def test_whether_rows_are_images_is_tried_out_for_each_value_that_is_no_tensor():
+    (bank, made), x = tokens_first(), torch.randn(3, 3, 4)
+    for mode in ("images first", "tokens first"):
+        for i, row in enumerate(bank(x, list("abc"), mode=mode)):
+            torch.testing.assert_close(row, made["abc"[i]](x[i : i + 1], mode=mode)[0])
+    tried = bank._entries["a"].kind.tried
+    assert list(tried.values()) == [True, False]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("not enough memory")]
+)
+def test_a_lack_of_memory_is_no_verdict(monkeypatch, error):
+    (bank, _), x = tokens_first(), torch.randn(3, 3, 4)
+
+    def fail(*arguments):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "_by_image", fail)
+        found = bank(x, list("abc"), mode="images first")
+    assert bank._entries["a"].kind.tried == {}
+    torch.testing.assert_close(found, bank(x, list("abc"), mode="images first"))
+    assert list(bank._entries["a"].kind.tried.values()) == [True]
 
 
 def test_an_adapter_that_vmap_cannot_run_goes_by_adapter():
