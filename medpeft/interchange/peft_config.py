@@ -21,7 +21,7 @@ KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 
 # Options with which peft computes something that `lora` does not.
 _REFUSED = (
-    "lora_bias", "fan_in_fan_out", "layer_replication", "target_parameters", "trainable_token_indices",
+    "fan_in_fan_out", "layer_replication", "target_parameters", "trainable_token_indices",
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config",
     "monteclora_config",
 )  # fmt: skip
@@ -73,7 +73,7 @@ def _options_of_lora(adapted: Adapted, options: Mapping[str, Any], alpha: float)
     bias = "none"
     if not {"bias", "bitfit"}.isdisjoint(adapted.record.methods):
         bias = "all"
-    return {
+    described = {
         "lora_alpha": alpha,
         "lora_dropout": options["dropout"],
         "bias": bias,
@@ -81,6 +81,9 @@ def _options_of_lora(adapted: Adapted, options: Mapping[str, Any], alpha: float)
         "use_dora": options["dora"],
         "fan_in_fan_out": False,
     }
+    if options["bias"]:  # Releases of peft before 0.14 know no such option.
+        described["lora_bias"] = True
+    return described
 
 
 def _target_modules(model: nn.Module, layers: list[str]) -> list[str] | str:

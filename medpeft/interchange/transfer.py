@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.by_place import ByPlace
+from ..adapters.by_place import ByPlace, plain_if_one
 from ..adapters.record import Adapted, Applied, own_tensors, trained_tensors
 from ..architecture.head import Head
 from ..architecture.layers import within
@@ -94,8 +94,10 @@ def _inexpressible_options(record: Applied, into: Format) -> list[str]:
         problems.append("adapting BatchNorm statistics: use batchnorm='frozen'")
     if record.head and not into.head:
         problems.append(f"the head {', '.join(record.head)}: apply with head=None")
-    if isinstance(record.methods.get("lora", {}).get("dropout"), ByPlace):
-        problems.append("dropout by place: these files have one for all layers")
+    of_lora = record.methods.get("lora", {})
+    by_place = [option for option in into.of_all if isinstance(of_lora.get(option), ByPlace)]
+    if by_place:
+        problems.append(f"{', '.join(by_place)} by place: these files have one for all layers")
     return problems
 
 
@@ -187,23 +189,21 @@ def _options(method: str, changes: Mapping[str, Change], sites: Mapping[str, Sit
 
 
 def _options_of_lora(changes: Mapping[str, Factors], sites: Mapping[str, Site]) -> dict[str, Any]:
-    """Choose the parts that B changes, and for each layer the largest rank that any of its parts needs.
-
-    Raises:
-        CheckpointError: some layers are DoRA and others are not.
-    """
+    """Choose the parts that are changed, and for each layer the largest rank that any of its parts needs."""
     parts: set[str] = set()
-    ranks = ByPlace()
+    ranks, norms, biases = ByPlace(), ByPlace(), ByPlace()
     for name, site in sites.items():
-        parts.update(changed_parts(changes[name], site))
-        ranks[name] = max(1, *map(len, columns_by_part(changes[name], site)))
-    with_norms = [name for name, change in changes.items() if change.magnitude is not None]
-    if with_norms and len(with_norms) < len(changes):
-        without = next(name for name in changes if name not in with_norms)
-        raise CheckpointError(
-            f"{with_norms[0]!r} is DoRA in the file and {without!r} is not; 'lora' makes all alike."
-        )
-    return {"parts": "".join(sorted(parts)) or "qkvo", "rank": ranks or 1, "dora": bool(with_norms)}
+        change = changes[name]
+        parts.update(changed_parts(change, site))
+        ranks[name] = max(1, *map(len, columns_by_part(change, site)))
+        norms[name] = change.magnitude is not None
+        biases[name] = change.bias is not None
+    return {
+        "parts": "".join(sorted(parts)) or "qkvo",
+        "rank": plain_if_one(ranks) or 1,
+        "dora": plain_if_one(norms) or False,
+        "bias": plain_if_one(biases) or False,
+    }
 
 
 def _misfits(

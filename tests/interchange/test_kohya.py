@@ -144,6 +144,13 @@ def test_layers_by_different_methods_share_a_file(tmp_path):
     assert close(output(read_by_lycoris(make("vit"), path), x), output(model, x))
 
 
+def test_dora_of_some_layers_comes_back(tmp_path):
+    model = medpeft.apply(make("vit"), "lora", head=None, dora={"blocks.0": True})
+    path, x = tmp_path / "a.safetensors", example("vit")
+    to_kohya(randomise_adapters(model, size=0.3), path, prefix="lycoris")
+    assert close(output(from_kohya(make("vit"), path, prefix="lycoris"), x), output(model, x))
+
+
 @pytest.mark.parametrize(
     ("family", "method", "options", "reason"),
     [
@@ -154,6 +161,7 @@ def test_layers_by_different_methods_share_a_file(tmp_path):
             {"head": None},
             "the methods lora+bias: these files hold lora, loha, lokr alone",
         ),
+        ("vit", "lora", {"head": None, "bias": True}, "LoRA with a bias of its own has no place in files of"),
         ("multihead_attention", "loha", {"head": None}, "so that LyCORIS's wrapper would not act"),
     ],
 )
