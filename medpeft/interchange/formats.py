@@ -30,7 +30,8 @@ class Format:
         attentions: Whether it adapts `nn.MultiheadAttention` as a whole.
         transposed: Whether it adapts transformers' `Conv1D`.
         biases_of_lora: Whether they hold LoRA with a bias of its own.
-        of_all: Options of LoRA of which a file has one value for all layers.
+        of_all: Options of which a file has one value for all layers.
+        lacks: Options that the library has not.
         ignores: Attributes of a convolution that it does not heed, by method.
         dims: Axes of the weights of layers that it adapts, by method.
     """
@@ -44,6 +45,7 @@ class Format:
     transposed: bool = False
     biases_of_lora: bool = False
     of_all: tuple[str, ...] = ("dropout",)
+    lacks: tuple[str, ...] = ()
     ignores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dims: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -59,7 +61,8 @@ PEFT = Format(
     attentions=True,
     transposed=True,
     biases_of_lora=True,
-    of_all=("dropout", "dora", "bias"),
+    of_all=("dropout", "dora", "bias", "tucker", "both", "factor", "input_factor"),
+    lacks=("input_factor",),
     ignores={"lora": _ALL, "loha": ("padding_mode",), "lokr": ("padding_mode",)},
     dims={"loha": (2, 3, 4), "lokr": (2, 3, 4)},
 )

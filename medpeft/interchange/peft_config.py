@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters.by_place import at
 from ..adapters.record import Adapted
 from ..checkpoint.file import MAX_HEADER, parse
 from ..checkpoint.messages import clip
@@ -40,14 +41,14 @@ def describe(adapted: Adapted, changes: Mapping[str, Change]) -> dict[str, Any]:
     """
     method = next(iter(changes.values())).method
     options = adapted.record.methods[method]
-    ranks = {name: change.rank or options["rank"] for name, change in changes.items()}
+    ranks = {name: change.rank for name, change in changes.items()}
     if method == "lokr":
         # Which factors are whole follows from the rank that was asked for.
-        ranks = dict.fromkeys(changes, options["rank"])
+        ranks = {name: at(options, name)["rank"] for name in changes}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alphas = {name: change.scale * ranks[name] for name, change in changes.items()}
     alpha = next(alphas[name] for name in changes if ranks[name] == rank)
-    config = {
+    config: dict[str, Any] = {
         "peft_type": method.upper(),
         "task_type": None,
         "base_model_name_or_path": None,
@@ -73,7 +74,7 @@ def _options_of_lora(adapted: Adapted, options: Mapping[str, Any], alpha: float)
     bias = "none"
     if not {"bias", "bitfit"}.isdisjoint(adapted.record.methods):
         bias = "all"
-    described = {
+    described: dict[str, Any] = {
         "lora_alpha": alpha,
         "lora_dropout": options["dropout"],
         "bias": bias,

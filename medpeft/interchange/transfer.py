@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.by_place import ByPlace, plain_if_one
+from ..adapters.by_place import ByPlace
 from ..adapters.record import Adapted, Applied, own_tensors, trained_tensors
 from ..architecture.head import Head
 from ..architecture.layers import within
@@ -27,7 +27,8 @@ from ..surgery.apply import carry_out
 from ..surgery.build import build
 from ..surgery.install import Built
 from ..surgery.plan import Plan, plan
-from .changes import Change, parts_of
+from .by_layer import joined
+from .changes import Change
 from .formats import Format, attention_around, in_whole_attention, inexpressible
 from .hadamard import hadamard_of, options_of_loha
 from .kronecker import kronecker_of, options_of_lokr
@@ -35,11 +36,6 @@ from .lora_file import LoRAFile
 from .matrices import Factors, changed_parts, columns_by_part, factors_of
 
 _BIASES = ("bias", "bitfit")
-
-# Ranks are filled up to the largest, for which a file may ask in one small layer. So many numbers are always
-# made, and beyond that so many times those that the file holds.
-_LARGEST = 2**26
-_MOST_TIMES = 100
 
 
 def export(adapted: Adapted, into: Format) -> dict[str, Change]:
@@ -94,10 +90,14 @@ def _inexpressible_options(record: Applied, into: Format) -> list[str]:
         problems.append("adapting BatchNorm statistics: use batchnorm='frozen'")
     if record.head and not into.head:
         problems.append(f"the head {', '.join(record.head)}: apply with head=None")
-    of_lora = record.methods.get("lora", {})
-    by_place = [option for option in into.of_all if isinstance(of_lora.get(option), ByPlace)]
-    if by_place:
-        problems.append(f"{', '.join(by_place)} by place: these files have one for all layers")
+    for method in set(record.methods) & set(into.methods):
+        options = record.methods[method]
+        by_place = [option for option in into.of_all if isinstance(options.get(option), ByPlace)]
+        if by_place:
+            problems.append(f"{', '.join(by_place)} by place: these files have one for all layers")
+        lacking = [option for option in into.lacks if options.get(option) is not None]
+        if lacking:
+            problems.append(f"{', '.join(lacking)}: {into.name} has no such option")
     return problems
 
 
@@ -129,7 +129,6 @@ def apply_file(
         problems = [*_misfits(planned, shapes, file.changes, source), *_misfits_of_head(planned, others)]
         if problems:
             raise CheckpointError("\n  " + as_lines(problems))
-        _require_bounded(shapes, file)
         built = build(planned.model, planned.sites, planned.record)
         for item in built:
             file.changes[item.site.name].fill(item.adapter, item.site)
@@ -191,19 +190,17 @@ def _options(method: str, changes: Mapping[str, Change], sites: Mapping[str, Sit
 def _options_of_lora(changes: Mapping[str, Factors], sites: Mapping[str, Site]) -> dict[str, Any]:
     """Choose the parts that are changed, and for each layer the largest rank that any of its parts needs."""
     parts: set[str] = set()
-    ranks, norms, biases = ByPlace(), ByPlace(), ByPlace()
+    of_layers = {}
     for name, site in sites.items():
         change = changes[name]
         parts.update(changed_parts(change, site))
-        ranks[name] = max(1, *map(len, columns_by_part(change, site)))
-        norms[name] = change.magnitude is not None
-        biases[name] = change.bias is not None
-    return {
-        "parts": "".join(sorted(parts)) or "qkvo",
-        "rank": plain_if_one(ranks) or 1,
-        "dora": plain_if_one(norms) or False,
-        "bias": plain_if_one(biases) or False,
-    }
+        of_layers[name] = {
+            "rank": max(1, *map(len, columns_by_part(change, site))),
+            "dora": change.magnitude is not None,
+            "bias": change.bias is not None,
+        }
+    options = joined(of_layers, {"rank": 1, "dora": False, "bias": False})
+    return {"parts": "".join(sorted(parts)) or "qkvo", **options}
 
 
 def _misfits(
@@ -225,18 +222,6 @@ def _misfits(
             reason = f"{source.name} adapts nn.MultiheadAttention as a whole, and the file holds half of it"
         if reason:
             yield f"{layer!r}: {reason}"
-
-
-def _require_bounded(shapes: list[Built], file: LoRAFile) -> None:
-    """Refuse a file in which one large rank would fill up all other layers beyond measure."""
-    needed = sum(p.numel() for item in shapes for p in item.adapter.parameters())
-    held = sum(tensor.numel() for change in file.changes.values() for tensor in parts_of(change).values())
-    if needed > max(_LARGEST, _MOST_TIMES * held):
-        ranks = sorted(change.rank for change in file.changes.values())
-        raise CheckpointError(
-            f"its layers have ranks from {ranks[0]} to {ranks[-1]}; all at the largest would be {needed:,} "
-            f"numbers, and the file has {held:,}. Merge it into the weights with the library that wrote it."
-        )
 
 
 def _whole_attention(network: Network, layer: str, changes: Mapping[str, Change]) -> bool:

@@ -166,6 +166,8 @@ def test_ranks_that_are_filled_up_still_train(tmp_path):
             {"bias": True},
             "peft takes no bias of LoRA in nn.MultiheadAttention",
         ),
+        ("vit", "lokr", {"factor": {"*.qkv": 4, "*": 2}}, "factor by place: these files have one for all"),
+        ("vit", "lokr", {"input_factor": 4}, "input_factor: peft has no such option"),
         ("beit", "lora", {}, "blocks.0.attn.qkv: other code reads its weight without calling it"),
         ("multihead_attention", "lora", {"dora": True}, "attn: DoRA in nn.MultiheadAttention is nothing"),
         (
