@@ -40,9 +40,11 @@ def test_opacus_gets_the_gradient_of_every_image(case):
     assert_same(sampled(model, images, medpeft.private(model)), expected)
 
 
-@pytest.mark.parametrize("method", ["linear_probe", "ln", "norm", "attention", "houlsby", "pfeiffer"])
+@pytest.mark.parametrize(
+    "method", ["linear_probe", "ln", "norm", "attention", "bitfit", "houlsby", "pfeiffer"]
+)
 def test_methods_of_plain_layers_need_nothing(method):
-    model, x = adapted(method)
+    model, x = adapted(method, "vit")
     images = images_like(x)
     expected = one_at_a_time(deterministic(model), images)
     assert_same(sampled(model, images, model), expected)
@@ -81,6 +83,13 @@ def train(model, optimizer, loader, loss_function=F.cross_entropy):
 def test_without_it_opacus_refuses_such_methods(method):
     with pytest.raises((TypeError, ValueError), match=r"missing 1 required|sample gradient is not init"):
         train(*made_private(mlp(method)))
+
+
+@pytest.mark.parametrize(("family", "method"), [("beit", "bias"), ("beit", "bitfit"), ("resnet", "norm")])
+def test_without_it_opacus_refuses_layers_that_train_and_have_buffers(family, method):
+    model, _ = adapted(method, family)
+    with pytest.raises(NotImplementedError, match="a trainable layer with buffers"):
+        opacus.GradSampleModule(model)
 
 
 def test_without_noise_and_clipping_a_step_is_a_plain_one():

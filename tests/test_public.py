@@ -74,27 +74,27 @@ def test_the_version_is_that_of_the_distribution():
 _IMPORT = """
 import time, torch, sys
 before = set(sys.modules)
-start = time.perf_counter()
+sys.pycache_prefix, sys.dont_write_bytecode = sys.argv[1], False
+start = time.process_time()
 import medpeft
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 heavy = {"timm", "torchvision", "transformers", "diffusers", "monai", "lightning", "matplotlib", "pandas", "sklearn", "PIL"}
 print(*sorted(heavy & {name.partition(".")[0] for name in sys.modules} - {name.partition(".")[0] for name in before}))
 """
 
 
-def test_importing_costs_little_beyond_torch_and_loads_no_model_library():
+def test_importing_costs_little_beyond_torch_and_loads_no_model_library(tmp_path):
     seconds = []
-    for _ in range(3):
-        answer = subprocess.run(
-            [sys.executable, "-c", _IMPORT], capture_output=True, text=True, cwd=ROOT, check=True
-        )
+    for _ in range(4):  # The first one compiles.
+        command = [sys.executable, "-c", _IMPORT, str(tmp_path)]
+        answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         first, second = answer.stdout.split("\n")[:2]
         assert second == ""
         seconds.append(float(first))
         if seconds[-1] < 0.1:
             return
-    # Measured on an idle machine: 0.05 s. Tests beside it on a busy one may take turns with it.
-    assert min(seconds) < 0.4, seconds
+    # Measured: 0.08 s of one core. Other processes on the same core slow it down.
+    assert min(seconds) < 0.15, seconds
 
 
 @pytest.mark.parametrize("method", ["ssf", "lora", "bias+norm+attention", "adaptformer", "svdiff"])

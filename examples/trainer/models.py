@@ -1,11 +1,12 @@
 """The model of a run: built by its name, filled from a file, checked before images are read, and adapted."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from timm.data.config import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 
 import medpeft
 from medpeft.architecture.head import find_head
@@ -24,6 +25,7 @@ from .networks import (
 )
 from .segmenter import check_shapes, require_masks, with_decoder
 from .settings import Settings
+from .starts import without_images
 from .weights import Filled, load_weights
 
 # Keywords of networks that follow from the data and from other flags.
@@ -86,6 +88,11 @@ def _nothing_to_fetch(name: str) -> str:
 
 def adapted_model(settings: Settings, classes: int, dimensions: int = 2) -> nn.Module:
     """Build the model of a run, fill it from a file if one is given, and apply the method to it."""
+    return adapt(settings, *base_model(settings, classes, dimensions))
+
+
+def base_model(settings: Settings, classes: int, dimensions: int = 2) -> tuple[nn.Module, Filled | None]:
+    """Build the model of a run, and fill it from a file if one is given; tell what the file filled."""
     model, filled = _built(settings, classes, dimensions)
     if settings.task == "segment":
         side = settings.patch_size or settings.image_size
@@ -95,7 +102,15 @@ def adapted_model(settings: Settings, classes: int, dimensions: int = 2) -> nn.M
         model = model.to(memory_format=torch.channels_last)
     if settings.checkpoint_activations:
         checkpoint_activations(model)
-    return medpeft.apply(model, settings.option, seed=settings.seed, **where_adapted(settings, model, filled))
+    return model, filled
+
+
+def adapt(
+    settings: Settings, model: nn.Module, filled: Filled | None, data: Iterable[Tensor] | None = None
+) -> nn.Module:
+    """Apply the method of a run to its model; `data` are batches of images for a start that looks at them."""
+    where = where_adapted(settings, model, filled)
+    return medpeft.apply(model, settings.option, seed=settings.seed, data=data, **where)
 
 
 def without_memory(settings: Settings) -> tuple[nn.Module, Filled | None]:
@@ -199,7 +214,7 @@ def check_model(settings: Settings) -> list[str]:
         checkpoint_activations(model)
     medpeft.plan(model, settings.option, **adapted)
     if settings.cache_features is not None and not settings.model.startswith(MONAI):
-        check_prefix(settings, medpeft.apply(model, settings.option, **adapted))
+        check_prefix(settings, medpeft.apply(model, without_images(settings.option), **adapted))
     if filled is None:
         return []
     mean, std = input_statistics(model)

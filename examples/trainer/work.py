@@ -14,13 +14,14 @@ from .data import FeaturePart, Part, Preprocessing
 from .features import cached_parts
 from .images import Integers
 from .joint import masked_parts
-from .models import adapted_model, input_statistics
+from .models import adapt, base_model, input_statistics
 from .origin import weights_of
 from .results import saved_bytes
 from .rows import Images
 from .settings import Settings
 from .sources import read_data
 from .splits import divided_groups, split
+from .starts import batches, looks_at_images
 from .tasks import TASKS, Task
 
 
@@ -53,9 +54,13 @@ def prepare(settings: Settings) -> Work:
     task = task.prepared(images.targets[found["train"]])
     lightning.seed_everything(settings.seed, verbose=False)
     stored = tuple(images.pixels.shape[2:])
-    model = adapted_model(settings, task.outputs, len(stored))
+    model, filled = base_model(settings, task.outputs, len(stored))
     mean, std = input_statistics(model)
     preprocessing = Preprocessing(stored, settings.image_size, mean, std)
+    data = None
+    if looks_at_images(settings.option):
+        data = batches(images, found["train"], preprocessing, settings)
+    model = adapt(settings, model, filled, data)
     return Work(settings, task, images, found, model, preprocessing)
 
 

@@ -21,7 +21,7 @@ from ..architecture.blocks import Branch, Branches, branches
 from ..architecture.convolution import CONVOLVE
 from ..architecture.network import Network
 from ..architecture.site import Partner, Site, Unfit
-from ..architecture.windows import around_windows, cuts_windows
+from ..architecture.windows import around_windows, cuts_windows, reorders_tokens
 from ..errors import MedpeftError
 from .grid import Grid, find_grid
 from .two_matrices import TwoMatrices
@@ -100,7 +100,9 @@ class Convpass(Adapter, TwoMatrices):
             for branch in block.branches:
                 if beside == "attention" and not branch.attention:
                     continue
-                if branch.half:
+                if reorders_tokens(block.name, network.modules):
+                    yield Unfit(branch.name, "gets tokens in windows, and not in the order of the image")
+                elif branch.half:
                     yield Unfit(
                         branch.name,
                         "is the second half of an MLP, and what enters the first does not reach it",

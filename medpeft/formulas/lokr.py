@@ -41,6 +41,7 @@ class LoKr(Adapter):
         alpha: α; r if None.
         factor: a and b where it divides the channels, else their largest divisors up to it. -1 takes those
             nearest the square root.
+        input_factor: The same for b alone; `factor` if None.
         tucker: Keep the kernel of a convolution in a core of (r, r, …) where D is a product.
         both: Make C a product of rank r too, where r is below half of its longer side.
     """
@@ -52,6 +53,7 @@ class LoKr(Adapter):
         rank: Count = 8,
         alpha: Factor | None = None,
         factor: Divisor = -1,
+        input_factor: Divisor | None = None,
         tucker: bool = False,
         both: bool = False,
     ) -> None:
@@ -59,7 +61,7 @@ class LoKr(Adapter):
         outputs, inputs, *kernel = site.host.shape
         self.scale = (rank if alpha is None else alpha) / rank
         a, c = split(outputs, factor)
-        b, d = split(inputs, factor)
+        b, d = split(inputs, factor if input_factor is None else input_factor)
         self.shape = (c, d, *kernel)
         self._make_first(site, a, b, rank if both and 2 * rank < max(a, b) else 0)
         tucker = tucker and any(side > 1 for side in kernel)

@@ -28,6 +28,7 @@ PARTS = {
     "lora_linear_layer.down.weight": "A",
     "lora_linear_layer.up.weight": "B",
     "lora_mid.weight": "core",
+    "lora_B.bias": "bias",
     "lora_embedding_A": "embedding_A",
     "lora_embedding_B": "embedding_B",
     "lora_magnitude_vector": "magnitude",
@@ -40,7 +41,7 @@ _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 PARTS.update({part: part for part in (*_LOHA, *_LOKR)})
 
-_VECTORS = ("magnitude", "dora_scale")
+_VECTORS = ("magnitude", "dora_scale", "bias")
 
 
 def make_change(
@@ -113,7 +114,7 @@ def _pop_lora(what: str, parts: dict[str, Tensor], scale: Callable[[int], float]
             )
     if magnitude is not None:
         magnitude = magnitude.flatten()  # (1, out, 1 …) or (out, 1 …) → (out,)
-    return Factors(A, B, scale(A.shape[0]), magnitude, parts.pop("core", None))
+    return Factors(A, B, scale(A.shape[0]), magnitude, parts.pop("core", None), parts.pop("bias", None))
 
 
 def _pop_whole_or_product(parts: dict[str, Tensor], name: str, core: str = "") -> Tensor | Product:
@@ -143,6 +144,8 @@ def parts_of(change: Change) -> dict[str, Tensor]:
         parts = {"A": change.A, "B": change.B}
         if change.magnitude is not None:
             parts["magnitude"] = change.magnitude
+        if change.bias is not None:
+            parts["bias"] = change.bias
         return parts
     if isinstance(change, Hadamard):
         return _parts_of(change.first, "hada_w1", "hada_t1") | _parts_of(change.second, "hada_w2", "hada_t2")

@@ -29,6 +29,9 @@ class Format:
         embeddings: Whether the library adapts embeddings.
         attentions: Whether it adapts `nn.MultiheadAttention` as a whole.
         transposed: Whether it adapts transformers' `Conv1D`.
+        biases_of_lora: Whether they hold LoRA with a bias of its own.
+        of_all: Options of which a file has one value for all layers.
+        lacks: Options that the library has not.
         ignores: Attributes of a convolution that it does not heed, by method.
         dims: Axes of the weights of layers that it adapts, by method.
     """
@@ -40,6 +43,9 @@ class Format:
     embeddings: bool = False
     attentions: bool = False
     transposed: bool = False
+    biases_of_lora: bool = False
+    of_all: tuple[str, ...] = ("dropout",)
+    lacks: tuple[str, ...] = ()
     ignores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dims: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -54,10 +60,15 @@ PEFT = Format(
     embeddings=True,
     attentions=True,
     transposed=True,
+    biases_of_lora=True,
+    of_all=("dropout", "dora", "bias", "tucker", "both", "factor", "input_factor"),
+    lacks=("input_factor",),
     ignores={"lora": _ALL, "loha": ("padding_mode",), "lokr": ("padding_mode",)},
     dims={"loha": (2, 3, 4), "lokr": (2, 3, 4)},
 )
-DIFFUSERS = Format("diffusers", ("lora",), transposed=True, ignores={"lora": _ALL})
+DIFFUSERS = Format(
+    "diffusers", ("lora",), transposed=True, of_all=("dropout", "dora"), ignores={"lora": _ALL}
+)
 KOHYA = Format(
     "LyCORIS",
     ("lora", "loha", "lokr"),
@@ -72,7 +83,9 @@ def inexpressible(network: Network, name: str, adapter: nn.Module, into: Format)
     if not name:
         return f"the model is itself the layer, and {into.name} names layers of a model: wrap it in one"
     if isinstance(adapter, LoRA) and adapter.bias is not None:
-        return "a bias of its own is not written: use bias=False"
+        reason = _of_bias(network, name, adapter, into)
+        if reason:
+            return reason
     layer: Any = network.modules[name]
     method = _method(adapter)
     weight = weight_name(adapter)
@@ -102,6 +115,17 @@ def _method(adapter: Adapter) -> str:
     if isinstance(adapter, LoHa):
         return "loha"
     return "lokr"
+
+
+def _of_bias(network: Network, name: str, adapter: LoRA, into: Format) -> str:
+    """Say why LoRA with a bias of its own cannot be written; "" if it can."""
+    if not into.biases_of_lora:
+        return f"LoRA with a bias of its own has no place in files of {into.name}: use bias=False"
+    if adapter.magnitude is not None:
+        return f"DoRA with a bias of its own is nothing that {into.name} computes: use bias=False"
+    if in_whole_attention(network, name):
+        return f"{into.name} takes no bias of LoRA in nn.MultiheadAttention: use bias=False"
+    return ""
 
 
 def _with_dora(adapter: Adapter, reason: str) -> str:

@@ -14,6 +14,7 @@ from ..architecture.site import Site
 from ..checkpoint.save import plain
 from ..formulas.loha import LoHa
 from ..sharding import whole
+from .by_layer import joined
 from .products import Product, described, fits, put
 
 
@@ -64,17 +65,16 @@ class Hadamard:
 
 
 def options_of_loha(changes: Mapping[str, Hadamard], sites: Mapping[str, Site]) -> dict[str, Any]:
-    """Choose options of `loha` for all layers of a file: the largest rank, and cores if all have one."""
-    rank = max(change.rank for change in changes.values())
-    tucker = False
+    """Choose options of `loha` for the layers of a file: plain where all have the same, else by place."""
+    of_layers = {}
     for name, site in sites.items():
-        if math.prod(site.host.shape[2:]) == 1:
-            continue
-        change = changes[name]
-        if change.first.core is None or not change.first.rank == change.second.rank == rank:
-            return {"rank": rank, "tucker": False}
-        tucker = True
-    return {"rank": rank, "tucker": tucker}
+        first, second = changes[name].first, changes[name].second
+        options: dict[str, Any] = {"rank": changes[name].rank}
+        if math.prod(site.host.shape[2:]) > 1:
+            has_cores = first.core is not None and second.core is not None
+            options["tucker"] = has_cores and first.rank == second.rank
+        of_layers[name] = options
+    return joined(of_layers, {"rank": 1, "tucker": False})
 
 
 def hadamard_of(adapter: LoHa) -> Hadamard:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..architecture.site import Site
 from ..checkpoint.save import plain
-from ..errors import CheckpointError
 from ..formulas.lokr import LoKr, split
 from ..sharding import whole
+from .by_layer import joined
 from .products import Product, described, fits, multiplied, put
 
 # A rank with which `lokr` keeps every factor whole.
@@ -96,51 +96,49 @@ def _shape(value: Tensor | Product) -> tuple[int, int]:
 
 
 def options_of_lokr(changes: Mapping[str, Kronecker], sites: Mapping[str, Site]) -> dict[str, Any]:
-    """Choose options of `lokr` that hold every layer of a file.
-
-    Raises:
-        CheckpointError: no `factor` splits the channels of all layers as the file does.
-    """
+    """Choose options of `lokr` for the layers of a file: plain where one value holds all, else by place."""
     fitting = {name: site for name, site in sites.items() if not changes[name].misshapen(site)}
-    factor = _factor(changes, fitting)
-    rank = max([1, *(change.rank for change in changes.values())])
-    both = any(isinstance(change.first, Product) for change in changes.values())
-    tucker = any(_has_core(change) for change in changes.values())
-    for name, site in fitting.items():
-        outputs, inputs, *kernel = site.host.shape
-        a, b = changes[name].split
-        second = changes[name].second
-        if 2 * rank < max(outputs // a, inputs // b):
-            if not isinstance(second, Product):
-                return {"rank": _WHOLE, "factor": factor}
-            spatial = any(side > 1 for side in kernel)
-            tucker = tucker and (not spatial or (second.core is not None and second.rank == rank))
-        if 2 * rank < max(a, b) and not isinstance(changes[name].first, Product):
-            both = False
-    return {"rank": rank, "factor": factor, "both": both, "tucker": tucker}
+    common = max([1, *(change.rank for change in changes.values())])
+    factor = _common_factor(changes, fitting)
+    of_layers = {}
+    for name in sites:
+        options: dict[str, Any] = {}
+        if name in fitting:
+            options = _needed(changes[name], fitting[name], common)
+        if name in fitting and factor is None:
+            options["factor"], options["input_factor"] = changes[name].split
+        of_layers[name] = options
+    defaults = {"rank": common, "factor": factor or -1, "input_factor": None, "both": False, "tucker": False}
+    return joined(of_layers, defaults)
 
 
-def _has_core(change: Kronecker) -> bool:
-    return isinstance(change.second, Product) and change.second.core is not None
+def _needed(change: Kronecker, site: Site, common: int) -> dict[str, Any]:
+    """Choose the options that one layer needs, the common rank if that holds it."""
+    outputs, inputs, *kernel = site.host.shape
+    a, b = change.split
+    longest = max(outputs // a, inputs // b)
+    second, rank = change.second, change.rank or common
+    if not isinstance(second, Product) and 2 * rank < longest:
+        rank = common
+        if 2 * common < longest:
+            rank = _WHOLE
+    options: dict[str, Any] = {"rank": rank}
+    if 2 * rank < max(a, b):
+        options["both"] = isinstance(change.first, Product)
+    if isinstance(second, Product) and 2 * rank < longest and any(side > 1 for side in kernel):
+        options["tucker"] = second.core is not None and second.rank == rank
+    return options
 
 
-def _factor(changes: Mapping[str, Kronecker], sites: Mapping[str, Site]) -> int:
-    """Find the `factor` that splits the channels of every layer as a file does."""
-    for factor in _candidates(changes.values()):
+def _common_factor(changes: Mapping[str, Kronecker], sites: Mapping[str, Site]) -> int | None:
+    """Find the `factor` that splits the channels of every layer as a file does; None if there is none."""
+    candidates = {-1}
+    for change in changes.values():
+        candidates.update(change.split)
+    for factor in sorted(candidates):
         if all(_splits(changes[name].split, site, factor) for name, site in sites.items()):
             return factor
-    raise CheckpointError(
-        "its layers are split into Kronecker factors in ways that no single factor= of 'lokr' makes (such as "
-        "unbalanced ones). Merge it into the weights with the library that wrote it, and load these."
-    )
-
-
-def _candidates(changes: Iterable[Kronecker]) -> list[int]:
-    """List the factors that may have made the splits of a file."""
-    sides = {-1}
-    for change in changes:
-        sides.update(change.split)
-    return sorted(sides)
+    return None
 
 
 def _splits(shape: tuple[int, int], site: Site, factor: int) -> bool:

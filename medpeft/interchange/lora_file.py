@@ -20,7 +20,6 @@ Scale = Callable[[str, int, float | None], float]
 
 # Pieces of keys by which other layouts are recognised.
 _FOREIGN = {
-    ".lora_B.bias": "a LoRA with a bias of B (lora_bias=True)",
     ".oft_": "OFT",
     ".boft_": "BOFT",
     ".ia3_l": "(IA)³",

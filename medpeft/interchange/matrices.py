@@ -21,7 +21,7 @@ from .products import Product, described, fits, without_ones
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """LoRA of a whole layer: its weight changes by scale·B·A.
+    """LoRA of a whole layer: its weight changes by scale·B·A, and with a bias b its output by scale·b too.
 
     Attributes:
         A: (r, fan-in), or (r, channels, kernel …) for a convolution.
@@ -29,6 +29,7 @@ class Factors:
         scale: The factor of the product.
         magnitude: Norm of every output row, (out,), with DoRA; else None.
         core: (r, r, kernel …) between B and A, (r, channels), in Tucker's form of a convolution; else None.
+        bias: b, (out,); None without one.
     """
 
     method: ClassVar[str] = "lora"
@@ -37,6 +38,7 @@ class Factors:
     scale: float
     magnitude: Tensor | None = None
     core: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -55,11 +57,10 @@ class Factors:
                 return f"{described(product)} in the file does not make {tuple(host.shape)}"
         elif tuple(map(without_ones, in_file)) != (without_ones(shape_a), without_ones(shape_b)):
             return f"A {in_file[0]} and B {in_file[1]} in the file, {shape_a} and {shape_b} fit the layer"
-        if self.magnitude is not None and self.magnitude.shape != host.shape[:1]:
-            return (
-                f"{tuple(self.magnitude.shape)} norms in the file, {tuple(host.shape[:1])} rows in the layer"
-            )
-        if site.rows and _changes_beside(self.B, site.rows):
+        for what, vector in (("norms", self.magnitude), ("biases", self.bias)):
+            if vector is not None and vector.shape != host.shape[:1]:
+                return f"{tuple(vector.shape)} {what} in the file, {tuple(host.shape[:1])} rows in the layer"
+        if site.rows and _changed_rows(self)[_beside(site.rows, host.shape[0])].any():
             return "the file changes rows of the layer that are neither query, key nor value"
         return ""
 
@@ -83,6 +84,8 @@ class Factors:
             adapter.up[rows, : len(columns)] = B[indices][:, columns].to(adapter.up) * self.scale
             if adapter.magnitude is not None and self.magnitude is not None:
                 adapter.magnitude[rows] = self.magnitude[indices].to(adapter.magnitude)
+            if adapter.bias is not None and self.bias is not None:
+                adapter.bias[rows] = self.bias[indices].to(adapter.bias) * self.scale
             row += len(indices)
 
 
@@ -91,7 +94,7 @@ def factors_of(layer: nn.Module, adapter: LoRA) -> Factors:
 
     Each part of a fused projection has its own A. These are stacked, and B is block-diagonal. PiSSA and OLoRA
     get a second block, which takes off the product they started from. With DoRA, rows of no part keep their
-    norm.
+    norm, and with a bias they get one of 0.
     """
     own: Any = layer._parameters[weight_name(adapter)]
     weight = outputs_first(layer, own)
@@ -115,10 +118,19 @@ def factors_of(layer: nn.Module, adapter: LoRA) -> Factors:
     magnitude = None
     if adapter.magnitude is not None:
         magnitude = _norms_of_rows(whole(weight).flatten(1))  # (out, in, …) → (out, fan-in)
-        for indices, part in zip(by_part, whole(adapter.magnitude).split(adapter.sizes), strict=True):
-            magnitude[indices] = part.to(magnitude)
-        magnitude = plain(magnitude)
-    return Factors(plain(A), plain(B), float(adapter.scale), magnitude)
+        magnitude = _with_rows(magnitude, by_part, adapter.magnitude)
+    bias = None
+    if adapter.bias is not None:
+        bias = _with_rows(A.new_zeros(channels), by_part, adapter.bias)
+    return Factors(plain(A), plain(B), float(adapter.scale), magnitude, bias=bias)
+
+
+def _with_rows(vector: Tensor, by_part: Sequence[Sequence[int]], values: Tensor) -> Tensor:
+    """Put values of the adapted channels, one part after the other, into a vector of all channels."""
+    sizes = [len(indices) for indices in by_part]
+    for indices, part in zip(by_part, whole(values).split(sizes), strict=True):
+        vector[indices] = part.to(vector)
+    return plain(vector)
 
 
 def _norms_of_rows(matrix: Tensor) -> Tensor:
@@ -129,15 +141,12 @@ def _norms_of_rows(matrix: Tensor) -> Tensor:
 
 
 def changed_parts(factors: Factors, site: Site) -> str:
-    """Letters of the parts of a layer that B changes; all of them if it changes none, and with DoRA."""
-    if factors.magnitude is not None:
+    """Letters of the parts of a layer that B or a bias changes; all if none is, and with DoRA."""
+    if factors.magnitude is not None or not _has_rows_of(factors, site):
         return site.parts
-    B = factors.B.flatten(1)  # (out, r, 1 …) → (out, r)
-    if len(B) != site.host.shape[0]:
-        return site.parts
-    changed = ""
+    rows, changed = _changed_rows(factors), ""
     for row in site.rows:
-        if B[row.indices(len(B))].any():
+        if rows[row.indices(len(rows))].any():
             changed += row.part
     return changed or site.parts
 
@@ -157,12 +166,26 @@ def columns_by_part(factors: Factors, site: Site) -> list[list[int]]:
     return used
 
 
-def _changes_beside(B: Tensor, rows: Sequence[Rows]) -> bool:
-    """Whether B changes channels that belong to none of the parts."""
-    beside = torch.ones(len(B), dtype=torch.bool)
+def _has_rows_of(factors: Factors, site: Site) -> bool:
+    """Whether B and the bias have a row for every output channel of a layer."""
+    channels = site.host.shape[0]
+    return len(factors.B) == channels and (factors.bias is None or len(factors.bias) == channels)
+
+
+def _changed_rows(factors: Factors) -> Tensor:
+    """Whether B or a bias changes each output channel, (out,)."""
+    changed = factors.B.flatten(1).any(1)  # (out, r, 1 …) → (out, r) → (out,)
+    if factors.bias is not None:
+        changed = changed | (factors.bias != 0)
+    return changed
+
+
+def _beside(rows: Sequence[Rows], channels: int) -> Tensor:
+    """Whether each output channel belongs to none of the parts, (out,)."""
+    beside = torch.ones(channels, dtype=torch.bool)
     for row in rows:
-        beside[row.indices(len(B))] = False
-    return bool(B[beside].any())
+        beside[row.indices(channels)] = False
+    return beside
 
 
 def _channels_by_part(rows: Sequence[Rows], channels: int) -> list[list[int]]:

@@ -43,7 +43,12 @@ _OUT = ".base_layer.out_proj"
 # projection itself that is called there. So the attention computes with B·A doubled, in training as well.
 _TIMES = 2.0
 
-_LORA = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+_LORA = {
+    "A": "lora_A.weight",
+    "B": "lora_B.weight",
+    "magnitude": "lora_magnitude_vector",
+    "bias": "lora_B.bias",
+}
 _EMBEDDING = {"A": "lora_embedding_B", "B": "lora_embedding_A"}
 
 
@@ -215,7 +220,7 @@ def from_peft(
     """
     config = read_configuration(os.path.join(directory, _CONFIGURATION))
     file = _read_file(os.path.join(directory, _TENSORS), config)
-    _require_norms(file, config)
+    _require_as_configured(file, config)
     return apply_file(model, file, PEFT, head=head, options=_options(file, config, dropout))
 
 
@@ -253,18 +258,20 @@ def _scale(config: Mapping[str, Any], layer: str, rank: int, alpha: float | None
     return factor
 
 
-def _require_norms(file: LoRAFile, config: Mapping[str, Any]) -> None:
-    """Refuse a file whose configuration and tensors disagree about DoRA."""
+def _require_as_configured(file: LoRAFile, config: Mapping[str, Any]) -> None:
+    """Refuse a file whose configuration and tensors disagree about DoRA or about biases."""
     for layer, change in file.changes.items():
-        has_norms = isinstance(change, Factors) and change.magnitude is not None
-        expected = bool(config.get("use_dora"))
-        if has_norms != expected:
+        parts = parts_of(change)
+        for part, option in (("magnitude", "use_dora"), ("bias", "lora_bias")):
+            expected = bool(config.get(option))
+            if (part in parts) == expected:
+                continue
             count = "no"
-            if has_norms:
+            if part in parts:
                 count = "a"
             raise CheckpointError(
-                f"{file.name}: the configuration says use_dora={expected}, and {clip(layer)!r} has {count} "
-                "lora_magnitude_vector."
+                f"{file.name}: the configuration says {option}={expected}, and {clip(layer)!r} has {count} "
+                f"{_LORA[part]}."
             )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters.by_place import at
 from ..adapters.record import Adapted
 from ..checkpoint.file import MAX_HEADER, parse
 from ..checkpoint.messages import clip
@@ -21,7 +22,7 @@ KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 
 # Options with which peft computes something that `lora` does not.
 _REFUSED = (
-    "lora_bias", "fan_in_fan_out", "layer_replication", "target_parameters", "trainable_token_indices",
+    "fan_in_fan_out", "layer_replication", "target_parameters", "trainable_token_indices",
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config",
     "monteclora_config",
 )  # fmt: skip
@@ -40,14 +41,14 @@ def describe(adapted: Adapted, changes: Mapping[str, Change]) -> dict[str, Any]:
     """
     method = next(iter(changes.values())).method
     options = adapted.record.methods[method]
-    ranks = {name: change.rank or options["rank"] for name, change in changes.items()}
+    ranks = {name: change.rank for name, change in changes.items()}
     if method == "lokr":
         # Which factors are whole follows from the rank that was asked for.
-        ranks = dict.fromkeys(changes, options["rank"])
+        ranks = {name: at(options, name)["rank"] for name in changes}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alphas = {name: change.scale * ranks[name] for name, change in changes.items()}
     alpha = next(alphas[name] for name in changes if ranks[name] == rank)
-    config = {
+    config: dict[str, Any] = {
         "peft_type": method.upper(),
         "task_type": None,
         "base_model_name_or_path": None,
@@ -73,7 +74,7 @@ def _options_of_lora(adapted: Adapted, options: Mapping[str, Any], alpha: float)
     bias = "none"
     if not {"bias", "bitfit"}.isdisjoint(adapted.record.methods):
         bias = "all"
-    return {
+    described: dict[str, Any] = {
         "lora_alpha": alpha,
         "lora_dropout": options["dropout"],
         "bias": bias,
@@ -81,6 +82,9 @@ def _options_of_lora(adapted: Adapted, options: Mapping[str, Any], alpha: float)
         "use_dora": options["dora"],
         "fan_in_fan_out": False,
     }
+    if options["bias"]:  # Releases of peft before 0.14 know no such option.
+        described["lora_bias"] = True
+    return described
 
 
 def _target_modules(model: nn.Module, layers: list[str]) -> list[str] | str:

@@ -27,7 +27,8 @@ from ..surgery.apply import carry_out
 from ..surgery.build import build
 from ..surgery.install import Built
 from ..surgery.plan import Plan, plan
-from .changes import Change, parts_of
+from .by_layer import joined
+from .changes import Change
 from .formats import Format, attention_around, in_whole_attention, inexpressible
 from .hadamard import hadamard_of, options_of_loha
 from .kronecker import kronecker_of, options_of_lokr
@@ -35,11 +36,6 @@ from .lora_file import LoRAFile
 from .matrices import Factors, changed_parts, columns_by_part, factors_of
 
 _BIASES = ("bias", "bitfit")
-
-# Ranks of LoHa and LoKr are filled up to the largest, for which a file may ask in one small layer. So many
-# numbers are always made, and beyond that so many times those that the file holds.
-_LARGEST = 2**26
-_MOST_TIMES = 100
 
 
 def export(adapted: Adapted, into: Format) -> dict[str, Change]:
@@ -94,8 +90,14 @@ def _inexpressible_options(record: Applied, into: Format) -> list[str]:
         problems.append("adapting BatchNorm statistics: use batchnorm='frozen'")
     if record.head and not into.head:
         problems.append(f"the head {', '.join(record.head)}: apply with head=None")
-    if isinstance(record.methods.get("lora", {}).get("dropout"), ByPlace):
-        problems.append("dropout by place: these files have one for all layers")
+    for method in set(record.methods) & set(into.methods):
+        options = record.methods[method]
+        by_place = [option for option in into.of_all if isinstance(options.get(option), ByPlace)]
+        if by_place:
+            problems.append(f"{', '.join(by_place)} by place: these files have one for all layers")
+        lacking = [option for option in into.lacks if options.get(option) is not None]
+        if lacking:
+            problems.append(f"{', '.join(lacking)}: {into.name} has no such option")
     return problems
 
 
@@ -127,7 +129,6 @@ def apply_file(
         problems = [*_misfits(planned, shapes, file.changes, source), *_misfits_of_head(planned, others)]
         if problems:
             raise CheckpointError("\n  " + as_lines(problems))
-        _require_bounded(shapes, file)
         built = build(planned.model, planned.sites, planned.record)
         for item in built:
             file.changes[item.site.name].fill(item.adapter, item.site)
@@ -187,23 +188,19 @@ def _options(method: str, changes: Mapping[str, Change], sites: Mapping[str, Sit
 
 
 def _options_of_lora(changes: Mapping[str, Factors], sites: Mapping[str, Site]) -> dict[str, Any]:
-    """Choose the parts that B changes, and for each layer the largest rank that any of its parts needs.
-
-    Raises:
-        CheckpointError: some layers are DoRA and others are not.
-    """
+    """Choose the parts that are changed, and for each layer the largest rank that any of its parts needs."""
     parts: set[str] = set()
-    ranks = ByPlace()
+    of_layers = {}
     for name, site in sites.items():
-        parts.update(changed_parts(changes[name], site))
-        ranks[name] = max(1, *map(len, columns_by_part(changes[name], site)))
-    with_norms = [name for name, change in changes.items() if change.magnitude is not None]
-    if with_norms and len(with_norms) < len(changes):
-        without = next(name for name in changes if name not in with_norms)
-        raise CheckpointError(
-            f"{with_norms[0]!r} is DoRA in the file and {without!r} is not; 'lora' makes all alike."
-        )
-    return {"parts": "".join(sorted(parts)) or "qkvo", "rank": ranks or 1, "dora": bool(with_norms)}
+        change = changes[name]
+        parts.update(changed_parts(change, site))
+        of_layers[name] = {
+            "rank": max(1, *map(len, columns_by_part(change, site))),
+            "dora": change.magnitude is not None,
+            "bias": change.bias is not None,
+        }
+    options = joined(of_layers, {"rank": 1, "dora": False, "bias": False})
+    return {"parts": "".join(sorted(parts)) or "qkvo", **options}
 
 
 def _misfits(
@@ -225,18 +222,6 @@ def _misfits(
             reason = f"{source.name} adapts nn.MultiheadAttention as a whole, and the file holds half of it"
         if reason:
             yield f"{layer!r}: {reason}"
-
-
-def _require_bounded(shapes: list[Built], file: LoRAFile) -> None:
-    """Refuse a file in which one large rank would fill up all other layers beyond measure."""
-    needed = sum(p.numel() for item in shapes for p in item.adapter.parameters())
-    held = sum(tensor.numel() for change in file.changes.values() for tensor in parts_of(change).values())
-    if needed > max(_LARGEST, _MOST_TIMES * held):
-        ranks = sorted(change.rank for change in file.changes.values())
-        raise CheckpointError(
-            f"its layers have ranks from {ranks[0]} to {ranks[-1]}; all at the largest would be {needed:,} "
-            f"numbers, and the file has {held:,}. Merge it into the weights with the library that wrote it."
-        )
 
 
 def _whole_attention(network: Network, layer: str, changes: Mapping[str, Change]) -> bool:

@@ -83,10 +83,10 @@ def test_a_run_cut_off_goes_on_bit_for_bit(stripes, tmp_path, method):
             "model": "test_vit",
             "balanced_sampler": True,
         }
-    if method == "lora":  # in the last blocks, on features that are kept
+    if method == "lora":  # from images, in the last blocks, on features that are kept
         more = {
             "method": method,
-            "option": {"dropout": 0.2},
+            "option": {"dropout": 0.2, "init": "eva"},
             "batchnorm": "frozen",
             "model": "test_vit2",
             "depth": 0.25,

@@ -273,3 +273,13 @@ def test_convpass_knows_the_class_token_of_each_row_of_blocks():
         model = timm.create_model("crossvit_9_240")
 
     assert {site.layout.prefix for _, site in medpeft.plan(model, "convpass").sites} == {1}
+
+
+@pytest.mark.parametrize(("name", "target"), [("nest_tiny", "levels.*"), ("hiera_tiny_224", "blocks.*")])
+@pytest.mark.parametrize("windows", ["around", "inside"])
+def test_convpass_refuses_tokens_that_stay_in_windows_outside_the_blocks(name, target, windows):
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=3)
+
+    with pytest.raises(medpeft.MedpeftError, match="in windows, and not in the order of the image"):
+        medpeft.plan(model, "convpass", target=target, windows=windows)

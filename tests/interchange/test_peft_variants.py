@@ -40,6 +40,16 @@ FROM_PEFT = {
     ),
     "all biases": ("vit", "LoraConfig", {"r": 2, "target_modules": ["qkv"], "bias": "all"}),
     "biases of LoRA": ("vit", "LoraConfig", {"r": 2, "target_modules": ["qkv", "fc1"], "bias": "lora_only"}),
+    "lora with biases": (
+        "vit",
+        "LoraConfig",
+        {"r": 2, "lora_alpha": 5, "target_modules": ["qkv", "fc1"], "lora_bias": True},
+    ),
+    "lora of convolutions with biases": (
+        "monai_densenet",
+        "LoraConfig",
+        {"r": 2, "lora_alpha": 5, "target_modules": CONVS, "lora_bias": True},
+    ),
     "loha": ("vit", "LoHaConfig", {"r": 2, "alpha": 5, "target_modules": ["qkv", "fc1"]}),
     "loha of several ranks": (
         "vit",
@@ -90,6 +100,13 @@ TO_PEFT = {
     "the other half": ("multihead_attention", "lora", {"rank": 2, "parts": "o"}),
     "biases": ("vit", "lora+bias", {}),
     "biases of attentions": ("multihead_attention", "lora+bitfit", {}),
+    "lora with biases": ("vit", "lora", {"rank": 2, "alpha": 3, "parts": "qv", "bias": True}),
+    "pissa with biases": ("hf_vit", "lora", {"rank": 2, "init": "pissa", "bias": True}),
+    "lora of convolutions with biases": (
+        "monai_densenet",
+        "lora",
+        {"rank": 2, "target": "*.conv1", "bias": True},
+    ),
     "loha": ("vit", "loha", {"rank": 2, "alpha": 3}),
     "loha with cores": ("monai_densenet", "loha", {"rank": 2, "tucker": True}),
     "lokr": ("vit", "lokr", {"rank": 2, "alpha": 3, "factor": 4}),

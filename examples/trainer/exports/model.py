@@ -18,7 +18,7 @@ import medpeft
 
 from ..data import Preprocessing
 from ..errors import TrainerError
-from ..models import adapted_model
+from ..models import base_model
 from ..networks import MONAI, TORCHVISION, monai_keywords, torchvision_keywords
 from ..settings import Settings
 from ..tasks import TASKS, Task
@@ -79,7 +79,7 @@ def trained_model(settings: Settings) -> Trained:
     preprocessing = Preprocessing.from_metadata(metadata, file)
     task = TASKS[settings.task](metadata["classes"])
     lightning.seed_everything(settings.seed, verbose=False)
-    model = adapted_model(settings, task.outputs, len(preprocessing.stored))
+    model, _ = base_model(settings, task.outputs, len(preprocessing.stored))
     model = medpeft.load(model, file).eval()
     record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return Trained(settings, task, model, preprocessing, metadata, record, folder)
