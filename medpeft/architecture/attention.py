@@ -90,6 +90,11 @@ def is_attention_shell(layer: nn.Module) -> bool:
     return bool(_SHELL.search(type(layer).__name__))
 
 
+def attends_for_class_token(block: nn.Module) -> bool:
+    """Whether a block's attention asks for the class token alone, as in the last blocks of XCiT and CaiT."""
+    return any("ClassAtt" in type(module).__name__ for module in block.modules())
+
+
 def _has_global_query(attention: nn.Module) -> bool:
     """Whether the queries come from outside the attention, as in every other block of GCViT."""
     return bool(getattr(attention, "use_global", False))

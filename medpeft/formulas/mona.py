@@ -18,6 +18,7 @@ from ..adapters.adapter import ON_OUTPUT, Adapter, SecondPlace, cast
 from ..adapters.handover import Handover
 from ..adapters.options import Count, Probability
 from ..adapters.registry import register
+from ..architecture.attention import attends_for_class_token
 from ..architecture.blocks import branches
 from ..architecture.convolution import CONVOLVE
 from ..architecture.network import Network
@@ -157,6 +158,9 @@ class Mona(Adapter):
         for block in blocks:
             if reorders_tokens(block.name, network.modules):
                 yield Unfit(block.name, "gets its tokens in windows, and not in the order of the image")
+                continue
+            if attends_for_class_token(block.module):
+                yield Unfit(block.name, "changes the class token alone, which passes the convolutions by")
                 continue
             # In a block that normalises after its MLP, the MLP runs first, and its input is the stream.
             partners = before_mlp(block, (block.norm, block.mlp), BeforeMLP)

@@ -233,3 +233,11 @@ def test_mona_does_not_merge():
     assert sum(isinstance(module, Mona) for module in model.modules()) == 2
     with pytest.raises(medpeft.MedpeftError, match=r"blocks\.0.*: there is a nonlinearity on the residual"):
         medpeft.merge(model)
+
+
+def test_blocks_of_the_class_token_alone_are_left_out():
+    model = timm.create_model("xcit_nano_12_p16_224", depth=1, num_classes=2)
+    sites = [site.name for _, site in medpeft.plan(model, "mona").sites]
+    assert sites == ["blocks.0"]
+    with pytest.raises(medpeft.MedpeftError, match="changes the class token alone"):
+        medpeft.plan(model, "mona", target="cls_attn_blocks")
