@@ -74,8 +74,8 @@ class Private(nn.Module):
         require(
             self._pending is None,
             "The output of the forward before was not used in a backward. In differentially private training "
-            "every forward is followed by its backward: evaluate in eval mode or under torch.no_grad(). After a "
-            "step that was broken off, call train(), which gives its forward up.",
+            "every forward is followed by its backward: evaluate in eval mode or under torch.no_grad(). "
+            "After a step that was broken off, call train(), which gives its forward up.",
         )
         for tensor in inputs:
             require(
@@ -97,8 +97,8 @@ class Private(nn.Module):
             same = same and self._parameters.get(_registered(name)) is parameter
         require(
             same,
-            "Other parameters train than when medpeft.private was called, or other tensors are in their place: "
-            f"call medpeft.private after everything else that changes the model. {_MODE}",
+            "Other parameters train than when medpeft.private was called, or other tensors are in their "
+            f"place: call medpeft.private after everything else that changes the model. {_MODE}",
         )
         return trained
 

@@ -123,10 +123,7 @@ def combine(
     with switching(model, "combine"):
         parts = read(model, files, check_base=check_base, keep_base=keep_base, head=head)
         recipe = Recipe(how, tuple(part.weight for part in parts), density, seed)
-        head_file = None
-        if head is not None:
-            head_file = list(files).index(head)
-        return _carry_out(model, parts, recipe, rank, head_file)
+        return _carry_out(model, parts, recipe, rank, _number_of(files, head))
 
 
 def _carry_out(
@@ -161,6 +158,13 @@ def _require_files(files: object, head: Source | None) -> None:
         head is None or head in files,
         f"head={clipped(head)} is none of the files: name one of them, or None for the mean.",
     )
+
+
+def _number_of(files: Mapping[Source, float], head: Source | None) -> int | None:
+    """Number of the file whose head is taken, None for the mean of all."""
+    if head is None:
+        return None
+    return list(files).index(head)
 
 
 def _combined(

@@ -1,4 +1,4 @@
-"""Which places of an adapted model matter: each switched off, one after the other, and the score without it."""
+"""Which places of an adapted model matter: each switched off in turn, and the score without it."""
 
 from __future__ import annotations
 
@@ -184,12 +184,16 @@ def attribute(
     kinds = {"by": Literal["layer", "block"], "resamples": int, "seed": int}
     require_options("attribute", {"by": by, "resamples": resamples, "seed": seed}, kinds)
     require(resamples > 0, f"resamples is {resamples}; it must be at least 1.")
+    return _attribution(model, by, Scores(score, predict, resamples, seed))
+
+
+def _attribution(model: nn.Module, by: str, scores: Scores) -> Attribution:
+    """Score a copy of the model as it is, without each place and without all."""
     adapted = Adapted.of(model)
     base = base_values(adapted, "attribute")
     require(adapted.acting, "attribute does not work inside disabled, scaled or merged: leave that first.")
     copy = copied(model, share_frozen=True).eval()
     places = places_of(Adapted.of(copy), base, by)
-    scores = Scores(score, predict, resamples, seed)
     whole = scores.of(scores.run(copy))
     rows = []
     for name, place in places.items():
@@ -197,8 +201,7 @@ def attribute(
             found = scores.run(copy)
         losses = whole - scores.of(found)
         low, high, unscored = interval(losses)
-        methods = "+".join(place.methods)
-        loss = float(losses[0])
+        methods, loss = "+".join(place.methods), float(losses[0])
         rows.append(PlaceEffect(name, methods, place.parameters, loss, low, high, unscored))
     rows.sort(key=lambda row: -row.loss)
     with off(copy, list(places.values()), "all"):

@@ -85,14 +85,9 @@ def read_entry(
     zeros = zeros_for_head(base, record, shapes, header.name)
     key = key_of(record, dtypes)
     kind, prepared = kinds.get(key), None
-    if (
-        kind is not None
-        and kind.record.seed != record.seed
-        and kind.has_unsaved
-        and kind.of_seed is not False
-    ):
+    if kind is not None and kind.may_keep_other(record):
         prepared = _prepared(base.view(record.selected, zeros), source)
-        kind.of_seed = not kind.has_same_unsaved(prepared.built)
+        kind.of_seed = not kind.keeps_same(prepared.built)
         if kind.of_seed:
             key = f"{key}, seed {record.seed}"
             kind = kinds.get(key)

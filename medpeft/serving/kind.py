@@ -72,12 +72,11 @@ class Kind:
             tensors[id(self.tensors[name])] = value
         return tensors
 
-    @property
-    def has_unsaved(self) -> bool:
-        """Whether the adapters keep tensors that are not in a file."""
-        return bool(_unsaved(self.built))
+    def may_keep_other(self, record: Applied) -> bool:
+        """Whether an adapter of another seed may keep other tensors beside those of its file."""
+        return record.seed != self.record.seed and self.of_seed is not False and bool(_unsaved(self.built))
 
-    def has_same_unsaved(self, built: Sequence[Built]) -> bool:
+    def keeps_same(self, built: Sequence[Built]) -> bool:
         """Whether adapters that were made by another seed keep the same beside the tensors of a file."""
         own, others = _unsaved(self.built), _unsaved(built)
         if own.keys() != others.keys():
@@ -103,11 +102,11 @@ class Kind:
 
 
 def _unsaved(built: Sequence[Built]) -> dict[str, Tensor]:
-    """Collect the tensors of adapters that are not in a file: buffers that are not saved, plain attributes."""
+    """Collect the tensors of adapters that no file holds: buffers that are not saved, plain attributes."""
     found = {}
     for number, item in enumerate(built):
-        for root in (item.adapter, *item.adapter.shared.values()):
-            for path, module in root.named_modules(prefix=f"{number}.{type(root).__name__}"):
+        for name, root in {"": item.adapter, **item.adapter.shared}.items():
+            for path, module in root.named_modules(prefix=f"{number}.{name}"):
                 for key in module._non_persistent_buffers_set:
                     found[f"{path}.{key}"] = module.get_buffer(key)
                 for key, value in vars(module).items():

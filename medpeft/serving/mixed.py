@@ -157,7 +157,7 @@ def _can_run_by_image(base: Base, entry: BankEntry, inputs: Inputs) -> bool:
 
 
 def _lacks_memory(error: Exception) -> bool:
-    """Whether an error says that there was no memory at the moment, in the words of one of torch's devices."""
+    """Whether an error says that there was no memory at the moment, in the words of torch's devices."""
     return any(words in str(error) for words in _NO_MEMORY)
 
 
@@ -169,8 +169,8 @@ def _try_by_image(base: Base, entry: BankEntry, one: Inputs) -> bool:
     missed = uncalled(kind.adapted_mirror, tensors, names, one.x, dict(one.others))
     if missed is None:
         return False
-    # Whoever reads the tensors of a layer without calling it would get those of one adapter for all images. So
-    # a layer that is not called gets NaN for its tensors, which show in the output if somebody reads them.
+    # Whoever reads the tensors of a layer without calling it would get those of one adapter for all images.
+    # So a layer that is not called gets NaN, which shows in the output if somebody reads its tensors.
     spoilt = dict(entry.values)
     for layer in missed:
         for name in (kind.layers or {}).get(layer, kind.heads):

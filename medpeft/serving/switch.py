@@ -145,7 +145,7 @@ class Live:
             if entry is not None and record is not None:
                 refuse(model)
                 _install(base, entry, record)
-        # Outside, since `settled` may put the one before in again, and needs its tensors for that.
+        # Not before `settled` has ended: until then the one before, whose tensors these are, may go in again.
         if before is not None and (entry is None or entry.kind is not before.entry.kind):
             before.entry.kind.clear()
 
