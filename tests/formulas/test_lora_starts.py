@@ -13,7 +13,6 @@ from tiny_places import Attention, ReadingAttention
 from torch import nn
 
 import medpeft
-from medpeft.interchange import to_peft
 
 
 def adapter_of(layer, **options):
@@ -256,13 +255,9 @@ def test_data_are_seen_in_eval_mode_and_the_modes_come_back():
     assert [module.training for module in (model, model[0], model[1])] == [True, False, True]
 
 
-def test_a_plan_needs_no_data_and_the_files_of_peft_refuse_a_bias_of_its_own(tmp_path):
+def test_a_plan_needs_no_data():
     planned = medpeft.plan(make("vit"), "lora", head=None, rank=2, init="eva", bias=True)
     assert planned.trainable == 2 * (2 * 2 * 16 + 2 * 16 * 2 + 2 * 16)
-
-    model = medpeft.apply(make("vit"), "lora", rank=2, bias=True)
-    with pytest.raises(medpeft.CheckpointError, match="a bias of its own is not written: use bias=False"):
-        to_peft(model, tmp_path)
 
 
 def test_a_bias_of_keys_alone_is_exempt_from_the_check_as_the_layers_own_is():

@@ -195,7 +195,7 @@ def test_the_start_is_the_base_and_official_draws_up_as_torch_does():
 
 
 def test_check_names_the_last_convolutions_of_a_model_that_reads_its_class_token_alone():
-    x = drawn(2, 3, 32, 32)
+    x = drawn(1, 3, 32, 32)
 
     with pytest.raises(
         medpeft.MedpeftError, match=r"blocks\.1\.adapters\.mona\.after_block\.conv_3"

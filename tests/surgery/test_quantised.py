@@ -1,6 +1,7 @@
 """Adapters beside weights that torchao or bitsandbytes has quantised: they train, save and load; weights stay."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -71,10 +72,15 @@ BESIDE = {
 }
 
 
-def quantised(kind):
+@functools.cache
+def _quantised(kind):
     with warnings.catch_warnings():  # What a library warns about while it is imported is not ours.
         warnings.simplefilter("ignore")
         return KINDS[kind](plain())
+
+
+def quantised(kind):
+    return copy.deepcopy(_quantised(kind))
 
 
 @pytest.mark.parametrize("method", BESIDE)
