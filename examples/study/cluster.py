@@ -1,10 +1,12 @@
 """Many runs beside each other on Ray Tune, on this machine or a cluster, each once."""
 
+import json
 import os
 import shutil
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from trainer.errors import TrainerError
 from trainer.run import run
 from trainer.settings import Settings
 from trainer.tasks import TASKS
+from trainer.together import End, train_together
 
+from .groups import grouped
 from .trials import Trial
 
 # Before Ray is imported: it reports its use to its makers otherwise, and medical networks are closed ones.
@@ -37,12 +41,14 @@ class Machines:
         cpus: that Ray may use here; None for all.
         cpus_per_trial: processors of a run.
         gpus_per_trial: graphics cards of a run; None for one on a machine that has any.
+        together: how many runs may be trained at once as one.
     """
 
     address: str | None = None
     cpus: int | None = None
     cpus_per_trial: float = 1
     gpus_per_trial: float | None = None
+    together: int = 1
 
     def start(self) -> None:
         """Start Ray on this machine, or join a cluster, whose machines then get these scripts.
@@ -90,33 +96,36 @@ def run_all(trials: Sequence[Trial], machines: Machines) -> dict[Path, str]:
     waiting = list({trial.folder: trial for trial in trials if not trial.finished()}.values())
     if not waiting:
         return {}
+    groups = grouped(waiting, machines.together)
     machines.start()
     storage = waiting[0].folder.parent.parent / "ray"
-    trainable = tune.with_parameters(_train, settings=[trial.settings for trial in waiting])
+    trainable = tune.with_parameters(_train, groups=[[one.settings for one in group] for group in groups])
     tuner = tune.Tuner(
         tune.with_resources(trainable, machines.resources()),
-        param_space={"number": tune.grid_search(list(range(len(waiting))))},
+        param_space={"number": tune.grid_search(list(range(len(groups))))},
         # Importing PyTorch and all the rest takes as long as some runs do.
         tune_config=tune.TuneConfig(reuse_actors=True),
         run_config=tune.RunConfig(
             storage_path=str(storage),
             # A run whose machine went away goes on elsewhere from its last epoch.
             failure_config=tune.FailureConfig(max_failures=2),
-            callbacks=[Progress(len(waiting), lambda one: _outcome(waiting[one.config["number"]], one))],
+            callbacks=[Progress(len(groups), lambda one: _outcome(groups[one.config["number"]], one))],
             verbose=0,
         ),
     )
     results = fit(tuner)
     # What Ray notes about its trials is not needed again: finished is what has its metrics.
     shutil.rmtree(storage, ignore_errors=True)
-    failed = {}
+    failed: dict[Path, str] = {}
     for number in range(len(results)):
         result = results[number]
-        metrics = result.metrics or {}
-        if result.error or "failed" in metrics:
-            failed[waiting[(result.config or {})["number"]].folder] = (
-                metrics.get("failed") or f"its process died: {result.error}"
-            )
+        group = groups[(result.config or {})["number"]]
+        if result.error:
+            failed |= {trial.folder: f"its process died: {result.error}" for trial in group}
+            continue
+        for trial, outcome in zip(group, json.loads((result.metrics or {}).get("runs", "[]")), strict=False):
+            if "failed" in outcome:
+                failed[trial.folder] = outcome["failed"]
     if any(not trial.finished() and trial.folder not in failed for trial in waiting):
         # Ray took the interrupt for itself.
         raise KeyboardInterrupt
@@ -157,25 +166,49 @@ class Progress(tune.Callback):
         print(f"[{self.ended}/{self.total}] {self.describe(trial)} ({seconds:.0f} s)", flush=True)
 
 
-def _outcome(trial: Trial, ended: Any) -> str:
-    result = ended.last_result
-    return f"{trial}: " + (
-        f"failed. {result['failed']}" if "failed" in result else f"{result['words']} {result['score']:.3f}"
-    )
+def _outcome(group: Sequence[Trial], ended: Any) -> str:
+    lines = []
+    for trial, outcome in zip(group, json.loads(ended.last_result["runs"]), strict=True):
+        if "failed" in outcome:
+            lines.append(f"{trial}: failed. {outcome['failed']}")
+        else:
+            lines.append(f"{trial}: {outcome['words']} {outcome['score']:.3f}")
+    if len(lines) > 1:
+        lines.insert(0, f"{len(group)} runs {ended.last_result['how']}")
+    return "\n  ".join(lines)
 
 
-def _train(config: dict[str, int], settings: Sequence[Settings]) -> dict[str, Any]:
-    """Train and test one run, in a process of Ray's."""
-    own = settings[config["number"]]
+def _train(config: dict[str, int], groups: Sequence[Sequence[Settings]]) -> dict[str, Any]:
+    """Train and test the runs of a group, in a process of Ray's."""
+    several = groups[config["number"]]
+    ends: list[End] = [partial(run, own) for own in several]
+    how = "at once"
+    if len(several) > 1:
+        try:
+            ends = train_together(several)
+        # Each by itself, a run may still go well, in less memory say, or say what is wrong with it.
+        except Exception as error:
+            how = f"one by one, for at once they failed: {_reason(error)}"
+    runs = [_end(own, end) for own, end in zip(several, ends, strict=True)]
+    # As text: Ray warns of lists.
+    return {"runs": json.dumps(runs), "how": how}
+
+
+def _end(own: Settings, end: End) -> dict[str, Any]:
+    """Bring a run to its end, and say what came of it."""
+    folder = Path(str(own.output))
     try:
-        metrics, task = run(own), TASKS[own.task]
+        metrics, task = end(), TASKS[own.task]
         # What resuming took is not needed any more; for full fine-tuning it is several times the model.
-        shutil.rmtree(Path(str(own.output)) / "checkpoints", ignore_errors=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return {"score": metrics["test"][task.score], "words": task.words[task.score]}
     # Whatever it is, it ends one run and not the study: a learning rate at which the loss is no number, a
     # model too large.
     except Exception as error:
-        folder = Path(str(own.output))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        return {"failed": (str(error).strip() or type(error).__name__).splitlines()[0]}
+        return {"failed": _reason(error)}
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -76,6 +76,7 @@ def make_parser() -> ArgumentParser:
             declare_tune(own)
         else:
             declare_rows(own)
+            declare_together(own)
         if name == "volume":
             declare_shares(own)
         own.add_class_arguments(Settings, skip=PLACE if name == "tune" else PLACE | OWN)
@@ -91,6 +92,15 @@ def declare_machines(parser: ArgumentParser) -> None:
     add("--cpus", type=int, help="processors that Ray may use here (default: all)")
     add("--cpus_per_trial", type=float, default=1, help="processors of a run")
     add("--gpus_per_trial", type=float, help="graphics cards of a run (default: 1 where there are any)")
+
+
+def declare_together(parser: ArgumentParser) -> None:
+    """Declare how many runs are trained at once."""
+    text = (
+        "train up to K runs that differ in learning rate alone at once, on one processor or graphics card, "
+    )
+    text += "where they share most of what is computed; what such a run costs by itself is not known then"
+    parser.add_argument("--together", type=int, default=1, metavar="K", help=text)
 
 
 def declare_rows(parser: ArgumentParser) -> None:
@@ -189,6 +199,8 @@ def check(args: Namespace) -> None:
         )
     if "lr_seed" not in args:
         return
+    if args.together < 1:
+        raise TrainerError(f"--together is {args.together}; it must be at least 1, for runs one by one.")
     names = [name_of(data) for data in args.data]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -218,7 +230,8 @@ def default_folder(command: str, given: dict[str, Any]) -> str:
 
 def machines_of(args: Namespace) -> Machines:
     """Read where the runs are to be."""
-    return Machines(args.address, args.cpus, args.cpus_per_trial, args.gpus_per_trial)
+    together = args.get("together", 1)
+    return Machines(args.address, args.cpus, args.cpus_per_trial, args.gpus_per_trial, together)
 
 
 def given_settings(words: Sequence[str]) -> dict[str, Any]:

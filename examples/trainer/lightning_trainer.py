@@ -30,16 +30,26 @@ def make_trainer(
     Raises:
         TrainerError: the devices cannot be had.
     """
-    folder = Path(str(settings.output))
+    checkpoints = Path(str(settings.output)) / "checkpoints"
+    best = ModelCheckpoint(checkpoints, "best", monitor=watched, mode="max", enable_version_counter=False)
+    last = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)
+    stop = EarlyStopping(watched, mode="max", patience=settings.patience, check_finite=False)
+    return bare_trainer(settings, [stop, best, last, *callbacks], loggers(settings))
+
+
+def bare_trainer(
+    settings: Settings, callbacks: Sequence[lightning.Callback] = (), loggers: Sequence[Logger] = ()
+) -> lightning.Trainer:
+    """Make Lightning's `Trainer` with no callbacks and loggers but these: without any it writes nothing.
+
+    Raises:
+        TrainerError: the devices cannot be had.
+    """
     strategy: Any = settings.strategy
     if strategy == "fsdp2":
         strategy = ModelParallelStrategy(
             data_parallel_size=settings.devices, tensor_parallel_size=1, save_distributed_checkpoint=False
         )
-    checkpoints = folder / "checkpoints"
-    best = ModelCheckpoint(checkpoints, "best", monitor=watched, mode="max", enable_version_counter=False)
-    last = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)
-    stop = EarlyStopping(watched, mode="max", patience=settings.patience, check_finite=False)
     try:
         return lightning.Trainer(
             accelerator=settings.accelerator,
@@ -48,9 +58,10 @@ def make_trainer(
             precision=settings.precision,
             max_epochs=settings.epochs,
             accumulate_grad_batches=settings.accumulate,
-            callbacks=[stop, best, last, *callbacks],
-            logger=loggers(settings),
-            default_root_dir=folder,
+            callbacks=list(callbacks),
+            logger=list(loggers),
+            enable_checkpointing=bool(callbacks),
+            default_root_dir=Path(str(settings.output)),
             num_sanity_val_steps=0,
             log_every_n_steps=1,
             use_distributed_sampler=False,

@@ -68,6 +68,10 @@ class Finetuning(lightning.LightningModule):
         scores = [record[self.watched] for record in self.history]
         return scores.index(max(scores)) + 1 if scores else 0
 
+    def stops_early(self) -> bool:
+        """Say whether as many epochs as the settings have patience for were no better than one before."""
+        return len(self.history) - self.best_epoch >= self.settings.patience
+
     def configure_model(self) -> None:
         """Shard the blocks one by one, then the rest, for FSDP2: one block at a time is whole in memory."""
         if self.settings.strategy != "fsdp2" or self._sharded:
@@ -84,18 +88,21 @@ class Finetuning(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Make AdamW, whose rate rises over the first steps and then falls to 0 in a cosine."""
+        optimizer = torch.optim.AdamW(self.groups())
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = warmup_cosine(optimizer, steps, self.settings.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Give what the optimizer trains, each group with its rate and its weight decay."""
         settings = self.settings
-        groups = medpeft.parameter_groups(
+        return medpeft.parameter_groups(
             self.whole[0], lr=settings.lr or 0.0, weight_decay=settings.weight_decay
         )
-        optimizer = torch.optim.AdamW(groups)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = warmup_cosine(optimizer, steps, settings.warmup)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
         """Do nothing more where the run had stopped early before it was interrupted."""
-        if len(self.history) - self.best_epoch >= self.settings.patience:
+        if self.stops_early():
             self.trainer.should_stop = True
 
     def on_train_epoch_start(self) -> None:
@@ -147,16 +154,23 @@ class Finetuning(lightning.LightningModule):
         """
         values = self.trainer.callback_metrics
         record = {name: float(values[name]) for name in ("train_loss", "val_loss", self.watched)}
+        record["seconds"] = time.perf_counter() - self._begun
+        self.note(record, self.trainer.optimizers[0].param_groups[0]["lr"])
+        if self.trainer.is_global_zero and not self.settings.quiet:
+            print(self.line(), flush=True)
+
+    def note(self, record: dict[str, float], rate: float) -> None:
+        """Add the record of an epoch, which ended at a learning rate.
+
+        Raises:
+            TrainerError: the loss is no longer a number.
+        """
         if not math.isfinite(record["train_loss"]):
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             raise TrainerError(
                 f"The training loss became {record['train_loss']} in epoch {len(self.history) + 1}. "
                 f"Lower --lr (the rate is now {rate:.2g}) or check the images."
             )
-        record["seconds"] = time.perf_counter() - self._begun
         self.history.append(record)
-        if self.trainer.is_global_zero and not self.settings.quiet:
-            print(self._line(record), flush=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what training changes, the trainable parameters and the buffers, and how it went."""
@@ -174,16 +188,17 @@ class Finetuning(lightning.LightningModule):
         if self.trainer.state.fn == "fit":
             self.history, self.step_seconds = list(checkpoint["history"]), list(checkpoint["step_seconds"])
 
+    def see(self, outputs: Tensor, targets: Any, watched: bool) -> None:
+        """Keep what the scores need of a batch; `watched`: what the score that chooses the epoch needs."""
+        self._seen.append(self.task.keep(outputs, targets, watched))
+
     def _see(self, batch: Batch) -> None:
         images, targets = batch
-        watched = self.trainer.state.fn == "fit"
-        self._seen.append(self.task.keep(self.task.infer(self.network, images), targets, watched))
+        self.see(self.task.infer(self.network, images), targets, self.trainer.state.fn == "fit")
 
     def _gathered(self, part: str) -> Batch:
         """Join the outputs of all batches and processes, in the order of the images."""
-        outputs = torch.cat([one for one, _ in self._seen])
-        targets = torch.cat([one for _, one in self._seen])
-        self._seen.clear()
+        outputs, targets = self.joined()
         if self.trainer.world_size > 1:
             # Process r holds the images r, r + world, …, and the last ones may hold a repeated first image.
             count = len(self.trainer.datamodule.parts[part])  # type: ignore[attr-defined]
@@ -194,8 +209,16 @@ class Finetuning(lightning.LightningModule):
             )
         return outputs, targets
 
-    def _line(self, record: dict[str, float]) -> str:
-        epoch = len(self.history)
+    def joined(self) -> Batch:
+        """Join the outputs of all batches of this process."""
+        outputs = torch.cat([one for one, _ in self._seen])
+        targets = torch.cat([one for _, one in self._seen])
+        self._seen.clear()
+        return outputs, targets
+
+    def line(self) -> str:
+        """Say how the last epoch went."""
+        epoch, record = len(self.history), self.history[-1]
         kept = "  best so far" if self.best_epoch == epoch else ""
         words, score = self.task.words[self.task.score], record[self.watched]
         losses = f"train loss {record['train_loss']:.4f}  val loss {record['val_loss']:.4f}"

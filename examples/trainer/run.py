@@ -73,15 +73,29 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
         say(settings, describe(record["images"], work.images, work.found))
         say(settings, f"\n{medpeft.report(work.model)}\n")
         module = train(work, trainer)
-        record |= how_it_went(module) | evaluate(work, module)
+        record |= what_it_took(module) | how_it_went(module) | evaluate(work, module)
         record["seconds"] = time.perf_counter() - begun
-        record["versions"], record["date"] = versions(), time.strftime("%Y-%m-%d")
-        record["device"] = str(trainer.strategy.root_device)
         return conclude(work, trainer, module, record)
 
 
 def train(work: Work, trainer: lightning.Trainer) -> Finetuning:
     """Train from the start or the last whole epoch; give the best epoch, with its outputs."""
+    module, data = untrained(work)
+    folder = Path(str(work.settings.output)) / "checkpoints"
+    last = None
+    if (folder / "last.ckpt").exists():
+        last = folder / "last.ckpt"
+    device = trainer.strategy.root_device
+    forget_peak(device)
+    fit(trainer, module, data, last)
+    module.peak = peak_memory(device)
+    trainer.validate(module, data, folder / "best.ckpt", verbose=False)
+    trainer.test(module, data, folder / "best.ckpt", verbose=False)
+    return module
+
+
+def untrained(work: Work) -> tuple[Finetuning, DataModule]:
+    """Give what is trained, before it is, and its data."""
     settings = work.settings
     network, parts = parts_of(work)
     if settings.compile:
@@ -89,34 +103,39 @@ def train(work: Work, trainer: lightning.Trainer) -> Finetuning:
     weights = None
     if settings.class_weights:
         weights = work.task.weigh(work.images.targets[work.found["train"]])
-    module = Finetuning(work.model, network, settings, work.task, weights)
-    data = DataModule(parts, settings)
-    folder = Path(str(settings.output)) / "checkpoints"
-    last = None
-    if (folder / "last.ckpt").exists():
-        last = folder / "last.ckpt"
-    device = trainer.strategy.root_device
-    forget_peak(device)
+    return Finetuning(work.model, network, settings, work.task, weights), DataModule(parts, settings)
+
+
+def fit(
+    trainer: lightning.Trainer, module: Finetuning, data: DataModule, checkpoint: Path | None = None
+) -> None:
+    """Train, from the state in a checkpoint if one is given.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted.
+    """
     try:
-        trainer.fit(module, data, ckpt_path=last)
+        trainer.fit(module, data, ckpt_path=checkpoint)
     except SystemExit as error:
         # Lightning ends the process at an interrupt, and turns further ones off. Only the main thread, which
         # alone is interrupted, may turn them on again.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from error
-    module.peak = peak_memory(device)
-    trainer.validate(module, data, folder / "best.ckpt", verbose=False)
-    trainer.test(module, data, folder / "best.ckpt", verbose=False)
-    return module
 
 
-def how_it_went(module: Finetuning) -> dict[str, Any]:
-    """Give the history and the cost of the training."""
+def what_it_took(module: Finetuning) -> dict[str, Any]:
+    """Give the cost of the training."""
     return {
         "step_seconds": median(module.step_seconds) * module.settings.accumulate,
         "peak_bytes": module.peak[0],
         "peak_memory": module.peak[1],
+    }
+
+
+def how_it_went(module: Finetuning) -> dict[str, Any]:
+    """Give the history of the training."""
+    return {
         "best_epoch": module.best_epoch,
         "score": module.task.score,
         "best_val_score": module.history[module.best_epoch - 1][module.watched],
@@ -154,6 +173,8 @@ def conclude(
 ) -> dict[str, Any]:
     """Print the scores and write everything that a run leaves; give the metrics as they are in their file."""
     settings, task, rows = work.settings, work.task, work.found["test"]
+    record["versions"], record["date"] = versions(), time.strftime("%Y-%m-%d")
+    record["device"] = str(trainer.strategy.root_device)
     test = outcome_of(module, "test", record["fitted"])
     say(settings, f"\nTest on {len(rows)} images")
     say(settings, task.table(test, record["test"]))

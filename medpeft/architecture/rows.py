@@ -100,7 +100,8 @@ def place_channels(values: Tensor, rows: tuple[Rows, ...], y: Tensor, axis: int,
     """
     if not rows:
         return values
-    spread = torch.full_like(y, fill)
+    # Made of the values, not of `y`: mapped by functorch these may be many where `y` is one.
+    spread = values.new_full(y.shape, fill, dtype=y.dtype)
     inner = axis
     if axis >= 0:
         inner = axis + 1  # Unflattened, the axis is two, of which the second counts the channels of a group.

@@ -101,6 +101,7 @@ class Flops(TorchDispatchMode):
 
         aten = torch.ops.aten
         self.formulas = {**flop_registry, aten.addmm_: addmm_flop, aten.baddbmm_: baddbmm_flop}
+        self.formulas[aten.convolution_backward] = _of_convolution
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -110,3 +111,16 @@ class Flops(TorchDispatchMode):
         if formula is not None:
             self.total += int(formula(*args, **kwargs, out_val=output))
         return output
+
+
+def _of_convolution(
+    grad: Tensor, x: Tensor, weight: Tensor, *others: Any, out_val: tuple[Tensor | None, ...]
+) -> int:
+    """Count the backward of a convolution: each gradient takes as many products as the forward.
+
+    torch's own formula counts a weight's gradient as if there were no groups, too high by their number.
+    """
+    *_, transposed, _, _, wanted = others
+    places = x if transposed else grad
+    products = places.numel() * weight[0].numel()
+    return 2 * products * (int(wanted[0]) + int(wanted[1]))

@@ -29,6 +29,10 @@ def measured(model, x):
     # torch's counter has no formula for the in-place forms, which it would count as nothing.
     aten = torch.ops.aten
     formulas = dict.fromkeys((aten.addmm_, aten.baddbmm_), lambda y, a, b, **_: 2 * math.prod(a) * b[-1])
+    # And it counts the gradient of a grouped convolution's weight as if every channel met every other.
+    formulas[aten.convolution_backward] = lambda y, x, w, *others, **_: (
+        2 * sum(others[-1][:2]) * math.prod(y) * math.prod(w[1:])
+    )
     with FlopCounterMode(display=False, custom_mapping=formulas) as flops:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             loss = output(model, x).sum()
@@ -75,6 +79,20 @@ def test_counts_agree_with_counting_by_hand():
     assert found.training_flops == 2 * forward + 2 * 5 * 16 * 4
     # Kept: the input, and what ReLU returns.
     assert found.saved_bytes == 4 * 5 * (8 + 16)
+
+
+def test_a_grouped_convolution_counts_the_products_within_its_groups():
+    found = costs(nn.Conv2d(6, 12, 3, groups=3, padding=1), torch.randn(2, 6, 5, 5))
+    forward = 2 * 2 * 25 * 12 * (6 // 3) * 9
+    # Backward: as many for the gradient of the weight; that of the input is not asked for.
+    assert (found.forward_flops, found.training_flops) == (forward, 2 * forward)
+
+
+def test_a_transposed_convolution_counts_its_products_at_the_places_of_its_input():
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2))
+    found = costs(model, torch.randn(2, 3, 5, 5))
+    first, second = 2 * 2 * 25 * 3 * 6, 2 * 2 * 25 * 6 * (4 // 2) * 4
+    assert (found.forward_flops, found.training_flops) == (first + second, 2 * first + 3 * second)
 
 
 def test_a_storage_that_several_operations_keep_counts_once():
