@@ -116,6 +116,15 @@ def run_all(trials: Sequence[Trial], machines: Machines) -> dict[Path, str]:
     results = fit(tuner)
     # What Ray notes about its trials is not needed again: finished is what has its metrics.
     shutil.rmtree(storage, ignore_errors=True)
+    failed = _failed(results, groups)
+    if any(not trial.finished() and trial.folder not in failed for trial in waiting):
+        # Ray took the interrupt for itself.
+        raise KeyboardInterrupt
+    return failed
+
+
+def _failed(results: tune.ResultGrid, groups: Sequence[Sequence[Trial]]) -> dict[Path, str]:
+    """Give the folders of the runs that failed, with the reason."""
     failed: dict[Path, str] = {}
     for number in range(len(results)):
         result = results[number]
@@ -126,9 +135,6 @@ def run_all(trials: Sequence[Trial], machines: Machines) -> dict[Path, str]:
         for trial, outcome in zip(group, json.loads((result.metrics or {}).get("runs", "[]")), strict=False):
             if "failed" in outcome:
                 failed[trial.folder] = outcome["failed"]
-    if any(not trial.finished() and trial.folder not in failed for trial in waiting):
-        # Ray took the interrupt for itself.
-        raise KeyboardInterrupt
     return failed
 
 

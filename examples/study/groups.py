@@ -1,4 +1,4 @@
-"""Which runs of a study are trained at once: those that differ in rate or weight decay, where it saves enough."""
+"""Which runs of a study are trained at once: those that differ in their rate alone, where it saves enough."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -78,6 +78,10 @@ CALLS = {
         ["floor", "medpeft", "plain expression"],
     ),
     "bank": (["bank.py", "--model", "test_vit2", "--adapters", "2", *TINY], ["ssf", "lora", "bias"]),
+    "together": (
+        ["together.py", "--model", "test_vit2", "--method", "lst", "--method", "lora", *TINY],
+        ["lst", "lora"],
+    ),
     "start": (["start.py", "--model", "resnet10t", "--method", "ssf", "--repeats", "1"], ["ssf"]),
 }
 

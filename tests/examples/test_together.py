@@ -121,7 +121,7 @@ def test_a_group_that_was_cut_off_begins_anew_but_for_what_is_finished(stripes, 
     [
         ({"method": "lora", "model": "test_vit"}, "3 at once take 9.% of the operations"),
         ({"method": "full", "model": "test_efficientnet"}, "statistics of its BatchNorms adapt"),
-        ({"method": "linear_probe", "precision": "bf16-mixed"}, "--precision bf16-mixed is for runs one by one"),
+        ({"method": "linear_probe", "precision": "bf16-mixed"}, "--precision bf16-mixed is for runs"),
         ({"method": "linear_probe", "cache_features": "kept"}, "--cache-features kept is for"),
         ({"method": "linear_probe", "task": "segment"}, "a decoder trains"),
     ],
