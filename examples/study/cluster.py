@@ -99,8 +99,26 @@ def run_all(trials: Sequence[Trial], machines: Machines) -> dict[Path, str]:
     groups = grouped(waiting, machines.together)
     machines.start()
     storage = waiting[0].folder.parent.parent / "ray"
+    results = fit(tuner_of(groups, machines, storage))
+    # What Ray notes about its trials is not needed again: finished is what has its metrics.
+    shutil.rmtree(storage, ignore_errors=True)
+    failed = _failed(results, groups)
+    if any(not trial.finished() and trial.folder not in failed for trial in waiting):
+        # Ray took the interrupt for itself.
+        raise KeyboardInterrupt
+    return failed
+
+
+def tuner_of(groups: Sequence[Sequence[Trial]], machines: Machines, storage: Path) -> tune.Tuner:
+    """Make Ray's tuner of groups of runs, each group in a process.
+
+    Args:
+        groups: runs that train at once.
+        machines: where.
+        storage: a folder for what Ray notes.
+    """
     trainable = tune.with_parameters(_train, groups=[[one.settings for one in group] for group in groups])
-    tuner = tune.Tuner(
+    return tune.Tuner(
         tune.with_resources(trainable, machines.resources()),
         param_space={"number": tune.grid_search(list(range(len(groups))))},
         # Importing PyTorch and all the rest takes as long as some runs do.
@@ -113,14 +131,6 @@ def run_all(trials: Sequence[Trial], machines: Machines) -> dict[Path, str]:
             verbose=0,
         ),
     )
-    results = fit(tuner)
-    # What Ray notes about its trials is not needed again: finished is what has its metrics.
-    shutil.rmtree(storage, ignore_errors=True)
-    failed = _failed(results, groups)
-    if any(not trial.finished() and trial.folder not in failed for trial in waiting):
-        # Ray took the interrupt for itself.
-        raise KeyboardInterrupt
-    return failed
 
 
 def _failed(results: tune.ResultGrid, groups: Sequence[Sequence[Trial]]) -> dict[Path, str]:

@@ -102,7 +102,7 @@ def test_runs_of_every_task_are_compared(task):
             runs.append(Record(label, "a_model", "one_set", metrics, table))
     found = summarise(runs, draws=200)
     assert list(found["label"]) == ["ssf", "full"]
-    assert found["verdict"].tolist() == ["better", ""]
+    assert found["verdict"].tolist() == ["ahead", ""]
     words = kind.words[kind.score]
     assert f"full fine-tuning (full, {words}" in answer(found)
     assert words[1:] in score_table(found).text.columns[0]
