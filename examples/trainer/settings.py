@@ -17,9 +17,9 @@ from .thresholds import YOUDEN
 DEFAULT = "tf_efficientnet_lite0"
 
 # Peak learning rates that suit AdamW and a short schedule; a union takes the lowest of its parts. On breast
-# ultrasound tsa learned nothing at 1e-3, oft and conv_adapter nothing at 3e-3, and lora did better at 9e-4 than
-# at three times that (docs/study.md). On half of the stained tissue three epochs of mona gave a validation
-# macro-F1 of 0.37 at 3e-3, and of 0.76 at 3e-4.
+# ultrasound tsa learned nothing at 1e-3, oft and conv_adapter nothing at 3e-3, and lora did better at 9e-4
+# than at three times that (docs/study.md). On half of the stained tissue three epochs of mona gave a
+# validation macro-F1 of 0.37 at 3e-3, and of 0.76 at 3e-4.
 RATES = {
     **dict.fromkeys(("full", "attention", "tsa", "oft", "conv_adapter", "mona"), 3e-4),
     "lora": 1e-3,
