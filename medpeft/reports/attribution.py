@@ -76,8 +76,9 @@ class Attribution:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
         >>> model = medpeft.apply(model, "ssf", head=None)
         >>> _ = torch.nn.init.constant_(model[1].adapters.ssf.shift, 1.0)
+        >>> _ = torch.nn.init.ones_(model[2].weight)
         >>> x = torch.ones(4, 2)
-        >>> found = medpeft.attribute(model, lambda network: float(network(x).abs().mean()))
+        >>> found = medpeft.attribute(model, lambda network: float(network(x).mean()))
         >>> [row.place for row in found.rows if row.loss == 0]
         ['0', '2']
         >>> found.best(parameters=4)

@@ -34,7 +34,11 @@ def executed(tmp_path_factory):
     notebook.cells.insert(0, nbformat.v4.new_code_cell(settings))
     for cell in notebook.cells:
         cell.source = cell.source.replace("EPOCHS = 6", "EPOCHS = 4")
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv(
+            "MPLBACKEND", raising=False
+        )  # Another than the notebook's own shows no pictures in it.
+        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     return notebook, folder
 
 

@@ -193,7 +193,9 @@ def test_the_command_line_runs_by_itself_without_carriage_returns(stripes, tmp_p
         assert expected in done.stdout
     assert "\r" not in done.stdout + done.stderr
     assert done.stdout.count("\nepoch ") == 2
-    assert done.stderr == ""
+    # Where torchao is installed, torch has words for it when transformers imports it.
+    said = [line for line in done.stderr.splitlines() if "torch/utils/_pytree.py" not in line]
+    assert said == []
 
 
 def test_an_output_that_cannot_be_written_says_so(stripes, tmp_path, capsys):

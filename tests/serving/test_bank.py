@@ -184,6 +184,7 @@ def of_seeds(method, seeds):
     return made
 
 
+@pytest.mark.usefixtures("own_registry")
 @pytest.mark.parametrize("kept", ["buffer", "attribute"])
 def test_what_is_drawn_and_not_saved_is_that_of_each_seed(kept):
     @medpeft.register(f"drawn_{kept}")

@@ -191,6 +191,7 @@ def test_a_lack_of_memory_is_no_verdict(monkeypatch, error):
     assert list(bank._entries["a"].kind.tried.values()) == [True]
 
 
+@pytest.mark.usefixtures("own_registry")
 def test_an_adapter_that_vmap_cannot_run_goes_by_adapter():
     @medpeft.register("gain_of_large_outputs", by_image=True)
     class Gain(medpeft.Adapter):
