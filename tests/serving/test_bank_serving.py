@@ -47,7 +47,6 @@ def test_threads_ask_switch_add_and_remove_at_once():
     plain, x, errors = Golden().eval(), images(6), []
     bank = bank_of(made, plain)
     right = {name: model(x).detach() for name, model in made.items()}
-    exact = [right[name] for name in right] + [Golden().eval()(x).detach()]
 
     def ask(seed):
         draw = random.Random(seed)
@@ -57,10 +56,9 @@ def test_threads_ask_switch_add_and_remove_at_once():
                 torch.testing.assert_close(row, right[names[i]][i], rtol=1e-5, atol=1e-6)
 
     def run():
-        for _ in range(30):
-            with torch.no_grad():
-                output = plain(x)
-            assert any(torch.equal(output, other) for other in exact)
+        for name in [*right, None] * 3:
+            expected = Golden().eval()(x).detach() if name is None else right[name]
+            assert torch.equal(bank(x, [name] * 6), expected)
 
     def switch_about():
         for name in [*made, None] * 2:
@@ -85,6 +83,28 @@ def test_threads_ask_switch_add_and_remove_at_once():
         thread.join(60)
     assert errors == []
     assert bank.prove().holds
+
+
+def test_the_model_itself_may_run_beside_switches_within_a_kind():
+    made = {name: sites("lora", seed, rank=2) for seed, name in enumerate(("lora 0", "lora 1"))}
+    plain, x, outputs, ended = Golden().eval(), images(6), [], threading.Event()
+    bank = bank_of(made, plain)
+    bank.use("lora 0")
+
+    def run():
+        while not ended.is_set():
+            with torch.no_grad():
+                outputs.append(plain(x))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for name in list(made) * 10:
+        bank.use(name)
+    ended.set()
+    thread.join(60)
+    right = [model(x).detach() for model in made.values()]
+    assert outputs
+    assert all(any(torch.equal(output, other) for other in right) for output in outputs)
 
 
 @pytest.mark.parametrize("used", [None, "bias 0", "lora 1"])
