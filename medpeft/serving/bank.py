@@ -126,8 +126,8 @@ class Bank:
 
         Between adapters of one kind (the same methods, options and number of classes) values are written into
         the same tensors: optimizers keep theirs and a compiled model stays compiled. Otherwise adapters are
-        taken out and others installed. Calls of the bank in other threads are waited for, and between adapters
-        of one kind calls of the model itself.
+        taken out and others installed. Calls of the bank in other threads are waited for, and between
+        adapters of one kind calls of the model itself.
 
         Args:
             name: Name of the adapter.
