@@ -77,8 +77,11 @@ KOHYA = Format(
 
 
 def inexpressible(network: Network, name: str, adapter: nn.Module, into: Format) -> str:
-    """Say why a library cannot compute what the adapter of a layer does; "" if it can."""
-    if not isinstance(adapter, (LoRA, LoHa, LoKr)):
+    """Say why a library cannot compute what the adapter of a layer does; "" if it can.
+
+    A method that its files do not hold at all is none of the reasons.
+    """
+    if not isinstance(adapter, (LoRA, LoHa, LoKr)) or adapter.method not in into.methods:
         return ""
     if not name:
         return f"the model is itself the layer, and {into.name} names layers of a model: wrap it in one"
@@ -87,7 +90,7 @@ def inexpressible(network: Network, name: str, adapter: nn.Module, into: Format)
         if reason:
             return reason
     layer: Any = network.modules[name]
-    method = _method(adapter)
+    method = adapter.method
     weight = weight_name(adapter)
     if weight != "weight" or network.readers(layer, "weight", "bias"):
         alone = all(
@@ -106,15 +109,6 @@ def inexpressible(network: Network, name: str, adapter: nn.Module, into: Format)
     if kind == "conv":
         return _ignored(layer, method, into)
     return ""
-
-
-def _method(adapter: Adapter) -> str:
-    """Name of the method of an adapter."""
-    if isinstance(adapter, LoRA):
-        return "lora"
-    if isinstance(adapter, LoHa):
-        return "loha"
-    return "lokr"
 
 
 def _of_bias(network: Network, name: str, adapter: LoRA, into: Format) -> str:

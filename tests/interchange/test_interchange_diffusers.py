@@ -74,6 +74,8 @@ def test_what_a_diffusers_file_cannot_hold_is_named(tmp_path):
         to_diffusers(medpeft.apply(unet(), "lora", head="conv_out"), tmp_path / "a.safetensors")
     with pytest.raises(medpeft.MedpeftError, match="not adapted"):
         to_diffusers(nn.Linear(2, 2), tmp_path / "a.safetensors")
+    with pytest.raises(medpeft.CheckpointError, match="the methods loha: these files hold lora alone"):
+        to_diffusers(medpeft.apply(unet(), "loha", target="*.conv1", head=None), tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
