@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import weight_name
 from ..architecture.layers import outputs_first
-from ..architecture.rows import Rows
+from ..architecture.rows import Rows, replace_rows, take_rows
 from ..architecture.site import Site
 from ..checkpoint.save import plain
 from ..formulas.lora import LoRA
@@ -82,11 +82,11 @@ class Factors:
             rows = slice(row, row + len(indices))
             adapter.down[first : first + len(columns)] = A[columns].to(adapter.down)
             adapter.up[rows, : len(columns)] = B[indices][:, columns].to(adapter.up) * self.scale
-            if adapter.magnitude is not None and self.magnitude is not None:
-                adapter.magnitude[rows] = self.magnitude[indices].to(adapter.magnitude)
-            if adapter.bias is not None and self.bias is not None:
-                adapter.bias[rows] = self.bias[indices].to(adapter.bias) * self.scale
             row += len(indices)
+        if adapter.magnitude is not None and self.magnitude is not None:
+            adapter.magnitude.copy_(take_rows(self.magnitude, adapter.rows))
+        if adapter.bias is not None and self.bias is not None:
+            adapter.bias.copy_(take_rows(self.bias, adapter.rows).to(adapter.bias) * self.scale)
 
 
 def factors_of(layer: nn.Module, adapter: LoRA) -> Factors:
@@ -117,20 +117,13 @@ def factors_of(layer: nn.Module, adapter: LoRA) -> Factors:
         B = B.view(*B.shape, *[1] * (weight.ndim - 2))  # (out, r) → (out, r, 1 …)
     magnitude = None
     if adapter.magnitude is not None:
-        magnitude = _norms_of_rows(whole(weight).flatten(1))  # (out, in, …) → (out, fan-in)
-        magnitude = _with_rows(magnitude, by_part, adapter.magnitude)
+        norms = _norms_of_rows(whole(weight).flatten(1))  # (out, in, …) → (out, fan-in)
+        magnitude = plain(replace_rows(norms, adapter.rows, whole(adapter.magnitude).to(norms)))
     bias = None
     if adapter.bias is not None:
-        bias = _with_rows(A.new_zeros(channels), by_part, adapter.bias)
+        zeros = A.new_zeros(channels)
+        bias = plain(replace_rows(zeros, adapter.rows, whole(adapter.bias).to(zeros)))
     return Factors(plain(A), plain(B), float(adapter.scale), magnitude, bias=bias)
-
-
-def _with_rows(vector: Tensor, by_part: Sequence[Sequence[int]], values: Tensor) -> Tensor:
-    """Put values of the adapted channels, one part after the other, into a vector of all channels."""
-    sizes = [len(indices) for indices in by_part]
-    for indices, part in zip(by_part, whole(values).split(sizes), strict=True):
-        vector[indices] = part.to(vector)
-    return plain(vector)
 
 
 def _norms_of_rows(matrix: Tensor) -> Tensor:
