@@ -10,7 +10,7 @@ from ..errors import CheckpointError, listed
 from .hadamard import Hadamard
 from .kronecker import Kronecker
 from .matrices import Factors
-from .products import Product
+from .products import Product, rank_of
 
 Change = Factors | Hadamard | Kronecker
 
@@ -69,7 +69,7 @@ def make_change(
             change = Hadamard(first, second, scale(max(first.rank, second.rank), alpha))
         elif any(part in _LOKR for part in left):
             C, D = _pop_whole_or_product(left, "lokr_w1"), _pop_whole_or_product(left, "lokr_w2", "lokr_t2")
-            change = Kronecker(C, D, scale(max(_rank(C), _rank(D)), alpha))
+            change = Kronecker(C, D, scale(max(rank_of(C), rank_of(D)), alpha))
         else:
             change = _pop_lora(what, left, lambda rank: scale(rank, alpha))
     except KeyError as error:
@@ -130,12 +130,6 @@ def _pop_product(parts: dict[str, Tensor], name: str, core: str) -> Product:
     if core not in parts:
         return Product(up, down)
     return Product(up.transpose(0, 1), down, parts.pop(core))  # (r, out) → (out, r)
-
-
-def _rank(value: Tensor | Product) -> int:
-    if isinstance(value, Product):
-        return value.rank
-    return 0
 
 
 def parts_of(change: Change) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from ..checkpoint.save import plain
 from ..formulas.lokr import LoKr, split
 from ..sharding import whole
 from .by_layer import joined
-from .products import Product, described, fits, multiplied, put
+from .products import Product, described, fits, multiplied, put, rank_of
 
 # A rank with which `lokr` keeps every factor whole.
 _WHOLE = 10_000
@@ -38,7 +38,7 @@ class Kronecker:
     @property
     def rank(self) -> int:
         """r, the larger one if those of C and D differ; 0 where both are whole."""
-        return max(_rank(self.first), _rank(self.second))
+        return max(rank_of(self.first), rank_of(self.second))
 
     @property
     def split(self) -> tuple[int, int]:
@@ -81,12 +81,6 @@ def _fill(target: nn.ParameterDict, value: Tensor | Product, factor: float = 1.0
         value = value.without_core()
     put(target["up"], value.up, factor=factor, clear=True)
     put(target["down"], value.down)
-
-
-def _rank(value: Tensor | Product) -> int:
-    if isinstance(value, Product):
-        return value.rank
-    return 0
 
 
 def _shape(value: Tensor | Product) -> tuple[int, int]:

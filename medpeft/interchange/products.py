@@ -36,6 +36,13 @@ class Product:
         return Product(self.up, columns.flatten(1))  # (r, in, kernel …) → (r, fan-in)
 
 
+def rank_of(value: Tensor | Product) -> int:
+    """r of a product; 0 of a whole matrix."""
+    if isinstance(value, Product):
+        return value.rank
+    return 0
+
+
 def multiplied(value: Tensor | Product) -> Tensor:
     """Multiply out what may be a product: (out, fan-in)."""
     if isinstance(value, Tensor):
