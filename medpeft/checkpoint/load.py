@@ -56,11 +56,13 @@ class Prepared:
     """Plan of everything that loading a file does to a model.
 
     Attributes:
+        header: The file's header.
         planned: The plan by which the model is adapted first, None if it is adapted already.
         built: The planned adapters.
         values: Tensors that are then copied into the model, by name.
     """
 
+    header: Header
     planned: Plan | None
     built: list[Built]
     values: dict[str, Tensor]
@@ -157,7 +159,7 @@ def prepare(
             values = {name: value for name, value in read_values(file, header).items() if name in names}
             if head == "reinit":
                 values |= _draw_head(model, record)
-            return Prepared(planned, built_for(planned, values), values)
+            return Prepared(header, planned, built_for(planned, values), values)
         except CheckpointError:
             raise
         except MedpeftError as error:

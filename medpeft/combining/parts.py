@@ -12,9 +12,9 @@ from ..adapters.by_place import ByPlace
 from ..adapters.record import Applied, adapted_inside
 from ..architecture.layers import within
 from ..checkpoint.compatibility import Wording, differences
-from ..checkpoint.load import HeadPolicy, Prepared, inspect, prepare
+from ..checkpoint.load import HeadPolicy, Prepared, prepare
 from ..checkpoint.messages import as_lines
-from ..checkpoint.source import Source, name_of
+from ..checkpoint.source import Source
 from ..errors import CheckpointError, require
 from ..surgery.build import state_of_built
 from ..surgery.plan import Plan
@@ -32,16 +32,22 @@ class Part:
     """One file, read and checked.
 
     Attributes:
-        name: Its name, for messages.
         weight: Its weight.
         prepared: What loading it would do.
-        classes: Names of its classes, None if it has none.
     """
 
-    name: str
     weight: float
     prepared: Prepared
-    classes: list[str] | None
+
+    @property
+    def name(self) -> str:
+        """Its name, for messages."""
+        return self.prepared.header.name
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of its classes, None if it has none."""
+        return self.prepared.header.classes
 
     @property
     def plan(self) -> Plan:
@@ -93,7 +99,7 @@ def read(
         if head is not None and source != head:
             policy = "skip"
         prepared = prepare(model, source, check_base=check_base, head=policy, keep_base=keep_base)
-        parts.append(Part(name_of(source), float(weight), prepared, inspect(source).classes))
+        parts.append(Part(float(weight), prepared))
     for part in parts[1:]:
         lines = differences(_facts(part), _facts(parts[0]), _FACTS)
         if head is None and part.classes != parts[0].classes:
