@@ -112,12 +112,12 @@ class Private(nn.Module):
         if images == 0:  # Drawn at random, a batch can be empty; vmap and some models cannot.
             with torch.no_grad():
                 alone = [tensor.new_zeros(1, *tensor.shape[1:]) for tensor in inputs]
-                output = _require_tensor(self.model(*alone), 1)[:0]
+                output = _require_tensor(self.model(*alone))[:0]
             return _Pending(output, list(parameters.values()))
 
         def run(own: dict[str, Tensor], *image: Tensor) -> Tensor:
             alone = tuple(tensor[None] for tensor in image)  # (C, H, W) → (1, C, H, W)
-            return _require_tensor(torch.func.functional_call(self.model, own, alone), 1)[0]
+            return _require_tensor(torch.func.functional_call(self.model, own, alone))[0]
 
         # A CPU's faster kernel of attention has no rule for vmap, and would run image by image. On a GPU the
         # plain one is taken too, so that the gradients are those of the same formula everywhere.
@@ -225,13 +225,13 @@ def _is_watched(trained: dict[str, nn.Parameter]) -> bool:
     return any(hasattr(parameter, "grad_sample") for parameter in trained.values())
 
 
-def _require_tensor(output: Any, images: int) -> Tensor:
-    """Return the model's output if it is one tensor with an entry an image.
+def _require_tensor(output: Any) -> Tensor:
+    """Return the model's output for one image if it is one tensor with one entry.
 
     Raises:
         MedpeftError: it is something else.
     """
-    if isinstance(output, Tensor) and output.ndim > 0 and len(output) == images:
+    if isinstance(output, Tensor) and output.ndim > 0 and len(output) == 1:
         return output
     raise MedpeftError(
         f"The model returns {type(output).__name__} in place of one tensor with an entry an image, (B, …): "
