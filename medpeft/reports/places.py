@@ -43,10 +43,11 @@ def places_of(adapted: Adapted, base: dict[str, Tensor], by: str) -> dict[str, S
             bool(blocks), f"No kind of block is known in {type(adapted.model).__name__}: leave by='layer'."
         )
     places: dict[str, Switchable] = {}
+    layers = _layers_by_adapter(adapted)
     for _, _, adapters in adapted.layers:
         for name, adapter in adapters.adapters():
             first = adapter.first if isinstance(adapter, SecondPlace) else adapter
-            place = places.setdefault(_place_of(_layer_of(first, adapted), blocks), Switchable())
+            place = places.setdefault(_place_of(layers[first], blocks), Switchable())
             place.adapters.append((adapters, name))
             place.methods[first.method] = None
             place.parameters += sum(parameter.numel() for _, parameter in parameters_of(adapter))
@@ -62,12 +63,13 @@ def places_of(adapted: Adapted, base: dict[str, Tensor], by: str) -> dict[str, S
     return places
 
 
-def _layer_of(adapter: Adapter, adapted: Adapted) -> str:
-    """Name the layer of an adapter."""
+def _layers_by_adapter(adapted: Adapted) -> dict[Adapter, str]:
+    """Name the layer of every adapter."""
+    layers = {}
     for name, _, adapters in adapted.layers:
-        if any(other is adapter for _, other in adapters.adapters()):
-            return name
-    raise AssertionError("The first place of an adapter is on a layer of its model.")
+        for _, adapter in adapters.adapters():
+            layers[adapter] = name
+    return layers
 
 
 def _place_of(layer: str, blocks: Sequence[str]) -> str:
