@@ -43,13 +43,6 @@ class PlaceEffect:
     high: float | None = None
     unscored: int = 0
 
-    def as_text(self) -> _Line:
-        """Write the numbers out."""
-        interval = ""
-        if self.low is not None and self.high is not None:
-            interval = f"[{self.low:+.4f}, {self.high:+.4f}]"
-        return _Line(self.place, self.methods, self.parameters, interval, f"{self.loss:+.4f}")
-
 
 @dataclass(frozen=True)
 class _Line:
@@ -135,7 +128,7 @@ class Attribution:
             )
         title = f"{self.method} on {self.model}: what is lost without a place"
         columns = ("place", "methods", "parameters", "interval", "loss")
-        return Table(title, [row.as_text() for row in self.rows], columns, notes, summed=False)
+        return Table(title, list(map(_line, self.rows)), columns, notes, summed=False)
 
 
 @torch.no_grad()
@@ -209,6 +202,13 @@ def _attribution(model: nn.Module, by: str, scores: Scores) -> Attribution:
         found = scores.run(copy)
     without = float(scores.of(found)[0])
     return Attribution(type(model).__name__, adapted.record.name, float(whole[0]), without, rows)
+
+
+def _line(row: PlaceEffect) -> _Line:
+    ends = ""
+    if row.low is not None and row.high is not None:
+        ends = f"[{row.low:+.4f}, {row.high:+.4f}]"
+    return _Line(row.place, row.methods, row.parameters, ends, f"{row.loss:+.4f}")
 
 
 def _as_target(place: str) -> str:
