@@ -2,8 +2,10 @@
 
 import warnings
 
+import denoisers
 import pytest
 import torch
+from models import make
 
 import medpeft
 
@@ -16,6 +18,23 @@ PEFT_WARNINGS = [
 
 def close(a, b):
     return bool((a - b).abs().max() <= 1e-9 * b.abs().max())
+
+
+def unet():
+    return make("diffusion_unet").unet.eval()
+
+
+def denoised(unet, x):
+    return unet(x, torch.tensor(7), x.flatten(2)[:, :2, :6]).sample
+
+
+def text_encoder():
+    return denoisers.make("clip_text")[0]
+
+
+def encoded(model):
+    with torch.no_grad():
+        return model(torch.tensor([[0, 3, 4, 1]])).last_hidden_state
 
 
 def refused(call, model, path, reason, **options):
