@@ -1,4 +1,4 @@
-"""LoRA to and from the files of Hugging Face's peft: the same change of the weights, in peft's words.
+"""LoRA, LoHa and LoKr to and from the files of Hugging Face's peft: the same changes, in peft's words.
 
 Format: adapter_model.safetensors and adapter_config.json, as `PeftModel.save_pretrained` of peft 0.21 writes
 them. peft itself is not needed.
@@ -53,14 +53,15 @@ _EMBEDDING = {"A": "lora_embedding_B", "B": "lora_embedding_A"}
 
 
 def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write a model adapted by `lora` as peft's adapter_model.safetensors and adapter_config.json.
+    """Write a model adapted by `lora`, `loha` or `lokr` as peft does.
 
-    `PeftModel.from_pretrained(base, directory)` then computes the same. Where q, k and v are one layer, its
-    parts become one LoRA of the sum of their ranks, with a block-diagonal B. PiSSA and OLoRA become one of
-    twice the rank. The head goes into `modules_to_save`.
+    The files are adapter_model.safetensors and adapter_config.json, with which
+    `PeftModel.from_pretrained(base, directory)` computes the same. Where q, k and v are one layer, its parts
+    become one LoRA of the sum of their ranks, with a block-diagonal B. PiSSA and OLoRA become one of twice
+    the rank. The head goes into `modules_to_save`.
 
     Args:
-        model: A model after `apply(model, "lora", …)`, or `load`.
+        model: A model after `apply(model, "lora", …)`, or `load`; adapted by one of these methods.
         directory: Where to write; it must exist.
 
     Raises:
@@ -189,10 +190,10 @@ def _write_json(path: str, content: Mapping[str, Any]) -> None:
 def from_peft(
     model: nn.Module, directory: str | os.PathLike[str], *, head: Head = "auto", dropout: float | None = None
 ) -> nn.Module:
-    """Apply `lora` to a base and load a LoRA of peft: adapter_model.safetensors and adapter_config.json.
+    """Apply `lora`, `loha` or `lokr` to a base and load adapter_model.safetensors and adapter_config.json.
 
-    Every layer gets its own rank. Its factor is multiplied into B, so that all layers have one factor. Where
-    q, k and v are one layer, each part gets its own copy of A.
+    Every layer gets its own rank. Its factor is multiplied into B of LoRA, B₁ of LoHa or C of LoKr, so that
+    all layers have one factor. Where q, k and v are one layer, each part gets its own copy of LoRA's A.
 
     Args:
         model: The base, not adapted.
@@ -204,7 +205,7 @@ def from_peft(
         `model` itself.
 
     Raises:
-        CheckpointError: the files are damaged, or hold what LoRA here does not compute; each reason is given.
+        CheckpointError: the files are damaged, or hold what medpeft does not compute; each reason is given.
             The model is untouched.
 
     Examples:
