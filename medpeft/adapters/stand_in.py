@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ..architecture.weight_reads import sets_attributes
-from .wiring import acting, wiring_of
+from .wiring import Wiring, acting, wiring_of
 
 Change = TypeVar("Change")
 
@@ -111,12 +112,21 @@ def _stand_in_below(module: nn.Module, changes: Changes) -> nn.Module:
 
 
 def rebound(forward: Callable[..., Any], layer: nn.Module, copy: nn.Module) -> Callable[..., Any] | None:
-    """Bind a forward that was put on a layer to a stand-in; None if that is impossible, as for a closure."""
+    """Bind a forward that was put on a layer to a stand-in; None if that is impossible, as for a closure.
+
+    With ours goes the one that somebody else had put there before.
+    """
     if isinstance(forward, MethodType) and forward.__self__ is layer:
         return MethodType(forward.__func__, copy)
-    if isinstance(forward, functools.partial) and forward.args and forward.args[0] is layer:
-        return functools.partial(forward.func, copy, *forward.args[1:], **forward.keywords)
-    return None
+    if not isinstance(forward, functools.partial) or not forward.args or forward.args[0] is not layer:
+        return None
+    others = list(forward.args[1:])
+    if others and isinstance(others[0], Wiring) and others[0].previous is not None:
+        previous = rebound(others[0].previous, layer, copy)
+        if previous is None:
+            return None
+        others[0] = replace(others[0], previous=previous)
+    return functools.partial(forward.func, copy, *others, **forward.keywords)
 
 
 def _keep_attributes(layer: nn.Module, copy: nn.Module, changes: Changes) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..architecture.layers import is_differentiable
 from ..sharding import like
 
 
@@ -29,7 +30,7 @@ def between(
     for name, before in base.items():
         after = trained[name].detach()
         values[name] = after
-        if strength != 1 and (after.is_floating_point() or after.is_complex()):
+        if strength != 1 and is_differentiable(after):
             values[name] = _between(like(before.to(after.device), after), after, strength)
     return values
 

@@ -188,10 +188,11 @@ def compose(document: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of names, dtypes, shapes and bytes of contiguous tensors in CPU memory."""
+    """Digest of names, dtypes, shapes and bytes; one tensor after the other comes to CPU memory."""
     described = []
     for name, tensor in sorted(tensors.items()):
-        described.append([name, short(tensor.dtype), list(tensor.shape), digest(memory(tensor))])
+        data = memory(tensor.detach().cpu().contiguous())
+        described.append([name, short(tensor.dtype), list(tensor.shape), digest(data)])
     return _digest(described)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -131,7 +132,9 @@ def load(
     arguments = {"head": head, "check_base": check_base, "keep_base": keep_base}
     require_options("", arguments, {"head": HeadPolicy, "check_base": bool, "keep_base": bool | None})
     with switching(model, "load"):
-        prepared = prepare(model, path, check_base=check_base, head=head, keep_base=keep_base)
+        with opened(path) as file:
+            header = read(file, name_of(path))
+            prepared = prepare(model, file, header, check_base=check_base, head=head, keep_base=keep_base)
         if prepared.planned is None:
             fill(model, require_applied(model), prepared.values)
         else:
@@ -140,31 +143,35 @@ def load(
 
 
 def prepare(
-    model: nn.Module, path: Source, *, check_base: bool, head: HeadPolicy, keep_base: bool | None
+    model: nn.Module,
+    file: io.BufferedIOBase,
+    header: Header,
+    *,
+    check_base: bool,
+    head: HeadPolicy,
+    keep_base: bool | None,
 ) -> Prepared:
-    """Read and check everything; the model stays as it is."""
-    with opened(path) as file:
-        header = read(file, name_of(path))
-        try:
-            record = _record(model, header, head=head, keep_base=keep_base)
-            skipped = _skipped(record, head)
-            if check_base:
-                require_base(header, model, record, skipped)
-            planned = None
-            if applied(model) is None:
-                with _options_from_file(record):
-                    planned = plan_from(model, record)
-            expected, exact = _expected(model, record, planned)
-            names = require_fit(header, model, record, expected, exact if check_base else (), skipped)
-            values = {name: value for name, value in read_values(file, header).items() if name in names}
-            if head == "reinit":
-                values |= _draw_head(model, record)
-            return Prepared(header, planned, built_for(planned, values), values)
-        except CheckpointError:
-            raise
-        except MedpeftError as error:
-            misfit = f"{header.name} does not fit this {class_of(model).__name__}"
-            raise CheckpointError(f"{misfit}: {clip(error, 2000)}") from error
+    """Read and check everything that follows the header; the model stays as it is."""
+    try:
+        record = _record(model, header, head=head, keep_base=keep_base)
+        skipped = _skipped(record, head)
+        if check_base:
+            require_base(header, model, record, skipped)
+        planned = None
+        if applied(model) is None:
+            with _options_from_file(record):
+                planned = plan_from(model, record)
+        expected, exact = _expected(model, record, planned)
+        names = require_fit(header, model, record, expected, exact if check_base else (), skipped)
+        values = {name: value for name, value in read_values(file, header).items() if name in names}
+        if head == "reinit":
+            values |= _draw_head(model, record)
+        return Prepared(header, planned, built_for(planned, values), values)
+    except CheckpointError:
+        raise
+    except MedpeftError as error:
+        misfit = f"{header.name} does not fit this {class_of(model).__name__}"
+        raise CheckpointError(f"{misfit}: {clip(error, 2000)}") from error
 
 
 def fill(model: nn.Module, record: Applied, values: dict[str, Tensor]) -> None:

@@ -12,9 +12,10 @@ from ..adapters.by_place import ByPlace
 from ..adapters.record import Applied, adapted_inside
 from ..architecture.layers import within
 from ..checkpoint.compatibility import Wording, differences
+from ..checkpoint.header import read as read_header
 from ..checkpoint.load import HeadPolicy, Prepared, prepare
 from ..checkpoint.messages import as_lines
-from ..checkpoint.source import Source
+from ..checkpoint.source import Source, name_of, opened
 from ..errors import CheckpointError, require
 from ..surgery.build import state_of_built
 from ..surgery.plan import Plan
@@ -98,7 +99,9 @@ def read(
         policy: HeadPolicy = "strict"
         if head is not None and source != head:
             policy = "skip"
-        prepared = prepare(model, source, check_base=check_base, head=policy, keep_base=keep_base)
+        with opened(source) as file:
+            header = read_header(file, name_of(source))
+            prepared = prepare(model, file, header, check_base=check_base, head=policy, keep_base=keep_base)
         parts.append(Part(float(weight), prepared))
     for part in parts[1:]:
         lines = differences(_facts(part), _facts(parts[0]), _FACTS)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.aside import recovered, require_acting
-from ..adapters.record import Adapted, applied, own_tensors, require_model
+from ..adapters.record import Adapted, applied, require_model
 from ..adapters.running import counted, switching
+from ..checkpoint.header import content_digest
 from ..checkpoint.save import save
 from ..checkpoint.source import Source
 from ..checkpoint.state import Array
@@ -20,7 +21,7 @@ from .base import Base
 from .entry import BankEntry, entry_of_state, read_entry, table_of
 from .kind import Kind
 from .mixed import Inputs, run_mixed
-from .proof import Fact, Proof, digest_of
+from .proof import Fact, Proof
 from .switch import Live, take_out
 
 State = Mapping[str, Tensor | Array]
@@ -213,7 +214,7 @@ class Bank:
         base = Fact("", self._digest, self._base_digest())
         adapters = []
         for name, entry in dict(self._entries).items():
-            adapters.append(Fact(name, entry.digest, digest_of(entry.values)))
+            adapters.append(Fact(name, entry.digest, content_digest(entry.values)))
         return Proof(base, tuple(adapters), tuple(self._removed))
 
     @property
@@ -284,7 +285,7 @@ class Bank:
         record = applied(self._base.model)
         if record is None:
             return
-        digest = digest_of(Adapted.of(self._base.model).saved)
+        digest = content_digest(Adapted.of(self._base.model).saved)
         known = any(entry.digest == digest for entry in self._entries.values())
         require(
             known or discard,
@@ -294,4 +295,4 @@ class Bank:
         take_out(self._base, record)
 
     def _base_digest(self) -> str:
-        return digest_of(dict(own_tensors(self._base.view((), {}))))
+        return content_digest(self._base.tensors())

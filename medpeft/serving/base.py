@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapters.aside import recovered, require_acting
 from ..adapters.record import Applied, applied, own_tensors
+from ..architecture.layers import is_differentiable
 from ..errors import MedpeftError, listed, require
 from ..sharding import is_sharded
 from ..surgery.refusals import refuse
@@ -58,7 +59,10 @@ class Base:
         self.trained_before = {name: p.requires_grad for name, p in bare.named_parameters()}
         if record is not None:
             self.trained_before = dict(record.trained_before)
-        self.plain = self._mirror(bare, self._originals, self._trains_before)
+        mirrored = {}
+        for name, tensor in self._originals.items():
+            mirrored[id(tensor)] = requiring(tensor, self._trains_before(name))
+        self.plain = Mirror(mirrored).of(bare)
         self._in_plain = dict(own_tensors(self.plain))
         self.kept: dict[str, Tensor] = {}
         if record is not None:
@@ -66,15 +70,6 @@ class Base:
 
     def _trains_before(self, name: str) -> bool:
         return self.trained_before.get(name, False)
-
-    def _mirror(
-        self, model: nn.Module, tensors: Mapping[str, Tensor], trains: Callable[[str], bool]
-    ) -> nn.Module:
-        """Mirror a model on the memory of tensors, of which some are to require gradients."""
-        replaced = {}
-        for name, tensor in tensors.items():
-            replaced[id(tensor)] = requiring(tensor, trains(name))
-        return Mirror(replaced).of(model)
 
     def keep(self, record: Applied, *, adapted: bool = True) -> None:
         """Keep the base's values of what the methods of a record train.
@@ -113,11 +108,14 @@ class Base:
 
     def view(self, selected: Collection[str], others: Mapping[str, Tensor]) -> nn.Module:
         """Mirror the base as a method has it that trains some parameters, with other tensors for some."""
-        tensors = {**self._in_plain, **self.kept, **others}
         replaced = {}
-        for name, tensor in tensors.items():
+        for name, tensor in {**self.tensors(), **others}.items():
             replaced[id(self._in_plain[name])] = requiring(tensor, name in selected)
         return Mirror(replaced).of(self.plain)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the base by name, with its values."""
+        return {**self._in_plain, **self.kept}
 
     def own(self, name: str) -> Tensor:
         """Return a tensor of `plain` by name, whatever its values are at the moment."""
@@ -154,7 +152,7 @@ class Base:
 
 def requiring(tensor: Tensor, requires_grad: bool) -> Tensor:
     """Make a parameter on the memory of a tensor; one of a class of its own, or of integers, stays itself."""
-    if type(tensor) not in (Tensor, nn.Parameter) or not (tensor.is_floating_point() or tensor.is_complex()):
+    if type(tensor) not in (Tensor, nn.Parameter) or not is_differentiable(tensor):
         return tensor
     return nn.Parameter(tensor.detach(), requires_grad=requires_grad)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters.record import Adapted
 from ..checkpoint.compatibility import OtherBaseError, saved_record
-from ..checkpoint.header import read
+from ..checkpoint.header import Header, content_digest, read
 from ..checkpoint.load import Prepared, prepare
 from ..checkpoint.source import Source, name_of, opened
 from ..checkpoint.state import Array, checked
@@ -22,7 +23,6 @@ from .base import Base, requiring
 from .heads import Shapes, zeros_for_head
 from .kind import Kind, key_of
 from .mirror import Mirror
-from .proof import digest_of
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,23 @@ def read_entry(
     """
     with opened(source) as file:
         header = read(file, name_of(source))
+        kind, values = _kind_and_values(base, kinds, file, header)
+    for tensor_name, value in values.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(f"{tensor_name!r} in {header.name} has values that are not finite.")
+    if metadata is None:
+        metadata = header.metadata
+    return _entry(name, kind, values, metadata)
+
+
+def _kind_and_values(
+    base: Base, kinds: Mapping[str, Kind], file: io.BufferedIOBase, header: Header
+) -> tuple[Kind, dict[str, Tensor]]:
+    """Find or make the kind of the adapter in a file, and read its tensors.
+
+    Raises:
+        CheckpointError: it does not fit the base.
+    """
     record = saved_record(header)
     shapes, dtypes = {}, {}
     for tensor_name, entry in header.tensors.items():
@@ -86,30 +103,28 @@ def read_entry(
     key = key_of(record, dtypes)
     kind, prepared = kinds.get(key), None
     if kind is not None and kind.may_keep_other(record):
-        prepared = _prepared(base.view(record.selected, zeros), source)
+        prepared = _prepared(base.view(record.selected, zeros), file, header)
         kind.of_seed = not kind.keeps_same(prepared.built)
         if kind.of_seed:
             key = f"{key}, seed {record.seed}"
             kind = kinds.get(key)
     if kind is None:
         if prepared is None:
-            prepared = _prepared(base.view(record.selected, zeros), source)
+            prepared = _prepared(base.view(record.selected, zeros), file, header)
         kind = Kind.of(base, key, prepared)
     elif prepared is None:
-        prepared = _prepared(_view_of(kind, base, zeros), source)
-    if metadata is None:
-        metadata = header.metadata
-    return _entry(name, kind, prepared.values, metadata, header.name)
+        prepared = _prepared(_view_of(kind, base, zeros), file, header)
+    return kind, prepared.values
 
 
-def _prepared(view: nn.Module, source: Source) -> Prepared:
+def _prepared(view: nn.Module, file: io.BufferedIOBase, header: Header) -> Prepared:
     """Read and check a file for a view of the base.
 
     Raises:
         CheckpointError: it does not fit.
     """
     try:
-        return prepare(view, source, check_base=True, head="strict", keep_base=True)
+        return prepare(view, file, header, check_base=True, head="strict", keep_base=True)
     except OtherBaseError as error:
         raise CheckpointError(
             f"{error.found}\nA bank has adapters of one base alone: make another bank of the base of these."
@@ -131,7 +146,7 @@ def entry_of_state(
             shapes[key] = tuple(value.shape)
     zeros = zeros_for_head(base, kind.record, shapes, f"The state of {name!r}")
     values = checked(Adapted.of(_view_of(kind, base, zeros)), state)
-    return _entry(name, kind, values, metadata or {}, f"The state of {name!r}")
+    return _entry(name, kind, values, metadata or {})
 
 
 def _view_of(kind: Kind, base: Base, zeros: Mapping[str, Tensor]) -> nn.Module:
@@ -141,21 +156,13 @@ def _view_of(kind: Kind, base: Base, zeros: Mapping[str, Tensor]) -> nn.Module:
     return Mirror(tensors).of(kind.adapted_mirror)
 
 
-def _entry(
-    name: str, kind: Kind, values: Mapping[str, Tensor], metadata: Mapping[str, Any], source: str
-) -> BankEntry:
-    """Make an entry of checked tensors, which share no memory with others.
-
-    Raises:
-        CheckpointError: a value is not finite.
-    """
+def _entry(name: str, kind: Kind, values: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> BankEntry:
+    """Make an entry of checked tensors, which share no memory with others."""
     own = {}
     for tensor_name, value in values.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(f"{tensor_name!r} in {source} has values that are not finite.")
         model_has = kind.tensors[tensor_name]
         own[tensor_name] = requiring(value.detach().to(model_has, copy=True), model_has.requires_grad)
-    return BankEntry(name, kind, own, dict(metadata), digest_of(own))
+    return BankEntry(name, kind, own, dict(metadata), content_digest(own))
 
 
 def table_of(entries: Sequence[BankEntry], title: str) -> Table:

@@ -7,8 +7,6 @@ tensors, and an interrupt leaves nothing behind. `adapters/stand_in.py` does the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -58,7 +56,7 @@ class Mirror:
         if self.bare:
             _take_off(module, copy)
         elif "forward" in own:
-            own["forward"] = _bound(module, copy)
+            own["forward"] = rebound(own["forward"], module, copy)
         return copy
 
     def _with_tensors(self, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -74,16 +72,6 @@ class Mirror:
             elif not (self.bare and isinstance(child, Adapters)):
                 mirrored[name] = self.of(child)
         return mirrored
-
-
-def _bound(module: nn.Module, copy: nn.Module) -> Any:
-    """Bind the forward that was put on a module to its copy, and the one below ours too."""
-    forward = rebound(module.__dict__["forward"], module, copy)
-    wiring = wiring_of(module)
-    if wiring is not None and wiring.previous is not None and forward is not None:
-        previous = rebound(wiring.previous, module, copy)
-        forward.args = (copy, replace(wiring, previous=previous))  # type: ignore
-    return forward
 
 
 def _take_off(module: nn.Module, copy: nn.Module) -> None:

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from ..checkpoint.header import content_digest
 from ..table import Table
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of names, dtypes, shapes and bytes of tensors; the `content` of a file that holds them."""
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return content_digest(whole)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from types import MethodType
 
 import pytest
 import torch
@@ -222,6 +223,20 @@ def test_a_switch_of_the_adapters_waits_for_a_forward_of_the_rest():
     switch.join()
     handle.remove()
     assert torch.equal(results[0], expected)
+
+
+def doubled(self, x):
+    """Twice what the class's forward computes."""
+    return 2 * type(self).forward(self, x)
+
+
+def test_a_forward_that_was_put_on_the_model_before_apply_goes_on_too():
+    plain, x = make("vit", torch.float32), example("vit", torch.float32)
+    plain.forward = MethodType(doubled, plain)
+    model = randomise_adapters(medpeft.apply(plain, "lora", target="blocks.1.*")).eval()
+    split = medpeft.prefix(model, x)
+    assert split.place == "the input of 'blocks.1'"
+    assert torch.equal(split.rest(split.features(x)), model(x))
 
 
 def test_checkpoint_inside_a_forward_of_the_user():

@@ -1,11 +1,13 @@
 """A bank computes with each adapter what a model with this one alone computes, and leaves the rest alone."""
 
+import copy
 import re
+from types import MethodType
 
 import pytest
 import torch
 from banks import bank_of, file_of, first, images, sites
-from checkpoints import bits, same
+from checkpoints import bits, same, trained
 from every_method import CASES, adapted, base, perturb
 from golden.model import Golden
 from places import ROOT
@@ -98,6 +100,29 @@ def test_adapters_of_one_kind_are_written_into_the_same_tensors():
             torch.testing.assert_close(compiled(x), made[name](x))
     assert len(calls) == 1
     assert all(one is other for one, other in zip(before, plain.parameters(), strict=True))
+
+
+def doubled(self, x):
+    """Twice what the class's forward computes."""
+    return 2 * type(self).forward(self, x)
+
+
+@pytest.mark.parametrize("options", [{"method": "ssf"}, {"method": "lora", "dora": True}])
+@torch.no_grad()
+def test_a_forward_that_was_put_on_the_model_or_on_an_adapted_layer_is_run(options):
+    base = Golden().eval()
+    for module in (base, base.blocks[0].mlp.fc1):
+        module.forward = MethodType(doubled, module)
+    made = {}
+    for seed, name in enumerate("ab"):
+        made[name] = trained(copy.deepcopy(base), seed=seed, **options)
+    bank, x = bank_of(made, base), images(2)
+    mixed = bank(x, list("ab"))
+    for i, name in enumerate("ab"):
+        bank.use(name)
+        assert torch.equal(bank(x, name), base(x))
+        assert torch.equal(base(x), made[name](x))
+        torch.testing.assert_close(mixed[i], base(x)[i])
 
 
 def test_a_model_in_use_trains_saves_and_is_not_overwritten():
