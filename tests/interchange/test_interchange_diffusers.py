@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lora_files import PEFT_WARNINGS, close, refused
-from models import example, make, randomise_adapters
+from lora_files import PEFT_WARNINGS, close, denoised, refused, text_encoder, unet
+from models import example, randomise_adapters
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,14 +14,6 @@ pytestmark = PEFT_WARNINGS
 
 peft = pytest.importorskip("peft")
 diffusers = pytest.importorskip("diffusers")
-
-
-def denoised(unet, x):
-    return unet(x, torch.tensor(7), x.flatten(2)[:, :2, :6]).sample
-
-
-def unet():
-    return make("diffusion_unet").unet
 
 
 @pytest.mark.parametrize(
@@ -75,15 +67,6 @@ def test_what_a_diffusers_file_cannot_hold_is_named(tmp_path):
     with pytest.raises(medpeft.MedpeftError, match="not adapted"):
         to_diffusers(nn.Linear(2, 2), tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
-
-
-def text_encoder(seed=0):
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    tokens = {"vocab_size": 20, "max_position_embeddings": 9, "bos_token_id": 0, "eos_token_id": 1}
-    return CLIPTextModel(CLIPTextConfig(**sizes, **tokens)).double().eval()
 
 
 def encoded(model):

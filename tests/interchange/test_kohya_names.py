@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lora_files import close, refused
-from models import example, make, randomise_adapters
+from lora_files import close, denoised, refused, text_encoder, unet
+from models import example, randomise_adapters
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -12,23 +12,6 @@ from medpeft.interchange import from_kohya, to_kohya
 from medpeft.interchange.flat_names import layers_by_key
 
 diffusers = pytest.importorskip("diffusers")
-
-
-def denoised(unet, x):
-    return unet(x, torch.tensor(7), x.flatten(2)[:, :2, :6]).sample
-
-
-def unet():
-    return make("diffusion_unet").unet.eval()
-
-
-def text_encoder():
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    tokens = {"vocab_size": 20, "max_position_embeddings": 9, "bos_token_id": 0, "eos_token_id": 1}
-    return CLIPTextModel(CLIPTextConfig(**sizes, **tokens)).double().eval()
 
 
 @pytest.mark.parametrize(

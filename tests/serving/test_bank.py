@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
-from banks import bank_of, file_of, first, images, sites
+from banks import bank_of, file_of, images, sites
 from checkpoints import bits, same
 from every_method import CASES, adapted, base, perturb
 from golden.model import Golden
+from models import first
 from places import ROOT
 from torch import nn
 

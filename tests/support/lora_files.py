@@ -1,9 +1,10 @@
-"""Files of other libraries: outputs that agree, and files that are refused and leave the model."""
+"""Files of other libraries: outputs that agree, models to write and read them, and files that are refused."""
 
 import warnings
 
 import pytest
 import torch
+from models import make
 
 import medpeft
 
@@ -16,6 +17,23 @@ PEFT_WARNINGS = [
 
 def close(a, b):
     return bool((a - b).abs().max() <= 1e-9 * b.abs().max())
+
+
+def unet():
+    return make("diffusion_unet").unet
+
+
+def denoised(unet, x):
+    return unet(x, torch.tensor(7), x.flatten(2)[:, :2, :6]).sample
+
+
+def text_encoder():
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": 20, "max_position_embeddings": 9, "bos_token_id": 0, "eos_token_id": 1}
+    return CLIPTextModel(CLIPTextConfig(**sizes, **tokens)).double().eval()
 
 
 def refused(call, model, path, reason, **options):
