@@ -13,7 +13,7 @@ from typing import Any
 import timm
 import torch
 from resident import give_back, resident
-from tables import markdown, write_json
+from tables import markdown, spread, write_json
 from timing import Step, add_arguments, interleaved, precision, ratios, timed, where
 from torch import Tensor, nn
 
@@ -50,14 +50,13 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """Lay out the figures by method."""
     lines = []
     for method, row in rows.items():
-        low, high = row["ratio_range"]
         figures = [
             f"{row['adapters']:.1f}",
             f"{row['process']:.1f}",
             f"{row['add']:.0f}",
             f"{row['use']:.2f}",
         ]
-        lines.append([method, *figures, f"{row['one']:.2f}", f"{row['ratio']:.2f}", f"{low:.2f}–{high:.2f}"])
+        lines.append([method, *figures, f"{row['one']:.2f}", f"{row['ratio']:.2f}", spread(row)])
     return markdown(["", *COLUMNS], lines)
 
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import left_out
 from networks import build, example
+from step import loss_of
 from tables import markdown, write_json
-from timing import add_arguments, interleaved, precision, ratios, where
+from timing import add_arguments, interleaved, ratios, where
 from torch import Tensor, nn
 
 import medpeft
@@ -59,7 +61,7 @@ def main() -> None:
         try:
             rows.append(measured(args, case))
         except medpeft.MedpeftError as reason:
-            print(f"{case}: left out: {str(reason).partition(':')[0]}")
+            print(left_out(case, reason))
     write_json(args.json, {"model": args.model, "runs": args.runs, "where": where(args), "rows": rows})
     print(f"{args.model}, {args.runs} runs at once, {where(args)}, median of {args.repeats}\n")
     print(table(rows, args.runs))
@@ -74,20 +76,17 @@ def measured(args: argparse.Namespace, case: str) -> dict[str, Any]:
         split = medpeft.prefix(model, inputs)
         model, inputs = split.rest, split.features(inputs)
     several = Several(model, args.runs)
-    steps: dict[str, Callable[[], None]] = {
-        "one": partial(step, model, inputs, args),
-        "all": partial(step, several, inputs, args),
-    }
+    steps: dict[str, Callable[[], None]] = {}
+    for name, network in (("one", model), ("all", several)):
+        steps[name] = partial(step, network, loss_of(network, (inputs,), False, args))
     figures = ratios(interleaved(steps, args.repeats, args.device))
     share = costs(several, inputs).training_flops / (args.runs * costs(model, inputs).training_flops)
     return {"case": case, **figures["all"], "one_seconds": figures["one"]["seconds"], "operations": share}
 
 
-def step(network: nn.Module, inputs: Tensor, args: argparse.Namespace) -> None:
+def step(network: nn.Module, loss: Callable[[], Tensor]) -> None:
     """Run a step of one run or of several, up to the gradients."""
-    with precision(args):
-        loss = network(inputs).float().square().mean()
-    loss.backward()  # type: ignore[no-untyped-call]  # torch's
+    loss().backward()
     network.zero_grad()
 
 

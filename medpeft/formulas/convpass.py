@@ -18,12 +18,11 @@ from ..adapters.handover import Handover
 from ..adapters.options import Count, Factor, Probability
 from ..adapters.registry import register
 from ..architecture.blocks import Branch, Branches, branches
-from ..architecture.convolution import CONVOLVE
 from ..architecture.network import Network
 from ..architecture.site import Partner, Site, Unfit
 from ..architecture.windows import around_windows, cuts_windows, reorders_tokens
 from ..errors import MedpeftError
-from .grid import Grid, find_grid
+from .grid import Grid, convolved, filtered, find_grid, on_patches
 from .two_matrices import TwoMatrices
 
 
@@ -145,31 +144,20 @@ class Convpass(Adapter, TwoMatrices):
         return self.conv.flatten(2)[..., 3**self.layout.dims // 2]  # (h, h, 3, …, 3) → (h, h, 9 or 27)
 
     def _convolved(self, hidden: Tensor) -> Tensor:
-        """Convolve (B, …, h), tokens in a row or on a grid; or the tokens of one image, (N, h)."""
-        if hidden.ndim > 3:
-            return self._on_grid(hidden)
-        if hidden.ndim == 2:
-            return self._in_row(hidden[None])[0]  # (N, h) → (1, N, h) and back
-        if self.layout.sequence == 0:
-            return self._in_row(hidden.transpose(0, 1)).transpose(0, 1)  # (N, B, h) → (B, N, h) and back
-        return self._in_row(hidden)
+        """Convolve (B, …, h), tokens on a grid or in a row; or the tokens of one image, (N, h)."""
+        return filtered(hidden, self.layout, self._on_grid, self._in_row)
 
     def _in_row(self, hidden: Tensor) -> Tensor:
         """Convolve the patches, and apart from them every other token: (B, N, h) → (B, N, h)."""
-        grid = self._find_grid(hidden.shape[1])
-        # On an image of one pixel, all of the kernel but its centre meets padding.
-        alone = F.linear(hidden[:, : grid.prefix], self._centre, self.conv_bias)
-        if not grid.sizes:
-            return alone
-        image = hidden[:, grid.prefix :].unflatten(1, grid.sizes)  # (B, H·W, h) → (B, H, W, h)
-        patches = self._on_grid(image).flatten(1, -2)  # (B, H, W, h) → (B, H·W, h)
-        return torch.cat([alone, patches], 1)
+        return on_patches(hidden, self._find_grid(hidden.shape[1]), self._on_grid, self._alone)
 
     def _on_grid(self, image: Tensor) -> Tensor:
         """Convolve an image, (B, H, W, h)."""
-        convolve = CONVOLVE[self.layout.dims]
-        channels_first = image.movedim(-1, 1)  # (B, H, W, h) → (B, h, H, W)
-        return convolve(channels_first, self.conv, self.conv_bias, padding=1).movedim(1, -1)
+        return convolved(image, self.conv, self.conv_bias)
+
+    def _alone(self, hidden: Tensor) -> Tensor:
+        """Convolve tokens, each as an image of one pixel: all of the kernel but its centre meets padding."""
+        return F.linear(hidden, self._centre, self.conv_bias)
 
     def _find_grid(self, tokens: int) -> Grid:
         """Find the grid of the patches among so many tokens; it has no sizes if none of them is a patch."""

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from ..adapters.adapter import ON_INPUT, cast
 from ..adapters.options import Count, Must
 from ..adapters.registry import register
-from ..architecture.convolution import CONVOLVE
 from ..architecture.site import Site
 from ..errors import MedpeftError
 from .beside import HINT, UNMERGEABLE, BesideTrunk, as_wide
-from .grid import find_grid, on_patches
+from .grid import convolved, find_grid, on_patches
 from .whole_weights import factor
 
 _Positive = Annotated[float, Must("be a finite number above 0", lambda x: x > 0)]
@@ -36,9 +35,7 @@ class Depthwise(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Convolve every channel by itself: (B, H, W, C) → (B, H, W, C)."""
-        convolve = CONVOLVE[self.kernel.ndim - 2]
-        channels_first = image.movedim(-1, 1)  # (B, H, W, C) → (B, C, H, W)
-        return convolve(channels_first, self.kernel, padding=1, groups=len(self.kernel)).movedim(1, -1)
+        return convolved(image, self.kernel, groups=len(self.kernel))
 
 
 @register(

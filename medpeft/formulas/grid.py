@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..architecture.convolution import CONVOLVE
 from ..architecture.site import Layout
 
 
@@ -41,10 +42,51 @@ def find_grid(layout: Layout, tokens: int) -> Grid | None:
     return None
 
 
-def on_patches(tokens: Tensor, grid: Grid, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Change the patches as the image (B, H, W, C) that they make; the tokens before them stay: (B, N, C)."""
+def filtered(
+    tokens: Tensor,
+    layout: Layout,
+    on_image: Callable[[Tensor], Tensor],
+    in_row: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Filter the tokens of a block, (B, …, C), on a grid or in a row; or those of one image, (N, C).
+
+    Args:
+        tokens: Their channels are last.
+        layout: Of the block.
+        on_image: Filters tokens on a grid, (B, H, W, C).
+        in_row: Filters tokens in a row, (B, N, C).
+    """
+    if tokens.ndim > 3:
+        return on_image(tokens)
+    if tokens.ndim == 2:
+        return in_row(tokens[None])[0]  # (N, C) → (1, N, C) and back
+    if layout.sequence == 0:
+        return in_row(tokens.transpose(0, 1)).transpose(0, 1)  # (N, B, C) → (B, N, C) and back
+    return in_row(tokens)
+
+
+def on_patches(
+    tokens: Tensor,
+    grid: Grid,
+    on_image: Callable[[Tensor], Tensor],
+    alone: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Filter the patches of tokens in a row, (B, N, C), as the image (B, H, W, C) that they make.
+
+    The tokens before them stay, or go through `alone`.
+    """
+    before = tokens[:, : grid.prefix]
+    if alone is not None:
+        before = alone(before)
     if not grid.sizes:
-        return tokens
+        return before
     image = tokens[:, grid.prefix :].unflatten(1, grid.sizes)  # (B, H·W, C) → (B, H, W, C)
-    patches = change(image).flatten(1, -2)  # (B, H, W, C) → (B, H·W, C)
-    return torch.cat([tokens[:, : grid.prefix], patches], 1)
+    patches = on_image(image).flatten(1, -2)  # (B, H, W, C) → (B, H·W, C)
+    return torch.cat([before, patches], 1)
+
+
+def convolved(image: Tensor, kernel: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    """Convolve an image, (B, H, W, C), by a kernel of odd sides, so that its size stays."""
+    convolve = CONVOLVE[kernel.ndim - 2]
+    channels_first = image.movedim(-1, 1)  # (B, H, W, C) → (B, C, H, W)
+    return convolve(channels_first, kernel, bias, padding=kernel.shape[-1] // 2, groups=groups).movedim(1, -1)

@@ -277,9 +277,7 @@ def _new_bias(site: Site) -> nn.Parameter:
         f"bias=True has no place at {site.name}: an embedding adds no bias, and where a parent reads the "
         "weight alone none of the layer's own is read. Exclude it, or use bias=False.",
     )
-    if site.rows:
-        return nn.Parameter(torch.zeros(sum(part_sizes(site.rows, 0))))
-    return nn.Parameter(torch.zeros(site.output_channels))
+    return nn.Parameter(torch.zeros(sum(part_sizes(site.rows, site.output_channels))))
 
 
 def _stretch(magnitude: Tensor, matrix: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,13 +21,12 @@ from ..adapters.options import Count, Probability
 from ..adapters.registry import register
 from ..architecture.attention import attends_for_class_token
 from ..architecture.blocks import branches
-from ..architecture.convolution import CONVOLVE
 from ..architecture.network import Network
 from ..architecture.site import Layout, Site, Unfit
 from ..architecture.trunk import trunk
 from ..architecture.windows import reorders_tokens
 from ..errors import MedpeftError
-from .grid import find_grid, on_patches
+from .grid import convolved, filtered, find_grid, on_patches
 from .stream import before_mlp, in_shape_of
 from .two_matrices import TwoMatrices
 
@@ -89,10 +89,7 @@ class Filters(nn.Module, TwoMatrices):
     def on_image(self, image: Tensor) -> Tensor:
         """Filter an image, (B, H, W, width): the three convolutions are one, whose kernel is their mean."""
         kernel, bias = self._kernel()
-        channels_first = image.movedim(-1, 1)  # (B, H, W, C) → (B, C, H, W)
-        convolve = CONVOLVE[self.dims]
-        filtered = convolve(channels_first, kernel, bias, padding=_SIDES[-1] // 2, groups=len(kernel))
-        image = image + filtered.movedim(1, -1)  # (B, C, H, W) → (B, H, W, C)
+        image = image + convolved(image, kernel, bias, groups=len(kernel))
         return image + F.linear(image, self.mix, self.mix_bias)
 
     def _kernel(self) -> tuple[Tensor, Tensor]:
@@ -211,21 +208,12 @@ class Mona(Adapter):
 
     def change(self, filters: Filters, x: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
         """Compute what is added to a stream `x`, whose channels are on an axis."""
-        hidden = self._filtered(filters, filters.narrowed(x.movedim(axis, -1)), sizes)
+        hidden = filters.narrowed(x.movedim(axis, -1))
+        in_row = partial(self._in_row, filters, sizes)
+        hidden = filtered(hidden, self.layout, filters.on_image, in_row)
         return filters.widened(hidden, axis).to(x.dtype)
 
-    def _filtered(self, filters: Filters, hidden: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """Filter (B, …, width), tokens in a row or on a grid; or the tokens of one image, (N, width)."""
-        if hidden.ndim > 3:
-            return filters.on_image(hidden)
-        if hidden.ndim == 2:
-            return self._in_row(filters, hidden[None], sizes)[0]  # (N, C) → (1, N, C) and back
-        if self.layout.sequence == 0:
-            hidden = hidden.transpose(0, 1)  # (N, B, C) → (B, N, C)
-            return self._in_row(filters, hidden, sizes).transpose(0, 1)
-        return self._in_row(filters, hidden, sizes)
-
-    def _in_row(self, filters: Filters, hidden: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    def _in_row(self, filters: Filters, sizes: tuple[int, ...], hidden: Tensor) -> Tensor:
         """Filter the patches; every other token stays: (B, N, C) → (B, N, C)."""
         layout: Layout = self.layout
         if sizes:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from every_method import CASES, adapted
+from models import first
 from per_sample import deterministic
 from torch.func import functional_call, vmap
 
@@ -19,8 +20,7 @@ def test_copies_at_once_compute_what_each_computes(case):
             copies[name] = torch.stack([parameter.detach(), parameter.detach() * 1.1])
 
     def run(own):
-        y = functional_call(model, own, (x,))
-        return y if isinstance(y, torch.Tensor) else y[0]
+        return first(functional_call(model, own, (x,)))
 
     at_once = vmap(run)(copies)
     for place in (0, 1):

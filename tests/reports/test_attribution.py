@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from every_method import CASES, adapted
-from models import make
+from models import make, output
 
 import medpeft
 from medpeft.adapters.record import Adapted
@@ -18,8 +18,7 @@ SEPARATE = [case for case in CASES if case not in STREAMS]
 
 def outputs(model, x):
     with torch.no_grad():
-        y = model(x)
-    return y if isinstance(y, torch.Tensor) else y[0]
+        return output(model, x)
 
 
 def closeness(x, target):

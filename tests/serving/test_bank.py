@@ -6,10 +6,11 @@ from types import MethodType
 
 import pytest
 import torch
-from banks import bank_of, file_of, first, images, sites
+from banks import bank_of, file_of, images, sites
 from checkpoints import bits, same, trained
 from every_method import CASES, adapted, base, perturb
 from golden.model import Golden
+from models import first
 from places import ROOT
 from torch import nn
 

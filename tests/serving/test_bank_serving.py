@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
-from banks import bank_of, file_of, first, images, sites
+from banks import bank_of, file_of, images, sites
 from checkpoints import bits, same
 from every_method import perturb
 from golden.model import Golden
-from models import example, make
+from models import example, first, make
 from torch import nn
 
 import medpeft

@@ -5,7 +5,6 @@ import io
 import torch
 from checkpoints import trained
 from golden.model import Golden
-from torch import Tensor
 
 import medpeft
 
@@ -31,13 +30,6 @@ def bank_of(made, plain=None):
     for name, model in made.items():
         bank.add(name, file_of(model))
     return bank
-
-
-def first(output):
-    """The first tensor of an output."""
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output
 
 
 def images(count, seed=0):

@@ -67,9 +67,13 @@ def example(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+def first(returned) -> Tensor:
+    """The first tensor of what a model returns."""
+    while not isinstance(returned, Tensor):
+        returned = returned[0]
+    return returned
+
+
 def output(model: nn.Module, x: Tensor) -> Tensor:
     """The first tensor that a model returns."""
-    found = model(x)
-    while not isinstance(found, Tensor):
-        found = found[0]
-    return found
+    return first(model(x))

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from every_method import adapted
+from models import output
 from put_aside import X, base, trained
 
 import medpeft
@@ -27,11 +28,6 @@ KINDS = [
     "ssf+lora+svdiff+bias",
     "vpt_deep",
 ]
-
-
-def output(model, x):
-    y = model(x)
-    return y if isinstance(y, torch.Tensor) else y[0]
 
 
 def state_between(model, strength):
