@@ -9,7 +9,6 @@ adapters at the best share of the places.
 """
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -23,6 +22,7 @@ from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from trainer.card import command_of
 from trainer.data import Batch
 from trainer.errors import TrainerError
 from trainer.flags import spelled
@@ -149,13 +149,8 @@ def draw(found: medpeft.Attribution, path: Path) -> None:
 
 
 def command(settings: Settings, places: Sequence[str]) -> str:
-    """Write the command that trains with adapters at these places alone."""
-    words = ["python", "examples/train.py", "--method", settings.method]
-    if settings.data is not None:
-        words += ["--data", settings.data]
-    for place in places:
-        words += ["--target", place]
-    return shlex.join(words)
+    """Write the command that trains as this run did, with adapters at these places alone."""
+    return command_of(replace(settings, target=list(places), output=None, quiet=False))
 
 
 if __name__ == "__main__":
