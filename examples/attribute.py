@@ -9,7 +9,6 @@ adapters at the best share of the places.
 """
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -23,6 +22,8 @@ from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from trainer.card import command_of
+from trainer.data import Batch
 from trainer.errors import TrainerError
 from trainer.flags import spelled
 from trainer.settings import Settings
@@ -92,12 +93,14 @@ def attribution_of(settings: Settings, folder: Path, flags: Flags) -> medpeft.At
     work = prepare(replace(settings, cache_features=None))
     model = medpeft.load(work.model, folder / "adapter.safetensors")
     device = torch.device(flags.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    outputs, targets = validated(work, model.to(device))
+    part: Any = parts_of(work)[1]["val"]
+    images = DataLoader(part, settings.batch_size)
+    outputs, targets = validated(work, model.to(device), images)
     kept_score = f"validation {work.task.words[work.task.score]}"
     print(f"{kept_score} {work.task.watch(outputs, targets):.4f} of {len(targets)} images", flush=True)
 
     def predict(network: nn.Module) -> Tensor:
-        return validated(work, network)[0]
+        return validated(work, network, images)[0]
 
     def score(found: Tensor, rows: Tensor) -> float:
         return work.task.watch(found[rows], targets[rows])
@@ -106,14 +109,13 @@ def attribution_of(settings: Settings, folder: Path, flags: Flags) -> medpeft.At
 
 
 @torch.no_grad()
-def validated(work: Work, model: nn.Module) -> tuple[Tensor, Tensor]:
+def validated(work: Work, model: nn.Module, images: DataLoader[Batch]) -> tuple[Tensor, Tensor]:
     """Compute what is kept of outputs and targets (N, …) of the validation images."""
     device = next(model.parameters()).device
     model.eval()
-    part: Any = parts_of(work)[1]["val"]
     kept = []
-    for images, targets in DataLoader(part, work.settings.batch_size):
-        outputs = work.task.infer(model, images.to(device)).cpu()
+    for inputs, targets in images:
+        outputs = work.task.infer(model, inputs.to(device)).cpu()
         kept.append(work.task.keep(outputs, targets, watched=True))
     return torch.cat([outputs for outputs, _ in kept]), torch.cat([targets for _, targets in kept])
 
@@ -147,13 +149,8 @@ def draw(found: medpeft.Attribution, path: Path) -> None:
 
 
 def command(settings: Settings, places: Sequence[str]) -> str:
-    """Write the command that trains with adapters at these places alone."""
-    words = ["python", "examples/train.py", "--method", settings.method]
-    if settings.data is not None:
-        words += ["--data", settings.data]
-    for place in places:
-        words += ["--target", place]
-    return shlex.join(words)
+    """Write the command that trains as this run did, with adapters at these places alone."""
+    return command_of(replace(settings, target=list(places), output=None, quiet=False))
 
 
 if __name__ == "__main__":

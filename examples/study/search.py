@@ -185,7 +185,8 @@ def search(
     space = search_space(settings, given)
     start = start_of(settings, space)
     machines.start()
-    tuner = make_tuner(settings, space, start, how, folder.resolve(), machines)
+    # A trial of Ray's has another working folder.
+    tuner = make_tuner(settings.absolute(), space, start, how, folder.resolve(), machines)
     results = fit(tuner)
     ended = 0
     for number in range(len(results)):

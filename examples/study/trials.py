@@ -90,12 +90,8 @@ def make_trial(row: Row, common: Mapping[str, Any], folder: Path) -> Trial:
     Raises:
         TrainerError: they do not go together.
     """
-    settings = settings_of(row, common)
     # A run of Ray's has another working folder.
-    if settings.data is not None and not settings.data.startswith("hf:"):
-        settings = replace(settings, data=str(Path(settings.data).resolve()))
-    if settings.cache_features is not None:
-        settings = replace(settings, cache_features=Path(settings.cache_features).resolve())
+    settings = settings_of(row, common).absolute()
     settings = replace(settings, output=(folder / "runs" / settings.digest()).resolve())
     return Trial(row.label, name_of(settings.data), settings)
 

@@ -25,7 +25,6 @@ from .networks import (
 )
 from .segmenter import check_shapes, require_masks, with_decoder
 from .settings import Settings
-from .starts import without_images
 from .weights import Filled, load_weights
 
 # Keywords of networks that follow from the data and from other flags.
@@ -214,7 +213,7 @@ def check_model(settings: Settings) -> list[str]:
         checkpoint_activations(model)
     medpeft.plan(model, settings.option, **adapted)
     if settings.cache_features is not None and not settings.model.startswith(MONAI):
-        check_prefix(settings, medpeft.apply(model, without_images(settings.option), **adapted))
+        check_prefix(settings, medpeft.apply(model, settings.option, **adapted))
     if filled is None:
         return []
     mean, std = input_statistics(model)

@@ -209,8 +209,26 @@ class Settings:
             name = f"{data}-{full.model}-{full.method}-{full.seed}-{full.digest()}"
             full.output = Path("runs") / name.replace("/", "_").replace(":", "_")
         full.output = Path(full.output)
+        # A file of settings has them as text.
+        if full.weights is not None:
+            full.weights = Path(full.weights)
+        if full.cache_features is not None:
+            full.cache_features = Path(full.cache_features)
         if full.output.exists() and not full.output.is_dir():
             raise TrainerError(f"--output {full.output} is a file. Name a folder.")
+        return full
+
+    def absolute(self) -> "Settings":
+        """Give checked settings whose data and files are found from any working folder."""
+        full = replace(self)
+        if full.data is not None and not full.data.startswith("hf:"):
+            full.data = str(Path(full.data).resolve())
+        if full.test_data is not None and not full.test_data.startswith("hf:"):
+            full.test_data = str(Path(full.test_data).resolve())
+        if full.weights is not None:
+            full.weights = full.weights.resolve()
+        if full.cache_features is not None:
+            full.cache_features = full.cache_features.resolve()
         return full
 
     def digest(self) -> str:

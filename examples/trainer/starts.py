@@ -15,23 +15,13 @@ from .settings import Settings
 LOOKED_AT = 128  # images at most
 AT_ONCE = 32
 
-Options = Mapping[str, Mapping[str, Any]]
 
-
-def looks_at_images(options: Options) -> bool:
+def looks_at_images(options: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether a method starts from what enters its layers, perhaps at some places alone."""
     init = options.get("lora", {}).get("init")
     if isinstance(init, dict):
         return "eva" in init.values()
     return init == "eva"
-
-
-def without_images(options: Options) -> dict[str, dict[str, Any]]:
-    """Give options of the same shapes whose start looks at no image, for a model without memory."""
-    given = {method: dict(own) for method, own in options.items()}
-    if looks_at_images(options):
-        del given["lora"]["init"]
-    return given
 
 
 def batches(

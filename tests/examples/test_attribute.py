@@ -8,7 +8,7 @@ import attribute
 import pandas as pd
 import pytest
 from PIL import Image
-from small_training import flags, run
+from small_training import flags, parsed, run
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,8 @@ def test_it_writes_a_table_and_a_picture_and_names_the_best_places(finished, cap
     targets = [after for word, after in pairwise(words) if word == "--target"]
     named = max(1, min(round(len(places) / 4), (places["loss"] > 0).sum()))
     assert targets == list(places["place"][:named])
+    again = parsed(*words[2:]).checked().plain()
+    assert again == metrics["settings"] | {"target": targets, "output": again["output"]}
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):

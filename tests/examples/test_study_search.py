@@ -1,7 +1,8 @@
 """A search draws from what the trainer and the method declare, and begins with what would be done without it."""
 
 import pytest
-from study.search import at_point, search_space, start_of
+from study.cluster import Machines
+from study.search import at_point, search, search_space, start_of
 from test_study_trials import TINY
 from trainer.errors import TrainerError
 from trainer.settings import Settings
@@ -43,6 +44,19 @@ def test_a_method_that_does_not_fit_is_refused_before_anything_starts():
     own = settings("adaptformer")
     with pytest.raises(medpeft.MedpeftError, match="'adaptformer' found nothing to train"):
         start_of(own, search_space(own, {}))
+
+
+def test_places_of_a_trial_hold_from_any_working_folder(tmp_path, monkeypatch):
+    def make_tuner(settings, *others):
+        assert settings.data == str(tmp_path / "images")
+        raise KeyboardInterrupt
+
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Machines, "start", lambda machines: None)
+    monkeypatch.setattr("study.search.make_tuner", make_tuner)
+    with pytest.raises(KeyboardInterrupt):
+        search(settings("lora", data="images"), {}, {"samples": 1}, tmp_path, Machines())
 
 
 def test_a_point_changes_what_it_names_and_nothing_else():

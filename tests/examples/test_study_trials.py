@@ -102,6 +102,12 @@ def test_places_of_a_run_hold_from_any_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = make_trial(row("ssf", depth=0.5, cache_features="kept"), TINY, tmp_path).settings
     assert settings.cache_features == tmp_path / "kept"
+    (tmp_path / "images").mkdir()
+    places = {"data": "images", "test_data": "images", "weights": "own.pth"}
+    settings = make_trial(row("ssf", **places), TINY, tmp_path).settings
+    assert settings.data == settings.test_data == str(tmp_path / "images")
+    assert settings.weights == tmp_path / "own.pth"
+    assert make_trial(row("ssf", data="hf:mine"), TINY, tmp_path).settings.data == "hf:mine"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from small_training import checked, flags, read, run
 from trainer import starts
 from trainer.data import Preprocessing
+from trainer.models import check_model
 from trainer.work import prepare
 
 MODEL = ("--model", "test_vit", "--method", "lora", "--option", "init=eva", "--option", "rank=2")
@@ -38,8 +39,19 @@ def test_only_starts_that_look_at_images_get_any():
     assert starts.looks_at_images({"bias": {}, "lora": {"init": {"blocks.0.*": "eva"}}})
     assert not starts.looks_at_images({"lora": {"init": {"blocks.0.*": "pissa"}}})
     assert not starts.looks_at_images({"ssf": {}})
-    assert starts.without_images({"lora": {"rank": 2, "init": "eva"}}) == {"lora": {"rank": 2}}
-    assert starts.without_images({"lora": {"init": "pissa"}}) == {"lora": {"init": "pissa"}}
+
+
+def test_what_features_are_kept_before_is_found_without_an_image(tmp_path):
+    settings = checked(
+        model="test_vit2",
+        no_pretrained=True,
+        image_size=32,
+        method="lora",
+        option={"init": "eva"},
+        depth=0.25,
+        cache_features=tmp_path,
+    )
+    assert check_model(settings) == []
 
 
 def test_a_run_from_images_begins_there_and_its_file_predicts_and_exports_without_them(stripes, tmp_path):
