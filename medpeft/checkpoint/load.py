@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ from .compatibility import (
     saved_record,
 )
 from .fingerprint import class_of
+from .head import draw_head
 from .header import Header, read, read_values
 from .messages import clip
 from .source import Source, name_of, opened
@@ -165,7 +165,7 @@ def prepare(
         names = require_fit(header, model, record, expected, exact if check_base else (), skipped)
         values = {name: value for name, value in read_values(file, header).items() if name in names}
         if head == "reinit":
-            values |= _draw_head(model, record)
+            values |= draw_head(model, record)
         return Prepared(header, planned, built_for(planned, values), values)
     except CheckpointError:
         raise
@@ -280,28 +280,3 @@ def _options_from_file(record: Applied) -> Iterator[None]:
         options = clip(record.methods)
         reason = f"No adapter can be made with the options in the file, {options}: {clip(error)}"
         raise CheckpointError(reason) from error
-
-
-def _draw_head(model: nn.Module, record: Applied) -> dict[str, Tensor]:
-    """Draw the head anew by its layers' `reset_parameters`; model and torch's random state stay as they are.
-
-    Raises:
-        CheckpointError: a layer of the head has parameters and does not say how to draw them.
-    """
-    drawn: dict[str, Tensor] = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(record.seed % 2**63)
-        for name in record.head:
-            head = copy.deepcopy(model.get_submodule(name)).cpu()
-            for path, layer in head.named_modules(prefix=name):
-                parameters = dict(layer.named_parameters(recurse=False))
-                reset: Any = getattr(layer, "reset_parameters", None)
-                if parameters and not callable(reset):
-                    raise CheckpointError(
-                        f"head='reinit' cannot draw {path!r} anew ({type(layer).__name__}): use head='skip'."
-                    )
-                if parameters:
-                    reset()
-                for key, parameter in parameters.items():
-                    drawn[f"{path}.{key}"] = parameter.detach()
-    return {name: tensor for name, tensor in drawn.items() if name in record.selected}
