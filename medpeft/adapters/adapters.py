@@ -26,9 +26,12 @@ class Adapters(nn.ModuleDict):
         flexible: Name of the `FlexibleAdapter` in `on_weight`, "" for none.
         dropping: Name of the `DroppingAdapter` in `on_weight` that drops something, "" for none.
         leaving: Names of the adapters that change the output, in order.
+        installation: Key of the installation that they came with; see `Wiring`.
     """
 
-    strength: float = 1.0  # Of the class too, for models that were pickled before.
+    # Of the class too, for models that were pickled before.
+    strength: float = 1.0
+    installation: str = ""
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         # An input adapter computes W'·R·x. Merging gives the same only if additive changes of W come first:

@@ -31,7 +31,7 @@ from .bias_gradients import run_apart
 from .presence import require_present
 from .sharing import share_within_replica
 from .stand_in import run_with
-from .wiring import Wiring, acting
+from .wiring import Wiring, acting, wiring_of
 
 
 def adapted_forward(layer: nn.Module, wiring: Wiring, /, *args: Any, **kwargs: Any) -> Any:
@@ -52,12 +52,16 @@ def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
     Raises:
         MedpeftError: a layer was replaced since `apply`, and its adapters are gone.
     """
-    require_present(layer, wiring.paths)
     if "_is_replica" in layer.__dict__:  # torch sets this on a replica of `nn.DataParallel`.
         share_within_replica(layer)
     token = running.Token()
     try:
-        running.begin(layer, token)
+        is_outermost = running.begin(layer, token)
+        # A switch may have wired the model anew since the caller looked up this forward. Within a forward of
+        # the model, it is one that somebody has wrapped, which the present one may have called.
+        if is_outermost:
+            wiring = wiring_of(layer) or wiring
+        require_present(layer, wiring.paths)
         return adapted_forward(layer, replace(wiring, root=False), *args, **kwargs)
     finally:
         running.end(layer, token)
@@ -66,7 +70,7 @@ def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
 def _run_acting(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a layer with those of its adapters that act."""
     adapters = acting(layer)
-    if adapters is None:
+    if adapters is None or adapters.installation != wiring.installation:
         return _run_unadapted(layer, wiring, args, kwargs)
     return _run_adapted(layer, adapters, wiring, args, kwargs)
 

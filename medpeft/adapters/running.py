@@ -88,15 +88,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def begin(model: nn.Module, token: Token) -> None:
-    """Wait until nobody switches the model, then count a forward of it as running."""
+def begin(model: nn.Module, token: Token) -> bool:
+    """Wait until nobody switches the model, then count a forward of it as running.
+
+    A forward within a forward, or within a switch, does not wait.
+
+    Returns:
+        Whether it is within neither.
+    """
     _queue.add(model, token)
     while True:
         earlier = _earlier(model, token)
-        if all(other.thread != token.thread for other in earlier) and any(map(_is_switch, earlier)):
-            time.sleep(_PAUSE)
-        else:
-            return  # A forward within a forward, or within a switch, does not wait.
+        if any(other.thread == token.thread for other in earlier):
+            return False
+        if not any(map(_is_switch, earlier)):
+            return True
+        time.sleep(_PAUSE)
 
 
 def end(model: nn.Module, token: Token) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 
@@ -36,6 +37,8 @@ class Wiring:
         direct: Whether the forward of its class can run on the layer itself: there is no previous forward, no
             weight read below, no override.
         paths: On the model, where all modules are on which its adapters depend; see `presence.py`.
+        installation: Key of the installation that it came with. A forward of an earlier one, which somebody
+            has wrapped and the present one calls, lets no adapters act: they have acted already.
     """
 
     root: bool = False
@@ -47,6 +50,11 @@ class Wiring:
     apart: bool = False
     direct: bool = False
     paths: tuple[Path, ...] = ()
+    installation: str = ""
+
+
+_holders: WeakKeyDictionary[nn.Module, WeakSet[object]] = WeakKeyDictionary()
+"""Who needs a model to stay wired."""
 
 
 def acting(layer: nn.Module) -> Adapters | None:
@@ -68,8 +76,11 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
         forward: A function of a module, `(layer, wiring, *args, **kwargs)`.
         wiring: Facts about the layer. `input_names`, `previous` and `direct` are filled in.
     """
-    slot = _slot(layer)
-    previous = layer.__dict__.get("forward") if slot == "forward" else None
+    slot, present, previous = _slot(layer), wiring_of(layer), None
+    if present is not None:
+        previous = present.previous
+    elif slot == "forward":
+        previous = layer.__dict__.get("forward")
     input_names = _input_names(type(layer))  # type: ignore[arg-type]  # a class is hashable
     direct = previous is None and not wiring.reads and not wiring.overrides
     filled_in = replace(wiring, input_names=input_names, previous=previous, direct=direct)
@@ -81,20 +92,38 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
 def unwire(layer: nn.Module) -> None:
     """Give the layer its own forward back.
 
-    A forward that someone wrapped around ours later stays; ours then runs the plain forward.
+    A forward that someone wrapped around ours later stays; ours then runs the plain forward. So it does on a
+    model that is to stay wired.
     """
+    wiring, slot = wiring_of(layer), _slot(layer)
+    if wiring is not None and _holders.get(layer):
+        wire(layer, layer.__dict__[slot].func, Wiring(root=True))
+        return
     layer.__dict__.pop("_replicate_for_data_parallel", None)
     layer.__dict__.pop("__prepare_scriptable__", None)
-    wiring = wiring_of(layer)
     if wiring is None:
         return
-    slot = _slot(layer)
     if slot == "_old_forward":
         layer.__dict__[slot] = MethodType(type(layer).forward, layer)
     elif wiring.previous is None:
         del layer.__dict__[slot]
     else:
         layer.__dict__[slot] = wiring.previous
+
+
+def stay_wired(model: nn.Module, forward: Callable[..., Any], holder: object) -> None:
+    """Keep a model wired, with adapters or without, for as long as a holder lives.
+
+    A model that is not wired has forwards that nobody counts, and whoever adapts it cannot wait for their end.
+
+    Args:
+        model: The model.
+        forward: What it is wired with while it has no adapters.
+        holder: Whoever needs this.
+    """
+    _holders.setdefault(model, WeakSet()).add(holder)
+    if wiring_of(model) is None:
+        wire(model, forward, Wiring(root=True))
 
 
 def wiring_of(layer: nn.Module) -> Wiring | None:
@@ -135,8 +164,8 @@ def replicated(layer: nn.Module) -> nn.Module:
 def refuse_script() -> None:
     """Raise `MedpeftError` where torch asks a module to prepare for TorchScript."""
     raise MedpeftError(
-        "torch.jit.script cannot compile an adapted model: call medpeft.merge first (for selective methods "
-        "too), or use torch.export, torch.compile or torch.jit.trace."
+        "torch.jit.script cannot compile an adapted model, or that of a medpeft.Bank: call medpeft.merge first "
+        "(for selective methods too), or use torch.export, torch.compile or torch.jit.trace."
     )
 
 

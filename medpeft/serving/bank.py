@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.aside import recovered, require_acting
+from ..adapters.forward import adapted_forward
 from ..adapters.record import Adapted, applied, require_model
 from ..adapters.running import counted, switching
+from ..adapters.wiring import stay_wired
 from ..checkpoint.header import content_digest
 from ..checkpoint.save import save
 from ..checkpoint.source import Source
@@ -22,7 +24,7 @@ from .entry import BankEntry, entry_of_state, read_entry, table_of
 from .kind import Kind
 from .mixed import Inputs, run_mixed
 from .proof import Fact, Proof
-from .switch import Live, take_out
+from .switch import InModel, take_out
 
 State = Mapping[str, Tensor | Array]
 
@@ -65,7 +67,8 @@ class Bank:
         require_model(model)
         with switching(model, "Bank"):
             self._base = Base(model)
-        self._live = Live(self._base)
+            stay_wired(model, adapted_forward, self)
+        self._in_model = InModel(self._base)
         self._entries: dict[str, BankEntry] = {}
         self._removed: list[Fact] = []
         self._digest = self._base_digest()
@@ -127,8 +130,8 @@ class Bank:
 
         Between adapters of one kind (the same methods, options and number of classes) values are written into
         the same tensors: optimizers keep theirs and a compiled model stays compiled. Otherwise adapters are
-        taken out and others installed. Calls of the bank in other threads are waited for, and between
-        adapters of one kind calls of the model itself.
+        taken out and others installed. Calls of the bank and of the model in other threads are waited for,
+        and those that begin meanwhile wait.
 
         Args:
             name: Name of the adapter.
@@ -142,20 +145,20 @@ class Bank:
             entry = None if name is None else self._entry(name)
             self._look()
             self._base.require_unchanged()
-            installed = self._live.installed
+            installed = self._in_model.installed
             if installed is None:
                 self._take_out_others(discard=discard)
             else:
                 if installed.record.aside is not None:
                     require_acting(recovered(self._base.model, "use"), "use")
                 installed.require_present(self._base.model)
-                trained = [] if discard else installed.trained()
+                trained = [] if discard else installed.changed_since_installed()
                 require(
                     not trained,
                     f"The model was trained since use({installed.name!r}): {listed(trained, most=1)} has "
                     "other values than in the bank. Add them under another name, or pass discard=True.",
                 )
-            self._live.bring(entry)
+            self._in_model.switch_to(entry)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, names: str | Sequence[str | None] | None, **inputs: Any) -> Any:
@@ -225,7 +228,7 @@ class Bank:
     @property
     def used(self) -> str | None:
         """Name of the adapter that the model computes with, None for the base or what others have applied."""
-        installed = self._live.installed
+        installed = self._in_model.installed
         if installed is None or applied(self._base.model) is not installed.record:
             return None
         return installed.name
@@ -274,9 +277,9 @@ class Bank:
     def _look(self) -> None:
         """Take note of what others have done with the model since; no thread may be switching it."""
         record = applied(self._base.model)
-        installed = self._live.installed
+        installed = self._in_model.installed
         if installed is not None and record is not installed.record:
-            self._live.installed = None
+            self._in_model.installed = None
         elif record is not None and installed is None:
             self._base.keep(record)
 

@@ -1,4 +1,4 @@
-"""Another adapter in the model itself: values are written over, or others installed, wholly or not at all."""
+"""Put another adapter of a bank into the model: its values are written over those there, or it is installed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..adapters.adapters import Adapters
 from ..adapters.aside import Settled, restore
 from ..adapters.record import Adapted, Applied, Aside, applied
 from ..errors import MedpeftError
 from ..surgery.apply import carry_out, make_plain
+from ..surgery.install import Built
 from ..surgery.plan import Plan
 from ..surgery.refusals import refuse
 from .base import Base
@@ -37,14 +39,10 @@ class Installed:
         return self.entry.name
 
     def require_present(self, model: nn.Module) -> None:
-        """Raise `MedpeftError` if one of the tensors is no longer in the model."""
+        """Raise `MedpeftError` if an adapter or a tensor that `switch_to` installed is no longer in the model."""
         kind = self.entry.kind
         for item in kind.built:
-            layer = _module(model, item.site.name)
-            adapters = None
-            if layer is not None:
-                adapters = layer._modules.get("adapters")
-            if adapters is None or item.adapter not in adapters._modules.values():
+            if not _is_present(item, model):
                 raise _lost(item.site.name, self.name)
         for name in (*kind.record.selected, *kind.record.statistics):
             path, _, key = name.rpartition(".")
@@ -53,13 +51,22 @@ class Installed:
             if owner is None or owner._parameters.get(key, owner._buffers.get(key)) is not tensor:
                 raise _lost(name, self.name)
 
-    def trained(self) -> list[str]:
+    def changed_since_installed(self) -> list[str]:
         """List the tensors that hold other values than the adapter in the bank."""
         changed = []
         for name, tensor in self.tensors.items():
             if not torch.equal(tensor, self.entry.values[name]):
                 changed.append(name)
         return changed
+
+
+def _is_present(item: Built, model: nn.Module) -> bool:
+    """Whether an adapter is at its site."""
+    layer = _module(model, item.site.name)
+    if layer is None:
+        return False
+    adapters = layer._modules.get("adapters")
+    return isinstance(adapters, Adapters) and item.adapter in adapters._modules.values()
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:
@@ -79,7 +86,7 @@ def _lost(name: str, adapter: str) -> MedpeftError:
     )
 
 
-class Live:
+class InModel:
     """What a bank has in the model at the moment.
 
     Whoever changes it has seen to it that no other thread runs the model.
@@ -92,30 +99,30 @@ class Live:
         self._base = base
         self.installed: Installed | None = None
 
-    def bring(self, entry: BankEntry | None) -> None:
-        """Bring an adapter into the model, or with None the base. A call that fails changes nothing."""
+    def switch_to(self, entry: BankEntry | None) -> None:
+        """Make the model compute with an adapter, or with None as the base; a call that fails changes nothing."""
         before = self.installed
         if before is None or entry is None or not _fits(before.entry, entry):
             self._exchange(before, entry)
         else:
             self._write_over(before, entry)
 
-    def _write_over(self, installed: Installed, entry: BankEntry) -> None:
+    def _write_over(self, current: Installed, entry: BankEntry) -> None:
         """Write the values of an adapter into the tensors that hold another one of its kind."""
-        model, record = self._base.model, installed.record
+        model, record = self._base.model, current.record
 
         def settle() -> None:
-            if installed.entry is entry:
+            if current.entry is entry:
                 record.aside = None
             else:
                 restore(model, record)
 
         settled = Settled(settle)
-        with settled, settled, torch.no_grad():
-            record.aside = Aside("use", dict(installed.entry.values))
-            for name, tensor in installed.tensors.items():
+        with settled, settled, torch.no_grad():  # Twice, if an interrupt cut the first settling short.
+            record.aside = Aside("use", dict(current.entry.values))
+            for name, tensor in current.tensors.items():
                 tensor.copy_(entry.values[name])
-            installed.entry = entry
+            current.entry = entry  # From here on an interrupt leaves the new adapter, before it the old one.
 
     def _exchange(self, before: Installed | None, entry: BankEntry | None) -> None:
         """Take the adapter in the model out, and install another one."""
@@ -124,22 +131,22 @@ class Live:
 
         def settle() -> None:
             present = applied(model)
-            # The one before is out, and the other did not come in: the one before goes in again.
             if present is None and before is not None and entry is not None:
+                # The one before is out, and the other did not come in: the one before goes in again.
                 _install(base, before.entry, before.record)
                 present = before.record
-            # The other is in.
             if present is not None and present is record and entry is not None:
-                self.installed = _installed(model, entry, present)
-            # The one before is in: it did not come out, or went in again.
+                # The other is in.
+                self.installed = _locate(model, entry, present)
             elif before is not None and present is before.record:
-                self.installed = _installed(model, before.entry, before.record)
-            # Nothing is in, as was asked for, or as there was nothing before.
+                # The one before is in: it did not come out, or went in again.
+                self.installed = _locate(model, before.entry, before.record)
             elif present is None:
+                # Nothing is in: that was asked for, or there was nothing before.
                 self.installed = None
 
         settled = Settled(settle)
-        with settled, settled:
+        with settled, settled:  # Twice, if an interrupt cut the first settling short.
             if before is not None:
                 take_out(base, before.record)
             if entry is not None and record is not None:
@@ -155,13 +162,16 @@ def _fits(before: BankEntry, entry: BankEntry) -> bool:
     return before.kind is entry.kind and before.head_shapes() == entry.head_shapes()
 
 
-def _installed(model: nn.Module, entry: BankEntry, record: Applied) -> Installed:
-    """Note where an adapter is in the model."""
+def _locate(model: nn.Module, entry: BankEntry, record: Applied) -> Installed:
+    """Find the tensors that hold an adapter in the model."""
     return Installed(entry, record, dict(Adapted.of(model).saved))
 
 
 def _record_for(base: Base, entry: BankEntry | None) -> Applied | None:
-    """Make the record that an adapter leaves on the model, None for the base."""
+    """Make the record that an adapter leaves on the model, None for the base.
+
+    It keeps no values of the base: the bank has them.
+    """
     if entry is None:
         return None
     return replace(entry.kind.record, base={}, samples={}, trained_before=dict(base.trained_before))
@@ -173,15 +183,15 @@ def _install(base: Base, entry: BankEntry, record: Applied) -> None:
     present = dict(model.named_parameters())
     values: dict[str, Tensor] = {}
     for name, value in entry.values.items():
-        if name in present and present[name].shape != value.shape:
+        if name in present and present[name].shape != value.shape:  # A head with another number of classes.
             value = nn.Parameter(value.clone())
         values[name] = value
-    planned = Plan(model, [], [], record.selected, record)
+    planned = Plan(model, methods=[], sites=[], selected=record.selected, record=record)
     carry_out(planned, entry.kind.built_for(model), values)
 
 
 def take_out(base: Base, record: Applied) -> None:
-    """Make the model the base again, which is adapted as a record says."""
+    """Take the adapters that a record describes out of the model, which is the base then."""
 
     def values(adapted: Adapted) -> dict[str, Tensor]:
         return base.values((*record.selected, *record.statistics), adapted.trained)

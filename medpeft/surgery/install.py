@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from uuid import uuid4
 
 from torch import nn
 
@@ -54,11 +55,14 @@ def install(model: nn.Module, built: list[Built]) -> None:
     by_layer: dict[nn.Module, list[Built]] = {}
     for item in built:
         by_layer.setdefault(item.site.layer, []).append(item)
+    installation = uuid4().hex
     for layer, items in by_layer.items():
-        layer.add_module("adapters", Adapters(_named(items)))
+        adapters = Adapters(_named(items))
+        adapters.installation = installation
+        layer.add_module("adapters", adapters)
     register_shared(model, [(item.site.layer, item.adapter) for item in built])
     for module, wiring in _wirings(model, built):
-        wire(module, adapted_forward, wiring)
+        wire(module, adapted_forward, replace(wiring, installation=installation))
 
 
 def _named(items: list[Built]) -> dict[str, Adapter]:

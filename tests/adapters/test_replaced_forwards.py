@@ -2,16 +2,15 @@
 
 import copy
 import functools
-import importlib
 import inspect
 import pickle
 import types
-from unittest import mock
 
 import pytest
 import torch
 from every_method import CASES, adapted, perturb
 from models import make, output, randomise
+from replicas import replicas_of
 from torch import nn
 
 import medpeft
@@ -46,6 +45,23 @@ def test_nothing_is_written_into_what_a_replaced_forward_returns(method):
             assert torch.equal(model(x), first)
         medpeft.remove(model)
         assert model[0].forward is replaced
+
+
+@pytest.mark.parametrize("method", ["ssf", "lora"])
+@pytest.mark.parametrize("target", ["*", "0"])
+def test_a_forward_that_is_wrapped_while_adapted_is_not_adapted_twice_later(method, target):
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.Linear(4, 2)) if target == "0" else layer
+    never_wrapped, x = copy.deepcopy(model), torch.randn(3, 4)
+    medpeft.apply(model, method, target=target, head=None)
+    layer.forward = wrapper = remembering(layer)
+    medpeft.remove(model)
+    assert layer.forward is wrapper
+    for other in (model, never_wrapped):
+        medpeft.apply(other, method, target=target, head=None)
+        perturb(other, size=0.5)
+    torch.testing.assert_close(model(x), never_wrapped(x), rtol=1e-6, atol=1e-6)
 
 
 def test_a_weight_that_a_closure_may_hold_is_refused_with_the_reason():
@@ -114,21 +130,6 @@ def test_accelerates_hooks_are_added_and_taken_off_at_any_time(method, early):
     assert not any(
         "forward" in vars(layer) and isinstance(layer.forward, functools.partial) for layer in layers
     )
-
-
-def cloned(tensors, devices, detach=False):
-    """What torch's broadcast to several GPUs does, on one CPU."""
-    return [[tensor.detach().clone() if detach else tensor.clone() for tensor in tensors] for _ in devices]
-
-
-def replicas_of(model):
-    """Two replicas of `nn.DataParallel`, both on the CPU."""
-    module = importlib.import_module("torch.nn.parallel.replicate")
-    with (
-        mock.patch.object(module, "_broadcast_coalesced_reshape", cloned),
-        mock.patch.object(module, "_get_device_index", lambda device, *_: device),
-    ):
-        return module.replicate(model, [torch.device("cpu")] * 2)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("full", "linear_probe")])

@@ -69,8 +69,8 @@ def test_adapters_of_different_methods_heads_and_the_base_in_one_batch():
 def test_a_head_of_another_size_comes_and_goes_bit_for_bit():
     made = {"three": sites("bias", 1), "five": sites("bias", 2, classes=5)}
     plain, x = Golden().eval(), images(2)
-    before, head = bits(plain), plain.head.weight
     bank = bank_of(made, plain)
+    before, head = bits(plain), plain.head.weight
     for name in ("five", "three", "five", None, "three", None):
         bank.use(name)
         assert torch.equal(plain(x), (made[name] if name else Golden().eval())(x))

@@ -1,7 +1,10 @@
 """A bank in a server: mixed requests, threads, interrupts, and layers that do not get image by image."""
 
+import copy
 import functools
+import gc
 import itertools
+import pickle
 import random
 import threading
 
@@ -12,6 +15,7 @@ from checkpoints import bits, same
 from every_method import perturb
 from golden.model import Golden
 from models import example, first, make
+from replicas import replica_of
 from torch import nn
 
 import medpeft
@@ -86,26 +90,64 @@ def test_threads_ask_switch_add_and_remove_at_once():
     assert bank.prove().holds
 
 
-def test_the_model_itself_may_run_beside_switches_within_a_kind():
-    made = {name: sites("lora", seed, rank=2) for seed, name in enumerate(("lora 0", "lora 1"))}
-    plain, x, outputs, ended = Golden().eval(), images(6), [], threading.Event()
+@pytest.mark.parametrize("names", [("lora 0", "lora 2"), ("lora 0", "ssf 0", None), (None, "bias 1")])
+def test_the_model_itself_may_run_beside_switches(names):
+    made = several()
+    plain, x, outputs, errors, ended = Golden().eval(), images(6), [], [], threading.Event()
     bank = bank_of(made, plain)
-    bank.use("lora 0")
+    bank.use(names[0])
 
     def run():
-        while not ended.is_set():
-            with torch.no_grad():
-                outputs.append(plain(x))
+        try:
+            while not ended.is_set():
+                with torch.no_grad():
+                    outputs.append(plain(x))
+        except BaseException as error:
+            errors.append(error)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    for name in list(made) * 10:
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for name in names * 10:
         bank.use(name)
     ended.set()
-    thread.join(60)
-    right = [model(x).detach() for model in made.values()]
+    for thread in threads:
+        thread.join(60)
+    right = [(made[name] if name else Golden().eval())(x).detach() for name in names]
     assert outputs
+    assert errors == []
     assert all(any(torch.equal(output, other) for other in right) for output in outputs)
+
+
+def test_the_model_is_wired_for_the_life_of_its_banks_and_no_longer():
+    plain, x = Golden().eval(), images(2)
+    expected, before = plain(x), dict(vars(plain))
+    banks = [medpeft.Bank(plain), medpeft.Bank(plain)]
+    while banks:
+        medpeft.remove(medpeft.apply(plain, "lora"))
+        assert torch.equal(plain(x), expected)
+        assert vars(plain).keys() - before.keys() >= {"forward"}
+        banks.pop()
+        gc.collect()
+    medpeft.remove(medpeft.apply(plain, "lora"))
+    assert vars(plain).keys() == before.keys()
+    assert torch.equal(plain(x), expected)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), replica_of]
+)
+def test_a_copy_of_a_model_with_a_bank_computes_with_its_own_tensors(copied):
+    plain, x = Golden().eval(), images(2)
+    bank = bank_of(several(), plain)
+    for name in (None, "lora 0", None):
+        bank.use(name)
+        expected, other = plain(x), copied(plain)
+        assert torch.equal(other(x), expected)
+        with torch.no_grad():
+            other.head.bias.add_(1)
+        assert torch.equal(plain(x), expected)
+        torch.testing.assert_close(other(x), expected + 1)
 
 
 @pytest.mark.parametrize(
