@@ -56,10 +56,9 @@ def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
         share_within_replica(layer)
     token = running.Token()
     try:
-        is_outermost = running.begin(layer, token)
-        # A switch may have wired the model anew since the caller looked up this forward. Within a forward of
-        # the model, it is one that somebody has wrapped, which the present one may have called.
-        if is_outermost:
+        # A switch may have wired the model anew since this forward was looked up. Within another forward of
+        # the model, this is one that somebody has wrapped.
+        if running.begin(layer, token):
             wiring = wiring_of(layer) or wiring
         require_present(layer, wiring.paths)
         return adapted_forward(layer, replace(wiring, root=False), *args, **kwargs)

@@ -164,8 +164,9 @@ def replicated(layer: nn.Module) -> nn.Module:
 def refuse_script() -> None:
     """Raise `MedpeftError` where torch asks a module to prepare for TorchScript."""
     raise MedpeftError(
-        "torch.jit.script cannot compile an adapted model, or that of a medpeft.Bank: call medpeft.merge first "
-        "(for selective methods too), or use torch.export, torch.compile or torch.jit.trace."
+        "torch.jit.script cannot compile an adapted model: call medpeft.merge first (for selective methods "
+        "too), or use torch.export, torch.compile or torch.jit.trace. Nor can it compile the model of a "
+        "medpeft.Bank."
     )
 
 
