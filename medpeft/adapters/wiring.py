@@ -114,7 +114,7 @@ def unwire(layer: nn.Module) -> None:
 def stay_wired(model: nn.Module, forward: Callable[..., Any], holder: object) -> None:
     """Keep a model wired, with adapters or without, for as long as a holder lives.
 
-    A model that is not wired has forwards that nobody counts, and whoever adapts it cannot wait for their end.
+    Nobody counts the forwards of a model that is not wired, so whoever adapts it cannot wait for their end.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Put another adapter of a bank into the model: its values are written over those there, or it is installed."""
+"""Put another adapter of a bank into the model: written over the one there, or installed in its place."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Installed:
         return self.entry.name
 
     def require_present(self, model: nn.Module) -> None:
-        """Raise `MedpeftError` if an adapter or a tensor that `switch_to` installed is no longer in the model."""
+        """Raise `MedpeftError` if an adapter or a tensor that was installed is no longer in the model."""
         kind = self.entry.kind
         for item in kind.built:
             if not _is_present(item, model):
@@ -100,7 +100,7 @@ class InModel:
         self.installed: Installed | None = None
 
     def switch_to(self, entry: BankEntry | None) -> None:
-        """Make the model compute with an adapter, or with None as the base; a call that fails changes nothing."""
+        """Make the model compute with an adapter, or with None as the base; or, on failure, as before."""
         before = self.installed
         if before is None or entry is None or not _fits(before.entry, entry):
             self._exchange(before, entry)
