@@ -130,8 +130,7 @@ class Bank:
 
         Between adapters of one kind (the same methods, options and number of classes) values are written into
         the same tensors: optimizers keep theirs and a compiled model stays compiled. Otherwise adapters are
-        taken out and others installed. Calls of the bank and of the model in other threads are waited for,
-        and those that begin meanwhile wait.
+        taken out and others installed. Calls of the bank and of the model in other threads are waited for.
 
         Args:
             name: Name of the adapter.
