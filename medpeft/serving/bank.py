@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +14,11 @@ from ..adapters.record import Adapted, applied, require_model
 from ..adapters.running import counted, switching
 from ..adapters.wiring import stay_wired
 from ..checkpoint.header import content_digest
-from ..checkpoint.save import save
 from ..checkpoint.source import Source
 from ..checkpoint.state import Array
 from ..errors import MedpeftError, clipped, did_you_mean, listed, require
 from .base import Base
-from .entry import BankEntry, entry_of_state, read_entry, table_of
+from .entry import BankEntry, entry_of_model, entry_of_state, read_entry, table_of
 from .kind import Kind
 from .mixed import Inputs, run_mixed
 from .proof import Fact, Proof
@@ -69,7 +67,7 @@ class Bank:
             self._base = Base(model)
             stay_wired(model, adapted_forward, self)
         self._in_model = InModel(self._base)
-        self._entries: dict[str, BankEntry] = {}
+        self._entries: dict[str, BankEntry] = {}  # Other threads add: it is copied before a loop.
         self._removed: list[Fact] = []
         self._digest = self._base_digest()
 
@@ -102,9 +100,11 @@ class Bank:
             name not in self._entries, f"{name!r} is in the bank already: remove it, or take another name."
         )
         with counted(self._base.model):  # So that no other thread is about to switch the model's adapters.
-            self._look()
+            self._notice_others()
         entry = self._read(name, source, like, metadata)
-        self._base.keep(entry.kind.record, adapted=False)
+        self._base.keep(
+            entry.kind.record, adapted=False
+        )  # Where it will act there still are the base's values.
         present = self._entries.setdefault(name, entry)
         require(present is entry, f"{name!r} is in the bank already: another thread added it.")
 
@@ -112,18 +112,18 @@ class Bank:
         self, name: str, source: Source | State | None, like: str | None, metadata: Mapping[str, Any] | None
     ) -> BankEntry:
         """Read and check an adapter."""
-        if source is not None and not isinstance(source, Mapping):
+        require(
+            like is None or isinstance(source, Mapping),
+            f"like={clipped(like)} is for a state: a file, and the model, say their methods and options.",
+        )
+        if source is None:
+            return entry_of_model(self._base, self._kinds(), name, metadata)
+        if not isinstance(source, Mapping):
             return read_entry(self._base, self._kinds(), name, source, metadata)
-        if source is None or like is None:
-            file = io.BytesIO()
-            save(self._base.model, file, metadata)
-            present = read_entry(self._base, self._kinds(), name, file, metadata)
-            if source is None:
-                return present
-            kind = present.kind
-        else:
-            kind = self._entry(like).kind
-        return entry_of_state(self._base, kind, name, source, metadata)
+        if like is not None:
+            return entry_of_state(self._base, self._entry(like).kind, name, source, metadata)
+        in_model = entry_of_model(self._base, self._kinds(), name, metadata)
+        return entry_of_state(self._base, in_model.kind, name, source, metadata)
 
     def use(self, name: str | None, *, discard: bool = False) -> None:
         """Make the model compute with an adapter, or with None as the base, bit for bit.
@@ -142,22 +142,19 @@ class Bank:
         """
         with switching(self._base.model, "use"):
             entry = None if name is None else self._entry(name)
-            self._look()
+            self._notice_others()
             self._base.require_unchanged()
-            installed = self._in_model.installed
-            if installed is None:
+            installed, changed = self._in_model.installed, []
+            if installed is None:  # The base is in, or what others have applied.
                 self._take_out_others(discard=discard)
             else:
                 if installed.record.aside is not None:
                     require_acting(recovered(self._base.model, "use"), "use")
                 installed.require_present(self._base.model)
-                trained = [] if discard else installed.changed_since_installed()
-                require(
-                    not trained,
-                    f"The model was trained since use({installed.name!r}): {listed(trained, most=1)} has "
-                    "other values than in the bank. Add them under another name, or pass discard=True.",
-                )
-            self._in_model.switch_to(entry)
+                changed = installed.changed_since_installed()
+                if changed and not discard:
+                    raise installed.was_trained(changed)
+            self._in_model.switch_to(entry, changed)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, names: str | Sequence[str | None] | None, **inputs: Any) -> Any:
@@ -191,7 +188,7 @@ class Bank:
         require(len(x) == len(names) > 0, f"There are {len(names)} names for {len(x)} images.")
         with counted(model):  # A switch of the model's adapters waits for it.
             require(not model.training, "The model is in training mode: call model.eval() first.")
-            self._look()
+            self._notice_others()
             self._base.require_unchanged()
             entries = [None if name is None else self._entry(name) for name in names]
             return run_mixed(self._base, entries, Inputs(x, inputs))
@@ -202,11 +199,11 @@ class Bank:
         Raises:
             MedpeftError: there is no such adapter, or the model uses it.
         """
-        entry = self._entry(name)
         with switching(self._base.model, "remove"):
+            entry = self._entry(name)
             require(self.used != name, f"The model uses {name!r}: call use(None), or use another one first.")
-            if self._entries.pop(name, None) is entry:
-                self._removed.append(Fact(name, entry.digest, ""))
+            del self._entries[name]
+            self._removed.append(Fact(name, entry.digest, now=""))
 
     def prove(self) -> Proof:
         """Compute the digests of the base and of every adapter, beside those of the beginning.
@@ -273,22 +270,24 @@ class Bank:
         """The kinds of all adapters, by key."""
         return {entry.kind.key: entry.kind for entry in dict(self._entries).values()}
 
-    def _look(self) -> None:
-        """Take note of what others have done with the model since; no thread may be switching it."""
-        record = applied(self._base.model)
-        installed = self._in_model.installed
+    def _notice_others(self) -> None:
+        """Forget what is no longer in the model, and keep the base's values under adapters of others.
+
+        No thread may be switching the model.
+        """
+        record, installed = applied(self._base.model), self._in_model.installed
         if installed is not None and record is not installed.record:
-            self._in_model.installed = None
-        elif record is not None and installed is None:
+            self._in_model.installed = installed = None
+        if installed is None and record is not None:
             self._base.keep(record)
 
     def _take_out_others(self, *, discard: bool) -> None:
-        """Take out adapters that are not from the bank, if it has the same."""
+        """Take out adapters that others installed; their values must be in the bank too, unless `discard`."""
         record = applied(self._base.model)
         if record is None:
             return
         digest = content_digest(Adapted.of(self._base.model).saved)
-        known = any(entry.digest == digest for entry in self._entries.values())
+        known = any(entry.digest == digest for entry in list(self._entries.values()))
         require(
             known or discard,
             f"The model has adapters ({record.name}) whose values are not in the bank: add them under a name "

@@ -15,6 +15,7 @@ from ..adapters.record import Adapted
 from ..checkpoint.compatibility import OtherBaseError, saved_record
 from ..checkpoint.header import Header, content_digest, read
 from ..checkpoint.load import Prepared, prepare
+from ..checkpoint.save import save
 from ..checkpoint.source import Source, name_of, opened
 from ..checkpoint.state import Array, checked
 from ..errors import CheckpointError
@@ -129,6 +130,19 @@ def _prepared(view: nn.Module, file: io.BufferedIOBase, header: Header) -> Prepa
         raise CheckpointError(
             f"{error.found}\nA bank has adapters of one base alone: make another bank of the base of these."
         ) from None
+
+
+def entry_of_model(
+    base: Base, kinds: Mapping[str, Kind], name: str, metadata: Mapping[str, Any] | None
+) -> BankEntry:
+    """Save the adapters in the model and read them back, so that they pass every check of a file.
+
+    Raises:
+        MedpeftError: the model has none, or they cannot be saved.
+    """
+    file = io.BytesIO()
+    save(base.model, file, metadata)
+    return read_entry(base, kinds, name, file, metadata)
 
 
 def entry_of_state(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..adapters.adapters import Adapters
 from ..adapters.aside import Settled, restore
 from ..adapters.record import Adapted, Applied, Aside, applied
-from ..errors import MedpeftError
+from ..errors import MedpeftError, listed
 from ..surgery.apply import carry_out, make_plain
 from ..surgery.install import Built
 from ..surgery.plan import Plan
@@ -59,6 +60,20 @@ class Installed:
                 changed.append(name)
         return changed
 
+    def was_trained(self, changed: list[str]) -> MedpeftError:
+        """Make the error for an adapter whose tensors have changed."""
+        return MedpeftError(
+            f"The model was trained since use({self.name!r}): {listed(changed, most=1)} has other values "
+            "than in the bank. Add them under another name, or pass discard=True."
+        )
+
+    def present_values(self, changed: Iterable[str]) -> dict[str, Tensor]:
+        """Copy what the tensors hold; only those named have other values than the adapter in the bank."""
+        values = dict(self.entry.values)
+        for name in changed:
+            values[name] = self.tensors[name].detach().clone()
+        return values
+
 
 def _is_present(item: Built, model: nn.Module) -> bool:
     """Whether an adapter is at its site."""
@@ -99,62 +114,70 @@ class InModel:
         self._base = base
         self.installed: Installed | None = None
 
-    def switch_to(self, entry: BankEntry | None) -> None:
-        """Make the model compute with an adapter, or with None as the base; or, on failure, as before."""
-        before = self.installed
-        if before is None or entry is None or not _fits(before.entry, entry):
-            self._exchange(before, entry)
-        else:
-            self._write_over(before, entry)
+    def switch_to(self, entry: BankEntry | None, changed: Iterable[str] = ()) -> None:
+        """Make the model compute with an adapter, or with None as the base; or, on failure, as before.
 
-    def _write_over(self, current: Installed, entry: BankEntry) -> None:
+        Args:
+            entry: The adapter.
+            changed: Names of the tensors that hold other values than the installed adapter in the bank.
+        """
+        old = self.installed
+        if old is None:
+            self._exchange(None, {}, entry)
+        elif entry is None or not _fits(old.entry, entry):
+            self._exchange(old, old.present_values(changed), entry)
+        else:
+            self._write_over(old, old.present_values(changed), entry)
+
+    def _write_over(self, installed: Installed, old_values: dict[str, Tensor], entry: BankEntry) -> None:
         """Write the values of an adapter into the tensors that hold another one of its kind."""
-        model, record = self._base.model, current.record
+        model, record = self._base.model, installed.record
+        is_written = False
 
         def settle() -> None:
-            if current.entry is entry:
+            if is_written:
+                installed.entry = entry
                 record.aside = None
             else:
                 restore(model, record)
 
         settled = Settled(settle)
         with settled, settled, torch.no_grad():  # Twice, if an interrupt cut the first settling short.
-            record.aside = Aside("use", dict(current.entry.values))
-            for name, tensor in current.tensors.items():
+            record.aside = Aside("use", old_values)
+            for name, tensor in installed.tensors.items():
                 tensor.copy_(entry.values[name])
-            current.entry = entry  # From here on an interrupt leaves the new adapter, before it the old one.
+            is_written = True
 
-    def _exchange(self, before: Installed | None, entry: BankEntry | None) -> None:
+    def _exchange(
+        self, old: Installed | None, old_values: dict[str, Tensor], entry: BankEntry | None
+    ) -> None:
         """Take the adapter in the model out, and install another one."""
         base, model = self._base, self._base.model
-        record = _record_for(base, entry)
+        new_record = _record_for(base, entry)
 
         def settle() -> None:
-            present = applied(model)
-            if present is None and before is not None and entry is not None:
-                # The one before is out, and the other did not come in: the one before goes in again.
-                _install(base, before.entry, before.record)
-                present = before.record
-            if present is not None and present is record and entry is not None:
-                # The other is in.
-                self.installed = _locate(model, entry, present)
-            elif before is not None and present is before.record:
-                # The one before is in: it did not come out, or went in again.
-                self.installed = _locate(model, before.entry, before.record)
-            elif present is None:
-                # Nothing is in: that was asked for, or there was nothing before.
+            if applied(model) is None and old is not None and entry is not None:
+                # The old one is out, and the other did not come in.
+                _install(base, old.entry, old.record, old_values)
+            on_model = applied(model)
+            if on_model is None:
                 self.installed = None
+            elif entry is not None and on_model is new_record:
+                self.installed = _locate(model, entry, on_model)
+            elif old is not None and on_model is old.record:
+                self.installed = _locate(model, old.entry, on_model)
 
         settled = Settled(settle)
         with settled, settled:  # Twice, if an interrupt cut the first settling short.
-            if before is not None:
-                take_out(base, before.record)
-            if entry is not None and record is not None:
-                refuse(model)
-                _install(base, entry, record)
-        # Not before `settled` has ended: until then the one before, whose tensors these are, may go in again.
-        if before is not None and (entry is None or entry.kind is not before.entry.kind):
-            before.entry.kind.clear()
+            if old is not None:
+                take_out(base, old.record)
+            if entry is not None and new_record is not None:  # Both are None for the base.
+                refuse(model)  # Not earlier: it refuses an adapted model.
+                _install(base, entry, new_record, entry.values)
+        # No value of an adapter stays in tensors that nobody uses: it may be withdrawn. Not before `settled`
+        # has ended: until then the old one, whose tensors these are, may go in again.
+        if old is not None and (entry is None or entry.kind is not old.entry.kind):
+            old.entry.kind.clear()
 
 
 def _fits(before: BankEntry, entry: BankEntry) -> bool:
@@ -170,22 +193,23 @@ def _locate(model: nn.Module, entry: BankEntry, record: Applied) -> Installed:
 def _record_for(base: Base, entry: BankEntry | None) -> Applied | None:
     """Make the record that an adapter leaves on the model, None for the base.
 
-    It keeps no values of the base: the bank has them.
+    `carry_out` fills in the base's values and samples.
     """
     if entry is None:
         return None
     return replace(entry.kind.record, base={}, samples={}, trained_before=dict(base.trained_before))
 
 
-def _install(base: Base, entry: BankEntry, record: Applied) -> None:
-    """Install an adapter in the model, which has none."""
+def _install(base: Base, entry: BankEntry, record: Applied, adapter_values: Mapping[str, Tensor]) -> None:
+    """Install an adapter, with its values or others, in the model, which has none."""
     model = base.model
     present = dict(model.named_parameters())
     values: dict[str, Tensor] = {}
-    for name, value in entry.values.items():
+    for name, value in adapter_values.items():
         if name in present and present[name].shape != value.shape:  # A head with another number of classes.
             value = nn.Parameter(value.clone())
         values[name] = value
+    # `carry_out` reads its model and record alone, for the adapters are built.
     planned = Plan(model, methods=[], sites=[], selected=record.selected, record=record)
     carry_out(planned, entry.kind.built_for(model), values)
 

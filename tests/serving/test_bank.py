@@ -269,3 +269,21 @@ def test_the_page_names_the_methods_whose_images_are_computed_together():
     assert additive == by_image
     for name in selective:
         assert registry.find(name).adapter is None
+
+
+def test_what_others_apply_after_use_is_taken_note_of():
+    plain, x = Golden().eval(), images(2)
+    expected = plain(x)
+    bank = bank_of({"a": sites("lora", 1, rank=2)}, plain)
+    bank.use("a")
+    medpeft.remove(plain)
+    medpeft.apply(plain, "bias")
+    with torch.no_grad():
+        perturb(plain)
+    bank.add("mine")
+    assert torch.equal(bank(x, None), expected)
+    assert torch.equal(bank(x, "mine"), plain(x))
+    bank.use("a")
+    bank.use(None)
+    assert torch.equal(plain(x), expected)
+    assert bank.prove().holds

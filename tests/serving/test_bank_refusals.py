@@ -90,6 +90,7 @@ def test_states_that_do_not_fit(bank):
     state = medpeft.state(sites("lora", 1, rank=2))
     refused(bank, medpeft.MedpeftError, "No adapter 'x' is in the bank", "b", state, like="x")
     refused(bank, medpeft.MedpeftError, "is not adapted", "b", state)
+    refused(bank, medpeft.MedpeftError, "like='a' is for a state", "b", file_of(sites("ssf", 1)), like="a")
     refused(bank, medpeft.CheckpointError, "it has 'more'", "b", {**state, "more": torch.zeros(1)}, like="a")
     letters = {**state, "head.bias": np.full(3, "a")}
     refused(bank, medpeft.CheckpointError, "no array of numbers", "b", letters, like="a")

@@ -182,6 +182,34 @@ def test_a_switch_that_fails_leaves_what_was_there(monkeypatch, used, place):
     assert bank.used == "ssf 0"
 
 
+@pytest.mark.parametrize("other", ["lora 0", "lora 2", "ssf 0", None])
+def test_a_switch_that_fails_leaves_what_was_trained(monkeypatch, other):
+    plain, x = Golden().eval(), images(2)
+    bank = bank_of(several(), plain)
+    bank.use("lora 0")
+    perturb(plain)
+    output, before = plain(x), bits(plain)
+    copies = []
+
+    def failing(tensor, *arguments):
+        copies.append(tensor)
+        if len(copies) == 2:
+            raise KeyboardInterrupt
+        return own_copy(tensor, *arguments)
+
+    own_copy = torch.Tensor.copy_
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", failing)
+        with pytest.raises(KeyboardInterrupt):
+            bank.use(other, discard=True)
+    assert torch.equal(plain(x), output)
+    assert same(before, bits(plain))
+    with pytest.raises(medpeft.MedpeftError, match="was trained since"):
+        bank.use(other)
+    bank.use(other, discard=True)
+    assert torch.equal(plain(x), (several()[other] if other else Golden().eval())(x))
+
+
 def test_layers_run_once_for_all_adapters_also_within_windows(monkeypatch):
     shapes, by_image = [], rows._by_image
     monkeypatch.setattr(rows, "_by_image", lambda *a: shapes.append((a[2], len(a[3]))) or by_image(*a))
