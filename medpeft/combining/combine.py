@@ -22,7 +22,7 @@ from ..surgery.apply import carry_out
 from ..surgery.plan import Plan, plan_from
 from .changes import How, Recipe
 from .lora import LowRank, low_rank_of, relative_error, tensors_of_lora
-from .parts import Part, read, require_positive, require_same_start
+from .members import Member, read, require_positive, require_same_start
 
 _ARGUMENTS = {
     "how": How,
@@ -117,31 +117,32 @@ def combine(
         4
     """
     require_model(model)
-    values = (how, rank, density, seed, check_base, keep_base)
-    require_options("", dict(zip(_ARGUMENTS, values, strict=True)), _ARGUMENTS)
+    arguments = {"how": how, "rank": rank, "density": density, "seed": seed}
+    arguments |= {"check_base": check_base, "keep_base": keep_base}
+    require_options("", arguments, _ARGUMENTS)
     _require_files(files, head)
     with switching(model, "combine"):
-        parts = read(model, files, check_base=check_base, keep_base=keep_base, head=head)
-        recipe = Recipe(how, tuple(part.weight for part in parts), density, seed)
-        return _carry_out(model, parts, recipe, rank, _number_of(files, head))
+        members = read(model, files, check_base=check_base, keep_base=keep_base, head=head)
+        recipe = Recipe(how, tuple(member.weight for member in members), density, seed)
+        return _load_combined(model, members, recipe, rank, _number_of(files, head))
 
 
-def _carry_out(
-    model: nn.Module, parts: Sequence[Part], recipe: Recipe, rank: int | None, head_file: int | None
+def _load_combined(
+    model: nn.Module, members: Sequence[Member], recipe: Recipe, rank: int | None, head_file: int | None
 ) -> Combined:
     """Adapt the model by what the files give together.
 
     The head is that of the file with the number `head_file`, or with None the mean of all.
     """
-    planned, tensors, low_rank = _combined(model, parts, recipe, rank, head_file)
+    planned, tensors, layers_of_lora = _plan_and_tensors(model, members, recipe, rank, head_file)
     carry_out(planned, built_for(planned, tensors), tensors)
     return Combined(
-        files=[(part.name, part.weight) for part in parts],
+        files=[(member.name, member.weight) for member in members],
         method=planned.record.name,
         how=recipe.how,
         rank=planned.record.methods.get("lora", {}).get("rank"),
-        error=relative_error(low_rank),
-        classes=parts[head_file or 0].classes,
+        error=relative_error(layers_of_lora),
+        classes=members[head_file or 0].classes,
     )
 
 
@@ -153,9 +154,9 @@ def _require_files(files: object, head: Source | None) -> None:
         )
     for source, weight in files.items():
         label = f"the weight of {name_of(source)}"
-        require_options("", {label: weight}, {label: float})
+        require_options("", {label: weight}, {label: float})  # Its message begins with the label.
     require(
-        head is None or head in files,
+        head is None or head in list(files),  # Not `in files`: a wrong one may have no hash.
         f"head={clipped(head)} is none of the files: name one of them, or None for the mean.",
     )
 
@@ -167,78 +168,86 @@ def _number_of(files: Mapping[Source, float], head: Source | None) -> int | None
     return list(files).index(head)
 
 
-def _combined(
-    model: nn.Module, parts: Sequence[Part], recipe: Recipe, rank: int | None, head_file: int | None
+def _plan_and_tensors(
+    model: nn.Module, members: Sequence[Member], recipe: Recipe, rank: int | None, head_file: int | None
 ) -> tuple[Plan, dict[str, Tensor], list[LowRank]]:
-    """Compute the plan of the combined adapter and all its tensors; the model stays as it is."""
-    low_rank = low_rank_of(parts, recipe, rank)
-    planned = _plan(model, parts[0], low_rank)
-    tensors = tensors_of_lora(planned, low_rank)
-    done = {item.prefix + key for item in low_rank for key in item.keys}
-    own = dict(own_tensors(model))
-    starts = [part.starts() for part in parts]
-    for name, of_head_file in parts[head_file or 0].tensors.items():
-        of_head = within(name, planned.record.head)
-        if name in done:
+    """Compute the plan of the combined adapter and all its tensors; the model stays as it is.
+
+    LoRA is combined in the weights, layer by layer. The head is that of one file, or the mean of all; running
+    statistics are the mean. Selected parameters move from the base by their combined change, and other
+    adapters from where they started.
+    """
+    layers_of_lora = low_rank_of(members, recipe, rank)
+    planned = _plan(model, members[0], layers_of_lora)
+    tensors = tensors_of_lora(planned, layers_of_lora)
+    written = {item.prefix + key for item in layers_of_lora for key in item.keys}
+    of_base = dict(own_tensors(model))
+    starts = [member.starts() for member in members]
+    named_by = members[head_file or 0]
+    for name in named_by.tensors:
+        if name in written:
             continue
-        if of_head and head_file is not None:
-            tensors[name] = of_head_file
+        is_of_head = within(name, planned.record.head)
+        if is_of_head and head_file is not None:
+            tensors[name] = named_by.tensors[name]
             continue
-        of_files = [part.tensors[name] for part in parts]
-        if of_head or name in planned.record.statistics:
-            tensors[name] = _mean(name, parts, of_files)
-        elif name in own:
-            tensors[name] = _moved(name, own[name].detach().cpu(), of_files, recipe)
+        of_files = [member.tensors[name] for member in members]
+        if is_of_head or name in planned.record.statistics:
+            tensors[name] = _mean(name, members, of_files)
+        elif name in of_base:
+            tensors[name] = _moved(name, of_base[name].detach().cpu(), of_files, recipe)
         else:
             of_starts = [start[name] for start in starts]
-            tensors[name] = _of_adapters(name, parts, of_files, of_starts, recipe)
+            tensors[name] = _of_adapters(name, members, of_files, of_starts, recipe)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"The combined {name!r} would have values that are not finite.")
-    return planned, tensors, low_rank
+    return planned, tensors, layers_of_lora
 
 
-def _mean(name: str, parts: Sequence[Part], tensors: Sequence[Tensor]) -> Tensor:
-    """Average what has no base; of counts, take the largest."""
+def _mean(name: str, members: Sequence[Member], tensors: Sequence[Tensor]) -> Tensor:
+    """Average a head or running statistics; of BatchNorm's count of batches, take the largest."""
     if not tensors[0].is_floating_point():
         return torch.stack(list(tensors)).amax(0)
-    require_positive(parts, repr(name))
-    total = sum(part.weight for part in parts)
+    require_positive(members, repr(name))
+    total = sum(member.weight for member in members)
     mean = torch.zeros_like(tensors[0], dtype=torch.float64)
-    for part, tensor in zip(parts, tensors, strict=True):
-        mean += part.weight / total * tensor.double()
+    for member, tensor in zip(members, tensors, strict=True):
+        mean += member.weight / total * tensor.double()
     return mean.to(tensors[0].dtype)
 
 
 def _moved(name: str, start: Tensor, tensors: Sequence[Tensor], recipe: Recipe) -> Tensor:
-    """Move a tensor from its start by the combined change."""
+    """Move a tensor from its start by the combined change; "dare" draws by its name."""
     changes = [tensor.double() - start.double() for tensor in tensors]
     return (start.double() + recipe.combine(name, changes)).to(tensors[0].dtype)
 
 
 def _of_adapters(
-    name: str, parts: Sequence[Part], tensors: Sequence[Tensor], starts: Sequence[Tensor], recipe: Recipe
+    name: str, members: Sequence[Member], tensors: Sequence[Tensor], starts: Sequence[Tensor], recipe: Recipe
 ) -> Tensor:
     """Combine a tensor of adapters that are no LoRA; what does not train has to be the same in all files."""
-    if isinstance(starts[0], nn.Parameter):
-        require_same_start(name, parts, starts)
+    trains = isinstance(starts[0], nn.Parameter)  # Else it is a buffer, drawn from the seed.
+    if trains:
+        require_same_start(name, members, starts)
         return _moved(name, starts[0].detach().cpu(), tensors, recipe)
-    for part, tensor in zip(parts, tensors, strict=True):
+    for member, tensor in zip(members, tensors, strict=True):
         if not torch.equal(tensor, tensors[0]):
             raise CheckpointError(
-                f"{name!r}, which does not train, is another in {part.name} than in {parts[0].name}, so that "
-                "their adapters act in other places: combine files that were trained from one seed."
+                f"{name!r}, which does not train, is another in {member.name} than in {members[0].name}, so "
+                "that their adapters act in other places: combine files that were trained from one seed."
             )
     return tensors[0]
 
 
-def _plan(model: nn.Module, first: Part, low_rank: Sequence[LowRank]) -> Plan:
+def _plan(model: nn.Module, first: Member, layers_of_lora: Sequence[LowRank]) -> Plan:
     """Plan what the first file says, with LoRA of the combined ranks and a factor of 1."""
     record = copy.copy(first.record)
-    if low_rank:
+    if layers_of_lora:
         ranks = ByPlace()
-        for item in low_rank:
+        for item in layers_of_lora:  # A layer has one rank, and may have several weights.
             ranks[item.layer] = max(item.rank, ranks.get(item.layer, 1))
-        plain = {"rank": plain_if_one(ranks), "alpha": None, "rslora": False, "init": "kaiming"}
-        record.methods = {**record.methods, "lora": {**record.methods["lora"], **plain}}
+        # The weights and factors of the files are in the combined B already.
+        of_sum = {"rank": plain_if_one(ranks), "alpha": None, "rslora": False, "init": "kaiming"}
+        record.methods = {**record.methods, "lora": {**record.methods["lora"], **of_sum}}
     return plan_from(model, record)

@@ -16,7 +16,7 @@ from ..surgery.install import Built
 from ..surgery.plan import Plan
 from .changes import Recipe
 from .low_rank import Fitted, combined, products_of, tensors_of
-from .parts import Part
+from .members import Member
 
 
 @dataclass(frozen=True)
@@ -45,30 +45,30 @@ class LowRank:
         return max(one.product.rank for one in self.fitted)
 
 
-def low_rank_of(parts: Sequence[Part], recipe: Recipe, rank: int | None) -> list[LowRank]:
+def low_rank_of(members: Sequence[Member], recipe: Recipe, rank: int | None) -> list[LowRank]:
     """Combine LoRA, weight by weight."""
     weights = []
-    for items in zip(*(part.prepared.built for part in parts), strict=True):
+    for items in zip(*(member.prepared.built for member in members), strict=True):
         if not isinstance(items[0].adapter, LoRA):
             continue
         require(
             recipe.keeps_low_rank or rank is not None,
             f"how={recipe.how!r} leaves changes of no low rank: pass rank= for the nearest LoRA of it.",
         )
-        weights.append(_of_one_weight(parts, items, recipe, rank))
+        weights.append(_of_one_weight(members, items, recipe, rank))
     return weights
 
 
 def _of_one_weight(
-    parts: Sequence[Part], items: Sequence[Built], recipe: Recipe, rank: int | None
+    members: Sequence[Member], items: Sequence[Built], recipe: Recipe, rank: int | None
 ) -> LowRank:
     """Combine the adapters that the files have at one weight."""
     first = items[0]
     prefix = f"{first.site.name}.adapters.{first.name}.".lstrip(".")
     of_files, keys, shifts = [], set[str](), []
-    for part, item in zip(parts, items, strict=True):
+    for member, item in zip(members, items, strict=True):
         assert isinstance(item.adapter, LoRA)  # All files have the same methods at the same places.
-        own = {key: part.tensors[prefix + key] for key in state_of(item.adapter)}
+        own = {key: member.tensors[prefix + key] for key in state_of(item.adapter)}
         keys.update(own)
         of_files.append(products_of(item.adapter, own))
         if "bias" in own:
@@ -79,7 +79,7 @@ def _of_one_weight(
     bias = None
     if shifts:
         bias = recipe.combine(f"{prefix}bias", shifts)
-    dtype = parts[0].tensors[f"{prefix}up"].dtype
+    dtype = members[0].tensors[f"{prefix}up"].dtype
     return LowRank(first.site.name, prefix, tuple(keys), dtype, fitted, bias)
 
 

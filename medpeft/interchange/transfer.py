@@ -60,7 +60,7 @@ def export(adapted: Adapted, into: Format) -> dict[str, Change]:
                 reason = f"it has two adapters, and {into.name} reads one a layer"
             if reason:
                 problems.append(f"{name}: {reason}")
-            elif isinstance(adapter, (LoRA, LoHa, LoKr)):
+            elif isinstance(adapter, (LoRA, LoHa, LoKr)):  # Other methods are among the problems already.
                 changes[name] = _change_of(layer, adapter)
     if problems:
         raise CheckpointError("\n  ".join([f"This model cannot be written for {into.name}:", *problems]))
@@ -79,10 +79,12 @@ def _change_of(layer: nn.Module, adapter: LoRA | LoHa | LoKr) -> Change:
 def _inexpressible_options(record: Applied, into: Format) -> list[str]:
     """List the methods and options that have no place in the file."""
     problems = []
-    held = {*into.methods, "linear_probe"}
+    held = {*into.methods, "linear_probe"}  # It adds nothing but the head, which is asked about below.
     if into.biases:
         held.update(_BIASES)
-    if not set(record.methods) <= held or not set(record.methods) & set(into.methods):
+    has_others = bool(set(record.methods) - held)
+    has_its_own = bool(set(record.methods) & set(into.methods))
+    if has_others or not has_its_own:
         problems.append(
             f"the methods {'+'.join(record.methods)}: these files hold {', '.join(into.methods)} alone"
         )
@@ -90,8 +92,9 @@ def _inexpressible_options(record: Applied, into: Format) -> list[str]:
         problems.append("adapting BatchNorm statistics: use batchnorm='frozen'")
     if record.head and not into.head:
         problems.append(f"the head {', '.join(record.head)}: apply with head=None")
-    for method in set(record.methods) & set(into.methods):
-        options = record.methods[method]
+    for method, options in record.methods.items():
+        if method not in into.methods:
+            continue
         by_place = [option for option in into.of_all if isinstance(options.get(option), ByPlace)]
         if by_place:
             problems.append(f"{', '.join(by_place)} by place: these files have one for all layers")
@@ -104,17 +107,19 @@ def _inexpressible_options(record: Applied, into: Format) -> list[str]:
 def apply_file(
     model: nn.Module,
     file: LoRAFile,
-    source: Format,
+    written_for: Format,
     *,
     head: Head = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> nn.Module:
-    """Apply methods with a factor of 1 to the layers of a file, and load the file.
+    """Apply the methods that a file needs to its layers, and load it.
+
+    A factor of the file is multiplied into its matrices, so that all layers have a factor of 1.
 
     Args:
         model: The base.
         file: The file, in the names of the model.
-        source: Its format.
+        written_for: Its format.
         head: As in `apply`.
         options: Further options by method, and selective methods that the file trained beside its own.
 
@@ -125,8 +130,10 @@ def apply_file(
     others = _without_frozen(model, file.others)
     try:
         planned = _plan(model, file.changes, head, options or {})
-        shapes = build(planned.model, planned.sites, planned.record, shapes_only=True)
-        problems = [*_misfits(planned, shapes, file.changes, source), *_misfits_of_head(planned, others)]
+        # Shapes first: a file may ask for any size.
+        without_values = build(planned.model, planned.sites, planned.record, shapes_only=True)
+        problems = list(_misfits(planned, without_values, file.changes, written_for))
+        problems += _misfits_of_others(planned, others)
         if problems:
             raise CheckpointError("\n  " + as_lines(problems))
         built = build(planned.model, planned.sites, planned.record)
@@ -139,11 +146,16 @@ def apply_file(
 
 
 def _without_frozen(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out tensors that the model already has, frozen and with the same values."""
+    """Leave out tensors that the model already has, frozen and with the same values.
+
+    peft saves modules whole, with their frozen tensors and buffers.
+    """
     changed = dict(tensors)
     for name, tensor in own_tensors(model):
-        frozen = not tensor.requires_grad or not tensor.is_floating_point()
-        if frozen and name in changed and torch.equal(changed[name], tensor.cpu()):
+        is_frozen = not tensor.requires_grad or not tensor.is_floating_point()
+        if not is_frozen or name not in changed:
+            continue
+        if torch.equal(changed[name].double(), tensor.cpu().double()):  # Their dtypes may differ.
             del changed[name]
     return changed
 
@@ -153,14 +165,14 @@ def _plan(
 ) -> Plan:
     """Plan each method at the layers that a file changes by it.
 
-    A first plan finds the layers. They say which options hold the changes of all of them.
+    A first plan, at rank 1, finds the sites. From each change and its site follow the options that hold it.
     """
     names: dict[str, set[str]] = {}
     for name, change in changes.items():
         names.setdefault(change.method, set()).add(name)
     requests: dict[str, dict[str, Any]] = {}
     for method, chosen in names.items():
-        requests[method] = {"rank": 1, "target": _is_one_of(chosen)}
+        requests[method] = {"rank": 1, "target": _target_of(chosen)}
     if "lora" in requests:
         requests["lora"]["parts"] = "qkvo"
     sites = {site.name: site for _, site in plan(model, requests, head=head).sites}
@@ -171,7 +183,7 @@ def _plan(
     return plan(model, requests, head=head)
 
 
-def _is_one_of(names: set[str]) -> Any:
+def _target_of(names: set[str]) -> Any:
     """Make a target of layers by their names."""
     return lambda name, layer: name in names
 
@@ -204,22 +216,26 @@ def _options_of_lora(changes: Mapping[str, Factors], sites: Mapping[str, Site]) 
 
 
 def _misfits(
-    planned: Plan, built: list[Built], changes: Mapping[str, Change], source: Format
+    planned: Plan, built: list[Built], changes: Mapping[str, Change], written_for: Format
 ) -> Iterator[str]:
     """List every layer of a file that does not fit the plan."""
     network = Network(planned.model)
-    sites = {item.site.name: (item.site, item.adapter) for item in built}
+    by_layer = {item.site.name: (item.site, item.adapter) for item in built}
     for layer, change in changes.items():
-        if layer in sites:
+        if layer in by_layer:
             continue
         reason = f"the model has no such layer for {change.method}"
         if within(layer, planned.record.head):
             reason = "it is the head, trained whole: pass head=None"
         yield f"{layer!r}: in the file, but {reason}"
-    for layer, (site, adapter) in sites.items():
-        reason = inexpressible(network, layer, adapter, source) or changes[layer].misshapen(site)
+    for layer, (site, adapter) in by_layer.items():
+        # What that library does not compute, its file cannot mean.
+        reason = inexpressible(network, layer, adapter, written_for) or changes[layer].misshapen(site)
+        # Of those whose weight alone is read, that library has nn.MultiheadAttention.
         if not reason and site.only_weight and not _whole_attention(network, layer, changes):
-            reason = f"{source.name} adapts nn.MultiheadAttention as a whole, and the file holds half of it"
+            reason = (
+                f"{written_for.name} adapts nn.MultiheadAttention as a whole, and the file holds half of it"
+            )
         if reason:
             yield f"{layer!r}: {reason}"
 
@@ -231,8 +247,8 @@ def _whole_attention(network: Network, layer: str, changes: Mapping[str, Change]
     return both and in_whole_attention(network, layer)
 
 
-def _misfits_of_head(planned: Plan, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """List every other tensor of a file that does not fit the head."""
+def _misfits_of_others(planned: Plan, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """List every other tensor of a file, of a head or of biases, that does not fit what trains."""
     trained = dict(trained_tensors(planned.model, planned.record))
     head = ", ".join(planned.record.head) or "(none)"
     for name, tensor in tensors.items():

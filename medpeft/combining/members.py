@@ -29,8 +29,8 @@ _FACTS = Wording(
 
 
 @dataclass(frozen=True)
-class Part:
-    """One file, read and checked.
+class Member:
+    """One of the files to combine, read and checked.
 
     Attributes:
         weight: Its weight.
@@ -78,7 +78,7 @@ def read(
     check_base: bool,
     keep_base: bool | None,
     head: Source | None,
-) -> list[Part]:
+) -> list[Member]:
     """Read the files, and compare each with the first.
 
     Args:
@@ -94,7 +94,7 @@ def read(
     """
     inside = adapted_inside(model)
     require(inside is None, "combine takes the base, and this model is adapted: call medpeft.remove(model).")
-    parts = []
+    members = []
     for source, weight in files.items():
         policy: HeadPolicy = "strict"
         if head is not None and source != head:
@@ -102,23 +102,23 @@ def read(
         with opened(source) as file:
             header = read_header(file, name_of(source))
             prepared = prepare(model, file, header, check_base=check_base, head=policy, keep_base=keep_base)
-        parts.append(Part(float(weight), prepared))
-    for part in parts[1:]:
-        lines = differences(_facts(part), _facts(parts[0]), _FACTS)
-        if head is None and part.classes != parts[0].classes:
+        members.append(Member(float(weight), prepared))
+    for member in members[1:]:
+        lines = differences(_facts(member), _facts(members[0]), _FACTS)
+        if head is None and member.classes != members[0].classes:
             lines.append("the names of the classes: pass head= with the file whose head is to be taken")
         if lines:
             raise CheckpointError(
-                f"{part.name} cannot be combined with {parts[0].name}:\n  {as_lines(lines)}\n"
+                f"{member.name} cannot be combined with {members[0].name}:\n  {as_lines(lines)}\n"
                 "Files of one base can be, that were trained by one method with the same options and places."
             )
-    _require_sums(parts)
-    return parts
+    _require_sums(members)
+    return members
 
 
-def _facts(part: Part) -> dict[str, object]:
+def _facts(member: Member) -> dict[str, object]:
     """What the files to combine have in common."""
-    record = part.record
+    record = member.record
     facts: dict[str, object] = {"batchnorm": record.batchnorm, "head": record.head}
     for method, options in record.methods.items():
         for option, value in options.items():
@@ -132,35 +132,35 @@ def _facts(part: Part) -> dict[str, object]:
     return facts
 
 
-def _require_sums(parts: Sequence[Part]) -> None:
+def _require_sums(members: Sequence[Member]) -> None:
     """Raise `CheckpointError` for DoRA: what it adds to the weight has no low rank."""
-    for part in parts:
-        dora = part.record.methods.get("lora", {}).get("dora", False)
+    for member in members:
+        dora = member.record.methods.get("lora", {}).get("dora", False)
         if dora is True or isinstance(dora, ByPlace):
             raise CheckpointError(
-                f"{part.name} has dora=True, and the sum of such changes is no LoRA: load each file into a "
+                f"{member.name} has dora=True, and the sum of such changes is no LoRA: load each file into a "
                 "copy of the base, merge both and average the weights."
             )
 
 
-def require_same_start(name: str, parts: Sequence[Part], starts: Sequence[Tensor]) -> None:
+def require_same_start(name: str, members: Sequence[Member], starts: Sequence[Tensor]) -> None:
     """Raise `CheckpointError` where adapters started from other values.
 
     A hidden unit in one is then another one in the other, and numbers in one place mean different things.
     """
-    for part, start in zip(parts[1:], starts[1:], strict=True):
+    for member, start in zip(members[1:], starts[1:], strict=True):
         if torch.equal(start, starts[0]):
             continue
         raise CheckpointError(
-            f"{name!r} started from other values in {part.name} (seed {part.record.seed}) than in "
-            f"{parts[0].name} (seed {parts[0].record.seed}), so numbers at one place mean different things: "
+            f"{name!r} started from other values in {member.name} (seed {member.record.seed}) than in "
+            f"{members[0].name} (seed {members[0].record.seed}), so numbers at one place mean different things: "
             "combine files that were trained from one seed."
         )
 
 
-def require_positive(parts: Sequence[Part], what: str) -> None:
+def require_positive(members: Sequence[Member], what: str) -> None:
     """Raise `MedpeftError` where weights give no average."""
-    weights = [part.weight for part in parts]
+    weights = [member.weight for member in members]
     require(
         min(weights) >= 0 and sum(weights) > 0,
         f"{what} can only be averaged, with weights of at least 0 that are not all 0: the weights are "
