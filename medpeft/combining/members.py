@@ -153,8 +153,8 @@ def require_same_start(name: str, members: Sequence[Member], starts: Sequence[Te
             continue
         raise CheckpointError(
             f"{name!r} started from other values in {member.name} (seed {member.record.seed}) than in "
-            f"{members[0].name} (seed {members[0].record.seed}), so numbers at one place mean different things: "
-            "combine files that were trained from one seed."
+            f"{members[0].name} (seed {members[0].record.seed}), so numbers at one place mean different "
+            "things: combine files that were trained from one seed."
         )
 
 

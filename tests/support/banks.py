@@ -1,5 +1,6 @@
 """Adapters of several sites on one tiny base, and banks of them."""
 
+import functools
 import io
 
 import torch
@@ -34,3 +35,14 @@ def bank_of(made, plain=None):
 
 def images(count, seed=0):
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def several(count=3):
+    """Models that nobody changes."""
+    made = {}
+    for seed in range(count):
+        made[f"lora {seed}"] = sites("lora", seed, rank=2, classes=3 + seed % 2)
+        made[f"ssf {seed}"] = sites("ssf", seed)
+        made[f"bias {seed}"] = sites("bias", seed)
+    return made
