@@ -21,8 +21,9 @@ from ..checkpoint.state import Array
 from ..errors import MedpeftError, clipped, did_you_mean, listed, require
 from .base import Base
 from .entry import BankEntry, entry_of_state, read_entry, table_of
+from .inputs import Inputs
 from .kind import Kind
-from .mixed import Inputs, run_mixed
+from .mixed import run_mixed
 from .proof import Fact, Proof
 from .switch import InModel, take_out
 
@@ -172,7 +173,7 @@ class Bank:
             x: The images along the first axis.
             names: Name of the adapter of each image, None for the base; or one for all of them.
             **inputs: Further inputs of the model. Tensors with as many rows as there are images are divided
-                like these.
+                like these, also in lists and dicts.
 
         Returns:
             What the model returns for the batch. Where that has another shape for some images, as with heads
@@ -194,7 +195,7 @@ class Bank:
             self._look()
             self._base.require_unchanged()
             entries = [None if name is None else self._entry(name) for name in names]
-            return run_mixed(self._base, entries, Inputs(x, inputs))
+            return run_mixed(self._base, entries, Inputs.of_batch(x, inputs))
 
     def remove(self, name: str) -> None:
         """Remove an adapter. Every other output keeps its bits, and `prove` says so.
