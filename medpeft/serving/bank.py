@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,14 +15,13 @@ from ..adapters.record import Adapted, applied, require_model
 from ..adapters.running import counted, switching
 from ..adapters.wiring import stay_wired
 from ..checkpoint.header import content_digest
-from ..checkpoint.save import save
+from ..checkpoint.save import checked_metadata, save
 from ..checkpoint.source import Source
 from ..checkpoint.state import Array
-from ..errors import MedpeftError, clipped, did_you_mean, listed, require
+from ..errors import MedpeftError, clipped, listed, require
 from .base import Base
-from .entry import BankEntry, entry_of_state, read_entry, table_of
+from .entry import BankEntry, Entries, entry_of_state, read_entry, table_of
 from .inputs import Inputs
-from .kind import Kind
 from .mixed import run_mixed
 from .proof import Fact, Proof
 from .switch import InModel, take_out
@@ -70,7 +69,7 @@ class Bank:
             self._base = Base(model)
             stay_wired(model, adapted_forward, self)
         self._in_model = InModel(self._base)
-        self._entries: dict[str, BankEntry] = {}
+        self._entries = Entries()
         self._removed: list[Fact] = []
         self._digest = self._base_digest()
 
@@ -102,28 +101,32 @@ class Bank:
         require(
             name not in self._entries, f"{name!r} is in the bank already: remove it, or take another name."
         )
+        if metadata is not None:
+            metadata = checked_metadata(metadata)
         with counted(self._base.model):  # So that no other thread is about to switch the model's adapters.
             self._look()
         entry = self._read(name, source, like, metadata)
         self._base.keep(entry.kind.record, adapted=False)
-        present = self._entries.setdefault(name, entry)
-        require(present is entry, f"{name!r} is in the bank already: another thread added it.")
+        with switching(self._base.model, "add"):
+            present = self._entries.setdefault(name, entry)
+            require(present is entry, f"{name!r} is in the bank already: another thread added it.")
+            self._in_model.recognise(entry)
 
     def _read(
         self, name: str, source: Source | State | None, like: str | None, metadata: Mapping[str, Any] | None
     ) -> BankEntry:
         """Read and check an adapter."""
         if source is not None and not isinstance(source, Mapping):
-            return read_entry(self._base, self._kinds(), name, source, metadata)
+            return read_entry(self._base, self._entries.kinds(), name, source, metadata)
         if source is None or like is None:
             file = io.BytesIO()
             save(self._base.model, file, metadata)
-            present = read_entry(self._base, self._kinds(), name, file, metadata)
+            present = read_entry(self._base, self._entries.kinds(), name, file, metadata)
             if source is None:
                 return present
             kind = present.kind
         else:
-            kind = self._entry(like).kind
+            kind = self._entries.named(like).kind
         return entry_of_state(self._base, kind, name, source, metadata)
 
     def use(self, name: str | None, *, discard: bool = False) -> None:
@@ -142,7 +145,7 @@ class Bank:
                 trained since the last `use`; or the base has changed.
         """
         with switching(self._base.model, "use"):
-            entry = None if name is None else self._entry(name)
+            entry = None if name is None else self._entries.named(name)
             self._look()
             self._base.require_unchanged()
             installed = self._in_model.installed
@@ -161,7 +164,7 @@ class Bank:
             self._in_model.switch_to(entry)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, names: str | Sequence[str | None] | None, **inputs: Any) -> Any:
+    def __call__(self, x: Tensor, names: str | Iterable[str | None] | None, **inputs: Any) -> Any:
         """Compute each image of a batch with an adapter of its own, whatever the model uses at the moment.
 
         Images with adapters of one kind are computed together where its methods allow that (`by_image` in
@@ -189,12 +192,14 @@ class Bank:
         )
         if names is None or isinstance(names, str):
             names = [names] * len(x)
+        require(isinstance(names, Iterable), f"names={clipped(names)} must be a name for each image.")
+        names = list(names)
         require(len(x) == len(names) > 0, f"There are {len(names)} names for {len(x)} images.")
         with counted(model):  # A switch of the model's adapters waits for it.
             require(not model.training, "The model is in training mode: call model.eval() first.")
             self._look()
             self._base.require_unchanged()
-            entries = [None if name is None else self._entry(name) for name in names]
+            entries = [None if name is None else self._entries.named(name) for name in names]
             return run_mixed(self._base, entries, Inputs.of_batch(x, inputs))
 
     def remove(self, name: str) -> None:
@@ -203,7 +208,7 @@ class Bank:
         Raises:
             MedpeftError: there is no such adapter, or the model uses it.
         """
-        entry = self._entry(name)
+        entry = self._entries.named(name)
         with switching(self._base.model, "remove"):
             require(self.used != name, f"The model uses {name!r}: call use(None), or use another one first.")
             if self._entries.pop(name, None) is entry:
@@ -240,11 +245,11 @@ class Bank:
 
     def metadata(self, name: str) -> dict[str, Any]:
         """Return what was saved with an adapter."""
-        return dict(self._entry(name).metadata)
+        return dict(self._entries.named(name).metadata)
 
     def state(self, name: str) -> dict[str, Tensor]:
         """Copy the tensors of an adapter, as `medpeft.state` would of a model that uses it."""
-        entry = self._entry(name)
+        entry = self._entries.named(name)
         return {key: value.detach().cpu().clone() for key, value in entry.values.items()}
 
     def __contains__(self, name: object) -> bool:
@@ -261,18 +266,11 @@ class Bank:
         title = f"Bank of {len(entries)} adapters on {type(self._base.model).__name__}, using {self.used!r}"
         return str(table_of(entries, title))
 
-    def _entry(self, name: str) -> BankEntry:
-        entry = self._entries.get(name)
-        if entry is None:
-            near = did_you_mean(str(name), self.names)
-            raise MedpeftError(
-                f"No adapter {clipped(name)} is in the bank.{near} It has {listed(self.names)}."
-            )
-        return entry
-
-    def _kinds(self) -> dict[str, Kind]:
-        """The kinds of all adapters, by key."""
-        return {entry.kind.key: entry.kind for entry in dict(self._entries).values()}
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise MedpeftError(
+            "A bank is of one model and cannot be copied or pickled: copy the model, make a bank of the "
+            "copy, and add the files."
+        )
 
     def _look(self) -> None:
         """Take note of what others have done with the model since; no thread may be switching it."""

@@ -67,14 +67,14 @@ def _require_rows(leaf: Any, images: int) -> None:
     if isinstance(leaf, Tensor):
         require(
             has_rows(leaf, images),
-            f"The model returned a tensor of the shape {tuple(leaf.shape)} for {images} images. One without a "
-            "row for each cannot be divided: call the bank with one name.",
+            f"The model returned a tensor of the shape {tuple(leaf.shape)} for {images} images. One without "
+            "a row for each cannot be divided: call the bank with one name.",
         )
     else:
         require(
             isinstance(leaf, CONSTANTS),
-            f"The model returned a {type(leaf).__name__}, in which the bank finds no row for each image: have "
-            "it return tensors, also in tuples, lists and dicts, or call the bank with one name.",
+            f"The model returned a {type(leaf).__name__}, in which the bank finds no row for each image: "
+            "have it return tensors, also in tuples, lists and dicts, or call the bank with one name.",
         )
 
 

@@ -99,6 +99,15 @@ class InModel:
         self._base = base
         self.installed: Installed | None = None
 
+    def recognise(self, entry: BankEntry) -> None:
+        """Take note that what was trained since is in the bank now, if it is an adapter's values."""
+        installed = self.installed
+        if installed is None or installed.entry.kind is not entry.kind:
+            return
+        trained = bool(installed.changed_since_installed())
+        if trained and not replace(installed, entry=entry).changed_since_installed():
+            installed.entry = entry
+
     def switch_to(self, entry: BankEntry | None) -> None:
         """Make the model compute with an adapter, or with None as the base; or, on failure, as before."""
         before = self.installed
