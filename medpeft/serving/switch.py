@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..adapters.adapters import Adapters
 from ..adapters.aside import Settled, restore
 from ..adapters.record import Adapted, Applied, Aside, applied
+from ..architecture.caches import empty_caches
 from ..errors import MedpeftError
 from ..surgery.apply import carry_out, make_plain
 from ..surgery.install import Built
@@ -131,6 +132,7 @@ class InModel:
             record.aside = Aside("use", dict(current.entry.values))
             for name, tensor in current.tensors.items():
                 tensor.copy_(entry.values[name])
+            empty_caches(model)
             current.entry = entry  # From here on an interrupt leaves the new adapter, before it the old one.
 
     def _exchange(self, before: Installed | None, entry: BankEntry | None) -> None:
