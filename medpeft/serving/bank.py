@@ -199,6 +199,7 @@ class Bank:
             require(not model.training, "The model is in training mode: call model.eval() first.")
             self._look()
             self._base.require_unchanged()
+            self._base.require_same_modules()
             entries = [None if name is None else self._entries.named(name) for name in names]
             return run_mixed(self._base, entries, Inputs.of_batch(x, inputs))
 

@@ -1,6 +1,7 @@
 """What a bank refuses changes nothing: neither the model nor the bank."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -202,3 +203,25 @@ def test_metadata_that_a_file_could_not_have(bank, metadata):
 def test_a_bank_is_not_copied(bank, copied):
     with pytest.raises(medpeft.MedpeftError, match="of one model and cannot be copied or pickled"):
         copied(bank)
+
+
+def another_layer(model):
+    model.blocks[0].mlp.fc2 = nn.Identity()
+
+
+def another_forward(model):
+    model.blocks[0].mlp.forward = functools.partial(nn.Identity.forward, model.blocks[0].mlp)
+
+
+def another_module(model):
+    model.blocks.append(nn.Identity())
+
+
+@pytest.mark.parametrize("used", [None, "a"])
+@pytest.mark.parametrize("change", [another_layer, another_forward, another_module])
+def test_modules_that_the_mirrors_do_not_have(bank, used, change):
+    bank.use(used)
+    bank(images(2), "a")
+    change(bank._base.model)
+    with pytest.raises(medpeft.MedpeftError, match="has other modules or another forward than when the bank"):
+        bank(images(2), "a")
