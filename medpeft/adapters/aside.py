@@ -19,6 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from ..architecture.caches import empty_caches
 from ..errors import require
 from ..sharding import is_sharded, like, reshard
 from .record import Adapted, Applied, Aside, adapted_layers, applied, own_state, require_applied
@@ -85,8 +86,7 @@ def put(
     for name in placed:
         aside.tensors[name] = present.get(name)
     record.aside = aside
-    for name, value in written.items():
-        present[name].copy_(value)
+    _write(model, present, written)
     _place(model, placed)
 
 
@@ -201,8 +201,7 @@ def _bring_in(model: nn.Module, record: Applied, strength: float) -> None:
         reshard(model)
         present = _tensors(model)
         values = between(record.base or {}, aside.values, strength)
-        for name in values.keys() - set(misfits(present, values)):
-            present[name].copy_(values[name])
+        _write(model, present, values)
     _enable(model, strength != 0, strength)
     aside.strength = strength
 
@@ -232,14 +231,11 @@ def restore(model: nn.Module, record: Applied) -> None:
         return
     reshard(model)
     present = _tensors(model)
-    replaced = misfits(present, aside.values)
     for name, tensor in aside.tensors.items():
         if tensor is not None and name in present:
             tensor.data = tensor.data.to(present[name])  # The model may have been moved or cast meanwhile.
     _place(model, aside.tensors)
-    for name, value in aside.values.items():
-        if name not in replaced:
-            present[name].copy_(value)
+    _write(model, present, aside.values)
     _enable(model, True)
     record.aside = None
 
@@ -268,11 +264,8 @@ def recovered(model: nn.Module, action: str) -> Adapted:
 
 def misfits(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:
     """List the names of values whose tensor is gone or has another shape."""
-    names = []
-    for name, value in values.items():
-        if name not in tensors or tensors[name].shape != value.shape:
-            names.append(name)
-    return names
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return [name for name, value in values.items() if shapes.get(name) != value.shape]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -281,6 +274,13 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors.update(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     return tensors
+
+
+def _write(model: nn.Module, present: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into the tensors of their names, where there is one of that shape."""
+    for name in values.keys() - set(misfits(present, values)):
+        present[name].copy_(values[name])
+    empty_caches(model)
 
 
 def _place(model: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:

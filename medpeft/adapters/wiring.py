@@ -135,6 +135,19 @@ def wiring_of(layer: nn.Module) -> Wiring | None:
     return wiring if isinstance(wiring, Wiring) else None
 
 
+def plain_forward(layer: nn.Module) -> Callable[..., Any] | None:
+    """Return the forward that somebody else has put on a layer, None where it is that of its class."""
+    forward = layer.__dict__.get(_slot(layer))
+    if forward is None:
+        return None
+    wiring = wiring_of(layer)
+    if wiring is not None:
+        return wiring.previous
+    if forward == MethodType(type(layer).forward, layer):
+        return None
+    return forward  # type: ignore[no-any-return]  # what is called like a method
+
+
 def is_wired(layer: nn.Module) -> bool:
     """Whether the layer's adapters reach its forward. A forward wrapped around ours counts too."""
     return wiring_of(layer) is not None or callable(layer.__dict__.get("forward"))

@@ -61,9 +61,7 @@ def save(
     """
     require_model(model, path)
     _require_path(path)
-    copied = _as_json({} if metadata is None else metadata, "metadata")
-    if not isinstance(copied, dict) or not optional(list_of(text))(copied.get("classes")):
-        raise CheckpointError("metadata must be a dict, and its 'classes' the names of the classes.")
+    copied = checked_metadata({} if metadata is None else metadata)
     with switching(model, "save"):  # So that no other thread puts other values in meanwhile.
         _save(model, path, copied)
 
@@ -177,6 +175,18 @@ def _require_own_forwards(adapted: Adapted) -> None:
                     f"The {weight} of {name} is computed in every forward since apply, and a file of it "
                     f"could be loaded nowhere: {way_back(layer, weight)}."
                 )
+
+
+def checked_metadata(metadata: object) -> dict[str, Any]:
+    """Copy metadata as plain JSON.
+
+    Raises:
+        CheckpointError: it is no JSON, or its classes are no names.
+    """
+    copied = _as_json(metadata, "metadata")
+    if not isinstance(copied, dict) or not optional(list_of(text))(copied.get("classes")):
+        raise CheckpointError("metadata must be a dict, and its 'classes' the names of the classes.")
+    return copied
 
 
 def _as_json(value: Any, where: str, depth: int = 4) -> Any:

@@ -16,7 +16,7 @@ from ..checkpoint.fingerprint import digest_of
 from ..errors import CheckpointError, require
 from .file import DTYPES, FeatureFile, FeatureKey, create, read_key
 from .proof import prove
-from .rest import Rest, Route, run_until
+from .rest import Rest, Route, require_frozen, run_until
 from .route import find_route
 
 
@@ -60,6 +60,7 @@ class Prefix:
             MedpeftError: the model does not come by the place for this input.
         """
         with running.counted(self.model):  # A switch of the model's adapters waits for it.
+            require_frozen(self.model, self.route)
             return run_until(self.model, self.route, example_input)
 
     def bytes_on_disk(self, images: int, *, views: int = 1, dtype: torch.dtype | None = None) -> int:
@@ -130,6 +131,7 @@ class Prefix:
     def _key(
         self, data: str, preprocessing: str, images: int, views: int, dtype: torch.dtype | None
     ) -> FeatureKey:
+        require_frozen(self.model, self.route)
         kind = short(dtype or self.dtype)
         require(kind in DTYPES, f"Features are stored as {', '.join(DTYPES)}, not as {kind}: pass a dtype.")
         tensors: dict[str, Tensor] = dict(self.model.named_parameters())

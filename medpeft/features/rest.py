@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import running
+from ..adapters.record import applied
 from ..adapters.stand_in import rebound, replace_below, sharing_all
+from ..adapters.wiring import acting
 from ..checks.copies import call, tensors_in
-from ..errors import MedpeftError, require
+from ..errors import MedpeftError, listed, require
 from .blank import Blank, filled, sizes
 from .place import Place
 
@@ -69,6 +71,26 @@ def run_until(model: nn.Module, route: Route, example: Any) -> Tensor:
         axis = route.features.batch_axis or 0
         return reached.features.detach().movedim(axis, 0).contiguous()
     raise MedpeftError(f"{type(model).__name__} did not come by {place} for this input.")
+
+
+def require_frozen(model: nn.Module, route: Route) -> None:
+    """Raise `MedpeftError` if a method trains something before the place: features then change in training.
+
+    The model may have got other adapters since, by `apply`, `load` or a bank.
+    """
+    changing = []
+    for name in route.skipped:
+        for inside, module in model.get_submodule(name).named_modules(prefix=name):
+            if acting(module) is not None:
+                changing.append(inside)
+    record = applied(model)
+    if record is not None:
+        changing += [name for name in route.tensors if name in record.selected]
+    require(
+        not changing,
+        f"{listed(changing, most=1)} comes before {route.place} and is trained by what was applied since "
+        "medpeft.prefix was called: call it again, and compute the features anew.",
+    )
 
 
 def run_from(
@@ -207,4 +229,5 @@ class Rest(nn.Module):
         if torch.compiler.is_compiling():
             return run_from(self.model, self.route, features)
         with running.counted(self.model):  # A switch of the model's adapters waits for it.
+            require_frozen(self.model, self.route)
             return run_from(self.model, self.route, features)

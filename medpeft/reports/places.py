@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter, SecondPlace, parameters_of
 from ..adapters.adapters import Adapters
 from ..adapters.record import Adapted
+from ..architecture.caches import empty_caches
 from ..architecture.layers import within
 from ..architecture.network import Network
 from ..errors import MedpeftError, require
@@ -96,6 +97,7 @@ def off(copy: nn.Module, places: Sequence[Switchable], name: str) -> Iterator[No
         for value in place.values:
             trained[value] = tensors[value].clone()
             tensors[value].copy_(place.values[value])
+    empty_caches(copy)
     for adapters, names in silent.items():
         left = [other for other, _ in adapters.adapters() if other not in names]
         adapters.let_act(left)
@@ -110,3 +112,4 @@ def off(copy: nn.Module, places: Sequence[Switchable], name: str) -> Iterator[No
             adapters.enabled = True
         for value, tensor in trained.items():
             tensors[value].copy_(tensor)
+        empty_caches(copy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from ..adapters.record import Adapted, applied, require_model
 from ..adapters.running import counted, switching
 from ..adapters.wiring import stay_wired
 from ..checkpoint.header import content_digest
+from ..checkpoint.save import checked_metadata
 from ..checkpoint.source import Source
 from ..checkpoint.state import Array
-from ..errors import MedpeftError, clipped, did_you_mean, listed, require
+from ..errors import MedpeftError, clipped, require
 from .base import Base
-from .entry import BankEntry, entry_of_model, entry_of_state, read_entry, table_of
-from .kind import Kind
-from .mixed import Inputs, run_mixed
+from .entry import BankEntry, Entries, entry_of_model, entry_of_state, read_entry, table_of
+from .inputs import Inputs
+from .mixed import run_mixed
 from .proof import Fact, Proof
 from .switch import InModel, take_out
 
@@ -67,7 +68,7 @@ class Bank:
             self._base = Base(model)
             stay_wired(model, adapted_forward, self)
         self._in_model = InModel(self._base)
-        self._entries: dict[str, BankEntry] = {}  # Other threads add: it is copied before a loop.
+        self._entries = Entries()
         self._removed: list[Fact] = []
         self._digest = self._base_digest()
 
@@ -99,14 +100,17 @@ class Bank:
         require(
             name not in self._entries, f"{name!r} is in the bank already: remove it, or take another name."
         )
+        if metadata is not None:
+            metadata = checked_metadata(metadata)
         with counted(self._base.model):  # So that no other thread is about to switch the model's adapters.
             self._notice_others()
         entry = self._read(name, source, like, metadata)
-        self._base.keep(
-            entry.kind.record, adapted=False
-        )  # Where it will act there still are the base's values.
-        present = self._entries.setdefault(name, entry)
-        require(present is entry, f"{name!r} is in the bank already: another thread added it.")
+        # Where it will act there still are the base's values.
+        self._base.keep(entry.kind.record, adapted=False)
+        with switching(self._base.model, "add"):
+            present = self._entries.setdefault(name, entry)
+            require(present is entry, f"{name!r} is in the bank already: another thread added it.")
+            self._in_model.recognise(entry)
 
     def _read(
         self, name: str, source: Source | State | None, like: str | None, metadata: Mapping[str, Any] | None
@@ -116,13 +120,14 @@ class Bank:
             like is None or isinstance(source, Mapping),
             f"like={clipped(like)} is for a state: a file, and the model, say their methods and options.",
         )
+        kinds = self._entries.kinds()
         if source is None:
-            return entry_of_model(self._base, self._kinds(), name, metadata)
+            return entry_of_model(self._base, kinds, name, metadata)
         if not isinstance(source, Mapping):
-            return read_entry(self._base, self._kinds(), name, source, metadata)
+            return read_entry(self._base, kinds, name, source, metadata)
         if like is not None:
-            return entry_of_state(self._base, self._entry(like).kind, name, source, metadata)
-        in_model = entry_of_model(self._base, self._kinds(), name, metadata)
+            return entry_of_state(self._base, self._entries.named(like).kind, name, source, metadata)
+        in_model = entry_of_model(self._base, kinds, name, metadata)
         return entry_of_state(self._base, in_model.kind, name, source, metadata)
 
     def use(self, name: str | None, *, discard: bool = False) -> None:
@@ -141,7 +146,7 @@ class Bank:
                 trained since the last `use`; or the base has changed.
         """
         with switching(self._base.model, "use"):
-            entry = None if name is None else self._entry(name)
+            entry = None if name is None else self._entries.named(name)
             self._notice_others()
             self._base.require_unchanged()
             installed, changed = self._in_model.installed, []
@@ -157,7 +162,7 @@ class Bank:
             self._in_model.switch_to(entry, changed)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, names: str | Sequence[str | None] | None, **inputs: Any) -> Any:
+    def __call__(self, x: Tensor, names: str | Iterable[str | None] | None, **inputs: Any) -> Any:
         """Compute each image of a batch with an adapter of its own, whatever the model uses at the moment.
 
         Images with adapters of one kind are computed together where its methods allow that (`by_image` in
@@ -169,7 +174,7 @@ class Bank:
             x: The images along the first axis.
             names: Name of the adapter of each image, None for the base; or one for all of them.
             **inputs: Further inputs of the model. Tensors with as many rows as there are images are divided
-                like these.
+                like these, also in lists and dicts.
 
         Returns:
             What the model returns for the batch. Where that has another shape for some images, as with heads
@@ -185,13 +190,16 @@ class Bank:
         )
         if names is None or isinstance(names, str):
             names = [names] * len(x)
+        require(isinstance(names, Iterable), f"names={clipped(names)} must be a name for each image.")
+        names = list(names)
         require(len(x) == len(names) > 0, f"There are {len(names)} names for {len(x)} images.")
         with counted(model):  # A switch of the model's adapters waits for it.
             require(not model.training, "The model is in training mode: call model.eval() first.")
             self._notice_others()
             self._base.require_unchanged()
-            entries = [None if name is None else self._entry(name) for name in names]
-            return run_mixed(self._base, entries, Inputs(x, inputs))
+            self._base.require_same_modules()
+            entries = [None if name is None else self._entries.named(name) for name in names]
+            return run_mixed(self._base, entries, Inputs.of_batch(x, inputs))
 
     def remove(self, name: str) -> None:
         """Remove an adapter. Every other output keeps its bits, and `prove` says so.
@@ -200,7 +208,7 @@ class Bank:
             MedpeftError: there is no such adapter, or the model uses it.
         """
         with switching(self._base.model, "remove"):
-            entry = self._entry(name)
+            entry = self._entries.named(name)
             require(self.used != name, f"The model uses {name!r}: call use(None), or use another one first.")
             del self._entries[name]
             self._removed.append(Fact(name, entry.digest, now=""))
@@ -236,11 +244,11 @@ class Bank:
 
     def metadata(self, name: str) -> dict[str, Any]:
         """Return what was saved with an adapter."""
-        return dict(self._entry(name).metadata)
+        return dict(self._entries.named(name).metadata)
 
     def state(self, name: str) -> dict[str, Tensor]:
         """Copy the tensors of an adapter, as `medpeft.state` would of a model that uses it."""
-        entry = self._entry(name)
+        entry = self._entries.named(name)
         return {key: value.detach().cpu().clone() for key, value in entry.values.items()}
 
     def __contains__(self, name: object) -> bool:
@@ -257,18 +265,11 @@ class Bank:
         title = f"Bank of {len(entries)} adapters on {type(self._base.model).__name__}, using {self.used!r}"
         return str(table_of(entries, title))
 
-    def _entry(self, name: str) -> BankEntry:
-        entry = self._entries.get(name)
-        if entry is None:
-            near = did_you_mean(str(name), self.names)
-            raise MedpeftError(
-                f"No adapter {clipped(name)} is in the bank.{near} It has {listed(self.names)}."
-            )
-        return entry
-
-    def _kinds(self) -> dict[str, Kind]:
-        """The kinds of all adapters, by key."""
-        return {entry.kind.key: entry.kind for entry in dict(self._entries).values()}
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise MedpeftError(
+            "A bank is of one model and cannot be copied or pickled: copy the model, make a bank of the "
+            "copy, and add the files."
+        )
 
     def _notice_others(self) -> None:
         """Forget what is no longer in the model, and keep the base's values under adapters of others.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..adapters.adapters import Adapters
 from ..adapters.aside import recovered, require_acting
 from ..adapters.record import Applied, applied, own_tensors
+from ..adapters.wiring import plain_forward
 from ..architecture.layers import is_differentiable
 from ..errors import MedpeftError, listed, require
 from ..sharding import is_sharded
@@ -26,6 +28,19 @@ class _Seen(NamedTuple):
     tensor: Tensor
     version: int
     address: int
+
+
+class _Part(NamedTuple):
+    """A module of the model as it was when the bank was made."""
+
+    name: str
+    module: nn.Module
+    children: dict[str, nn.Module]
+    forward: Callable[..., Any] | None
+
+    def has_changed(self) -> bool:
+        """Whether it has other modules inside, or another forward of its own."""
+        return _children(self.module) != self.children or plain_forward(self.module) != self.forward
 
 
 class Base:
@@ -56,6 +71,7 @@ class Base:
                 f"{name!r} is sharded or on the meta device: a bank needs the whole base.",
             )
         self._seen = _all_seen(model, self._originals)
+        self._parts = list(_all_parts(model))
         self.trained_before = {name: p.requires_grad for name, p in bare.named_parameters()}
         if record is not None:
             self.trained_before = dict(record.trained_before)
@@ -149,6 +165,15 @@ class Base:
                 "model and load its weights first, then make the bank."
             )
 
+    def require_same_modules(self) -> None:
+        """Raise `MedpeftError` if a module was replaced, or has another forward, which no mirror has."""
+        changed = [part.name for part in self._parts if part.has_changed()]
+        require(
+            not changed,
+            f"{listed(changed, most=1)} has other modules or another forward than when the bank was made, "
+            "and calls of the bank would not run them: make a new bank.",
+        )
+
 
 def requiring(tensor: Tensor, requires_grad: bool) -> Tensor:
     """Make a parameter on the memory of a tensor; one of a class of its own, or of integers, stays itself."""
@@ -165,6 +190,23 @@ def _all_seen(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[_Seen]:
         path, _, key = name.rpartition(".")
         seen.append(_Seen(name, owners[path], key, tensor, *_stamp(tensor)))
     return seen
+
+
+def _all_parts(model: nn.Module) -> Iterator[_Part]:
+    """Yield all modules of a model but its adapters, by the name that messages show."""
+    inside_adapters = set[nn.Module]()
+    for name, module in model.named_modules():
+        if isinstance(module, Adapters):
+            inside_adapters.update(module.modules())
+        if module not in inside_adapters:
+            shown = name or type(module).__name__
+            yield _Part(shown, module, _children(module), plain_forward(module))
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules in a module by name, without adapters."""
+    present = module._modules.items()
+    return {name: child for name, child in present if child is not None and not isinstance(child, Adapters)}
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from ..checkpoint.load import Prepared, prepare
 from ..checkpoint.save import save
 from ..checkpoint.source import Source, name_of, opened
 from ..checkpoint.state import Array, checked
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MedpeftError, clipped, did_you_mean, listed
 from ..table import Table
 from .base import Base, requiring
 from .heads import Shapes, zeros_for_head
@@ -67,6 +67,22 @@ class BankEntry:
     def head_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the tensors that may differ between adapters of a kind."""
         return tuple(tuple(self.values[name].shape) for name in self.kind.heads)
+
+
+class Entries(dict[str, BankEntry]):
+    """The adapters of a bank by name."""
+
+    def named(self, name: object) -> BankEntry:
+        """Return the adapter of a name, or raise `MedpeftError`."""
+        entry = self.get(name) if isinstance(name, str) else None
+        if entry is None:
+            near = did_you_mean(str(name), tuple(self))
+            raise MedpeftError(f"No adapter {clipped(name)} is in the bank.{near} It has {listed(self)}.")
+        return entry
+
+    def kinds(self) -> dict[str, Kind]:
+        """Return the kinds of all adapters, by key."""
+        return {entry.kind.key: entry.kind for entry in dict(self).values()}
 
 
 def read_entry(

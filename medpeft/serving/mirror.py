@@ -16,6 +16,7 @@ from ..adapters.batchnorm import StaysInEval
 from ..adapters.record import set_applied
 from ..adapters.stand_in import rebound, sharing_all
 from ..adapters.wiring import wiring_of
+from ..architecture.caches import CACHE
 from ..errors import MedpeftError
 
 _OF_WIRING = ("_replicate_for_data_parallel", "__prepare_scriptable__", "_compiled_call_impl")
@@ -49,6 +50,8 @@ class Mirror:
         own["_parameters"] = self._with_tensors(module._parameters)
         own["_buffers"] = self._with_tensors(module._buffers)
         own["_modules"] = self._mirrored_all(module._modules)
+        if CACHE in own:
+            own[CACHE] = {}  # What the original keeps is of its own parameters.
         if isinstance(module, Adapter):
             own["shared"] = self._mirrored_all(module.shared)
         if isinstance(module, nn.RNNBase):  # It keeps a list of its parameters beside their names.

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from ..errors import MedpeftError
 from .base import Base
 from .entry import BankEntry
+from .inputs import Inputs
+from .joined import joined
 from .kind import Kind
 from .mirror import Mirror
 from .rows import with_rows
@@ -60,45 +60,6 @@ def by_adapter(subset: Subset) -> list[Subset]:
     return list(subsets.values())
 
 
-class Inputs(NamedTuple):
-    """Inputs of a model: the images, and others by keyword, tensors with one row an image among them."""
-
-    x: Tensor
-    others: Mapping[str, Any]
-
-    def of(self, numbers: Sequence[int]) -> Inputs:
-        """Take those of some images."""
-        images = len(self.x)
-        if list(numbers) == list(range(images)):
-            return self
-        chosen = torch.tensor(numbers, device=self.x.device)
-        others = {}
-        for name, value in self.others.items():
-            if self._has_rows(value):
-                value = value[chosen.to(value.device)]
-            others[name] = value
-        return Inputs(self.x[chosen], others)
-
-    def signature(self) -> tuple[Any, ...]:
-        """Describe everything but the values of tensors and the number of images."""
-        described: list[Any] = [self.x.shape[1:], self.x.dtype, self.x.device]
-        for name, value in self.others.items():
-            leaves, form = pytree.tree_flatten(value)
-            described += [name, str(form)]
-            for leaf in leaves:
-                if not isinstance(leaf, Tensor):
-                    described.append(repr(leaf))  # A flag can have the model run other layers.
-                elif self._has_rows(leaf):
-                    described += [leaf.shape[1:], leaf.dtype]
-                else:
-                    described += [leaf.shape, leaf.dtype]
-        return tuple(described)
-
-    def _has_rows(self, value: Any) -> bool:
-        """Whether a value is a tensor with one row an image."""
-        return isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self.x)
-
-
 def run_mixed(base: Base, entries: Sequence[BankEntry | None], inputs: Inputs) -> Any:
     """Compute each image with its adapter.
 
@@ -118,7 +79,7 @@ def run_mixed(base: Base, entries: Sequence[BankEntry | None], inputs: Inputs) -
             for group in groups:
                 output = _run_one(base, group.entries[0], inputs.of(group.numbers))
                 outputs.append((group.numbers, output))
-    return _joined(outputs, len(entries))
+    return joined(outputs, len(entries))
 
 
 def _portions(subset: Subset, x: Tensor) -> list[Subset]:
@@ -166,7 +127,7 @@ def _try_by_image(base: Base, entry: BankEntry, one: Inputs) -> bool:
     kind = entry.kind
     names = [*(kind.layers or {}), *kind.head_modules]
     tensors = kind.replaced(base, entry.values)
-    missed = uncalled(kind.adapted_mirror, tensors, names, one.x, dict(one.others))
+    missed = uncalled(kind.adapted_mirror, tensors, names, one)
     if missed is None:
         return False
     # Whoever reads the tensors of a layer without calling it would get those of one adapter for all images.
@@ -203,53 +164,3 @@ def _run_by_image(base: Base, kind: Kind, entries: Sequence[BankEntry | None], i
         rows[layer] = stacked
     model = with_rows(kind.adapted_mirror, kind.replaced(base, {}), rows, kind.head_modules, by_entry)
     return model(inputs.x, **inputs.others)
-
-
-def _joined(outputs: Sequence[tuple[list[int], Any]], images: int) -> Any:
-    """Put what was computed in parts together again, leaf by leaf.
-
-    Raises:
-        MedpeftError: a part's output has no row for each image.
-    """
-    if len(outputs) == 1:
-        return outputs[0][1]
-    flat = []
-    for numbers, output in outputs:
-        leaves, form = pytree.tree_flatten(output)
-        for leaf in leaves:
-            if isinstance(leaf, Tensor) and (not leaf.ndim or len(leaf) != len(numbers)):
-                raise MedpeftError(
-                    f"The model returned a tensor of the shape {tuple(leaf.shape)} for {len(numbers)} "
-                    "images. One without a row for each cannot be divided: call the bank with one name."
-                )
-        flat.append((numbers, leaves, form))
-    if _agree(flat):
-        _, first, form = flat[0]
-        joined = [_joined_leaf(flat, at, images) for at in range(len(first))]
-        return pytree.tree_unflatten(joined, form)
-    by_image: list[Any] = [None] * images
-    for numbers, leaves, form in flat:
-        for row, number in enumerate(numbers):
-            own = [leaf[row] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            by_image[number] = pytree.tree_unflatten(own, form)
-    return by_image
-
-
-def _agree(flat: Sequence[tuple[list[int], list[Any], Any]]) -> bool:
-    """Whether all parts have the same leaves, of the same shapes but for the images."""
-    described = []
-    for _, leaves, form in flat:
-        shapes = [tuple(leaf.shape[1:]) if isinstance(leaf, Tensor) else None for leaf in leaves]
-        described.append((str(form), shapes))
-    return all(other == described[0] for other in described)
-
-
-def _joined_leaf(flat: Sequence[tuple[list[int], list[Any], Any]], at: int, images: int) -> Any:
-    """Put the rows of one leaf into the order of the batch."""
-    first = flat[0][1][at]
-    if not isinstance(first, Tensor):
-        return first
-    whole = first.new_empty(images, *first.shape[1:])
-    for numbers, leaves, _ in flat:
-        whole[numbers] = leaves[at]
-    return whole

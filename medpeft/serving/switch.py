@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..adapters.adapters import Adapters
 from ..adapters.aside import Settled, restore
 from ..adapters.record import Adapted, Applied, Aside, applied
+from ..architecture.caches import empty_caches
 from ..errors import MedpeftError, listed
 from ..surgery.apply import carry_out, make_plain
 from ..surgery.install import Built
@@ -114,6 +115,15 @@ class InModel:
         self._base = base
         self.installed: Installed | None = None
 
+    def recognise(self, entry: BankEntry) -> None:
+        """Take note that what was trained since is in the bank now, if it is an adapter's values."""
+        installed = self.installed
+        if installed is None or installed.entry.kind is not entry.kind:
+            return
+        was_trained = bool(installed.changed_since_installed())
+        if was_trained and not replace(installed, entry=entry).changed_since_installed():
+            installed.entry = entry
+
     def switch_to(self, entry: BankEntry | None, changed: Iterable[str] = ()) -> None:
         """Make the model compute with an adapter, or with None as the base; or, on failure, as before.
 
@@ -146,6 +156,7 @@ class InModel:
             record.aside = Aside("use", old_values)
             for name, tensor in installed.tensors.items():
                 tensor.copy_(entry.values[name])
+            empty_caches(model)
             is_written = True
 
     def _exchange(

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .inputs import Inputs
+from .joined import CONSTANTS
 from .mirror import Mirror
 from .rows import Tensors
 
@@ -27,7 +29,7 @@ _Calls = list[tuple[int, Any]]
 
 
 def uncalled(
-    adapted_mirror: nn.Module, tensors: Tensors, names: Sequence[str], x: Tensor, others: dict[str, Any]
+    adapted_mirror: nn.Module, tensors: Tensors, names: Sequence[str], one: Inputs
 ) -> list[str] | None:
     """Try whether the rows of every layer's input and output come image by image.
 
@@ -35,20 +37,17 @@ def uncalled(
         adapted_mirror: An adapted model.
         tensors: Tensors of one adapter.
         names: Names of the layers.
-        x: One image, with an axis for the batch.
-        others: Further inputs by keyword; those of the image have an axis for the batch.
+        one: The inputs of one image.
 
     Returns:
         Names of the layers that are not called at all; None if the rows of a layer do not come so.
     """
-    two = torch.cat([x, _another(x)])
-    alone = _calls(adapted_mirror, tensors, names, x, others)
-    doubled = {name: _twice(value, len(x)) for name, value in others.items()}
-    both = _calls(adapted_mirror, tensors, names, two, doubled)
+    alone = _calls(adapted_mirror, tensors, names, one)
+    both = _calls(adapted_mirror, tensors, names, one.followed_by(_another(one.x)))
     if len(alone) != len(both):
         return None
-    for (layer, one), (same_layer, pair) in zip(alone, both, strict=True):
-        if layer != same_layer or not _is_first_half(one, pair):
+    for (layer, value), (same_layer, pair) in zip(alone, both, strict=True):
+        if layer != same_layer or not _is_first_half(value, pair):
             return None
     called = {layer for layer, _ in alone}
     return [name for number, name in enumerate(names) if number not in called]
@@ -62,6 +61,8 @@ def is_near(output: Any, other: Any) -> bool:
             size = two.double().abs().max()
             if not bool((one.double() - two.double()).abs().max() <= _NEAR * size):
                 return False
+        elif not isinstance(one, CONSTANTS) or not isinstance(two, CONSTANTS) or one != two:
+            return False
     return True
 
 
@@ -75,15 +76,7 @@ def _another(x: Tensor) -> Tensor:
     return turned + x.std().nan_to_num(1.0).clamp_min(1e-3) * noise
 
 
-def _twice(value: Any, images: int) -> Any:
-    if isinstance(value, Tensor) and value.ndim and len(value) == images:
-        return torch.cat([value, value])
-    return value
-
-
-def _calls(
-    adapted_mirror: nn.Module, tensors: Tensors, names: Sequence[str], x: Tensor, others: dict[str, Any]
-) -> _Calls:
+def _calls(adapted_mirror: nn.Module, tensors: Tensors, names: Sequence[str], inputs: Inputs) -> _Calls:
     """Run the model, and note what enters and leaves the layers."""
     mirror = Mirror(tensors)
     mirrored = mirror.of(adapted_mirror)
@@ -92,7 +85,7 @@ def _calls(
         layer = mirror.of(adapted_mirror.get_submodule(name))
         bare = Mirror(tensors).of(adapted_mirror.get_submodule(name))
         layer.__dict__["forward"] = partial(_noted, bare, number, calls)
-    mirrored(x, **others)
+    mirrored(inputs.x, **inputs.others)
     return calls
 
 

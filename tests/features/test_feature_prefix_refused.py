@@ -140,3 +140,25 @@ def test_what_does_not_depend_on_the_image_is_computed_again():
     split = medpeft.prefix(model, x)
     more = torch.randn(7, 4)
     assert torch.equal(split.rest(split.features(more)), model(more))
+
+
+@pytest.mark.parametrize("earlier", ["lora", "bias"])
+def test_a_method_that_was_applied_before_the_place_since(earlier, tmp_path):
+    layers, x = [nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)], torch.randn(3, 4)
+    model = medpeft.apply(randomise(nn.Sequential(*layers)), "lora", target="1", head="2")
+    split = medpeft.prefix(model, x)
+    features = split.features(x)
+    split.store(tmp_path / "features", list(x), data="x", preprocessing="none")
+    medpeft.remove(model)
+    assert torch.equal(split.rest(features), model(x))
+    medpeft.apply(model, earlier, target="[01]", head="2")
+    for ask in (
+        lambda: split.rest(features),
+        lambda: split.features(x),
+        lambda: split.open(tmp_path / "features", data="x", preprocessing="none"),
+    ):
+        with pytest.raises(medpeft.MedpeftError, match=r"'0.*' comes before the input of '1'"):
+            ask()
+    medpeft.remove(model)
+    medpeft.apply(model, "ssf", target="1", head="2")
+    assert torch.equal(split.rest(features), model(x))

@@ -135,9 +135,12 @@ def test_a_model_in_use_trains_saves_and_is_not_overwritten():
         plain.head.weight.add_(1.0)
     with pytest.raises(medpeft.MedpeftError, match="was trained since use"):
         bank.use("b")
+    bank.add("b2", file_of(made["b"]))
+    assert bank.used == "a"
     bank.add("a2")
+    assert bank.used == "a2"
     file = file_of(plain)
-    bank.use("b", discard=True)
+    bank.use("b")
     bank.use("a2")
     assert file_of(plain).getvalue() == file.getvalue()
     assert not torch.equal(bank.state("a")["head.weight"], bank.state("a2")["head.weight"])
@@ -234,12 +237,12 @@ def test_what_is_drawn_and_not_saved_is_that_of_each_seed(kept):
     for row, (name, model) in zip(bank(x, list("abcd")), made.items(), strict=True):
         number = "abcd".index(name)
         torch.testing.assert_close(row, model(x[number : number + 1])[0].detach())
-    assert len(bank._kinds()) == 3
+    assert len(bank._entries.kinds()) == 3
 
 
 def test_svdiff_of_other_seeds_is_one_kind():
     bank = bank_of(of_seeds("svdiff", {"a": 1, "b": 2, "c": 3}))
-    assert len(bank._kinds()) == 1
+    assert len(bank._entries.kinds()) == 1
 
 
 def test_the_proof_finds_what_was_written_to():

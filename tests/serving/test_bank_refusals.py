@@ -1,6 +1,9 @@
 """What a bank refuses changes nothing: neither the model nor the bank."""
 
+import copy
+import functools
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -166,3 +169,60 @@ def test_an_output_that_has_no_rows_is_not_divided():
     assert bank(images(2), "a").shape == ()
     with pytest.raises(medpeft.MedpeftError, match="without a row for each"):
         bank(images(2), ["a", None])
+
+
+@pytest.mark.parametrize("name", [["a"], {}, 5, b"a", None])
+def test_a_name_that_is_no_text(bank, name):
+    words = "No adapter .* is in the bank"
+    for ask in (bank.metadata, bank.state, bank.remove):
+        with pytest.raises(medpeft.MedpeftError, match=words):
+            ask(name)
+    if name is None:  # The base.
+        return
+    for ask in (bank.use, lambda name: bank(images(2), ["a", name])):
+        with pytest.raises(medpeft.MedpeftError, match=words):
+            ask(name)
+    refused(bank, medpeft.MedpeftError, words, "b", bank.state("a"), like=name)
+    assert bank.used is None
+
+
+def test_names_in_any_sequence_or_none(bank):
+    x = images(2)
+    for names in (("a", None), np.array(["a", "a"]), iter(["a", "a"])):
+        assert bank(x, names).shape == (2, 3)
+    with pytest.raises(medpeft.MedpeftError, match="names=5 must be a name for each image"):
+        bank(x, 5)
+
+
+@pytest.mark.parametrize("metadata", [5, [1], {"classes": 3}, {"classes": [1, 2]}])
+def test_metadata_that_a_file_could_not_have(bank, metadata):
+    for source in (bank.state("a"), file_of(sites("lora", 1, rank=2))):
+        refused(bank, medpeft.CheckpointError, "must be a dict", "b", source, like="a", metadata=metadata)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_bank_is_not_copied(bank, copied):
+    with pytest.raises(medpeft.MedpeftError, match="of one model and cannot be copied or pickled"):
+        copied(bank)
+
+
+def another_layer(model):
+    model.blocks[0].mlp.fc2 = nn.Identity()
+
+
+def another_forward(model):
+    model.blocks[0].mlp.forward = functools.partial(nn.Identity.forward, model.blocks[0].mlp)
+
+
+def another_module(model):
+    model.blocks.append(nn.Identity())
+
+
+@pytest.mark.parametrize("used", [None, "a"])
+@pytest.mark.parametrize("change", [another_layer, another_forward, another_module])
+def test_modules_that_the_mirrors_do_not_have(bank, used, change):
+    bank.use(used)
+    bank(images(2), "a")
+    change(bank._base.model)
+    with pytest.raises(medpeft.MedpeftError, match="has other modules or another forward than when the bank"):
+        bank(images(2), "a")
