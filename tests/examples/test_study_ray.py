@@ -121,6 +121,7 @@ def test_an_interrupted_search_goes_on_with_what_is_left(searched):
     folder, before = searched
     assert 1 <= len(before) < 3
     assert before.items() <= ended(folder).items(), "a finished trial was trained again"
+    assert len(list(folder.glob("search/*/*/result.json"))) == 3, "the search began anew"
     trials = pd.read_csv(folder / "trials.csv")
     assert len(trials) == 3
     assert trials["best_val_score"].is_monotonic_decreasing
