@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 import medpeft
+from medpeft.reports.costs import costs
 
 from .data import Preprocessing
 from .errors import TrainerError
@@ -195,7 +196,6 @@ def saved_bytes(model: nn.Module, batch: int, shape: tuple[int, ...]) -> int | N
         shape: of one, in pixels.
     """
     try:
-        costs = medpeft.report(model, example_input=torch.empty(batch, 3, *shape)).costs
+        return costs(model, torch.empty(batch, 3, *shape)).saved_bytes
     except medpeft.MedpeftError:
         return None
-    return getattr(costs, "saved_bytes", None)

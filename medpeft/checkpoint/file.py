@@ -177,14 +177,25 @@ def parse(data: bytes | str, what: str) -> Any:
         text = data
         if isinstance(data, bytes):
             text = data.decode()
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_repetition)
-        json.dumps(value, allow_nan=False)  # 1e999 is read as infinity
+        value = json.loads(
+            text,
+            parse_float=_finite,
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_without_repetition,
+        )
         depth = _depth(value)
     except (ValueError, RecursionError) as error:
         reason = clip(str(error).replace("\n", " "), 120)
         raise CheckpointError(f"{what} is no JSON that medpeft reads: {reason}") from None
     if depth > MAX_DEPTH:
         raise CheckpointError(f"{what} is nested deeper than {MAX_DEPTH} levels.")
+    return value
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number} is no finite number")
     return value
 
 
@@ -201,8 +212,17 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _depth(value: Any) -> int:
     """Levels of lists and objects in each other."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, list):
-        return 0
-    return 1 + max(map(_depth, value), default=0)
+    depth, level = 0, [value]
+    while True:
+        inner: list[Any] = []
+        nests = False
+        for one in level:
+            if isinstance(one, list):
+                nests = True
+                inner += one
+            elif isinstance(one, dict):
+                nests = True
+                inner += one.values()
+        if not nests:
+            return depth
+        depth, level = depth + 1, inner

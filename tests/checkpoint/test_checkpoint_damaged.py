@@ -1,5 +1,6 @@
 """Damaged files and hostile headers: an error or the exact values, nothing between."""
 
+import gc
 import json
 import random
 import struct
@@ -10,7 +11,7 @@ from places import TESTS
 from small_checkpoints import attempt, saved_small, summary_is_whole_or_refused
 
 import medpeft
-from medpeft.checkpoint.file import MAX_HEADER
+from medpeft.checkpoint.file import MAX_DEPTH, MAX_HEADER, parse
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +106,31 @@ ENTRIES = [
 ]
 
 
+@pytest.fixture
+def _own_garbage():
+    """Collect what a load makes: what pytest and torch hold is walked through again and again otherwise."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("_own_garbage")
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_headers_are_refused(case, whole):
     summary_is_whole_or_refused(HOSTILE[case])
     assert not attempt(HOSTILE[case], whole[1])
+
+
+def test_json_is_finite_and_of_limited_depth():
+    deepest = [2.5]
+    for level in range(MAX_DEPTH - 1):
+        deepest = {"a": deepest} if level % 2 else [deepest]
+    assert parse(json.dumps(deepest), "it") == deepest
+    with pytest.raises(medpeft.CheckpointError, match=f"nested deeper than {MAX_DEPTH} levels"):
+        parse(json.dumps([1, deepest, []]), "it")
+    for number in ("1e999", "-1e999"):
+        with pytest.raises(medpeft.CheckpointError, match=f"{number} is no finite number"):
+            parse(f"[{number}]", "it")
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)

@@ -2,20 +2,18 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 import yaml
-from places import EXAMPLES
 
 pytest.importorskip("ray", reason="needs the extra 'study'")
 
 from ray.cluster_utils import Cluster
 from study.trials import make_trial, rows_of
+from study_process import start, wait_for_end
 from trainer.run import run
 from trainer.settings import Settings
 
@@ -39,16 +37,10 @@ def cluster():
     two.shutdown()
 
 
-def start(folder, *words):
-    command = [sys.executable, EXAMPLES / "study.py", *words, "--output", folder]
-    with (folder / "log").open("a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, cwd=folder)
-
-
 def wait_for(condition, process, folder, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, (folder / "log").read_text()
+        assert process.exitcode is None, (folder / "log").read_text()
         assert time.monotonic() < end, (folder / "log").read_text()
         time.sleep(0.05)
 
@@ -64,13 +56,13 @@ def test_a_comparison_killed_on_a_cluster_goes_on_and_repeats_nothing(cluster, t
     process = start(tmp_path, *words)
     wait_for(lambda: finished(tmp_path), process, tmp_path)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    assert wait_for_end(process, 120) == -signal.SIGKILL
     assert not (tmp_path / "report.html").exists()
     before = finished(tmp_path)
     assert 1 <= len(before) < 4
 
     process = start(tmp_path, *words)
-    assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    assert wait_for_end(process, 300) == 0, (tmp_path / "log").read_text()
     after = finished(tmp_path)
     assert len(after) == 4
     assert before.items() <= after.items(), "a finished run was run again"
@@ -117,11 +109,11 @@ def searched(cluster, tmp_path_factory):
     process = start(folder, *words)
     wait_for(lambda: ended(folder), process, folder)
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(120) == 130, (folder / "log").read_text()
+    assert wait_for_end(process, 120) == 130, (folder / "log").read_text()
     assert not (folder / "best.yaml").exists()
     before = ended(folder)
     process = start(folder, *words)
-    assert process.wait(300) == 0, (folder / "log").read_text()
+    assert wait_for_end(process, 300) == 0, (folder / "log").read_text()
     return folder, before
 
 
@@ -129,6 +121,7 @@ def test_an_interrupted_search_goes_on_with_what_is_left(searched):
     folder, before = searched
     assert 1 <= len(before) < 3
     assert before.items() <= ended(folder).items(), "a finished trial was trained again"
+    assert len(list(folder.glob("search/*/*/result.json"))) == 3, "the search began anew"
     trials = pd.read_csv(folder / "trials.csv")
     assert len(trials) == 3
     assert trials["best_val_score"].is_monotonic_decreasing

@@ -7,6 +7,7 @@ import copy
 import faulthandler
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -84,11 +85,18 @@ def interrupted(call, model, at):
         call(model)
 
 
-def base():
+@cache
+def drawn():
+    """A base and a batch, drawn once: to seed torch takes longer than to run them."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
     model[1].running_mean.normal_()
     model[0].weight.requires_grad_(False)
+    return model, torch.randn(4, 6)
+
+
+def base():
+    model = copy.deepcopy(drawn()[0])
     model[3].weight.grad = torch.ones(2, 6)
     return model
 
@@ -99,8 +107,8 @@ def adapt(model, method):
 
 def trained(method, seed=1):
     """Adapt and, as if trained, move all that trains."""
-    model = adapt(base(), method)
     torch.manual_seed(seed)
+    model = adapt(base(), method)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn_like(parameter) / 4
@@ -111,9 +119,8 @@ def trained(method, seed=1):
 
 def out(model):
     """Run in eval mode; the modes stay."""
-    torch.manual_seed(2)
     with torch.no_grad():
-        return copy.deepcopy(model).eval()(torch.randn(4, 6))
+        return copy.deepcopy(model).eval()(drawn()[1])
 
 
 def is_plain(model, plain):
