@@ -11,8 +11,10 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_masks import draw_discs
 from small_training import flags, messages, run
 from trainer.data import Preprocessing
+from trainer.exports.model import build
 from trainer.images import load
 
 # The fields that MONAI's specification of bundles asks for, and their types.
@@ -199,3 +201,26 @@ def test_the_trainer_itself_is_no_part_of_what_is_exported(finished):
     text = (finished / "export" / "bundle" / "configs" / "inference.json").read_text()
     assert "medpeft" not in text
     assert "trainer" not in text
+
+
+def test_a_transformer_of_monai_trained_on_patches_is_exported_and_adapted_again(tmp_path):
+    data = draw_discs(tmp_path / "discs", count=8, side=40)
+    given = ["--task", "segment", "--data", data, "--model", "monai:SwinUNETR", "--batch-size", 8]
+    given += ["--model-option", "feature_size=12", "--model-option", "depths=[1,1,1,1]"]
+    given += ["--model-option", "window_size=4", "--model-option", "norm_name=['group',{'num_groups':4}]"]
+    # It takes the side of a patch, and not that of an image.
+    given += ["--image-size", 40, "--patch-size", 32, "--epochs", 1, "--quiet", "--no-figures"]
+    base = tmp_path / "base"
+    run(*given, "--method", "full", "--no-pretrained", "--export", "merged", "--output", base)
+    file = base / "export" / "merged.safetensors"
+    with safe_open(file, "pt") as opened:
+        definition = json.loads(opened.metadata()["network"])
+    network = build(definition).eval()
+    network.load_state_dict(load_file(file))
+    given += ["--method", "lora", "--weights", file, "--export", "merged", "--output", tmp_path / "again"]
+    record = run(*given)
+    assert record["trainable"] < 0.1 * record["parameters"]
+    merged = load_file(tmp_path / "again" / "export" / "merged.safetensors")
+    changed = [name for name, value in load_file(file).items() if not torch.equal(merged[name], value)]
+    assert any("attn.qkv" in name for name in changed)
+    assert all("attn.qkv" in name or name.startswith("out.") for name in changed)

@@ -19,9 +19,10 @@ import medpeft
 from ..data import Preprocessing
 from ..errors import TrainerError
 from ..models import base_model
-from ..networks import MONAI, TORCHVISION, monai_keywords, torchvision_keywords
+from ..networks import MONAI, TORCHVISION, NumbersOnCPU, monai_keywords, torchvision_keywords
 from ..settings import Settings
 from ..tasks import TASKS, Task
+from ..work import trained_shape
 
 BUILDERS = {
     "timm.create_model": timm.create_model,
@@ -52,10 +53,15 @@ class Trained:
     folder: Path
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of what the model is run on, without channels: an image, or a patch of it."""
+        return trained_shape(self.settings, self.preprocessing)
+
+    @property
     def example(self) -> Tensor:
         """Two inputs (2, 3, …), drawn from a seed of their own."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(2, 3, *self.preprocessing.input_shape, generator=generator)
+        return torch.randn(2, 3, *self.input_shape, generator=generator)
 
     def described(self) -> dict[str, str]:
         """Say in words and JSON how the model is used, for the header of a file."""
@@ -112,7 +118,7 @@ def plain_network(trained: Trained) -> dict[str, Any]:
     differing: set[str] = set()
     for definition in _definitions(trained):
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), NumbersOnCPU():
                 network = build(definition)
         # One of several ways to name the channels; each network complains in its own way.
         except (TypeError, ValueError):
@@ -141,17 +147,17 @@ def _definitions(trained: Trained) -> Iterator[dict[str, Any]]:
     name, outputs = trained.settings.model, trained.task.outputs
     if name.startswith(MONAI):
         name = name.removeprefix(MONAI)
-        side, dimensions = trained.preprocessing.image_size, len(trained.preprocessing.stored)
+        side, dimensions = trained.input_shape[0], len(trained.input_shape)
         _, keywords = monai_keywords(name, outputs, side, dimensions, trained.settings.model_option)
         yield {"_target_": f"monai.networks.nets.{name}", **keywords}
         return
     if name.startswith(TORCHVISION):
         name = name.removeprefix(TORCHVISION)
-        side, options = trained.preprocessing.image_size, trained.settings.model_option
+        side, options = trained.input_shape[0], trained.settings.model_option
         keywords = torchvision_keywords(name, outputs, side, options)
         yield {"_target_": "torchvision.models.get_model", "name": name, **keywords}
         return
     plain = {"_target_": "timm.create_model", "model_name": name, "num_classes": outputs}
     plain |= trained.settings.model_option
     yield plain
-    yield {**plain, "img_size": trained.preprocessing.image_size}
+    yield {**plain, "img_size": trained.input_shape[0]}
