@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..adapters.record import require_model
 from ..errors import CheckpointError, clipped
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview | io.BufferedIOBase
@@ -25,6 +26,19 @@ def name_of(source: Source) -> str:
     if isinstance(source, (str, os.PathLike)) and isinstance(os.fspath(source), str):
         return os.fspath(source)
     raise CheckpointError(f"{clipped(source)} must be the path of a file, its bytes, or one open for bytes.")
+
+
+def path_of(model: object, path: object) -> str:
+    """Return a path as text, for a function that takes a model and the path of a file or of a directory.
+
+    Raises:
+        CheckpointError: it is no path.
+        MedpeftError: the model is none.
+    """
+    require_model(model, path)
+    if isinstance(path, (str, os.PathLike)) and isinstance(os.fspath(path), str):
+        return os.fspath(path)
+    raise CheckpointError(f"{clipped(path)} must be a path, as text or a pathlib.Path.")
 
 
 @contextmanager

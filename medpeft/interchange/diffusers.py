@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..adapters.aside import recovered
 from ..checkpoint.file import parse
 from ..checkpoint.messages import clip
+from ..checkpoint.source import path_of
 from ..checkpoint.writing import write
 from ..errors import CheckpointError, listed
 from ..sharding import is_first
@@ -61,7 +62,7 @@ def to_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component: s
         ...     print(*sorted(load_file(f"{directory}/lora.safetensors")))
         unet.0.lora_A.weight unet.0.lora_B.weight
     """
-    tensors = {}
+    path, tensors = path_of(model, path), {}
     for name, change in export(recovered(model, "to_diffusers"), DIFFUSERS).items():
         assert isinstance(change, Factors)
         tensors[f"{component}.{name}.lora_A.weight"] = change.A
@@ -73,7 +74,7 @@ def to_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component: s
                 norms = norms.view(1, -1, *[1] * (change.A.ndim - 2))  # (out,) → (1, out, 1 …)
             tensors[f"{component}.{name}.lora_magnitude_vector.weight"] = norms
     if is_first(model.parameters()):
-        write(os.fspath(path), tensors, {"format": "pt"})
+        write(path, tensors, {"format": "pt"})
 
 
 def from_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component: str = "unet") -> nn.Module:
@@ -102,7 +103,7 @@ def from_diffusers(model: nn.Module, path: str | os.PathLike[str], *, component:
         >>> medpeft.report(loaded).trainable
         16
     """
-    return apply_file(model, _read_file(model, os.fspath(path), component), DIFFUSERS)
+    return apply_file(model, _read_file(model, path_of(model, path), component), DIFFUSERS)
 
 
 def _read_file(model: nn.Module, path: str, component: str) -> LoRAFile:

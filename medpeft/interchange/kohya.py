@@ -18,6 +18,7 @@ from ..adapters.aside import recovered
 from ..architecture.head import Head
 from ..checkpoint.fingerprint import class_of
 from ..checkpoint.messages import clip
+from ..checkpoint.source import path_of
 from ..checkpoint.writing import write
 from ..errors import CheckpointError, listed
 from ..sharding import is_first
@@ -61,6 +62,7 @@ def to_kohya(model: nn.Module, path: str | os.PathLike[str], *, prefix: str = "l
         ...     print(*sorted(load_file(f"{directory}/lora.safetensors")))
         lora_unet_0.alpha lora_unet_0.lora_down.weight lora_unet_0.lora_up.weight
     """
+    path = path_of(model, path)
     changes = export(recovered(model, "to_kohya"), KOHYA)
     layers, tensors = layers_by_key(model), {}
     for name, change in changes.items():
@@ -69,7 +71,7 @@ def to_kohya(model: nn.Module, path: str | os.PathLike[str], *, prefix: str = "l
         for part, tensor in _tensors_of(change).items():
             tensors[f"{prefix}_{key}.{part}"] = tensor
     if is_first(model.parameters()):
-        write(os.fspath(path), tensors, _metadata(changes.values()))
+        write(path, tensors, _metadata(changes.values()))
 
 
 def _tensors_of(change: Change) -> dict[str, Tensor]:
@@ -138,7 +140,7 @@ def from_kohya(
         >>> medpeft.report(loaded).trainable
         32
     """
-    path = os.fspath(path)
+    path = path_of(model, path)
     named = _by_names_of(model, path, _below(path, prefix, read(path)[0]))
     return apply_file(model, sort(path, named, _scale, KOHYA.methods), KOHYA, head=head)
 

@@ -22,6 +22,7 @@ from ..architecture.head import Head
 from ..architecture.layers import CONVS
 from ..checkpoint.messages import clip
 from ..checkpoint.save import plain
+from ..checkpoint.source import path_of
 from ..checkpoint.writing import write
 from ..errors import CheckpointError
 from ..sharding import is_first
@@ -78,6 +79,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ...     print(*sorted(os.listdir(directory)))
         adapter_config.json adapter_model.safetensors
     """
+    directory = path_of(model, directory)
     require_applied(model)
     with switching(model, "to_peft"):  # So that no other thread puts another head in meanwhile.
         adapted = recovered(model, "to_peft")
@@ -219,6 +221,7 @@ def from_peft(
         >>> medpeft.report(loaded).trainable == medpeft.report(model).trainable
         True
     """
+    directory = path_of(model, directory)
     config = read_configuration(os.path.join(directory, _CONFIGURATION))
     file = _read_file(os.path.join(directory, _TENSORS), config)
     _require_as_configured(file, config)

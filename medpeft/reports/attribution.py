@@ -94,7 +94,8 @@ class Attribution:
             parameters: In its place: as many of them as have so many parameters together, those that cost
                 more than what is left passed over.
         """
-        require_options("best", {"share": share}, {"share": float})
+        kinds = {"share": float, "parameters": int | None}
+        require_options("best", {"share": share, "parameters": parameters}, kinds)
         require(0 < share <= 1, f"share is {share}; it must be above 0 and at most 1.")
         helping = [row for row in self.rows if row.loss > 0]
         if not helping:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from ..adapters.options import require_options
 from ..adapters.record import require_model
 from ..adapters.requests import Methods
 from ..architecture.checkpointing import switch_on_checkpointing
 from ..checkpoint.messages import clip
 from ..checks.copies import trainable, without_values
-from ..errors import MedpeftError, require
+from ..errors import MedpeftError, clipped, require
 from ..surgery.apply import apply
 from ..table import Table
 from .peak import Step, forecast
@@ -146,15 +147,29 @@ def fits(
         {'method': 'linear_probe', 'head': '2'}
     """
     require_model(model)
-    require(memory > 0, f"memory={memory} is no number of bytes: write 6 * 2**30 for 6 GiB.")
+    if selections is None:
+        selections = _WHOLE_AND_LAST
+    _require_sensible(memory, methods, selections, optimizer_states)
     found = Fits(type(model).__name__, memory, [])
     for method in methods:
-        for selection in _WHOLE_AND_LAST if selections is None else selections:
+        for selection in selections:
             keywords = {"method": method, **selection}
             _add_ways(found, model, example_input, keywords, optimizer_states)
     require(bool(found.rows), "\n  ".join([f"No method trains this {found.model}:", *found.left_out]))
     found.rows.sort(key=_order)
     return found
+
+
+def _require_sensible(memory: int, methods: object, selections: object, optimizer_states: int) -> None:
+    """Raise `MedpeftError` where an argument of `fits` is none that it may be."""
+    numbers = {"memory": memory, "optimizer_states": optimizer_states}
+    require_options("fits", numbers, {"memory": float, "optimizer_states": int})
+    require(memory > 0, f"memory={memory} is no number of bytes: write 6 * 2**30 for 6 GiB.")
+    require(optimizer_states >= 0, f"optimizer_states={optimizer_states} must be 0 or more.")
+    if isinstance(methods, str) or not isinstance(methods, Iterable):
+        raise MedpeftError(f"methods={clipped(methods)} must be a list of methods.")
+    if not isinstance(selections, (list, tuple)) or not all(isinstance(one, Mapping) for one in selections):
+        raise MedpeftError(f"selections={clipped(selections)} must be a list of dicts of keywords.")
 
 
 def _add_ways(

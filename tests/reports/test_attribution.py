@@ -195,6 +195,15 @@ def test_an_error_of_the_score_is_told_as_it_is():
             "No kind of block is known",
         ),
         (lambda model: medpeft.attribute(model, lambda network: 0.0).best(1.5), "share is 1.5"),
+        (lambda model: medpeft.attribute(model, lambda network: 0.0).best(parameters="4"), "whole number"),
+        (
+            lambda model: medpeft.attribute(model, lambda network: None),
+            "score gave None in place of a number",
+        ),
+        (lambda model: medpeft.attribute(model, lambda network: torch.ones(2, 2)), "in place of a number"),
+        (lambda model: medpeft.attribute(model, lambda network: torch.ones(0)), "of no images"),
+        (lambda model: medpeft.attribute(model, 0.5), "score=0.5 must be a function"),
+        (lambda model: medpeft.attribute(model, max, predict=0.5), "predict=0.5 must be a function"),
         (lambda model: medpeft.attribute(torch.nn.Linear(2, 2), lambda network: 0.0), "not adapted"),
     ],
 )
@@ -202,6 +211,15 @@ def test_what_makes_no_sense_is_refused(call, message):
     model, _ = mlp()
     with pytest.raises(medpeft.MedpeftError, match=message):
         call(model)
+
+
+@pytest.mark.parametrize("together", [lambda y: {"logits": y}, lambda y: (y, None), lambda y: y.sum()])
+def test_outputs_whose_images_cannot_be_counted_are_refused(together):
+    model, x = mlp()
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"predict gave a .* take it out of what the model returns"
+    ):
+        medpeft.attribute(model, lambda outputs, images: 0.0, predict=lambda network: together(network(x)))
 
 
 def test_a_score_of_other_images_each_time_is_refused():

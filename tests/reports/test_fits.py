@@ -108,6 +108,24 @@ def test_what_does_not_fit_the_model_is_left_out_with_the_reason():
     assert medpeft.fits(model, x, memory=1, methods=["bias"]).best is None
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"memory": "6 GiB"},
+        {"methods": "lora"},
+        {"methods": None},
+        {"selections": {"head": "fc"}},
+        {"selections": ["fc"]},
+        {"optimizer_states": -1},
+        {"optimizer_states": "adam"},
+    ],
+)
+def test_arguments_that_make_no_sense_are_named(wrong):
+    (name,) = wrong
+    with pytest.raises(medpeft.MedpeftError, match=f"{name}=.* must be"):
+        medpeft.fits(torch.nn.Linear(2, 2), torch.empty(1, 2), **wrong)
+
+
 def test_the_last_half_and_quarter_are_tried():
     model, x = make("vit", torch.float32), example("vit", torch.float32)
     found = medpeft.fits(model, x, methods=["lora"])
