@@ -28,7 +28,7 @@ _REFUSED = (
 )  # fmt: skip
 
 # Starts that leave the base as it is, so that the file's A and B say everything.
-_PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
+_PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica")
 
 # Characters that make a regular expression of a name.
 _OPERATORS = frozenset("*+?[](){}|\\$")

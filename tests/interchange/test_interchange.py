@@ -94,6 +94,17 @@ def test_medpeft_loads_what_peft_wrote_and_computes_the_same(family, options, tm
     assert torch.equal(output(medpeft.load(make(family), tmp_path / "ours.safetensors"), x), output(ours, x))
 
 
+def test_mica_is_read_as_the_lora_that_it_is(tmp_path):
+    base = make("vit").float()  # In which alone peft starts it.
+    theirs = trained_by_peft(
+        copy.deepcopy(base), tmp_path, r=4, target_modules=["qkv"], init_lora_weights="mica"
+    )
+    x = example("vit")
+    ours = from_peft(copy.deepcopy(base).double(), tmp_path).eval()
+    assert close(output(ours, x), output(theirs.double(), x))
+    assert not close(output(ours, x), output(base.double().eval(), x))
+
+
 def test_the_transposed_linear_layer_of_transformers_goes_to_peft_and_back(tmp_path):
     from transformers.pytorch_utils import Conv1D
 
