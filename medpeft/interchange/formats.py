@@ -34,6 +34,7 @@ class Format:
         lacks: Options that the library has not.
         ignores: Attributes of a convolution that it does not heed, by method.
         dims: Axes of the weights of layers that it adapts, by method.
+        misplaces: Whether it misplaces the kernel of a Conv1d in a Kronecker product.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Format:
     lacks: tuple[str, ...] = ()
     ignores: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dims: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    misplaces: bool = False
 
 
 _ALL = ("groups", "padding_mode", "dilation")
@@ -65,6 +67,7 @@ PEFT = Format(
     lacks=("input_factor",),
     ignores={"lora": _ALL, "loha": ("padding_mode",), "lokr": ("padding_mode",)},
     dims={"loha": (2, 3, 4), "lokr": (2, 3, 4)},
+    misplaces=True,
 )
 DIFFUSERS = Format(
     "diffusers", ("lora",), transposed=True, of_all=("dropout", "dora"), ignores={"lora": _ALL}
@@ -107,7 +110,7 @@ def inexpressible(network: Network, name: str, adapter: nn.Module, into: Format)
     ):
         return f"{type(layer).__name__} is no Linear and no convolution"
     if kind == "conv":
-        return _ignored(layer, method, into)
+        return _ignored(layer, method, into) or _misplaced(layer, adapter, into)
     return ""
 
 
@@ -165,3 +168,21 @@ def _ignored(layer: Any, method: str, into: Format) -> str:
     if not ignored:
         return ""
     return f"{into.name}'s convolutions ignore {' and '.join(ignored)}"
+
+
+def _misplaced(layer: Any, adapter: nn.Module, into: Format) -> str:
+    """Say what a library does to LoKr of a `Conv1d`; "" if it puts the product together in order.
+
+    peft 0.21 multiplies C, (a, b), and D, (c, d, kernel), as if C were (1, a, b): the numbers come in the
+    order (c, a, d, b, kernel), where the weight has (a, c, b, d, kernel). With a core it raises. As a product
+    of two matrices D is (c, d·kernel), and with a C of one number nothing can be out of order.
+    """
+    if not into.misplaces or not isinstance(adapter, LoKr) or layer.weight.ndim != 3:
+        return ""
+    outputs, inputs = layer.weight.shape[:2]
+    is_product = "up" in adapter.second and "core" not in adapter.second
+    if is_product or adapter.shape[:2] == (outputs, inputs):
+        return ""
+    if "core" in adapter.second:
+        return f"{into.name} 0.21 fails at LoKr with a core on a Conv1d: use tucker=False"
+    return f"{into.name} 0.21 orders LoKr of a Conv1d in another way where D is whole: use a smaller rank"

@@ -145,11 +145,7 @@ def _renamed(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Tenso
                 tensor = tensor.t().contiguous()  # (dim, r) and (r, rows)
             elif part == "magnitude" and isinstance(layer, CONVS):
                 tensor = tensor.view(1, -1, *[1] * (layer.weight.ndim - 2))  # (out,) → (1, out, 1 …)
-            elif part == "lokr_t2" and tensor.ndim == 3:
-                raise CheckpointError(
-                    f"{name}: peft 0.21 fails at LoKr with a core on a Conv1d: use tucker=False."
-                )
-            elif part.startswith("hada_t") and tensor.ndim == 3:
+            elif part.startswith(("hada_t", "lokr_t")) and tensor.ndim == 3:
                 tensor = tensor[..., None]  # (r, r, kernel) → (r, r, kernel, 1)
             tensors[f"{_PREFIX}{name}.{key}"] = tensor
     return tensors

@@ -20,15 +20,15 @@ from .changes import Change
 KINDS = {"LORA": "lora", "LOHA": "loha", "LOKR": "lokr"}
 """Our name of each peft_type that is read."""
 
-# Options with which peft computes something that `lora` does not.
+# Options with which peft computes something that `lora` does not. `fan_in_fan_out` is none of them: whatever
+# the file says, peft sets it to True for a `Conv1D` of transformers and to False for a linear layer.
 _REFUSED = (
-    "fan_in_fan_out", "layer_replication", "target_parameters", "trainable_token_indices",
-    "use_qalora", "use_bdlora", "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config",
-    "monteclora_config",
+    "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens", "megatron_config", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 
 # Starts that leave the base as it is, so that the file's A and B say everything.
-_PLAIN_STARTS = ("gaussian", "orthogonal", "eva")
+_PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica")
 
 # Characters that make a regular expression of a name.
 _OPERATORS = frozenset("*+?[](){}|\\$")

@@ -94,6 +94,17 @@ def test_medpeft_loads_what_peft_wrote_and_computes_the_same(family, options, tm
     assert torch.equal(output(medpeft.load(make(family), tmp_path / "ours.safetensors"), x), output(ours, x))
 
 
+def test_mica_is_read_as_the_lora_that_it_is(tmp_path):
+    base = make("vit").float()  # In which alone peft starts it.
+    theirs = trained_by_peft(
+        copy.deepcopy(base), tmp_path, r=4, target_modules=["qkv"], init_lora_weights="mica"
+    )
+    x = example("vit")
+    ours = from_peft(copy.deepcopy(base).double(), tmp_path).eval()
+    assert close(output(ours, x), output(theirs.double(), x))
+    assert not close(output(ours, x), output(base.double().eval(), x))
+
+
 def test_the_transposed_linear_layer_of_transformers_goes_to_peft_and_back(tmp_path):
     from transformers.pytorch_utils import Conv1D
 
@@ -105,7 +116,14 @@ def test_the_transposed_linear_layer_of_transformers_goes_to_peft_and_back(tmp_p
     to_peft(model, tmp_path)
 
     assert close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), model(x))
-    assert close(from_peft(base, tmp_path, head=None)(x), model(x))
+    assert close(from_peft(copy.deepcopy(base), tmp_path, head=None)(x), model(x))
+
+    # peft itself writes fan_in_fan_out=True into such files.
+    theirs = trained_by_peft(
+        copy.deepcopy(base), tmp_path, r=2, lora_alpha=3, target_modules=["0"], use_dora=True
+    )
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"]
+    assert close(from_peft(base, tmp_path, head=None)(x), theirs(x))
 
 
 def test_an_adapted_head_of_a_file_needs_a_model_without_one(tmp_path):

@@ -195,17 +195,36 @@ def test_a_model_of_lokr_that_came_back_trains_on(tmp_path):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_cores_of_one_dimension_go_to_peft_and_back_or_are_refused(tmp_path):
-    def build():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv1d(6, 8, 3), nn.Flatten(), nn.Linear(64, 3)).double().eval()
+def with_conv1d():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(6, 8, 3), nn.Flatten(), nn.Linear(64, 3)).double().eval()
 
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("loha", {"tucker": True}),
+        ("lokr", {"factor": 2, "rank": 1}),
+        ("lokr", {"factor": 1, "tucker": True}),
+        ("lokr", {"factor": 1, "rank": 10_000}),
+    ],
+)
+def test_changes_of_a_conv1d_go_to_peft_and_back(method, options, tmp_path):
     x = torch.randn(2, 6, 10, dtype=torch.float64)
-    model = medpeft.apply(build(), "loha", target="0", head=None, rank=2, tucker=True)
+    model = medpeft.apply(with_conv1d(), method, target="0", head=None, **{"rank": 2, **options})
     randomise_adapters(model, size=0.3)
     to_peft(model, tmp_path)
-    assert close(peft.PeftModel.from_pretrained(build(), tmp_path)(x), model(x))
-    assert close(from_peft(build(), tmp_path, head=None)(x), model(x))
-    model = medpeft.apply(build(), "lokr", target="0", head=None, rank=1, tucker=True, factor=2)
+    assert close(peft.PeftModel.from_pretrained(with_conv1d(), tmp_path)(x), model(x))
+    assert close(from_peft(with_conv1d(), tmp_path, head=None)(x), model(x))
+
+
+def test_lokr_of_a_conv1d_that_peft_puts_together_in_another_order_is_refused(tmp_path):
+    model = medpeft.apply(with_conv1d(), "lokr", target="0", head=None, rank=1, tucker=True, factor=2)
     with pytest.raises(medpeft.CheckpointError, match=r"0: peft .* fails at LoKr with a core on a Conv1d"):
         to_peft(model, tmp_path)
+    model = medpeft.apply(with_conv1d(), "lokr", target="0", head=None, rank=2)
+    with pytest.raises(medpeft.CheckpointError, match=r"0: peft .* in another way where D is whole"):
+        to_peft(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    trained_by_peft(with_conv1d(), tmp_path, "LoKrConfig", r=2, target_modules=["0"])
+    refused(from_peft, with_conv1d(), tmp_path, "in another way where D is whole", head=None)
