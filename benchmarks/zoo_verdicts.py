@@ -17,6 +17,9 @@ from medpeft.surgery.apply import forget
 Verdict = tuple[str, str]
 """A status and what there is to say about it."""
 
+Outcome = dict[str, str] | str
+"""The trainable tensors that reach no output, each with the cause; or what went wrong."""
+
 
 class Refusal(str):
     """Reason why a method does not run on an input, known only once it sees a mask or a number of tokens."""
@@ -35,16 +38,17 @@ def verdicts(
         model: A model on the meta device (or any other).
         example: An input for it.
         methods: Names of methods.
-        alone: Apply each method by itself. Otherwise all that fit are applied together, and each by itself
-            only if that shows a fault.
+        alone: Apply each method by itself. Otherwise all that fit are applied together, each that refuses the
+            input by itself, and every one by itself only if that shows a fault.
     """
     by_method = {method: planned(model, method, build=True) for method in methods}
     fitting = [method for method, (status, _) in by_method.items() if status == "works"]
-    together: dict[str, str] | str = {}
+    together: Outcome = {}
     if not alone:
-        additive = [method for method in fitting if find(method).adapter is not None]
-        together = _attempt(model, example, "+".join(["full", *additive]))
+        together, refusing = _together(model, example, fitting)
         if together == {}:
+            for method in refusing:
+                by_method[method] = _by_itself(model, example, method, {})
             return by_method, []
     # Full fine-tuning adds nothing: a tensor without effect there, such as a mask token, has none anyway.
     unused = _attempt(model, example, "full")
@@ -65,6 +69,21 @@ def planned(model: nn.Module, method: str, *, build: bool = False) -> Verdict:
         return "refused", str(error)
     except Exception:
         return "crashed", last_lines()
+
+
+def _together(model: nn.Module, example: Any, methods: list[str]) -> tuple[Outcome, list[str]]:
+    """Judge all methods with adapters at once, without those that a refusal names; list these, too."""
+    additive = [method for method in methods if find(method).adapter is not None]
+    refusing: list[str] = []
+    while True:
+        outcome = _attempt(model, example, "+".join(["full", *additive]))
+        named = []
+        if isinstance(outcome, Refusal):
+            named = [method for method in additive if f"'{method}'" in outcome]
+        if not named:
+            return outcome, refusing
+        refusing += named
+        additive = [method for method in additive if method not in named]
 
 
 def _by_itself(model: nn.Module, example: Any, method: str, unused: Mapping[str, str]) -> Verdict:
@@ -90,7 +109,7 @@ def _faults(without_effect: Mapping[str, str], unused: Mapping[str, str]) -> lis
     return faults
 
 
-def _attempt(model: nn.Module, example: Any, methods: str) -> dict[str, str] | str:
+def _attempt(model: nn.Module, example: Any, methods: str) -> Outcome:
     """Find the trainable tensors that reach no output, each with the cause; or say what went wrong."""
     try:
         medpeft.apply(model, methods, batchnorm="frozen", keep_base=False)

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.models import mobilevit
 from torch import nn
 from zoo import kind_of
 from zoo_models import timm_models
@@ -11,30 +12,44 @@ from zoo_verdicts import verdicts
 import medpeft
 
 SHALLOW = {"depth": 2}
+# Each has as few blocks and stages as are still of the whole architecture's kind (`kind_of`).
 SAMPLE = {
     "test_byobnet": {},
-    "test_convnext": {},
+    "test_convnext": {"depths": (1, 1, 1, 1)},
     "test_efficientnet": {},
     "test_efficientnet_gn": {},
-    "test_mambaout": {},
-    "test_maxvit": {},
-    "test_nfnet": {},
+    "test_mambaout": {"depths": (1, 1), "dims": (16, 32)},
+    "test_maxvit": {"depths": (1, 1), "embed_dim": (32, 64), "block_type": ("M", "M")},
+    "test_nfnet": {"depths": (1, 1), "channels": (32, 64)},
     "test_resnet": {},
-    "test_vit3": {},
+    "test_vit3": SHALLOW,
     "beit_base_patch16_224": SHALLOW,
-    "cait_xxs24_224": SHALLOW,
-    "coatnet_pico_rw_224": {"depths": (1, 1, 1, 1)},
-    "densenet121": {"block_config": (1, 1, 1, 1)},
-    "efficientvit_m0": {"depth": (1, 1, 1)},
+    "cait_xxs24_224": {"depth": 2, "depth_token_only": 1},
+    "coatnet_pico_rw_224": {"depths": (1, 1), "embed_dim": (64, 128), "block_type": ("C", "T")},
+    "densenet121": {"block_config": (1, 1)},
+    "efficientvit_m0": {
+        "depth": (1, 1),
+        "embed_dim": (64, 128),
+        "key_dim": (16, 16),
+        "num_heads": (4, 4),
+        "window_size": (7, 7),
+        "down_ops": (("", 1), ("subsample", 2)),
+    },
     "eva02_tiny_patch14_224": SHALLOW,
-    "levit_128s": {"depth": (1, 1, 1)},
+    "levit_128s": {"depth": (1, 1), "embed_dim": (128, 256), "num_heads": (4, 6)},
     "mixer_s32_224": {},
-    "mobilevitv2_050": {},
-    "pvt_v2_b0": {"depths": (1, 1, 1, 1)},
-    "swinv2_tiny_window8_256": {"depths": (2, 1, 1, 1)},
+    "mobilevitv2_050": {"blocks": mobilevit.model_cfgs["mobilevitv2_050"].blocks[:3]},
+    "pvt_v2_b0": {
+        "depths": (1, 1),
+        "embed_dims": (32, 64),
+        "num_heads": (1, 2),
+        "sr_ratios": (2, 1),
+        "mlp_ratios": (8, 8),
+    },
+    "swinv2_tiny_window8_256": {"depths": (2, 1), "num_heads": (3, 6)},
     "tnt_s_patch16_224": SHALLOW,
     "vgg11_bn": {},
-    "xcit_nano_12_p16_224": {"depth": 1},
+    "xcit_nano_12_p16_224": {"depth": 1, "cls_attn_layers": 1},
 }
 
 
@@ -102,6 +117,10 @@ def test_a_method_that_refuses_an_input_with_a_reason_does_not_count_as_a_crash(
 
     assert found["picky"] == ("refused", "'picky' wants a square.")
     assert found["broken"][0] == "crashed"
+    # One that refuses is judged apart from the others, which are tried together.
+    found, _ = verdicts(model, torch.randn(3, 4), ["picky", "ssf"], alone=False)
+    assert found["picky"] == ("refused", "'picky' wants a square.")
+    assert found["ssf"][0] == "works"
 
 
 def test_a_parameter_that_the_model_does_not_use_is_told_from_a_silent_one():
