@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -88,8 +90,7 @@ def to_peft(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         tensors = _renamed(model, changes) | _trained(adapted, targets)
         config = describe(adapted, targets)
         if is_first(model.parameters()):
-            write(os.path.join(directory, _TENSORS), tensors, {"format": "pt"})
-            _write_json(os.path.join(directory, _CONFIGURATION), config)
+            _write_both(directory, tensors, config)
 
 
 def _of_one_method(changes: dict[str, Change]) -> dict[str, Change]:
@@ -174,15 +175,25 @@ def _below_wrappers(name: str, targets: Mapping[str, Change]) -> str:
     return name
 
 
-def _write_json(path: str, content: Mapping[str, Any]) -> None:
-    """Write a file under another name beside and rename it, so that it is whole or not there."""
-    unfinished = path + ".tmp"
+def _write_both(directory: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write tensors and configuration: neither, if one of them cannot be written.
+
+    The configuration is written beside first; it gets its name once the tensors are there.
+    """
+    path = os.path.join(directory, _CONFIGURATION)
+    unfinished = os.path.join(directory, f".medpeft-{secrets.token_hex(8)}.tmp")
     try:
-        with open(unfinished, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
+        if os.path.isdir(path):
+            raise CheckpointError(f"{path} is no file that can be written over.")
+        with open(unfinished, "x", encoding="utf-8") as file:
+            json.dump(config, file, indent=2)
+        write(os.path.join(directory, _TENSORS), tensors, {"format": "pt"})
         os.replace(unfinished, path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):  # It has its final name, or was never made.
+            os.remove(unfinished)
 
 
 def from_peft(

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..adapters.aside import Settled
 from ..adapters.spread import Spread
-from ..errors import require
+from ..errors import clipped, require
 from .build import Planned, build
 from .outputs import outputs_of
 from .plan import Plan
@@ -27,6 +27,10 @@ def with_inputs(planned: Plan, data: Iterable[Any] | None) -> Plan:
     """
     if data is None:
         return planned
+    require(
+        isinstance(data, Iterable),
+        f"data={clipped(data)} must be batches, each an input of the model or a tuple of inputs.",
+    )
     spreads: dict[str, Spread] = {}
     for item in build(planned.model, planned.sites, planned.record, shapes_only=True):
         if getattr(item.adapter, "starts_from_inputs", False):

@@ -215,6 +215,7 @@ REFUSED = [
     ),
     (ReadingAttention(), {"init": "eva", "data": []}, r"at 0\.qkv it cannot be seen"),
     (nn.Linear(6, 7), {"data": [torch.zeros(2, 6)]}, "none of 'lora' does: leave it out, or pass init='eva'"),
+    (nn.Linear(6, 7), {"init": "eva", "data": 5}, "data=5 must be batches, each an input of the model"),
     (nn.Linear(6, 7), {"init": "eva", "data": []}, "Nothing entered 0 while the model ran on the data"),
     (
         nn.Linear(6, 7),

@@ -26,3 +26,18 @@ def test_what_is_no_model_is_named(function, tmp_path):
         function(5, tmp_path)
     with pytest.raises(medpeft.MedpeftError, match="exchange the two"):
         function(tmp_path, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_peft_gets_both_files_or_none(name, tmp_path):
+    model = medpeft.apply(nn.Sequential(nn.Linear(4, 4)), "lora", target="0", head=None)
+    (tmp_path / name).mkdir()
+    with pytest.raises(medpeft.CheckpointError, match=f"{name} is no file that can be written over"):
+        interchange.to_peft(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / name).rmdir()
+    interchange.to_peft(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
