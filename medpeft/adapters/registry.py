@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from ..errors import MedpeftError, clipped, did_you_mean, require
@@ -67,7 +68,7 @@ class Method:
                 not stray, f"{self.name!r} would {would} {', '.join(stray)}, which is none of its options."
             )
 
-    @property
+    @cached_property
     def summary(self) -> str:
         """The first line of the method's docstring."""
         return (inspect.getdoc(self.define) or "").partition("\n")[0]
