@@ -67,6 +67,19 @@ def example(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+@cache
+def _mold_on_meta(architecture: str, classes: int) -> Mold:
+    import timm
+
+    with torch.device("meta"):
+        return Mold(timm.create_model(architecture, num_classes=classes))
+
+
+def on_meta(architecture: str, classes: int = CLASSES) -> nn.Module:
+    """A new model of timm in its full size, without values."""
+    return _mold_on_meta(architecture, classes).cast()
+
+
 def first(returned) -> Tensor:
     """The first tensor of what a model returns."""
     while not isinstance(returned, Tensor):
