@@ -1,5 +1,7 @@
 """What every test starts from: one thread, no state left over from another test."""
 
+import gc
+
 import pytest
 import torch
 
@@ -18,6 +20,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish():
+    """Spare the collector of garbage what stays for good, and let it run more seldom."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,9 +5,8 @@ from functools import cache
 from itertools import pairwise
 
 import pytest
-import timm
 import torch
-from models import FAMILIES, example, make, randomise_adapters
+from models import FAMILIES, example, make, on_meta, randomise_adapters
 from torch import nn
 
 import medpeft
@@ -104,11 +103,6 @@ VIT += [
     ("oft", {"block_size": 32}, tuple(2 * L * (D // 32) * (32 * 31 // 2) for L, D in SIZES)),
 ]
 VITS = ["vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch14_224"]
-
-
-def on_meta(name, classes=3):
-    with torch.device("meta"):
-        return timm.create_model(name, num_classes=classes)
 
 
 def assert_count(model, method, options, count):

@@ -83,7 +83,7 @@ def test_a_method_starts_as_the_base_and_computes_what_it_merges_into(method, pl
         for dtype in TOLERANCE:
             model, x = adapted(place, method, options, dtype), example(place, dtype)
             if model is None:
-                continue
+                break  # What fits does not depend on the precision.
             trained = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
             assert_starts_as_base(model, x, base_output(place, dtype, trained), method, options)
             randomise_adapters(model, size=0.2)

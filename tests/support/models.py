@@ -4,7 +4,6 @@ Fresh models hide mistakes: zero gammas at the end of a residual branch, LayerSc
 effect and its gradients vanish. So every parameter and every running statistic is drawn anew.
 """
 
-import copy
 import warnings
 from functools import cache
 
@@ -12,6 +11,7 @@ import torch
 from families import SelfAttention as SelfAttention
 from family import CLASSES as CLASSES
 from family import FAMILIES as FAMILIES
+from mold import Mold
 from torch import Tensor, nn
 
 
@@ -47,17 +47,17 @@ def randomise_adapters(model: nn.Module, size: float = 0.1, seed: int = 1) -> nn
 
 
 @cache
-def _made(name: str, dtype: torch.dtype) -> nn.Module:
+def _mold(name: str, dtype: torch.dtype) -> Mold:
     with (
         warnings.catch_warnings()
     ):  # What libraries warn about while they are imported and built is not ours.
         warnings.simplefilter("ignore")
-        return randomise(FAMILIES[name].build().to(dtype)).eval()
+        return Mold(randomise(FAMILIES[name].build().to(dtype)).eval())
 
 
 def make(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A new model of a family, the same each time, in eval mode."""
-    return copy.deepcopy(_made(name, dtype)).eval()
+    return _mold(name, dtype).cast().eval()
 
 
 def example(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -65,6 +65,19 @@ def example(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     shape = FAMILIES[name].shape
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@cache
+def _mold_on_meta(architecture: str, classes: int) -> Mold:
+    import timm
+
+    with torch.device("meta"):
+        return Mold(timm.create_model(architecture, num_classes=classes))
+
+
+def on_meta(architecture: str, classes: int = CLASSES) -> nn.Module:
+    """A new model of timm in its full size, without values."""
+    return _mold_on_meta(architecture, classes).cast()
 
 
 def first(returned) -> Tensor:

@@ -1,8 +1,11 @@
 """Every kind of place that a method may adapt, each as a model as small as can be."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from models import randomise
+from mold import Mold
 from torch import Tensor, nn
 
 import medpeft
@@ -157,13 +160,18 @@ WITH_HEAD = ("LayerNorm without weights",)
 """Places with a head, which says what the dtype of the model is where the layer has no weights."""
 
 
-def build(place: str, dtype: torch.dtype) -> nn.Module:
-    """The layer of a place in a model, with random weights, in eval mode."""
+@cache
+def _mold(place: str, dtype: torch.dtype) -> Mold:
     make, _ = PLACES[place]
     model = nn.Sequential(make())
     if place in WITH_HEAD:
         model.append(nn.Linear(8, 2))
-    return randomise(model.double()).to(dtype).eval()
+    return Mold(randomise(model.double()).to(dtype).eval())
+
+
+def build(place: str, dtype: torch.dtype) -> nn.Module:
+    """The layer of a place in a model, with random weights, the same each time, in eval mode."""
+    return _mold(place, dtype).cast()
 
 
 def apply_at(place: str, model: nn.Module, method: str | dict, /, **options) -> nn.Module:
