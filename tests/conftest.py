@@ -29,6 +29,11 @@ def pytest_collection_finish():
     gc.set_threshold(10_000, 20, 20)
 
 
+def pytest_unconfigure():
+    """Free at the end what extension modules would else call leaked."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tiny models gain nothing from more threads, and test processes share the cores."""
