@@ -26,7 +26,7 @@ class Adapters(nn.ModuleDict):
         flexible: Name of the `FlexibleAdapter` in `on_weight`, "" for none.
         dropping: Name of the `DroppingAdapter` in `on_weight` that drops something, "" for none.
         leaving: Names of the adapters that change the output, in order.
-        installation: Key of the installation that they came with; see `Wiring`.
+        installation: Key of the installation that they came with, "" if that is not known; see `Wiring`.
     """
 
     # Of the class too, for models that were pickled before.

@@ -201,7 +201,7 @@ def _bring_in(model: nn.Module, record: Applied, strength: float) -> None:
         reshard(model)
         present = _tensors(model)
         values = between(record.base or {}, aside.values, strength)
-        _write(model, present, values)
+        _write(model, present, fitting(present, values))
     _enable(model, strength != 0, strength)
     aside.strength = strength
 
@@ -235,7 +235,7 @@ def restore(model: nn.Module, record: Applied) -> None:
         if tensor is not None and name in present:
             tensor.data = tensor.data.to(present[name])  # The model may have been moved or cast meanwhile.
     _place(model, aside.tensors)
-    _write(model, present, aside.values)
+    _write(model, present, fitting(present, aside.values))
     _enable(model, True)
     record.aside = None
 
@@ -262,10 +262,10 @@ def recovered(model: nn.Module, action: str) -> Adapted:
     return Adapted.of(model)
 
 
-def misfits(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:
-    """List the names of values whose tensor is gone or has another shape."""
+def fitting(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out values whose tensor is gone or has another shape, as that of a head that the user replaced."""
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return [name for name, value in values.items() if shapes.get(name) != value.shape]
+    return {name: value for name, value in values.items() if shapes.get(name) == value.shape}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -277,9 +277,9 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _write(model: nn.Module, present: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy values into the tensors of their names, where there is one of that shape."""
-    for name in values.keys() - set(misfits(present, values)):
-        present[name].copy_(values[name])
+    """Copy values into the tensors of their names."""
+    for name, value in values.items():
+        present[name].copy_(value)
     empty_caches(model)
 
 

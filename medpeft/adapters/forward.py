@@ -69,7 +69,7 @@ def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
 def _run_acting(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a layer with those of its adapters that act."""
     adapters = acting(layer)
-    if adapters is None or adapters.installation != wiring.installation:
+    if adapters is None or adapters.installation not in ("", wiring.installation):
         return _run_unadapted(layer, wiring, args, kwargs)
     return _run_adapted(layer, adapters, wiring, args, kwargs)
 

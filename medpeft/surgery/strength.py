@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ..adapters.aside import misfits, others_in_place
+from ..adapters.aside import fitting, others_in_place
 from ..adapters.options import require_options
 from ..adapters.record import Adapted, Applied, require_applied
 from ..adapters.registry import find
@@ -110,7 +110,8 @@ def base_values(adapted: Adapted, action: str) -> dict[str, Tensor]:
             f"{action} needs the original values, which {record.name!r} gave up: pass keep_base=True to "
             f"apply (the default of every method but 'full')."
         )
-    replaced = misfits(adapted.trained, record.base)
+    present = fitting(adapted.trained, record.base)
+    replaced = [name for name in record.base if name not in present]
     require(
         not replaced,
         f"{action} cannot give the base back: {listed(replaced, most=1)} is gone or of another shape, so its "
