@@ -263,7 +263,7 @@ def recovered(model: nn.Module, action: str) -> Adapted:
 
 
 def fitting(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out values whose tensor is gone or has another shape, as that of a head that the user replaced."""
+    """Leave out values whose tensor is gone or has another shape, as of a head that was replaced."""
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return {name: value for name, value in values.items() if shapes.get(name) == value.shape}
 
