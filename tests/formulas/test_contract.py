@@ -153,7 +153,7 @@ def test_training_moves_every_declared_parameter_and_nothing_else(family, recipe
 def test_disabled_is_the_base_and_removal_leaves_no_trace(family, recipe):
     model, x = make(family), example(family)
     next(model.parameters()).requires_grad_(False)
-    before, about, base = tensors(model), trace(model), evaluated(model, x)
+    before, about, base = tensors(model), trace(model), base_beside(model, family)
 
     perturb(adapt(model, family, recipe))
     adapted = evaluated(model, x)
