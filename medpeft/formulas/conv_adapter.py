@@ -129,16 +129,27 @@ class ConvAdapter(Adapter):
             self.entered.leave(x)
             return y
         if self.starts_earlier:
-            x = self._before_norm()
+            x = self._before_norm(x)
         return self.added(x, y)
 
-    def _before_norm(self) -> Tensor:
-        """Take what the norm before the convolution was given."""
+    def _before_norm(self, x: Tensor) -> Tensor:
+        """Take what the norm before the convolution, whose input is `x`, was given.
+
+        Raises:
+            MedpeftError: there was no such norm, or it was given something of another form, such as tokens.
+        """
         entered: Tensor | None = self.entered.take_once()
         if entered is None:
             raise MedpeftError(
                 f"{self.method!r} found no norm before {self.name} to start from: use place='convolution', "
                 "or exclude it."
+            )
+        axis = self.geometry.channel_axis
+        if entered.ndim != x.ndim or entered.shape[axis] != x.shape[axis]:
+            raise MedpeftError(
+                f"{self.method!r} starts before the norm of {self.name}, which was given "
+                f"{tuple(entered.shape)} where the convolution takes {tuple(x.shape)}: use "
+                "place='convolution', or exclude it."
             )
         return entered
 

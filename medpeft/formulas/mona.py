@@ -207,8 +207,18 @@ class Mona(Adapter):
         return x + change
 
     def change(self, filters: Filters, x: Tensor, axis: int, sizes: tuple[int, ...]) -> Tensor:
-        """Compute what is added to a stream `x`, whose channels are on an axis."""
-        hidden = filters.narrowed(x.movedim(axis, -1))
+        """Compute what is added to a stream `x`, whose channels are on an axis.
+
+        Raises:
+            MedpeftError: it has another number of channels than the block's layers say.
+        """
+        tokens, channels = x.movedim(axis, -1), len(filters.gamma)  # (B, …, D, …) → (B, …, D)
+        if tokens.shape[-1] != channels:
+            raise MedpeftError(
+                f"{self.method!r} cannot run in {self.name}, where there are {tokens.shape[-1]} channels and "
+                f"not {channels}, as its layers say: exclude it, or try 'lora' or 'ssf'."
+            )
+        hidden = filters.narrowed(tokens)
         in_row = partial(self._in_row, filters, sizes)
         hidden = filtered(hidden, self.layout, filters.on_image, in_row)
         return filters.widened(hidden, axis).to(x.dtype)

@@ -50,6 +50,7 @@ def test_conv_adapter_starts_before_the_norm_in_blocks_that_normalise_first_as_i
     ],
 )
 def test_conv_adapter_starts_at_the_norm_that_belongs_to_its_convolution(library, block, norms):
+    torch.manual_seed(0)
     model = NORMALISING_FIRST[library]()
     layer = model.get_submodule(block)
     medpeft.apply(model, "conv_adapter", head=None)
@@ -88,3 +89,13 @@ def test_conv_adapter_says_so_where_the_norm_before_the_convolution_is_not_calle
         medpeft.MedpeftError, match=r"found no norm before 0\.conv2 to start from: use place="
     ):
         model(torch.zeros(1, 4, 8, 8))
+
+
+def test_conv_adapter_says_so_where_the_norm_before_the_convolution_is_given_tokens():
+    sizes = timm.models.mvitv2.MultiScaleVitCfg(depths=(1,), embed_dim=8, stride_q=((1, 1),))
+    model = timm.models.mvitv2.MultiScaleVit(sizes, (32, 32), num_classes=2)
+    medpeft.apply(model, "conv_adapter")
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"starts before the norm of .*pool.*use place='convolution'"
+    ):
+        model(drawn(1, 3, 32, 32).float())

@@ -241,3 +241,14 @@ def test_blocks_of_the_class_token_alone_are_left_out():
     assert sites == ["blocks.0"]
     with pytest.raises(medpeft.MedpeftError, match="changes the class token alone"):
         medpeft.plan(model, "mona", target="cls_attn_blocks")
+
+
+def test_a_block_that_gives_more_channels_than_its_convolutions_is_refused():
+    with torch.random.fork_rng():
+        model = torchvision.models.ShuffleNetV2([1, 1, 1], [4, 8, 12, 16, 20])
+    medpeft.apply(model, "mona", bottleneck=3)
+
+    with pytest.raises(
+        medpeft.MedpeftError, match=r"'mona' cannot run in stage2\.0, where there are 8 channels and"
+    ):
+        model(torch.zeros(1, 3, 64, 64))
