@@ -253,7 +253,10 @@ def _misfits_of_others(planned: Plan, tensors: Mapping[str, Tensor]) -> Iterator
     head = ", ".join(planned.record.head) or "(none)"
     for name, tensor in tensors.items():
         if name not in trained:
-            yield f"{name!r}: in the file, and neither LoRA nor in the head {head}"
+            yield (
+                f"{name!r}: in the file, and neither a change of a layer nor in the head {head}: head= takes "
+                "the names of all modules that the file holds whole"
+            )
             continue
         target = trained[name]
         if target.shape != tensor.shape or target.is_floating_point() != tensor.is_floating_point():

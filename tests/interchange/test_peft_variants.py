@@ -228,3 +228,13 @@ def test_lokr_of_a_conv1d_that_peft_puts_together_in_another_order_is_refused(tm
     assert list(tmp_path.iterdir()) == []
     trained_by_peft(with_conv1d(), tmp_path, "LoKrConfig", r=2, target_modules=["0"])
     refused(from_peft, with_conv1d(), tmp_path, "in another way where D is whole", head=None)
+
+
+def test_modules_that_a_file_holds_beside_the_head_are_named_in_head(tmp_path):
+    theirs = trained_by_peft(
+        make("vit"), tmp_path, r=4, target_modules=["qkv"], modules_to_save=["head", "norm"]
+    )
+    reason = "'norm.weight': in the file, and neither a change of a layer nor in the head head: head= takes the names"
+    refused(from_peft, make("vit"), tmp_path, reason)
+    x = example("vit")
+    assert close(output(from_peft(make("vit"), tmp_path, head=["head", "norm"]).eval(), x), output(theirs, x))
