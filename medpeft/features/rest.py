@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,12 +78,10 @@ def require_frozen(model: nn.Module, route: Route) -> None:
 
     The model may have got other adapters since, by `apply`, `load` or a bank.
     """
-    changing = []
-    for name in route.skipped:
-        for inside, module in model.get_submodule(name).named_modules(prefix=name):
-            if acting(module) is not None:
-                changing.append(inside)
     record = applied(model)
+    changing = []
+    if record is None or record.sites:  # Without a record there may be adapters in a model inside this one.
+        changing += _acting_in(model, route.skipped)
     if record is not None:
         changing += [name for name in route.tensors if name in record.selected]
     require(
@@ -91,6 +89,16 @@ def require_frozen(model: nn.Module, route: Route) -> None:
         f"{listed(changing, most=1)} comes before {route.place} and is trained by what was applied since "
         "medpeft.prefix was called: call it again, and compute the features anew.",
     )
+
+
+def _acting_in(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """List the layers with adapters that act inside some modules: which takes as long as a small head."""
+    layers = []
+    for name in names:
+        for inside, module in model.get_submodule(name).named_modules(prefix=name):
+            if acting(module) is not None:
+                layers.append(inside)
+    return layers
 
 
 def run_from(
