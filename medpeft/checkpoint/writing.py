@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from torch import Tensor
@@ -40,19 +40,26 @@ def write(path: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
             raise CheckpointError(f"{path} is no file that can be written over.")
         if os.path.exists(target) and not os.stat(target).st_mode & _WRITABLE:
             raise CheckpointError(f"{path} is read-only: make it writable, or choose another name.")
-        unfinished = os.path.join(os.path.dirname(target), f".medpeft-{secrets.token_hex(8)}.tmp")
-        try:
+        with unfinished_in(os.path.dirname(target)) as unfinished:
             _write_beside(target, unfinished, tensors, metadata)
             os.replace(unfinished, target)
-        finally:
-            with suppress(OSError):  # It has its final name, or was never made.
-                os.remove(unfinished)
         if os.name != "nt":  # Windows opens no directories.
             _flush(os.path.dirname(target), os.O_RDONLY)
     except CheckpointError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+@contextmanager
+def unfinished_in(directory: str) -> Iterator[str]:
+    """Name a file to write before it gets its final name; what is left of it is removed."""
+    unfinished = os.path.join(directory, f".medpeft-{secrets.token_hex(8)}.tmp")
+    try:
+        yield unfinished
+    finally:
+        with suppress(OSError):  # It has its final name, or was never made.
+            os.remove(unfinished)
 
 
 def write_into(target: SupportsWrite, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

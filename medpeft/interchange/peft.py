@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -25,7 +23,7 @@ from ..architecture.layers import CONVS
 from ..checkpoint.messages import clip
 from ..checkpoint.save import plain
 from ..checkpoint.source import path_of
-from ..checkpoint.writing import write
+from ..checkpoint.writing import unfinished_in, write
 from ..errors import CheckpointError
 from ..sharding import is_first
 from .changes import Change, parts_of
@@ -181,19 +179,16 @@ def _write_both(directory: str, tensors: Mapping[str, Tensor], config: Mapping[s
     The configuration is written beside first; it gets its name once the tensors are there.
     """
     path = os.path.join(directory, _CONFIGURATION)
-    unfinished = os.path.join(directory, f".medpeft-{secrets.token_hex(8)}.tmp")
     try:
         if os.path.isdir(path):
             raise CheckpointError(f"{path} is no file that can be written over.")
-        with open(unfinished, "x", encoding="utf-8") as file:
-            json.dump(config, file, indent=2)
-        write(os.path.join(directory, _TENSORS), tensors, {"format": "pt"})
-        os.replace(unfinished, path)
+        with unfinished_in(directory) as unfinished:
+            with open(unfinished, "x", encoding="utf-8") as file:
+                json.dump(config, file, indent=2)
+            write(os.path.join(directory, _TENSORS), tensors, {"format": "pt"})
+            os.replace(unfinished, path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):  # It has its final name, or was never made.
-            os.remove(unfinished)
 
 
 def from_peft(
