@@ -18,7 +18,7 @@ from ..architecture.network import Network
 from ..architecture.site import Site, Unfit
 from ..architecture.trunk import trunk
 from ..errors import MedpeftError
-from .grid import Grid, find_grid
+from .grid import Grid, find_grid, require_channels
 
 HINT = "it runs beside transformer blocks or residual blocks. Try 'lora' or 'ssf'."
 UNMERGEABLE = "it runs beside the blocks of the model, and no weight of theirs computes the same"
@@ -80,11 +80,7 @@ class BesideTrunk(Adapter):
         seen = x.movedim(self.layout.axis, -1)  # (B, C, H, W) → (B, H, W, C)
         if self.layout.sequence == 0:
             seen = seen.transpose(0, 1)  # (N, B, C) → (B, N, C)
-        if seen.shape[-1] != channels:
-            raise MedpeftError(
-                f"{self.method!r} cannot run beside {self.name}, where there are {seen.shape[-1]} channels "
-                f"and not {channels}, as its layers say: exclude it, or try 'lora' or 'tsa'."
-            )
+        require_channels(seen, channels, f"{self.method!r} cannot run beside {self.name}", "'lora' or 'tsa'")
         return seen
 
     def as_in_block(self, stream: Tensor) -> Tensor:

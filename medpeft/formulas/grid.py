@@ -1,4 +1,4 @@
-"""The grid of an image's patches among the tokens of a block."""
+"""The tokens of a block: their channels, and the grid of an image's patches among them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..architecture.convolution import CONVOLVE
 from ..architecture.site import Layout
+from ..errors import require
 
 
 class Grid(NamedTuple):
@@ -40,6 +41,23 @@ def find_grid(layout: Layout, tokens: int) -> Grid | None:
         if len(grid.sizes) == layout.dims and math.prod(grid.sizes) == tokens - grid.prefix:
             return grid
     return None
+
+
+def require_channels(tokens: Tensor, channels: int, what: str, others: str) -> None:
+    """Raise `MedpeftError` if a block has another number of channels than its layers say.
+
+    Args:
+        tokens: What enters or leaves it, (B, …, C).
+        channels: The number that its layers say.
+        what: Which method cannot do what with which block.
+        others: Methods to try in its place.
+    """
+    seen = tokens.shape[-1]
+    require(
+        seen == channels,
+        f"{what}, where there are {seen} channels and not {channels}, as its layers say: exclude it, or try "
+        f"{others}.",
+    )
 
 
 def filtered(

@@ -26,7 +26,7 @@ from ..architecture.site import Layout, Site, Unfit
 from ..architecture.trunk import trunk
 from ..architecture.windows import reorders_tokens
 from ..errors import MedpeftError
-from .grid import convolved, filtered, find_grid, on_patches
+from .grid import convolved, filtered, find_grid, on_patches, require_channels
 from .stream import before_mlp, in_shape_of
 from .two_matrices import TwoMatrices
 
@@ -212,12 +212,9 @@ class Mona(Adapter):
         Raises:
             MedpeftError: it has another number of channels than the block's layers say.
         """
-        tokens, channels = x.movedim(axis, -1), len(filters.gamma)  # (B, …, D, …) → (B, …, D)
-        if tokens.shape[-1] != channels:
-            raise MedpeftError(
-                f"{self.method!r} cannot run in {self.name}, where there are {tokens.shape[-1]} channels and "
-                f"not {channels}, as its layers say: exclude it, or try 'lora' or 'ssf'."
-            )
+        tokens = x.movedim(axis, -1)  # (B, …, D, …) → (B, …, D)
+        what = f"{self.method!r} cannot run in {self.name}"
+        require_channels(tokens, len(filters.gamma), what, "'lora' or 'ssf'")
         hidden = filters.narrowed(tokens)
         in_row = partial(self._in_row, filters, sizes)
         hidden = filtered(hidden, self.layout, filters.on_image, in_row)

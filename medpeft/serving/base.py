@@ -30,7 +30,7 @@ class _Seen(NamedTuple):
     address: int
 
 
-class _Part(NamedTuple):
+class _SeenModule(NamedTuple):
     """A module of the model as it was when the bank was made."""
 
     name: str
@@ -71,7 +71,7 @@ class Base:
                 f"{name!r} is sharded or on the meta device: a bank needs the whole base.",
             )
         self._seen = _all_seen(model, self._originals)
-        self._parts = list(_all_parts(model))
+        self._seen_modules = list(_all_modules(model))
         self.trained_before = {name: p.requires_grad for name, p in bare.named_parameters()}
         if record is not None:
             self.trained_before = dict(record.trained_before)
@@ -167,7 +167,7 @@ class Base:
 
     def require_same_modules(self) -> None:
         """Raise `MedpeftError` if a module was replaced, or has another forward, which no mirror has."""
-        changed = [part.name for part in self._parts if part.has_changed()]
+        changed = [seen.name for seen in self._seen_modules if seen.has_changed()]
         require(
             not changed,
             f"{listed(changed, most=1)} has other modules or another forward than when the bank was made, "
@@ -192,7 +192,7 @@ def _all_seen(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[_Seen]:
     return seen
 
 
-def _all_parts(model: nn.Module) -> Iterator[_Part]:
+def _all_modules(model: nn.Module) -> Iterator[_SeenModule]:
     """Yield all modules of a model but its adapters, by the name that messages show."""
     inside_adapters = set[nn.Module]()
     for name, module in model.named_modules():
@@ -200,7 +200,7 @@ def _all_parts(model: nn.Module) -> Iterator[_Part]:
             inside_adapters.update(module.modules())
         if module not in inside_adapters:
             shown = name or type(module).__name__
-            yield _Part(shown, module, _children(module), plain_forward(module))
+            yield _SeenModule(shown, module, _children(module), plain_forward(module))
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
