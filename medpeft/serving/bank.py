@@ -158,7 +158,7 @@ class Bank:
                 installed.require_present(self._base.model)
                 changed = installed.changed_since_installed()
                 if changed and not discard:
-                    raise installed.was_trained(changed)
+                    raise installed.trained_error(changed)
             self._in_model.switch_to(entry, changed)
 
     @torch.no_grad()

@@ -55,13 +55,17 @@ class Installed:
 
     def changed_since_installed(self) -> list[str]:
         """List the tensors that hold other values than the adapter in the bank."""
-        changed = []
-        for name, tensor in self.tensors.items():
-            if not torch.equal(tensor, self.entry.values[name]):
-                changed.append(name)
-        return changed
+        return self.differing_from(self.entry)
 
-    def was_trained(self, changed: list[str]) -> MedpeftError:
+    def differing_from(self, entry: BankEntry) -> list[str]:
+        """List the tensors that hold other values than an adapter of the same kind in the bank."""
+        differing = []
+        for name, tensor in self.tensors.items():
+            if not torch.equal(tensor, entry.values[name]):
+                differing.append(name)
+        return differing
+
+    def trained_error(self, changed: list[str]) -> MedpeftError:
         """Make the error for an adapter whose tensors have changed."""
         return MedpeftError(
             f"The model was trained since use({self.name!r}): {listed(changed, most=1)} has other values "
@@ -69,7 +73,10 @@ class Installed:
         )
 
     def present_values(self, changed: Iterable[str]) -> dict[str, Tensor]:
-        """Copy what the tensors hold; only those named have other values than the adapter in the bank."""
+        """Return what the tensors hold: copies of those in `changed`, and else the bank's own tensors.
+
+        `changed` must name every tensor that has other values than the adapter in the bank.
+        """
         values = dict(self.entry.values)
         for name in changed:
             values[name] = self.tensors[name].detach().clone()
@@ -116,20 +123,23 @@ class InModel:
         self.installed: Installed | None = None
 
     def recognise(self, entry: BankEntry) -> None:
-        """Take note that what was trained since is in the bank now, if it is an adapter's values."""
+        """Count an adapter that was just added as the installed one, if what was trained has its values."""
         installed = self.installed
         if installed is None or installed.entry.kind is not entry.kind:
             return
-        was_trained = bool(installed.changed_since_installed())
-        if was_trained and not replace(installed, entry=entry).changed_since_installed():
+        if installed.changed_since_installed() and not installed.differing_from(entry):
             installed.entry = entry
 
     def switch_to(self, entry: BankEntry | None, changed: Iterable[str] = ()) -> None:
-        """Make the model compute with an adapter, or with None as the base; or, on failure, as before.
+        """Make the model compute with an adapter, or with None as the base.
+
+        If it raises, the model has the adapter that it had, or the new one, never a part of each; and
+        `installed` says which.
 
         Args:
             entry: The adapter.
-            changed: Names of the tensors that hold other values than the installed adapter in the bank.
+            changed: Names of all tensors that hold other values than the installed adapter in the bank. One
+                left out gets the bank's value if the switch fails.
         """
         old = self.installed
         if old is None:
@@ -146,13 +156,14 @@ class InModel:
 
         def settle() -> None:
             if is_written:
-                installed.entry = entry
                 record.aside = None
+                installed.entry = entry
             else:
-                restore(model, record)
+                restore(model, record)  # Without `aside` nothing was written, and it does nothing.
 
+        # `settle` runs at the end of the block, and once more if an interrupt cut the first time short.
         settled = Settled(settle)
-        with settled, settled, torch.no_grad():  # Twice, if an interrupt cut the first settling short.
+        with settled, settled, torch.no_grad():
             record.aside = Aside("use", old_values)
             for name, tensor in installed.tensors.items():
                 tensor.copy_(entry.values[name])
@@ -170,6 +181,7 @@ class InModel:
             if applied(model) is None and old is not None and entry is not None:
                 # The old one is out, and the other did not come in.
                 _install(base, old.entry, old.record, old_values)
+            # Note what is on the model now: nothing, the new adapter or the old one.
             on_model = applied(model)
             if on_model is None:
                 self.installed = None
@@ -179,14 +191,14 @@ class InModel:
                 self.installed = _locate(model, old.entry, on_model)
 
         settled = Settled(settle)
-        with settled, settled:  # Twice, if an interrupt cut the first settling short.
+        with settled, settled:
             if old is not None:
                 take_out(base, old.record)
             if entry is not None and new_record is not None:  # Both are None for the base.
                 refuse(model)  # Not earlier: it refuses an adapted model.
                 _install(base, entry, new_record, entry.values)
-        # No value of an adapter stays in tensors that nobody uses: it may be withdrawn. Not before `settled`
-        # has ended: until then the old one, whose tensors these are, may go in again.
+        # The tensors of the old kind are out of use: they are cleared, for the adapter may be withdrawn. Only
+        # after `settled`, which may put the old one back into them.
         if old is not None and (entry is None or entry.kind is not old.entry.kind):
             old.entry.kind.clear()
 
