@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .adapters.aside import require_acting
 from .adapters.record import Adapted
 from .errors import MedpeftError, listed, require
 
@@ -64,13 +65,15 @@ class Private(nn.Module):
             inputs: Tensors of which each has one entry an image along its first axis.
 
         Raises:
-            MedpeftError: see `medpeft.private`.
+            MedpeftError: see `medpeft.private`; or in training, the call is within `medpeft.disabled`,
+                `scaled` or `merged`, where what trains does not act as it is.
         """
         trained = self._trained()
         output: Tensor
         if not self.training or not torch.is_grad_enabled() or not _is_watched(trained):
             output = self.model(*inputs)
             return output
+        require_acting(Adapted.of(self.model), "Differentially private training")
         require(
             self._pending is None,
             "The output of the forward before was not used in a backward. In differentially private training "

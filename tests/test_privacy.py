@@ -180,6 +180,23 @@ def test_a_training_that_would_be_wrong_is_refused_in_words():
         opacus.GradSampleModule(medpeft.private(mlp()))(X, X[:3])
 
 
+@pytest.mark.parametrize(
+    "block", [medpeft.disabled, medpeft.merged, lambda model: medpeft.scaled(model, 0.5)]
+)
+def test_a_step_is_refused_where_what_trains_does_not_act_as_it_is_and_an_evaluation_is_not(block):
+    model = mlp()
+    watched = opacus.GradSampleModule(medpeft.private(model))
+    with block(model):
+        with pytest.raises(
+            medpeft.MedpeftError, match="Differentially private training does not work inside"
+        ):
+            watched(X)
+        with torch.no_grad():
+            assert torch.equal(watched(X), model(X))
+    watched(X).sum().backward()
+    assert model[0].adapters.lora.up.grad_sample.any()
+
+
 @pytest.mark.parametrize("switch", ["train", "eval"])
 @pytest.mark.parametrize("where", ["after forward", "in backward"])
 def test_after_a_step_that_was_broken_off_training_goes_on(where, switch, monkeypatch):
