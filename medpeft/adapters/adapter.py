@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..architecture.site import Site
 from ..errors import MedpeftError
@@ -125,6 +126,20 @@ class FlexibleAdapter(Adapter):
         raise NotImplementedError
 
 
+class JoiningAdapter(Adapter):
+    """An adapter of the output that can compute a layer and its change in one step, which costs less."""
+
+    def with_layer(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """Compute the adapted output from the layer's input; None where layer and `forward` must do it.
+
+        Args:
+            layer: The adapter's own, all of whose tensors are as they are kept, and whose forward is that of
+                its class.
+            x: Its only input.
+        """
+        raise NotImplementedError
+
+
 class DroppingAdapter(Adapter):
     """An adapter with a dropout of its input.
 
@@ -151,6 +166,23 @@ class SecondPlace(Adapter):
     def first(self) -> Adapter:
         """The first place. A subclass says by an annotation of which class it is."""
         return self.shared["first"]  # type: ignore[return-value]  # as it was made
+
+
+def tensor_of(module: nn.Module, name: str) -> Any:
+    """Look up `module.name`, which takes several times as long where nn.Module looks for a parameter."""
+    found = module.__dict__.get(name)
+    if found is None:
+        found = module._parameters.get(name)
+    if found is None:
+        found = getattr(module, name)
+    return found
+
+
+def is_observed(adapter: Adapter) -> bool:
+    """Whether somebody has put a hook or another forward on an adapter, and is to see it called."""
+    hooks = adapter._forward_hooks or adapter._forward_pre_hooks
+    hooks = hooks or adapter._backward_hooks or adapter._backward_pre_hooks
+    return bool(hooks or _has_any_global_hook() or "forward" in adapter.__dict__)
 
 
 def weight_name(adapter: Adapter) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architecture.layers import as_kept, outputs_first, own_tensor
-from .adapter import Adapter, DroppingAdapter, FlexibleAdapter, SecondPlace
+from .adapter import Adapter, DroppingAdapter, FlexibleAdapter, JoiningAdapter, SecondPlace
 
 
 class Adapters(nn.ModuleDict):
@@ -26,12 +26,15 @@ class Adapters(nn.ModuleDict):
         flexible: Name of the `FlexibleAdapter` in `on_weight`, "" for none.
         dropping: Name of the `DroppingAdapter` in `on_weight` that drops something, "" for none.
         leaving: Names of the adapters that change the output, in order.
+        joining: Name of the first one of `leaving` if it is a `JoiningAdapter` and none is in `on_weight`, ""
+            for none.
         installation: Key of the installation that they came with, "" if that is not known; see `Wiring`.
     """
 
     # Of the class too, for models that were pickled before.
     strength: float = 1.0
     installation: str = ""
+    joining: str = ""
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         # An input adapter computes W'·R·x. Merging gives the same only if additive changes of W come first:
@@ -59,6 +62,9 @@ class Adapters(nn.ModuleDict):
             if isinstance(adapter, DroppingAdapter) and adapter.drops:
                 self.dropping = name
         self.leaving = [name for name, adapter in acting.items() if "output" in adapter.acts_on]
+        self.joining = ""
+        if self.leaving and not self.on_weight and isinstance(acting[self.leaving[0]], JoiningAdapter):
+            self.joining = self.leaving[0]
         inputs = [name for name, adapter in acting.items() if "input" in adapter.acts_on]
         brackets = [name for name in inputs if name in self.leaving]
         self.entering = [name for name in inputs if name not in brackets] + brackets[::-1]

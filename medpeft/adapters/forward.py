@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ..architecture.layers import own_tensor
 from . import running
-from .adapter import Adapter, autocasts
+from .adapted_tensors import adapted_tensors
+from .adapter import Adapter, is_observed
 from .adapters import Adapters
 from .bias_gradients import run_apart
 from .presence import require_present
@@ -123,7 +124,13 @@ def _run_adapted(
         x = args[0]
     elif kwargs:
         x = kwargs[_first_name(kwargs, wiring)]
-    if not adapters.on_weight and wiring.direct:
+    leaving = adapters.leaving
+    output: Any = None
+    if adapters.joining and wiring.direct and len(args) == 1 and not kwargs:
+        output = _run_joined(layer, adapters, x)
+    if output is not None:
+        leaving = leaving[1:]
+    elif not adapters.on_weight and wiring.direct:
         output = type(layer).forward(layer, *args, **kwargs)
     elif not adapters.on_weight:
         output = _run(layer, wiring, {}, args, kwargs)
@@ -134,14 +141,23 @@ def _run_adapted(
         output = _run(layer, wiring, tensors, args, kwargs)
     else:
         output = _run_flexibly(layer, adapters, wiring, args, kwargs, x)
-    if not adapters.leaving:
+    if not leaving:
         return output
     y = output[0] if isinstance(output, tuple) else output
-    for name in adapters.leaving:
+    for name in leaving:
         y = _leave(adapters, adapters._modules[name], x, y)
     if isinstance(output, tuple):
         return (y, *output[1:])
     return y
+
+
+def _run_joined(layer: nn.Module, adapters: Adapters, x: Any) -> Tensor | None:
+    """Run a layer and the first adapter of its output in one step; None where they are to be two."""
+    adapter: Any = adapters._modules[adapters.joining]
+    if adapters.strength != 1 or is_observed(adapter) or not isinstance(x, Tensor):
+        return None
+    joined: Tensor | None = adapter.with_layer(layer, x)
+    return joined
 
 
 def _enter(
@@ -229,49 +245,6 @@ def _run_flexibly(
     if form == "compute" and len(adapters.on_weight) == 1 and adapters.strength == 1:
         return flexible.compute(x, own_tensor(layer, flexible._bias))
     return _run(layer, wiring, adapted_tensors(layer, adapters, x), args, kwargs)
-
-
-def adapted_tensors(
-    layer: nn.Module, adapters: Adapters, x: Any = None, *, without: Adapter | None = None
-) -> dict[str, Tensor]:
-    """Compute the tensors of a layer that the adapters on its weight change, in the layer's own dtype.
-
-    Args:
-        layer: The layer.
-        adapters: Its adapters.
-        x: Its input, if that is known.
-        without: An adapter to leave out, because it acts on the output this time.
-    """
-    on_weight: list[Any] = [adapters._modules[name] for name in adapters.on_weight]
-    if without is not None:
-        on_weight.remove(without)
-    dtype, device = _dtype_and_device(layer, on_weight, x)
-    if autocasts(device):
-        # A weight is adapted in its own precision, as merging does.
-        with torch.autocast(device, enabled=False):
-            tensors = adapters.merged_tensors(layer, on_weight)
-    else:
-        tensors = adapters.merged_tensors(layer, on_weight)
-    if dtype is not None:
-        for name, tensor in tensors.items():
-            if tensor.dtype != dtype:
-                tensors[name] = tensor.to(dtype)
-    return tensors
-
-
-def _dtype_and_device(layer: nn.Module, on_weight: list[Adapter], x: Any) -> tuple[torch.dtype | None, str]:
-    """Find the dtype and the device type of the tensors that adapters change.
-
-    A norm without parameters has those of its input.
-    """
-    for adapter in on_weight:
-        for name in (adapter._weight, adapter._bias):
-            tensor = own_tensor(layer, name)
-            if tensor is not None:
-                return tensor.dtype, tensor.device.type
-    if isinstance(x, Tensor):
-        return (x.dtype if x.is_floating_point() else None), x.device.type
-    return None, "cpu"
 
 
 def _run(

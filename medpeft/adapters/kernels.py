@@ -54,11 +54,26 @@ def add_low_rank(
         parts: Parts of a fused projection, each with its own A and B; without any, all of `y` is added to.
         even: The same parts, where they are of one size at even distances: one product then does for all.
     """
-    hidden = F.linear(down, x.reshape(-1, x.shape[-1]))  # (parts·r, I), (N, I) → (parts·r, N)
+    hidden = project_down(x, down)
     if torch.is_grad_enabled() and any_needs_gradient(y, hidden, up):
         return _add_low_rank_with_gradients(y, hidden, up, scale, parts)
+    return add_to_channels(y, hidden, up, scale, parts, even)
+
+
+def project_down(x: Tensor, down: Tensor) -> Tensor:
+    """Compute h = A·xᵀ, (r, N), of an input (…, I) and A, (r, I).
+
+    Skinny matrix products over N run several times faster along their long side.
+    """
+    return F.linear(down, x.reshape(-1, x.shape[-1]))  # (r, I), (N, I) → (r, N)
+
+
+def add_to_channels(
+    y: Tensor, hidden: Tensor, up: Tensor, scale: float, parts: tuple[Rows, ...], even: EvenRows | None
+) -> Tensor:
+    """Add s·(B·h)ᵀ to `y` in place, where autograd does not follow; for the arguments see `add_low_rank`."""
     if even is not None:
-        return _add_low_rank_to_even_parts(y, hidden, up, scale, even)
+        return _add_to_even_parts(y, hidden, up, scale, even)
     channels = y.view(-1, y.shape[-1]).t()  # (…, O) → (O, N)
     if not parts:
         channels.addmm_(up, hidden, alpha=scale)
@@ -71,9 +86,7 @@ def add_low_rank(
     return y
 
 
-def _add_low_rank_to_even_parts(
-    y: Tensor, hidden: Tensor, up: Tensor, scale: float, even: EvenRows
-) -> Tensor:
+def _add_to_even_parts(y: Tensor, hidden: Tensor, up: Tensor, scale: float, even: EvenRows) -> Tensor:
     channels, tokens, rank = y.shape[-1], hidden.shape[1], up.shape[1]
     # (…, O) → (parts, size, N): the channels of every part, with the tokens along the last axis
     parts = y.as_strided(
@@ -99,10 +112,7 @@ def _add_low_rank_with_gradients(
 
 
 class AddLowRank(torch.autograd.Function):
-    """The last step of `add_low_rank` with gradients, for one part; keeps h = A·xᵀ.
-
-    h is (r, N): skinny matrix products over N run several times faster along their long side.
-    """
+    """The last step of `add_low_rank` with gradients, for one part; keeps h = A·xᵀ."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, hidden: Tensor, up: Tensor, scale: float, start: int) -> Tensor:
@@ -124,10 +134,20 @@ class AddLowRank(torch.autograd.Function):
         part = grad.reshape(-1, grad.shape[-1]).narrow(1, ctx.start, up.shape[0])  # (…, O) → (N, o)
         grad_hidden = grad_up = None
         if ctx.needs_input_grad[1]:
-            grad_hidden = torch.mm(up.t(), part.t()).mul_(ctx.scale)  # (r, N)
+            grad_hidden = gradient_of_hidden(part, up, ctx.scale)
         if ctx.needs_input_grad[2]:
-            grad_up = torch.mm(hidden, part).t().mul(ctx.scale)
+            grad_up = gradient_of_up(part, hidden, ctx.scale)
         return grad, grad_hidden, grad_up, None, None
+
+
+def gradient_of_hidden(grad: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Gradient of h, (r, N), from that of the channels that B makes of it, (N, o)."""
+    return torch.mm(up.t(), grad.t()).mul_(scale)
+
+
+def gradient_of_up(grad: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """Gradient of B, (o, r), from that of the channels that it makes, (N, o)."""
+    return torch.mm(hidden, grad).t().mul(scale)
 
 
 def add_pointwise(y: Tensor, hidden: Tensor, up: Tensor, scale: float, axis: int) -> Tensor:

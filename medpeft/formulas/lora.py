@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.adapter import ON_WEIGHT, DroppingAdapter, along, cast
+from ..adapters.adapter import ON_WEIGHT, DroppingAdapter, JoiningAdapter, along, cast, tensor_of
 from ..adapters.in_place import in_place, writes_fresh_output
+from ..adapters.joined import linear_with_low_rank
 from ..adapters.kernels import add_low_rank, add_pointwise
 from ..adapters.options import Count, Factor, Parts, Probability
 from ..adapters.registry import register
@@ -30,6 +31,7 @@ from ..architecture.network import Network
 from ..architecture.rows import evenly_spaced, part_sizes, place_channels, replace_rows, take_rows
 from ..architecture.site import Site
 from ..errors import require
+from .dora import row_norms, stretch
 from .lora_starts import FROM_WEIGHT, Init, draw_down, factors, require_inputs_seen
 
 
@@ -40,7 +42,7 @@ from .lora_starts import FROM_WEIGHT, Init, draw_down, factors, require_inputs_s
     search={"rank": (2, 4, 8, 16, 32), "dora": (False, True)},
     by_image=True,
 )
-class LoRA(DroppingAdapter):
+class LoRA(DroppingAdapter, JoiningAdapter):
     """A low-rank change of the weight: W + (α/r)·B·A, by default of every query and value projection.
 
     A is (r, fan-in) and B (out, r), on the weight taken as a matrix. In a fused projection every adapted part
@@ -96,7 +98,7 @@ class LoRA(DroppingAdapter):
         self.down.requires_grad_(not freeze_a)
         self.magnitude: nn.Parameter | None = None
         if dora:
-            self.magnitude = nn.Parameter(_row_norms(take_rows(matrix, self.rows)))
+            self.magnitude = nn.Parameter(row_norms(take_rows(matrix, self.rows)))
         self.bias: nn.Parameter | None = None
         if bias:
             self.bias = _new_bias(site)
@@ -186,6 +188,13 @@ class LoRA(DroppingAdapter):
             change = change + along(self.scale * self.bias, change, channel_axis).to(change.dtype)
         return y + place_channels(change, self.rows, y, channel_axis)
 
+    def with_layer(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """Compute a linear layer and the change in one step, where nothing is dropped."""
+        if not self.simple or self.geometry is not None or (self.drops and self.dropout.training):
+            return None
+        down, up = tensor_of(self, "down"), tensor_of(self, "up")
+        return linear_with_low_rank(layer, x, down, up, self.scale, self.rows, self.even_rows)
+
     def _add_in_place(self, x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> Tensor:
         """Add the change to `y`, part by part."""
         if self.drops:
@@ -236,7 +245,7 @@ class LoRA(DroppingAdapter):
         if self.magnitude is not None:
             # Measured in the precision in which W was, which the adapter's own may exceed.
             measured = new.detach().to(torch.promote_types(weight.dtype, torch.float32))
-            new = new * _stretch(self.magnitude, measured)[:, None]
+            new = new * stretch(self.magnitude, measured)[:, None]
         return replace_rows(matrix, self.rows, new).view_as(weight), self._shifted(bias, len(matrix))
 
     def _shifted(self, bias: Tensor | None, outputs: int) -> Tensor | None:
@@ -278,17 +287,3 @@ def _new_bias(site: Site) -> nn.Parameter:
         "weight alone none of the layer's own is read. Exclude it, or use bias=False.",
     )
     return nn.Parameter(torch.zeros(sum(part_sizes(site.rows, site.output_channels))))
-
-
-def _stretch(magnitude: Tensor, matrix: Tensor) -> Tensor:
-    """m/‖W‖, row by row: exactly 1 where m is the norm of the row, in whatever dtype m is kept."""
-    norms = _row_norms(matrix).to(magnitude.dtype)
-    zero = norms == 0  # A row without direction, as a padding token's, is left as it is.
-    return (magnitude / norms.masked_fill(zero, 1)).masked_fill(zero, 1)
-
-
-def _row_norms(matrix: Tensor) -> Tensor:
-    """‖W‖, row by row, in float32 or wider."""
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    norms: Tensor = torch.linalg.vector_norm(wide, dim=1)
-    return norms
