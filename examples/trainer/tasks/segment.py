@@ -9,13 +9,13 @@ import pandas as pd
 import torch
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from ..errors import TrainerError
 from ..images import complaint
 from ..mask_files import load_masks, without_suffix, write_mask
 from ..overlap import KEPT, dice_ce, measure
 from ..overlays import Example, draw_learning, draw_overlays, fullest_slice
+from ..scripts.pixels import on_grid
 from ..settings import Settings
 from ..structures import (
     UNKNOWN,
@@ -254,14 +254,6 @@ class Segment(Task):
             title += f", slice {number}"
             pixels, truth, predicted = pixels[number], truth[number], predicted[number]
         return Example(title, pixels.squeeze(-1).numpy(), truth.long().numpy(), predicted.numpy())
-
-
-def on_grid(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring logits (B, S + 1, …) to the size of masks, between whose pixels theirs lie."""
-    if tuple(logits.shape[2:]) == tuple(size):
-        return logits
-    mode = {2: "bilinear", 3: "trilinear"}[len(size)]
-    return interpolate(logits.float(), tuple(size), mode=mode, align_corners=False)
 
 
 def _mean(values: Tensor) -> float:
