@@ -1,4 +1,4 @@
-"""Networks for masks: MONAI's as they are, timm's with a decoder; does one give an output for every pixel?"""
+"""Networks for masks: MONAI's as they are, timm's with a decoder; each must answer for every pixel."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +20,9 @@ def with_decoder(model: nn.Module, outputs: int) -> nn.Module:
         return model
     if not gives_features(model):
         raise TrainerError(
-            f"{type(model).__name__} does not give its features on several scales, so no decoder fits it. Take "
-            "another model of timm, such as a ResNet, ConvNeXt, Swin or ViT, or a network such as monai:UNet."
+            f"{type(model).__name__} does not give its features on several scales, so no decoder fits it. "
+            "Take another model of timm, such as a ResNet, ConvNeXt, Swin or ViT, or a network such as "
+            "monai:UNet."
         )
     return Segmenter(model, outputs)
 

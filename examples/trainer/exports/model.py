@@ -20,6 +20,7 @@ from ..data import Preprocessing
 from ..errors import TrainerError
 from ..models import base_model
 from ..networks import MONAI, TORCHVISION, NumbersOnCPU, monai_keywords, torchvision_keywords
+from ..scripts import segmenter
 from ..settings import Settings
 from ..tasks import TASKS, Task
 from ..work import trained_shape
@@ -27,6 +28,7 @@ from ..work import trained_shape
 BUILDERS = {
     "timm.create_model": timm.create_model,
     "torchvision.models.get_model": torchvision.models.get_model,
+    "scripts.segmenter.build": segmenter.build,
 }
 
 
@@ -83,7 +85,7 @@ def trained_model(settings: Settings) -> Trained:
     file = folder / "adapter.safetensors"
     metadata = medpeft.inspect(file).metadata
     preprocessing = Preprocessing.from_metadata(metadata, file)
-    task = TASKS[settings.task](metadata["classes"])
+    task = TASKS[settings.task](metadata["classes"]).informed(metadata.get("details", {}))
     lightning.seed_everything(settings.seed, verbose=False)
     model, _ = base_model(settings, task.outputs, len(preprocessing.stored))
     model = medpeft.load(model, file).eval()
@@ -104,7 +106,9 @@ def merge(trained: Trained) -> None:
 
 
 def plain_network(trained: Trained) -> dict[str, Any]:
-    """Merge the model for good; give how timm, torchvision or MONAI build one that takes its weights.
+    """Merge the model for good; give how one that takes its weights is built without medpeft.
+
+    By timm, torchvision or MONAI, or, a model of timm with a decoder, by `scripts/segmenter.py`.
 
     Returns:
         `_target_`, a function by its name, and its arguments, as MONAI's bundles write it.
@@ -158,6 +162,8 @@ def _definitions(trained: Trained) -> Iterator[dict[str, Any]]:
         yield {"_target_": "torchvision.models.get_model", "name": name, **keywords}
         return
     plain = {"_target_": "timm.create_model", "model_name": name, "num_classes": outputs}
+    if trained.settings.task == "segment":
+        plain = {"_target_": "scripts.segmenter.build", "model_name": name, "outputs": outputs}
     plain |= trained.settings.model_option
     yield plain
     yield {**plain, "img_size": trained.input_shape[0]}

@@ -17,7 +17,18 @@ from torchvision.transforms import v2
 
 Bytes = npt.NDArray[np.uint8]
 
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+PICTURES: tuple[str, ...] = (
+    ".bmp",
+    ".gif",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
 
 
 def read_picture(path: Path) -> npt.NDArray[np.generic]:
@@ -107,12 +118,12 @@ def resize(array: Bytes, size: Sequence[int]) -> Bytes:
 
 
 def normalised(pixels: Tensor, size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turn 8-bit pixels into a network's input: of its size, RGB, from 0 to 1, less the mean, by the deviation.
+    """Turn 8-bit pixels into a network's input: of its size, RGB, less the mean, by the deviation.
 
     Args:
         pixels: (…, C, H, W) or (…, C, D, H, W), uint8; C is 1 (grey) or 3 (RGB).
         size: of the input, (H, W) or (D, H, W).
-        mean: of red, green and blue.
+        mean: of red, green and blue, of values in [0, 1].
         std: likewise.
     """
     if len(size) == 2:

@@ -31,7 +31,8 @@ from .outcome import Outcome, Targets
 from .task import Task
 
 PLACES = {name: place for place, name in enumerate(KEPT)}
-WINDOWS = 4  # that are computed at once
+# How a window slides over an image that is larger; so many windows are computed at once.
+SLIDING: dict[str, Any] = {"sw_batch_size": 4, "overlap": 0.5, "mode": "gaussian"}
 
 
 class Segment(Task):
@@ -143,13 +144,17 @@ class Segment(Task):
         """Give the mean of the losses of the images."""
         return outputs[:, 0, PLACES["loss"]].mean()
 
+    def slides(self, shape: Sequence[int]) -> bool:
+        """Say whether images of a shape are larger than the patches, so that a window slides over them."""
+        patch = self.details["patch"]
+        return patch is not None and max(shape) > patch
+
     def infer(self, network: nn.Module, images: Tensor) -> Tensor:
         """Give the logits, of images that are larger than the patches by a window that slides over them."""
-        patch = self.details["patch"]
-        if patch is None or max(images.shape[2:]) <= patch:
+        if not self.slides(images.shape[2:]):
             return super().infer(network, images)
-        window = [patch] * (images.ndim - 2)
-        outputs = sliding_window_inference(images, window, WINDOWS, network, overlap=0.5, mode="gaussian")
+        window = [self.details["patch"]] * (images.ndim - 2)
+        outputs = sliding_window_inference(images, window, predictor=network, **SLIDING)
         assert isinstance(outputs, Tensor)
         return outputs.float()
 
