@@ -24,7 +24,7 @@ from .answers import Answer, described_tensor
 from .inference import inference
 from .masks import Masks
 from .model import Trained, plain_network
-from .rows import Classes, Findings, Grades, Quantity
+from .predictions import Classes, Findings, Grades, Quantity
 
 # The newest, of https://github.com/Project-MONAI/MONAI-extra-test-data/releases/tag/0.8.1
 SCHEMA = (

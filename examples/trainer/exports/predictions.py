@@ -8,15 +8,11 @@ from .answers import Answer, Config, described_tensor
 
 
 class Row(Answer):
-    """A line of a table.
-
-    Attributes:
-        places: names of which the first value is a position.
-    """
+    """A line of a table."""
 
     @property
     def places(self) -> list[str]:
-        """Names of which the first value is a position; by default it is a value."""
+        """The names among which the first value is a position; by default it is none."""
         return []
 
     @property
@@ -35,7 +31,7 @@ class Row(Answer):
         fitted: dict[str, Any] = self.trained.record["fitted"]
         return fitted
 
-    def chances(self) -> list[str]:
+    def probabilities(self) -> list[str]:
         """Name the columns of probabilities as the trainer does."""
         return [f"p({name})" for name in self.names]
 
@@ -73,7 +69,7 @@ class Classes(Row):
     @property
     def columns(self) -> list[str]:
         """A probability a class."""
-        return self.chances()
+        return self.probabilities()
 
     def postprocessing(self) -> list[Config]:
         """Give softmax at the temperature."""
@@ -95,7 +91,7 @@ class Findings(Row):
     @property
     def columns(self) -> list[str]:
         """A probability a finding."""
-        return self.chances()
+        return self.probabilities()
 
     def postprocessing(self) -> list[Config]:
         """Give the sigmoid at the temperature."""
@@ -128,7 +124,7 @@ class Grades(Row):
     @property
     def columns(self) -> list[str]:
         """The grade, and a probability a grade."""
-        return ["prediction", *self.chances()]
+        return ["prediction", *self.probabilities()]
 
     def output(self) -> Config:
         """Give one conditional probability for each grade but the lowest."""
