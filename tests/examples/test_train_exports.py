@@ -82,6 +82,32 @@ def test_the_onnx_file_predicts_the_same_for_any_number_of_images(stripes, tmp_p
     assert np.allclose(first, outputs[:1], atol=1e-5)
 
 
+def test_a_network_for_one_size_is_built_for_that_of_its_input(stripes, tmp_path):
+    given = flags(
+        stripes, tmp_path / "run", "--method", "lora", "--quiet", "--epochs", "1", "--export", "merged"
+    )
+    given += [
+        "--model",
+        "swin_tiny_patch4_window7_224",
+        "--image-size",
+        "64",
+        "--model-option",
+        "embed_dim=8",
+    ]
+    given += ["--model-option", "depths=[1,1,1,1]", "--model-option", "num_heads=[1,1,1,1]"]
+    # Its tensors have the same shapes for 224 pixels.
+    run(*given, "--model-option", "window_size=2")
+    file = tmp_path / "run" / "export" / "merged.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    network = build(json.loads(header["network"])).eval()
+    network.load_state_dict(load_file(file))
+    with torch.no_grad():
+        logits = network(inputs_of(stripes, tmp_path / "run", header))
+    found = (logits / json.loads(header["fitted"])["temperature"]).softmax(1)
+    assert np.allclose(found, list(probabilities(tmp_path / "run").values()), atol=1e-5)
+
+
 def test_a_merged_network_that_timm_cannot_build_is_refused_by_name(stripes, tmp_path, capsys):
     given = flags(stripes, tmp_path / "run", "--method", "ssf", "--quiet", "--epochs", "1")
     told = messages(capsys, *given, "--model", "test_resnet", "--export", "merged")
