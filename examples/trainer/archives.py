@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from .errors import TrainerError
-from .images import pixels_of
 from .rows import PARTS, Rows, name_parts
+from .scripts.pixels import pixels_of
 from .settings import Settings
 
 PREFIX = "hf:"

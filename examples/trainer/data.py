@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from monai.transforms.compose import Compose
 from torch import Tensor
-from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from torchvision.transforms import v2
 
 from .augmentation import augmentation
 from .errors import TrainerError
 from .images import Integers
 from .rows import Images
+from .scripts.pixels import normalised
 from .settings import Settings
 
 Key = tuple[int, int]  # the place of an image in its part, and the epoch
@@ -49,20 +48,7 @@ class Preprocessing:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Turn stored pixels (…, C, H, W) or (…, C, D, H, W), uint8, into the input: RGB and normalised."""
-        size, dimensions = self.input_shape, len(self.stored)
-        if dimensions == 2:
-            image: Tensor = _for_images(size, self.mean, self.std)(pixels)
-            return image
-        # (…, 1 or 3, D, H, W) → (B, 1 or 3, D, H, W)
-        values = pixels.reshape(-1, *pixels.shape[-4:]).float() / 255
-        if self.stored != size:
-            values = interpolate(values, size, mode="trilinear")
-        # (B, 1 or 3, D, H, W) → (B, 3, D, H, W)
-        values = values.expand(-1, 3, -1, -1, -1)
-        mean, std = torch.tensor([self.mean, self.std]).reshape(2, 3, 1, 1, 1)
-        # (B, 3, D, H, W) → (…, 3, D, H, W)
-        volumes: Tensor = ((values - mean) / std).reshape(*pixels.shape[:-4], 3, *size)
-        return volumes
+        return normalised(pixels, self.input_shape, self.mean, self.std)
 
     def to_metadata(self) -> dict[str, Any]:
         """Give plain values for a file's header."""
@@ -84,12 +70,6 @@ class Preprocessing:
                 f"{source} does not say how images become input: its metadata have no whole 'preprocessing'. "
                 "Take an adapter that train.py wrote."
             ) from error
-
-
-def _for_images(size: tuple[int, ...], mean: list[float], std: list[float]) -> v2.Transform:
-    return v2.Compose(
-        [v2.Resize(size), v2.RGB(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    )
 
 
 class Part(Dataset[Batch]):

@@ -12,10 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tifffile
 import torch
-from monai.transforms.spatial.array import Resize
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
 
@@ -24,11 +21,11 @@ from .dicom import looks_like_dicom, patient_of, read_dicom, read_series
 from .errors import TrainerError
 from .nifti import SUFFIXES as NIFTI
 from .nifti import read_nifti
+from .scripts.pixels import PICTURES, Bytes, as_image, dimensions_of, is_colour, read_picture, resize
 
-Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp", ".nii", *DICOM}
+SUFFIXES = {*PICTURES, ".nii", *DICOM}
 SHOWN = 5  # broken images that a message names
 
 
@@ -149,66 +146,9 @@ def decode(item: Any) -> Bytes:
         ) from error
 
 
-def as_image(array: npt.NDArray[np.generic]) -> Bytes:
-    """Bring decoded pixels of any depth to uint8, without an alpha channel.
-
-    Raises:
-        ValueError: they are neither an image nor a volume, grey or RGB.
-    """
-    if array.ndim >= 3 and array.shape[-1] == 4:
-        array = array[..., :3]
-    if array.ndim - int(_is_colour(array)) not in (2, 3):
-        raise ValueError(
-            f"it has the shape {array.shape}; a grey or RGB image of shape (H, W) or (H, W, 3), or a volume, "
-            "is needed"
-        )
-    if 0 in array.shape:
-        raise ValueError("it has no pixels")
-    return to_uint8(array)
-
-
-def to_uint8(array: npt.NDArray[np.generic]) -> Bytes:
-    """Bring one image to 8 bit.
-
-    A file of 16 bits does not say how many of them the scanner used (12 are common), so an image deeper than
-    8 bit is stretched from its own minimum to its own maximum. NaN becomes black, infinity black or white.
-    """
-    if array.dtype == np.uint8:
-        return array.astype(np.uint8, copy=False)
-    values = array.astype(np.float64)
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 1.0)
-    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-    stretched = (values - low) * (255 / max(high - low, 1e-12))
-    return stretched.round().astype(np.uint8)
-
-
-def resize(array: Bytes, size: Sequence[int]) -> Bytes:
-    """Resize an image to (H, W), a volume to (D, H, W); nothing is cut off, which might be the finding."""
-    if array.shape[: len(size)] == tuple(size):
-        return array
-    if len(size) == 2:
-        return np.asarray(Image.fromarray(array).resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    # (D, H, W) or (D, H, W, C) → (C, D, H, W)
-    channels = torch.from_numpy(array).reshape(*array.shape[:3], -1).movedim(-1, 0).float()
-    resized = torch.as_tensor(Resize(size, mode="trilinear", anti_aliasing=True)(channels))
-    # (C, D, H, W) → (D, H, W) or (D, H, W, C)
-    values = resized.round().clamp(0, 255).byte().movedim(0, -1)
-    return values.reshape(*size, *array.shape[3:]).numpy()
-
-
-def dimensions_of(array: Bytes) -> int:
-    """Say whether it is an image, 2, or a volume, 3."""
-    return array.ndim - int(_is_colour(array))
-
-
-def _is_colour(array: npt.NDArray[np.generic]) -> bool:
-    return array.ndim > 2 and array.shape[-1] == 3
-
-
 def stack(arrays: Sequence[Bytes]) -> Tensor:
     """Join images of one size as (N, C, H, W), volumes as (N, C, D, H, W); grey becomes RGB beside RGB."""
-    colours = list(map(_is_colour, arrays))
+    colours = list(map(is_colour, arrays))
     channels = []
     for array, colour in zip(arrays, colours, strict=True):
         if not colour:
@@ -268,29 +208,4 @@ def read_values(path: Path) -> npt.NDArray[np.generic]:
         return read_nifti(path)
     if path.suffix.lower() in DICOM or looks_like_dicom(path):
         return read_dicom(path)
-    is_tiff = path.suffix.lower() in {".tif", ".tiff"}
-    try:
-        with Image.open(path) as opened:
-            pages = getattr(opened, "n_frames", 1)
-            if pages > 1:
-                raise TrainerError(f"it holds {pages} pages; store each in a file of its own")
-            deep_colour = opened.mode.startswith("RGB") and ";16" in str(opened.tile)
-            if not deep_colour:
-                return pixels_of(opened)
-            if not is_tiff:
-                # Pillow keeps the upper 8 of 16 bits; a wider type has them stretched like others.
-                return pixels_of(opened).astype(np.uint16)
-    except UnidentifiedImageError:
-        if not is_tiff:
-            raise
-    return np.asarray(tifffile.imread(path))
-
-
-def pixels_of(opened: Image.Image) -> npt.NDArray[np.generic]:
-    """Decode what Pillow has opened: upright, grey or RGB, values deeper than 8 bit as they are."""
-    image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith(("I", "F")):
-        return np.asarray(image)
-    if image.mode in {"1", "L", "LA"}:
-        return np.asarray(image.convert("L"))
-    return np.asarray(image.convert("RGB"))
+    return read_picture(path)

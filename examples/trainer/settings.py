@@ -107,7 +107,7 @@ class Settings:
         compile: torch.compile the model
         logger: beside the CSV; may be repeated
         export: into the run's folder, also of a finished run: merged (plain weights), onnx, or bundle (of
-            MONAI); may be repeated
+            MONAI, for every task, images and NIfTI volumes); may be repeated
         output: folder of the results (default: runs/DATA-MODEL-METHOD-SEED-DIGEST)
         quiet: print nothing
         no_figures: draw nothing, which takes a second

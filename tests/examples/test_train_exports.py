@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,47 +15,6 @@ from trainer.data import Preprocessing
 from trainer.exports.model import build
 from trainer.images import load
 
-# The fields that MONAI's specification of bundles asks for, and their types.
-SCHEMA = {
-    "type": "object",
-    "required": ["schema", "version", "monai_version", "pytorch_version", "numpy_version", "task"],
-    "properties": {
-        **{name: {"type": "string"} for name in ("schema", "version", "description", "authors", "copyright")},
-        "required_packages_version": {"type": "object"},
-        "network_data_format": {"type": "object", "required": ["inputs", "outputs"]},
-    },
-}
-
-# In a process of its own, where medpeft cannot be imported: MONAI checks, loads, runs and exports the bundle.
-ALONE = """
-import sys
-sys.modules["medpeft"] = None
-import json, os, torch, warnings
-warnings.simplefilter("ignore")
-from monai.bundle import ConfigParser, ckpt_export, verify_metadata
-folder, images, schema = sys.argv[1:]
-os.chdir(folder)
-metadata, config = "configs/metadata.json", "configs/inference.json"
-verify_metadata(meta_file=metadata, filepath=schema)
-parser = ConfigParser()
-parser.read_config(config)
-parser["dataset_dir"], parser["device"] = images, torch.device("cpu")
-network = parser.get_parsed_content("network").eval()
-network.load_state_dict(torch.load("models/model.pt", weights_only=True))
-answer = parser.get_parsed_content("postprocessing")
-found = {}
-with torch.no_grad():
-    for item in parser.get_parsed_content("dataset"):
-        name = os.path.relpath(item["image"].meta["filename_or_obj"], images)
-        found[name] = answer({"pred": network(item["image"][None])[0]})["pred"].tolist()
-shape = [1, 3, 32, 32]
-ckpt_export("network_def", "models/model.ts", meta_file=metadata, config_file=config, use_trace=True, input_shape=shape)
-inputs = torch.randn(3, 3, 32, 32)
-traced = torch.jit.load("models/model.ts")
-assert torch.allclose(traced(inputs), network(inputs), atol=1e-5)
-print("FOUND" + json.dumps(found))
-"""
-
 
 @pytest.fixture(scope="module")
 def finished(stripes, tmp_path_factory):
@@ -65,7 +22,7 @@ def finished(stripes, tmp_path_factory):
     output = tmp_path_factory.mktemp("parent") / "run"
     given = flags(stripes, output, "--method", "ssf", "--quiet", "--image-size", "32")
     record = run(*given)
-    assert run(*given, "--export", "merged", "--export", "bundle") == record
+    assert run(*given, "--export", "merged") == record
     return output
 
 
@@ -100,25 +57,6 @@ def test_merged_weights_are_loaded_by_timm_and_predict_the_same(stripes, finishe
     assert json.loads(header["classes"]) == ["across", "down"]
 
 
-def test_the_bundle_is_checked_run_and_exported_by_monai_alone(stripes, finished, tmp_path):
-    schema = tmp_path / "schema.json"
-    schema.write_text(json.dumps(SCHEMA))
-    bundle = finished / "export" / "bundle"
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, bundle, stripes, schema], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.rpartition("FOUND")[2])
-    expected = probabilities(finished)
-    assert len(expected) == 8
-    for name, values in expected.items():
-        assert found[name] == pytest.approx(values, abs=1e-5)
-    for name in ("LICENSE", "docs/README.md"):
-        assert "To be filled in by whoever" in (bundle / name).read_text().replace(
-            "to be filled", "To be filled"
-        )
-
-
 def test_what_is_there_is_not_written_again(stripes, finished):
     file = finished / "export" / "merged.safetensors"
     before = file.stat().st_mtime_ns
@@ -142,6 +80,32 @@ def test_the_onnx_file_predicts_the_same_for_any_number_of_images(stripes, tmp_p
     found = (torch.tensor(outputs) / json.loads(header["fitted"])["temperature"]).softmax(1)
     assert np.allclose(found, list(probabilities(tmp_path / "run").values()), atol=1e-4)
     assert np.allclose(first, outputs[:1], atol=1e-5)
+
+
+def test_a_network_for_one_size_is_built_for_that_of_its_input(stripes, tmp_path):
+    given = flags(
+        stripes, tmp_path / "run", "--method", "lora", "--quiet", "--epochs", "1", "--export", "merged"
+    )
+    given += [
+        "--model",
+        "swin_tiny_patch4_window7_224",
+        "--image-size",
+        "64",
+        "--model-option",
+        "embed_dim=8",
+    ]
+    given += ["--model-option", "depths=[1,1,1,1]", "--model-option", "num_heads=[1,1,1,1]"]
+    # Its tensors have the same shapes for 224 pixels.
+    run(*given, "--model-option", "window_size=2")
+    file = tmp_path / "run" / "export" / "merged.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    network = build(json.loads(header["network"])).eval()
+    network.load_state_dict(load_file(file))
+    with torch.no_grad():
+        logits = network(inputs_of(stripes, tmp_path / "run", header))
+    found = (logits / json.loads(header["fitted"])["temperature"]).softmax(1)
+    assert np.allclose(found, list(probabilities(tmp_path / "run").values()), atol=1e-5)
 
 
 def test_a_merged_network_that_timm_cannot_build_is_refused_by_name(stripes, tmp_path, capsys):
@@ -171,36 +135,6 @@ def test_a_missing_package_is_named_with_what_installs_it(stripes, tmp_path, cap
     monkeypatch.setattr("trainer.exports.kinds.NEEDED", ("onnx", "no_such_package"))
     told = messages(capsys, *flags(stripes, tmp_path / "run"), "--export", "onnx")
     assert "--export onnx needs no_such_package: pip install 'medpeft[onnx]'" in told
-
-
-def test_a_bundle_of_volumes_is_refused(tmp_path, capsys):
-    arrays = {}
-    for part in ("train", "val", "test"):
-        arrays[f"{part}_images"] = np.arange(4 * 8**3, dtype=np.uint8).reshape(4, 8, 8, 8)
-        arrays[f"{part}_images"][:, 0, 0, 0] = np.arange(4) + 10 * len(part)
-        arrays[f"{part}_labels"] = np.arange(4) % 2
-    np.savez(tmp_path / "volumes.npz", **arrays)
-    given = [
-        "--data",
-        tmp_path / "volumes.npz",
-        "--model",
-        "monai:resnet10",
-        "--no-pretrained",
-        "--no-figures",
-    ]
-    given += ["--image-size", 16, "--epochs", 1, "--quiet", "--output", tmp_path / "run", "--method", "bias"]
-    told = messages(capsys, *given, "--export", "merged", "--export", "bundle")
-    assert "the data are volumes" in told
-    with safe_open(tmp_path / "run" / "export" / "merged.safetensors", "pt") as opened:
-        network = json.loads(opened.metadata()["network"])
-    assert network["_target_"] == "monai.networks.nets.resnet10"
-    assert network["spatial_dims"] == 3
-
-
-def test_the_trainer_itself_is_no_part_of_what_is_exported(finished):
-    text = (finished / "export" / "bundle" / "configs" / "inference.json").read_text()
-    assert "medpeft" not in text
-    assert "trainer" not in text
 
 
 def test_a_transformer_of_monai_trained_on_patches_is_exported_and_adapted_again(tmp_path):

@@ -10,15 +10,9 @@ from sklearn.metrics import cohen_kappa_score, f1_score
 from small_training import flags, read, run
 from torch.nn.functional import binary_cross_entropy_with_logits
 from trainer.errors import TrainerError
+from trainer.scripts.grades import above_each, grades_of, probabilities_of
 from trainer.tasks import Outcome
-from trainer.tasks.ordinal import (
-    Ordinal,
-    above_each,
-    conditional_loss,
-    grades_of,
-    number_grades,
-    probabilities_of,
-)
+from trainer.tasks.ordinal import Ordinal, conditional_loss, number_grades
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 from medpeft.adapters.registry import find
 
 from ..errors import TrainerError
+from ..networks import LAYERS
 from ..settings import Settings
 from .bundle import write_bundle
 from .merged import write_merged
@@ -40,9 +41,23 @@ def check_exports(settings: Settings) -> None:
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if "onnx" in wanted and missing:
         raise TrainerError(f"--export onnx needs {' and '.join(missing)}: pip install 'medpeft[onnx]'.")
-    if "bundle" in wanted and settings.task != "classify":
+    if wanted & {"merged", "bundle"}:
+        _check_definition(settings)
+
+
+def _check_definition(settings: Settings) -> None:
+    """Raise a TrainerError for a network that no file can say how to build."""
+    kind = min({*settings.export} & {"merged", "bundle"})
+    for name, value in settings.model_option.items():
+        if str(value).rpartition(".")[0] in LAYERS:
+            raise TrainerError(
+                f"--export {kind} says in JSON how the network is built, and --model-option {name}={value} "
+                "is a class of Python. Take onnx."
+            )
+    if "bundle" in settings.export and settings.model.startswith("local-dir:"):
         raise TrainerError(
-            f"--export bundle is for --task classify, not {settings.task}. Take merged or onnx."
+            f"--export bundle is for others, and --model {settings.model} is built from a folder of this "
+            "machine. Take merged or onnx."
         )
 
 

@@ -20,13 +20,16 @@ from ..data import Preprocessing
 from ..errors import TrainerError
 from ..models import base_model
 from ..networks import MONAI, TORCHVISION, NumbersOnCPU, monai_keywords, torchvision_keywords
+from ..scripts import segmenter
 from ..settings import Settings
 from ..tasks import TASKS, Task
 from ..work import trained_shape
 
+TOLERANCE = 1e-3  # relative to the largest output
 BUILDERS = {
     "timm.create_model": timm.create_model,
     "torchvision.models.get_model": torchvision.models.get_model,
+    "scripts.segmenter.build": segmenter.build,
 }
 
 
@@ -83,7 +86,7 @@ def trained_model(settings: Settings) -> Trained:
     file = folder / "adapter.safetensors"
     metadata = medpeft.inspect(file).metadata
     preprocessing = Preprocessing.from_metadata(metadata, file)
-    task = TASKS[settings.task](metadata["classes"])
+    task = TASKS[settings.task](metadata["classes"]).informed(metadata.get("details", {}))
     lightning.seed_everything(settings.seed, verbose=False)
     model, _ = base_model(settings, task.outputs, len(preprocessing.stored))
     model = medpeft.load(model, file).eval()
@@ -104,13 +107,15 @@ def merge(trained: Trained) -> None:
 
 
 def plain_network(trained: Trained) -> dict[str, Any]:
-    """Merge the model for good; give how timm, torchvision or MONAI build one that takes its weights.
+    """Merge the model for good; give how one that takes its weights is built without medpeft.
+
+    By timm, torchvision or MONAI, or, a model of timm with a decoder, by `scripts/segmenter.py`.
 
     Returns:
         `_target_`, a function by its name, and its arguments, as MONAI's bundles write it.
 
     Raises:
-        TrainerError: none of them builds such a network.
+        TrainerError: none of them builds one that computes the same.
         medpeft.MedpeftError: the method has no equivalent weights.
     """
     merge(trained)
@@ -124,14 +129,33 @@ def plain_network(trained: Trained) -> dict[str, Any]:
         except (TypeError, ValueError):
             continue
         there = {name: value.shape for name, value in network.state_dict().items()}
-        if there == own:
+        if there == own and _computes_the_same(definition, trained):
             return definition
         differing = {name for name, _ in own.items() ^ there.items()}
     settings, names = trained.settings, ", ".join(sorted(differing)[:3])
+    reason = "no call that is known builds a network that computes the same"
+    if names:
+        reason = (
+            f"it differs in {names}, where {settings.method} gave a layer a weight or bias that it had not"
+        )
     raise TrainerError(
-        f"The merged {settings.model} cannot be built without medpeft: it differs in {names or 'its class'}, "
-        f"where {settings.method} gave a layer a weight or bias that it had not. Take --export onnx."
+        f"The merged {settings.model} cannot be built without medpeft: {reason}. Take --export onnx."
     )
+
+
+@torch.no_grad()
+def _computes_the_same(definition: dict[str, Any], trained: Trained) -> bool:
+    """Say whether a network computes on the example what the merged model does, once it has its weights."""
+    network = build(definition).eval()
+    network.load_state_dict(trained.model.state_dict())
+    expected = trained.model(trained.example)
+    try:
+        found = network(trained.example)
+    # Of tensors of the same shapes, some networks take images of one size alone, and say so in their own way.
+    except Exception:
+        return False
+    largest = float(expected.abs().max().clamp_min(1e-6))
+    return float((found - expected).abs().max()) < TOLERANCE * largest
 
 
 def build(definition: dict[str, Any]) -> nn.Module:
@@ -158,6 +182,8 @@ def _definitions(trained: Trained) -> Iterator[dict[str, Any]]:
         yield {"_target_": "torchvision.models.get_model", "name": name, **keywords}
         return
     plain = {"_target_": "timm.create_model", "model_name": name, "num_classes": outputs}
+    if trained.settings.task == "segment":
+        plain = {"_target_": "scripts.segmenter.build", "model_name": name, "outputs": outputs}
     plain |= trained.settings.model_option
     yield plain
     yield {**plain, "img_size": trained.input_shape[0]}

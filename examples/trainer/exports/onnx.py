@@ -11,9 +11,7 @@ from torch import Tensor
 from medpeft.adapters.registry import find
 
 from ..errors import TrainerError
-from .model import Trained, merge
-
-TOLERANCE = 1e-3  # relative to the largest output
+from .model import TOLERANCE, Trained, merge
 
 
 def write_onnx(trained: Trained, path: Path) -> None:

@@ -23,6 +23,7 @@ from ..figures import draw_training
 from ..images import Integers
 from ..quick import Floats
 from ..scores import fit_temperature, macro_f1
+from ..scripts.grades import grades_of, probabilities_of
 from ..settings import Settings
 from .names import check_classes, number_classes
 from .one_label import OneLabel
@@ -164,24 +165,6 @@ def conditional_loss(logits: Tensor, grades: Tensor) -> Tensor:
     above, counts = grades[:, None] > place, grades[:, None] >= place
     losses = binary_cross_entropy_with_logits(logits, above.to(logits.dtype), reduction="none")
     return torch.where(counts, losses, 0.0).sum() / counts.sum()
-
-
-def above_each(logits: Tensor) -> Tensor:
-    """Give the probabilities (N, K - 1) of lying above each grade, falling from left to right."""
-    return torch.sigmoid(logits).cumprod(1)
-
-
-def grades_of(logits: Tensor) -> Tensor:
-    """Give the predicted grades (N,): how many of them an image lies above, more likely than not."""
-    return (above_each(logits) > 0.5).sum(1)
-
-
-def probabilities_of(logits: Tensor) -> Tensor:
-    """Give the probability (N, K) of each grade."""
-    above = above_each(logits)
-    certain, never = torch.ones_like(above[:, :1]), torch.zeros_like(above[:, :1])
-    # P(grade k) = P(above k - 1) - P(above k)
-    return torch.cat([certain, above], 1) - torch.cat([above, never], 1)
 
 
 def kappa(truth: np.ndarray, predicted: np.ndarray, count: int) -> float:

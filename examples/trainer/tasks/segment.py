@@ -9,13 +9,13 @@ import pandas as pd
 import torch
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from ..errors import TrainerError
 from ..images import complaint
 from ..mask_files import load_masks, without_suffix, write_mask
 from ..overlap import KEPT, dice_ce, measure
 from ..overlays import Example, draw_learning, draw_overlays, fullest_slice
+from ..scripts.pixels import on_grid
 from ..settings import Settings
 from ..structures import (
     UNKNOWN,
@@ -31,7 +31,8 @@ from .outcome import Outcome, Targets
 from .task import Task
 
 PLACES = {name: place for place, name in enumerate(KEPT)}
-WINDOWS = 4  # that are computed at once
+# How a window slides over an image that is larger; so many windows are computed at once.
+SLIDING: dict[str, Any] = {"sw_batch_size": 4, "overlap": 0.5, "mode": "gaussian"}
 
 
 class Segment(Task):
@@ -143,13 +144,17 @@ class Segment(Task):
         """Give the mean of the losses of the images."""
         return outputs[:, 0, PLACES["loss"]].mean()
 
+    def slides(self, shape: Sequence[int]) -> bool:
+        """Say whether images of a shape are larger than the patches, so that a window slides over them."""
+        patch = self.details["patch"]
+        return patch is not None and max(shape) > patch
+
     def infer(self, network: nn.Module, images: Tensor) -> Tensor:
         """Give the logits, of images that are larger than the patches by a window that slides over them."""
-        patch = self.details["patch"]
-        if patch is None or max(images.shape[2:]) <= patch:
+        if not self.slides(images.shape[2:]):
             return super().infer(network, images)
-        window = [patch] * (images.ndim - 2)
-        outputs = sliding_window_inference(images, window, WINDOWS, network, overlap=0.5, mode="gaussian")
+        window = [self.details["patch"]] * (images.ndim - 2)
+        outputs = sliding_window_inference(images, window, predictor=network, **SLIDING)
         assert isinstance(outputs, Tensor)
         return outputs.float()
 
@@ -254,14 +259,6 @@ class Segment(Task):
             title += f", slice {number}"
             pixels, truth, predicted = pixels[number], truth[number], predicted[number]
         return Example(title, pixels.squeeze(-1).numpy(), truth.long().numpy(), predicted.numpy())
-
-
-def on_grid(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring logits (B, S + 1, …) to the size of masks, between whose pixels theirs lie."""
-    if tuple(logits.shape[2:]) == tuple(size):
-        return logits
-    mode = {2: "bilinear", 3: "trilinear"}[len(size)]
-    return interpolate(logits.float(), tuple(size), mode=mode, align_corners=False)
 
 
 def _mean(values: Tensor) -> float:
