@@ -129,7 +129,7 @@ def _run_adapted(
     if adapters.joining and wiring.direct and len(args) == 1 and not kwargs:
         output = _run_joined(layer, adapters, x)
     if output is not None:
-        leaving = leaving[1:]
+        leaving = leaving[1:]  # The first has acted.
     elif not adapters.on_weight and wiring.direct:
         output = type(layer).forward(layer, *args, **kwargs)
     elif not adapters.on_weight:

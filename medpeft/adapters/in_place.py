@@ -5,7 +5,8 @@ A frozen layer does not need its own output again, so it may, unless
 - the layer has a forward of its own, whose output somebody else may hold,
 - the step that made the output needs it again in backward,
 - `torch.compile` fuses steps by itself, or `torch.jit.trace` records them, which it cannot of our kernels,
-- a transform of functorch, forward-mode differentiation or autocast changes what the steps do.
+- a transform of functorch, forward-mode differentiation or autocast changes what the steps do,
+- it is in half precision, where the plain expression rounds otherwise than a kernel does.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def in_place(y: Tensor) -> bool:
 
 
 def eager(x: Tensor) -> bool:
-    """Whether operations on `x` run as written: not compiled, traced, transformed or cast by autocast."""
+    """Whether operations on `x` run as written and in full precision.
+
+    That is: nothing compiles, traces or transforms them, and autocast is off.
+    """
     if is_compiling() or _is_tracing() or _transforms() is not None or x.dtype not in _FULL_PRECISION:
         return False
     if forward_ad._current_level >= 0:  # Within `forward_ad.dual_level`, for which the kernels have no rule.

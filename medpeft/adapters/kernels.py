@@ -51,7 +51,8 @@ def add_low_rank(
         down: A, (r, I); of parts one after the other, (parts·r, I).
         up: B, (O, r); of parts one after the other, (channels of the parts, r).
         scale: s.
-        parts: Parts of a fused projection, each with its own A and B; without any, all of `y` is added to.
+        parts: Parts of a fused projection, of one group of channels each, with an A and a B of their own;
+            without any, all of `y` is added to.
         even: The same parts, where they are of one size at even distances: one product then does for all.
     """
     hidden = project_down(x, down)
@@ -61,9 +62,9 @@ def add_low_rank(
 
 
 def project_down(x: Tensor, down: Tensor) -> Tensor:
-    """Compute h = A·xᵀ, (r, N), of an input (…, I) and A, (r, I).
+    """Compute h = A·xᵀ, (r, N), of an input (…, I) of N vectors and A, (r, I).
 
-    Skinny matrix products over N run several times faster along their long side.
+    It is A·xᵀ and not x·Aᵀ: with the long side last, so narrow a product runs several times faster.
     """
     return F.linear(down, x.reshape(-1, x.shape[-1]))  # (r, I), (N, I) → (r, N)
 
@@ -89,11 +90,12 @@ def add_to_channels(
 def _add_to_even_parts(y: Tensor, hidden: Tensor, up: Tensor, scale: float, even: EvenRows) -> Tensor:
     channels, tokens, rank = y.shape[-1], hidden.shape[1], up.shape[1]
     # (…, O) → (parts, size, N): the channels of every part, with the tokens along the last axis
-    parts = y.as_strided(
-        (even.parts, even.size, tokens), (even.distance, 1, channels), y.storage_offset() + even.start
+    channels_of_parts = y.as_strided(
+        (even.number, even.size, tokens), (even.distance, 1, channels), y.storage_offset() + even.start
     )
-    ups = up.view(even.parts, even.size, rank)  # (parts·size, r) → (parts, size, r)
-    parts.baddbmm_(ups, hidden.view(even.parts, rank, tokens), alpha=scale)  # (parts·r, N) → (parts, r, N)
+    ups = up.view(even.number, even.size, rank)  # (parts·size, r) → (parts, size, r)
+    hiddens = hidden.view(even.number, rank, tokens)  # (parts·r, N) → (parts, r, N)
+    channels_of_parts.baddbmm_(ups, hiddens, alpha=scale)
     return y
 
 
@@ -146,7 +148,10 @@ def gradient_of_hidden(grad: Tensor, up: Tensor, scale: float) -> Tensor:
 
 
 def gradient_of_up(grad: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    """Gradient of B, (o, r), from that of the channels that it makes, (N, o)."""
+    """Gradient of B, (o, r), from that of the channels that it makes, (N, o).
+
+    A tensor of its own, where scaling in place would leave a view: what a parameter keeps should be none.
+    """
     return torch.mm(hidden, grad).t().mul(scale)
 
 

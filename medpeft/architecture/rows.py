@@ -42,12 +42,19 @@ class Rows:
 
 
 class EvenRows(NamedTuple):
-    """Parts of one size at even distances: first channel, distance, size, and number of parts."""
+    """Parts of one size at even distances, each in one group of channels.
+
+    Attributes:
+        start: First channel of the first part.
+        distance: Channels from the first of one part to the first of the next.
+        size: Channels of a part.
+        number: How many parts there are.
+    """
 
     start: int
     distance: int
     size: int
-    parts: int
+    number: int
 
 
 def evenly_spaced(rows: tuple[Rows, ...]) -> EvenRows | None:

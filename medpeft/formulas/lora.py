@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import ON_WEIGHT, DroppingAdapter, JoiningAdapter, along, cast, tensor_of
 from ..adapters.in_place import in_place, writes_fresh_output
-from ..adapters.joined import linear_with_low_rank
 from ..adapters.kernels import add_low_rank, add_pointwise
+from ..adapters.linear_low_rank import linear_with_low_rank
 from ..adapters.options import Count, Factor, Parts, Probability
 from ..adapters.registry import register
 from ..architecture.convolution import Geometry, is_affine, slides_plainly
@@ -32,7 +32,7 @@ from ..architecture.rows import evenly_spaced, part_sizes, place_channels, repla
 from ..architecture.site import Site
 from ..errors import require
 from .dora import row_norms, stretch
-from .lora_starts import FROM_WEIGHT, Init, draw_down, factors, require_inputs_seen
+from .lora_starts import BY_CHANCE, FROM_WEIGHT, Init, draw_down, factors, require_inputs_seen
 
 
 @register(
@@ -53,7 +53,8 @@ class LoRA(DroppingAdapter, JoiningAdapter):
         site: A linear, convolution or embedding layer, or the `in_proj_weight` of an attention.
         rank: r.
         alpha: α; r if None.
-        dropout: Probability of dropping an element of the input of A; with `dora` of the input of W' − W.
+        dropout: Probability of dropping an element of the input of A; with `dora` of the input of W' − W. Of
+            an embedding, whose input is one-hot, it drops the change of a token.
         init: "kaiming": A from Kaiming-uniform(√5) and B zero. "gaussian": A normal of deviation 1/r.
             "orthogonal": both drawn, their product zero but for rounding. "pissa": both from the singular
             vectors of W / (α/r). "olora": from the QR decomposition of W. Their product is then subtracted,
@@ -126,10 +127,10 @@ class LoRA(DroppingAdapter, JoiningAdapter):
         draw_down(self.down, self.rank, init, site.generator)
         self.starts_from_weight = init in FROM_WEIGHT
         self.starts_from_inputs = init == "eva"
+        if init in BY_CHANCE:
+            return
         if self.starts_from_inputs:
             require_inputs_seen(site)
-        elif init in ("kaiming", "gaussian"):
-            return
         require(
             not self.starts_from_weight or 0 < self.scale < float("inf"),
             f"init={init!r} needs a finite alpha above 0: the factor of B·A would be {self.scale:g}.",
@@ -162,9 +163,10 @@ class LoRA(DroppingAdapter, JoiningAdapter):
             "and no input can be dropped for that change alone (an embedding, a standardised convolution, a "
             "layer with a forward of its own, or a weight that its parent reads): use dropout=0.",
         )
-        in_a_row = all(part.groups == 1 for part in self.rows) and (site.kind == "linear" or not self.rows)
-        is_product = not self.starts_from_weight and self.bias is None
-        self.simple = in_a_row and is_product and writes_fresh_output(site.layer)
+        parts_lie_whole = all(part.groups == 1 for part in self.rows)
+        parts_lie_whole = parts_lie_whole and (site.kind == "linear" or not self.rows)
+        adds_product_alone = not self.starts_from_weight and self.bias is None
+        self.fits_kernels = parts_lie_whole and adds_product_alone and writes_fresh_output(site.layer)
 
     @staticmethod
     def _can_drop(site: Site) -> bool:
@@ -174,13 +176,15 @@ class LoRA(DroppingAdapter, JoiningAdapter):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y + s·(B·A·drop(x) + b), in the channels of the chosen parts."""
         down, up = self.down, self.up
-        if self.simple and x.dtype == y.dtype == down.dtype and in_place(y):
+        if self.fits_kernels and x.dtype == y.dtype == down.dtype and in_place(y):
             return self._add_in_place(x, y, down, up)
         if self.kind != "embedding":
             x = self.dropout(cast(x, down))
         change = self._change(x, down, up, y.dtype)
         if self.starts_from_weight:
             change = change - self._change(x, self.down_start, self.up_start, y.dtype)
+        if self.kind == "embedding" and self.drops:
+            change = change * self.dropout(torch.ones_like(x, dtype=change.dtype))[..., None]  # (…) → (…, 1)
         channel_axis = -1
         if self.geometry is not None:
             channel_axis = self.geometry.channel_axis
@@ -190,7 +194,7 @@ class LoRA(DroppingAdapter, JoiningAdapter):
 
     def with_layer(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """Compute a linear layer and the change in one step, where nothing is dropped."""
-        if not self.simple or self.geometry is not None or (self.drops and self.dropout.training):
+        if not self.fits_kernels or self.geometry is not None or (self.drops and self.dropout.training):
             return None
         down, up = tensor_of(self, "down"), tensor_of(self, "up")
         return linear_with_low_rank(layer, x, down, up, self.scale, self.rows, self.even_rows)

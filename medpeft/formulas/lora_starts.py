@@ -18,6 +18,7 @@ from ..architecture.site import Site
 from ..errors import MedpeftError, require
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"]
+BY_CHANCE = ("kaiming", "gaussian")
 FROM_WEIGHT = ("pissa", "olora")
 _ORTHOGONAL_SCALE = 0.1
 

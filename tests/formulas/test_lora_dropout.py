@@ -55,6 +55,21 @@ def test_dropout_acts_on_the_input_in_training_alone():
     torch.testing.assert_close(trained, torch.from_numpy(expected), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_dropout_at_an_embedding_drops_the_change_of_a_token(init):
+    embedding, tokens = nn.Embedding(7, 5), torch.arange(600).view(2, 300) % 7
+    model, _, _ = applied(embedding, "lora", rank=2, dropout=0.25, init=init)
+    base = F.embedding(tokens, embedding.weight.double())
+    whole = model.eval()(tokens) - base
+    assert whole.abs().min() > 1e-9
+
+    kept = (seeded(model, tokens) - base) / whole
+    share = kept[..., :1]
+    torch.testing.assert_close(kept, share.expand_as(kept), rtol=1e-6, atol=1e-6)
+    assert set(share.round(decimals=6).unique().tolist()) == {0.0, round(1 / 0.75, 6)}
+    assert 0.15 < (share < 0.5).double().mean() < 0.35
+
+
 def test_dropout_of_dora_acts_on_all_that_it_adds_to_the_layer():
     linear, x = nn.Linear(5, 7), drawn(4, 5)
     model, adapter, _ = applied(linear, "lora", rank=2, alpha=3.0, dora=True, dropout=0.5)

@@ -39,7 +39,7 @@ def linear_with_low_rank(
     """Compute a linear layer of `x` and s·(x·Aᵀ)·Bᵀ added to it; None where that has to be two steps.
 
     Args:
-        layer: The layer; its forward is that of `nn.Linear`.
+        layer: The layer. It is two steps where its forward is not that of `nn.Linear`.
         x: Its input, (…, I).
         down: A, as in `kernels.add_low_rank`, like all that follows.
         up: B.
@@ -47,10 +47,14 @@ def linear_with_low_rank(
         parts: Parts of a fused projection.
         even: The same parts, where they are evenly spaced.
     """
-    weight, bias = tensor_of(layer, "weight"), tensor_of(layer, "bias")
-    if weight.requires_grad or not x.dtype == weight.dtype == down.dtype or not eager(x):
+    if type(layer).forward is not nn.Linear.forward:
         return None
-    if not (_is_plain(x) and _is_plain(weight)):
+    weight, bias = tensor_of(layer, "weight"), tensor_of(layer, "bias")
+    if weight.requires_grad:  # Its gradient is not computed here.
+        return None
+    if x.dtype != weight.dtype or down.dtype != weight.dtype or up.dtype != weight.dtype:
+        return None
+    if not (eager(x) and _is_plain(x) and _is_plain(weight)):
         return None
     if torch.is_grad_enabled() and (any_needs_gradient(x, down, up) or _trains(bias)):
         joined: Tensor = LowRankLinear.apply(x, weight, bias, down, up, scale, parts, even)[0]
@@ -78,7 +82,7 @@ def _joined(
     even: EvenRows | None,
 ) -> Tensor:
     y = F.linear(x, weight, bias)
-    if y._is_view():  # As of one vector: what it is a view of is not to be written into.
+    if y._is_view():  # Of one vector `F.linear` returns a view, into which nobody may write.
         y = y.clone(memory_format=torch.contiguous_format)
     return add_to_channels(y, hidden, up, scale, parts, even)
 
@@ -86,7 +90,8 @@ def _joined(
 class LowRankLinear(torch.autograd.Function):
     """`linear_with_low_rank` with gradients; keeps x and h = A·xᵀ.
 
-    It returns h too: what backward computes from came out of the function, so autograd follows it.
+    It returns h too. What was made inside and only kept would be a constant in second derivatives; what came
+    out of the function is not.
     """
 
     @staticmethod

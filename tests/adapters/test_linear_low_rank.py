@@ -8,7 +8,7 @@ from models import randomise_adapters
 from torch import nn
 
 import medpeft
-from medpeft.adapters.joined import linear_with_low_rank
+from medpeft.adapters.linear_low_rank import linear_with_low_rank
 from medpeft.architecture.rows import Rows, evenly_spaced
 
 EVEN = (Rows("q", 0, 4), Rows("v", 8, 4))
