@@ -70,10 +70,10 @@ def huggingface_rows(name: str, settings: Settings) -> Rows:
     """
     splits = _splits(name)
     first = next(iter(splits.values()))
-    image, label = _columns(name, first.features, settings.label_column)
-    for column in (settings.patient_column, settings.group_column):
+    for column in (settings.label_column, settings.patient_column, settings.group_column):
         if column and column not in first.column_names:
             raise TrainerError(f"{name} has the columns {', '.join(first.column_names)}, and no '{column}'.")
+    image, label = _columns(name, first.features, settings.label_column)
     columns = {"patient": settings.patient_column or "patient", "group": settings.group_column}
     spelled = getattr(first.features[label], "names", None)
     tables = []

@@ -19,6 +19,8 @@ TABLE_ONLY = (
     *("path_column", "label_column", "mask_column", "patient_column"),
     *("group_column", "finding_column"),
 )
+# Of them, those that a data set of Hugging Face is read by.
+OF_HUGGING_FACE = ("label_column", "patient_column", "group_column")
 POSITIVE = ("epochs", "patience", "repeat", "batch_size", "accumulate", "devices", "lr")
 # Settings that are of use to some tasks alone.
 OF_TASKS = {
@@ -75,12 +77,18 @@ def check_values(settings: Settings) -> None:
 def check_data(settings: Settings) -> None:
     """Check where the data come from and how they are split."""
     data = settings.data or ""
-    tabular = data.startswith("hf:") or data.lower().endswith(TABLES)
     for name in TABLE_ONLY:
         value = getattr(settings, name)
-        if value and not tabular:
+        if not value or data.lower().endswith(TABLES):
+            continue
+        if not data.startswith("hf:"):
             raise TrainerError(
                 f"{flag(name)} {value} names a column, and --data {settings.data} has none. Give a .csv."
+            )
+        if name not in OF_HUGGING_FACE:
+            raise TrainerError(
+                f"{flag(name)} {value} names a column, and of --data {data} label-column, patient-column and "
+                "group-column are read alone. Give a .csv."
             )
     for name in ("data", "test_data"):
         value = getattr(settings, name)

@@ -79,6 +79,8 @@ def test_a_saved_data_set_of_hugging_face_is_read_with_its_splits(tmp_path):
     assert images.groups[0] == images.groups[1] != images.groups[2]
     assert images.subgroups == ["f", "m"] * 3
     assert np.array_equal(images.pixels[2, 0].numpy(), pixels[2])
+    with pytest.raises(TrainerError, match="has the columns picture, finding, patient, sex, and no 'grade'"):
+        read_data(checked(data=f"hf:{tmp_path / 'saved'}", image_size=20, label_column="grade"))
 
 
 def test_a_data_set_of_hugging_face_that_is_not_there_says_so(tmp_path):

@@ -80,6 +80,10 @@ def test_flags_are_spelled_as_the_settings():
         (["--strategy", "ddp"], "--strategy ddp is for several devices"),
         (["--class-weights", "--balanced-sampler"], "weight rare classes twice"),
         (["--patient-column", "case"], "--patient-column case names a column, and --data None has none"),
+        (
+            ["--task", "multilabel", "--data", "hf:x", "--finding-column", "mass"],
+            "--finding-column ['mass'] names a column, and of --data hf:x label-column, patient-column and",
+        ),
         (["--group-column", "sex"], "--group-column sex names a column"),
         (["--test-data", "."], "--test-data needs --data"),
         (["--data", ".", "--test-data", ".", "--k-folds", "3"], "--test-data is the test. Leave one out"),
