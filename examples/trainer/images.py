@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
 
-from .dicom import SUFFIXES as DICOM
-from .dicom import looks_like_dicom, patient_of, read_dicom, read_series
 from .errors import TrainerError
-from .nifti import SUFFIXES as NIFTI
 from .nifti import read_nifti
-from .scripts.pixels import PICTURES, Bytes, as_image, dimensions_of, is_colour, read_picture, resize
+from .scripts.dicom import SUFFIXES as DICOM
+from .scripts.dicom import patient_of, read_series
+from .scripts.files import NIFTI, PICTURES, is_picture, read_file
+from .scripts.pixels import Bytes, as_image, dimensions_of, is_colour, resize
 
 Integers = npt.NDArray[np.int64]
 
@@ -66,10 +66,7 @@ class Loaded:
 
 def is_image(path: Path) -> bool:
     """Say whether a file is read: by its suffix, or, as a PACS writes them, DICOM without one."""
-    if path.suffix.lower() in SUFFIXES or path.name.lower().endswith(NIFTI):
-        return True
-    nameless = path.suffix == "" or path.suffix[1:].isdigit()
-    return nameless and looks_like_dicom(path)
+    return is_picture(path) or path.name.lower().endswith(NIFTI)
 
 
 def load(
@@ -206,6 +203,4 @@ def read_values(path: Path) -> npt.NDArray[np.generic]:
         return read_series(path)
     if path.name.lower().endswith(NIFTI):
         return read_nifti(path)
-    if path.suffix.lower() in DICOM or looks_like_dicom(path):
-        return read_dicom(path)
-    return read_picture(path)
+    return read_file(path)

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm.contrib.concurrent import thread_map
 
-from .dicom import SUFFIXES as DICOM
-from .dicom import pixel_sides
 from .errors import TrainerError
 from .images import Integers, read_values
-from .nifti import SUFFIXES as NIFTI
-from .nifti import canonical_affine, is_nifti, voxel_sides, write_nifti
+from .nifti import canonical_affine, voxel_sides, write_nifti
+from .scripts.dicom import SUFFIXES as DICOM
+from .scripts.dicom import pixel_sides
+from .scripts.files import NIFTI, is_nifti
 
 MOST = 64  # values of one mask
 LOSSY = {".jpg", ".jpeg", ".webp"}

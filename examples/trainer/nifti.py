@@ -8,13 +8,6 @@ import numpy as np
 import numpy.typing as npt
 from monai.data.image_reader import NibabelReader
 
-SUFFIXES = (".nii", ".nii.gz")
-
-
-def is_nifti(item: object) -> bool:
-    """Say whether something is the path of such a file."""
-    return isinstance(item, Path) and item.name.lower().endswith(SUFFIXES)
-
 
 def read_nifti(path: Path) -> npt.NDArray[np.generic]:
     """Read a volume (Z, Y, X): from the feet up, each slice seen from there.

@@ -10,6 +10,7 @@ import pandas as pd
 import predict
 import pytest
 import torch
+from dicoms import dicom
 from PIL import Image
 from places import ROOT
 from safetensors import safe_open
@@ -35,15 +36,20 @@ PARTS = ("train", "val", "test")
 
 
 def draw_table(folder, count=24):
-    """Discs in files of 8 and of 16 bit, in grey and in colour, with what is to be learned of each."""
+    """Discs in files of 8 and of 16 bit, in grey, in colour and as DICOM, with what is to be learned of each."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(count):
         image, mask = disc(32, rng)
         kinds = {0: image, 1: image.astype(np.uint16) * 91, 2: np.stack([image, image // 2, image], -1)}
-        Image.fromarray(kinds[i // 3 % 3]).save(folder / f"{i}.png")
+        name = f"{i}.png"
+        if i // 3 % 4 == 3:
+            name = f"{i}.dcm"
+            dicom(folder / name, kinds[1], WindowCenter=9000, WindowWidth=4000)
+        else:
+            Image.fromarray(kinds[i // 3 % 4]).save(folder / name)
         size = int(mask.sum())
-        rows.append((f"{i}.png", PARTS[i % 3], str(i % 4 // 2), i % 2, size > 100, size))
+        rows.append((name, PARTS[i % 3], str(i % 4 // 2), i % 2, size > 100, size))
     table = pd.DataFrame(rows, columns=["path", "split", "grade", "odd", "large", "size"])
     table["grade"] = table["grade"].map({"0": "low", "1": "high"})
     table[["odd", "large"]] = table[["odd", "large"]].astype(int)

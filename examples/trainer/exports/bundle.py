@@ -112,17 +112,21 @@ def readme(trained: Trained, answer: Answer) -> str:
     """Describe the bundle, and how it is used."""
     settings, names = trained.settings, ", ".join(trained.task.names)
     side, shape = trained.preprocessing.image_size, ",".join(map(str, (1, 3, *trained.input_shape)))
-    read = f"Pictures (.png, .jpg, .tif and others) are read upright, grey or RGB, resized to {side} pixels"
+    read = f"""Pictures (.png, .jpg, .tif and others) are read upright, grey or RGB, resized to {side} pixels
+and normalised. What is deeper than 8 bit is stretched from its least to its largest value. DICOM files are
+shown as they say, which needs pydicom."""
     if len(trained.input_shape) == 3:
-        read = f"Volumes (.nii, .nii.gz) are read from the feet up, and resized to {side} voxels a side"
+        read = f"""Volumes (.nii, .nii.gz) are read from the feet up, resized to {side} voxels a side
+and normalised. What is deeper than 8 bit is stretched from its least to its largest value. Series of DICOM
+must be converted before, to what the training saw of them."""
     return f"""# {settings.model} for {names}
 
 {settings.model}, fine-tuned by `{settings.method}` with medpeft's trainer, its adapters merged into plain
 weights. The scores and what they rest on are in `model-card.md` beside the run.
 
-{read},
-and normalised. What is deeper than 8 bit is stretched from its least to its largest value. DICOM must be
-converted before. {answer.words()}
+{read}
+
+{answer.words()}
 
     python -m monai.bundle run --config_file configs/inference.json \\
         --dataset_dir my/images --output_dir my/answers

@@ -1,7 +1,5 @@
 """inference.json of a bundle: the network, and how an image becomes its input and its output an answer."""
 
-from ..nifti import SUFFIXES as NIFTI
-from ..scripts.pixels import PICTURES
 from .answers import Answer, Config
 from .model import Trained
 
@@ -14,9 +12,9 @@ def inference(trained: Trained, definition: Config, answer: Answer) -> Config:
         definition: of the network, as `plain_network` gives it.
         answer: of the task.
     """
-    suffixes, batch_size = PICTURES, 8
+    batch_size = 8
     if _of_volumes(trained):
-        suffixes, batch_size = NIFTI, 1
+        batch_size = 1
     return {
         "imports": ["$import numpy", "$import os", "$import torch"],
         "bundle_root": ".",
@@ -26,7 +24,7 @@ def inference(trained: Trained, definition: Config, answer: Answer) -> Config:
         "data": {
             "_target_": "scripts.reading.images_in",
             "folder": "@dataset_dir",
-            "suffixes": list(suffixes),
+            "volumes": _of_volumes(trained),
         },
         "network_def": definition,
         "network": "$@network_def.to(@device)",

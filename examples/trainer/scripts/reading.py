@@ -1,6 +1,6 @@
 """From files to a network's input and back, for transforms of MONAI."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +11,51 @@ from monai.transforms.inverse import InvertibleTransform
 from monai.transforms.transform import MapTransform
 from PIL import Image
 
-from .pixels import as_image, normalised, on_grid, read_picture, resize
+from .files import NIFTI, PICTURES, is_nifti, is_picture, read_file
+from .pixels import as_image, dimensions_of, normalised, on_grid, resize
 
 
-def images_in(folder: str, suffixes: Sequence[str]) -> list[dict[str, str]]:
+def images_in(folder: str, *, volumes: bool) -> list[dict[str, str]]:
     """List the images below a folder as MONAI's data sets take them, in order.
+
+    Args:
+        folder: their folder.
+        volumes: whether they are NIfTI; else they are pictures and DICOM files.
 
     Raises:
         ValueError: there are none.
     """
-    endings = tuple(suffixes)
-    paths = [path for path in sorted(Path(folder).rglob("*")) if path.name.lower().endswith(endings)]
+    is_wanted: Callable[[Path], bool] = is_picture
+    wanted = ", ".join((*PICTURES, "DICOM"))
+    if volumes:
+        is_wanted, wanted = is_nifti, ", ".join(NIFTI)
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and is_wanted(path)]
     if not paths:
-        raise ValueError(f"{folder} has no image ({', '.join(suffixes)}). Name a folder with --dataset_dir.")
+        raise ValueError(f"{folder} has no image ({wanted}). Name a folder with --dataset_dir.")
     return [{"image": str(path)} for path in paths]
 
 
 class PictureReader(PILReader):
-    """Reads pictures upright, as 8-bit grey or RGB; values of more bits are stretched to 8."""
+    """Reads pictures and DICOM files upright, as 8-bit grey or RGB.
+
+    Values of more bits are stretched to 8; those of DICOM are shown as the file says.
+    """
 
     def read(self, data: Any, **_: Any) -> Any:
-        """Read one picture, or a list of them."""
+        """Read one picture, or a list of them.
+
+        Raises:
+            ValueError: a file holds several frames.
+        """
         paths = data
         if isinstance(data, (str, Path)):
             paths = [data]
-        pictures = [Image.fromarray(as_image(read_picture(Path(path)))) for path in paths]
+        pictures = []
+        for path in paths:
+            pixels = as_image(read_file(Path(path)))
+            if dimensions_of(pixels) != 2:
+                raise ValueError(f"{path} holds several frames, and the network takes pictures")
+            pictures.append(Image.fromarray(pixels))
         if len(pictures) == 1:
             return pictures[0]
         return pictures
