@@ -74,10 +74,10 @@ def reading(trained: Trained) -> list[Config]:
     reader = "scripts.reading.PictureReader"
     order: Config = {"_target_": "Transposed", "keys": "image", "indices": [0, 2, 1]}
     if _of_volumes(trained):
-        reader = "NibabelReader"
+        reader = "scripts.reading.VolumeReader"
         order = {"_target_": "Orientationd", "keys": "image", "axcodes": "SPL", "labels": None}
     return [
-        # Kept as the file has it: what is deeper than 8 bit is stretched, and what is not is not.
+        # None keeps the file's dtype: only what is deeper than 8 bit is stretched.
         {"_target_": "LoadImaged", "keys": "image", "reader": reader, "dtype": None},
         {"_target_": "EnsureChannelFirstd", "keys": "image"},
         order,

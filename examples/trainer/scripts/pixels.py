@@ -91,7 +91,7 @@ def normalised(pixels: Tensor, size: Sequence[int], mean: Sequence[float], std: 
 
 
 def on_grid(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring logits (B, S + 1, …) to the size of masks, between whose pixels theirs lie."""
+    """Interpolate logits (B, S + 1, …) to the size of a mask."""
     if tuple(logits.shape[2:]) == tuple(size):
         return logits
     mode = {2: "bilinear", 3: "trilinear"}[len(size)]
@@ -101,6 +101,14 @@ def on_grid(logits: Tensor, size: Sequence[int]) -> Tensor:
 def dimensions_of(array: Bytes) -> int:
     """Say whether it is an image, 2, or a volume, 3."""
     return array.ndim - int(is_colour(array))
+
+
+def require_dimensions(array: Bytes, dimensions: int, name: str = "it") -> None:
+    """Raise a ValueError unless it is the image, 2, or the volume, 3, that a network takes."""
+    words = {2: "an image", 3: "a volume"}
+    found = dimensions_of(array)
+    if found != dimensions:
+        raise ValueError(f"{name} is {words[found]}, and the network takes {words[dimensions]}")
 
 
 def is_colour(array: npt.NDArray[np.generic]) -> bool:

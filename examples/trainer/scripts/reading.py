@@ -9,10 +9,14 @@ from monai.data.image_reader import PILReader
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms.inverse import InvertibleTransform
 from monai.transforms.transform import MapTransform
+from monai.utils.misc import ensure_tuple
 from PIL import Image
 
 from .files import NIFTI, PICTURES, is_nifti, is_picture, read_file
-from .pixels import as_image, dimensions_of, normalised, on_grid, resize
+from .pixels import as_image, normalised, on_grid, require_dimensions, resize
+from .volumes import VolumeReader, slice_or_volume
+
+__all__ = ["PictureReader", "ToInputd", "VolumeReader", "images_in"]
 
 
 def images_in(folder: str, *, volumes: bool) -> list[dict[str, str]]:
@@ -41,24 +45,31 @@ class PictureReader(PILReader):
     Values of more bits are stretched to 8; those of DICOM are shown as the file says.
     """
 
-    def read(self, data: Any, **_: Any) -> Any:
-        """Read one picture, or a list of them.
+    def read(self, data: Any, **_: Any) -> tuple[Any, ...]:
+        """Give the paths of one file, or a list of them; `get_data` decodes.
+
+        Where `read` fails, MONAI's `LoadImage` tries its other readers, which read files in other ways.
+        The keywords that MONAI allows for are those of `Image.open`, which has no part in this.
+        """
+        paths: tuple[Any, ...] = ensure_tuple(data)
+        return paths
+
+    def get_data(self, img: Any) -> Any:
+        """Decode what `read` gave; give the values and MONAI's metadata.
 
         Raises:
-            ValueError: a file holds several frames.
+            ValueError: a file cannot be read, or holds several frames.
         """
-        paths = data
-        if isinstance(data, (str, Path)):
-            paths = [data]
         pictures = []
-        for path in paths:
-            pixels = as_image(read_file(Path(path)))
-            if dimensions_of(pixels) != 2:
-                raise ValueError(f"{path} holds several frames, and the network takes pictures")
+        for path in img:
+            try:
+                pixels = as_image(read_file(Path(path)))
+                require_dimensions(pixels, 2)
+            # Damaged files raise whatever their format's parser stumbles on.
+            except Exception as error:
+                raise ValueError(f"{path} could not be read as an image: {error}") from error
             pictures.append(Image.fromarray(pixels))
-        if len(pictures) == 1:
-            return pictures[0]
-        return pictures
+        return super().get_data(pictures)
 
 
 class ToInputd(MapTransform, InvertibleTransform):
@@ -85,7 +96,11 @@ class ToInputd(MapTransform, InvertibleTransform):
         self.mean, self.std = list(mean), list(std)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Change the images; their affines stay those of the files' own voxels."""
+        """Change the images; their affines stay those of the files' own voxels.
+
+        Raises:
+            ValueError: a volume has one slice.
+        """
         changed = dict(data)
         for key in self.key_iterator(changed):
             image = changed[key]
@@ -93,21 +108,27 @@ class ToInputd(MapTransform, InvertibleTransform):
             values = image.as_tensor().movedim(0, -1).numpy()
             if values.shape[-1] == 1:
                 values = values[..., 0]
-            pixels = torch.tensor(resize(as_image(values), self.stored))
+            if len(self.stored) == 3:
+                values = slice_or_volume(values)
+            array = as_image(values)
+            require_dimensions(array, len(self.stored), image.meta["filename_or_obj"])
+            pixels = torch.tensor(resize(array, self.stored))
             # (…) → (1, …), (…, C) → (C, …)
             channels = pixels.reshape(*self.stored, -1).movedim(-1, 0)
-            own = normalised(channels, self.size, self.mean, self.std)
-            changed[key] = MetaTensor(own, meta=image.meta, applied_operations=image.applied_operations)
-            whole = tuple(image.shape[1:])
-            self.push_transform(changed[key], orig_size=whole)  # type: ignore[no-untyped-call]  # of MONAI
+            inputs = normalised(channels, self.size, self.mean, self.std)
+            changed[key] = MetaTensor(inputs, meta=image.meta, applied_operations=image.applied_operations)
+            shape = tuple(image.shape[1:])
+            self.push_transform(changed[key], orig_size=shape)  # type: ignore[no-untyped-call]  # of MONAI
         return changed
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Bring outputs (S + 1, …) to the size that the image had."""
         changed = dict(data)
         for key in self.key_iterator(changed):
-            whole = self.pop_transform(changed[key])["orig_size"]
+            shape = self.pop_transform(changed[key])["orig_size"]
             outputs = changed[key]
-            own = on_grid(outputs.as_tensor()[None], [int(side) for side in whole])[0]
-            changed[key] = MetaTensor(own, meta=outputs.meta, applied_operations=outputs.applied_operations)
+            logits = on_grid(outputs.as_tensor()[None], [int(side) for side in shape])[0]
+            changed[key] = MetaTensor(
+                logits, meta=outputs.meta, applied_operations=outputs.applied_operations
+            )
         return changed
