@@ -167,25 +167,31 @@ def sides_of(item: Any) -> tuple[float, ...] | None:
     return pixel_sides(item) if isinstance(item, Path) else None
 
 
-def write_mask(mask: Integers, item: Any, path: Path) -> Path:
+def mask_type(values: Sequence[int]) -> np.dtype[Any]:
+    """Give the type of files that can have some values: 8 bit, or 16 where one of them needs it."""
+    if max(values) > 255:
+        return np.dtype(np.uint16)
+    return np.dtype(np.uint8)
+
+
+def write_mask(mask: npt.NDArray[Any], item: Any, path: Path) -> Path:
     """Write a mask in its image's geometry: NIfTI for NIfTI, TIFF for other volumes, else PNG; give the file.
 
     Args:
-        mask: (H, W) or (D, H, W), of the image's own size.
+        mask: (H, W) or (D, H, W), of the image's own size and of the file's type.
         item: the image's path.
         path: without a suffix.
     """
-    small: Integers = mask.astype(np.uint8 if mask.max(initial=0) < 256 else np.uint16)
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_nifti(item):
         path = path.with_name(path.name + ".nii.gz")
-        write_nifti(small, item, path)
-    elif small.ndim == 3:
+        write_nifti(mask, item, path)
+    elif mask.ndim == 3:
         path = path.with_name(path.name + ".tif")
-        tifffile.imwrite(path, small)
+        tifffile.imwrite(path, mask)
     else:
         path = path.with_name(path.name + ".png")
-        Image.fromarray(small).save(path)
+        Image.fromarray(mask).save(path)
     return path
 
 

@@ -29,7 +29,7 @@ def input_of_trainer(path, stored):
 
 def input_of_bundle(path, stored):
     """What the transforms of inference.json make of a file, by the `scripts` that the bundle takes along."""
-    trained = SimpleNamespace(preprocessing=preprocessing(stored), is_volume=len(stored) == 3)
+    trained = SimpleNamespace(preprocessing=preprocessing(stored), takes_volumes=len(stored) == 3)
     written = json.dumps({"preprocessing": {"_target_": "Compose", "transforms": reading(trained)}})
     parser = ConfigParser(json.loads(written.replace('"scripts.', '"trainer.scripts.')))
     return parser.get_parsed_content("preprocessing")({"image": str(path)})["image"].as_tensor()

@@ -8,14 +8,15 @@ def inference(trained: Trained, definition: Config, answer: Answer) -> Config:
     """Give what MONAI's `ConfigParser` reads.
 
     Args:
-        trained: is merged.
-        definition: of the network, as `plain_network` gives it.
+        trained: its model has been merged.
+        definition: of the network, as `definition_of` gives it.
         answer: of the task.
     """
     batch_size = 8
-    if _of_volumes(trained):
+    if trained.takes_volumes:
         batch_size = 1
     return {
+        # What the expressions after a `$` name.
         "imports": ["$import numpy", "$import os", "$import torch"],
         "bundle_root": ".",
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
@@ -24,7 +25,7 @@ def inference(trained: Trained, definition: Config, answer: Answer) -> Config:
         "data": {
             "_target_": "scripts.reading.images_in",
             "folder": "@dataset_dir",
-            "volumes": _of_volumes(trained),
+            "volumes": trained.takes_volumes,
         },
         "network_def": definition,
         "network": "$@network_def.to(@device)",
@@ -38,7 +39,7 @@ def inference(trained: Trained, definition: Config, answer: Answer) -> Config:
         },
         "inferer": answer.inferer(),
         "postprocessing": {"_target_": "Compose", "transforms": answer.postprocessing()},
-        **answer.definitions(),
+        **answer.entries(),
         "handlers": [loading(), *answer.handlers()],
         "evaluator": evaluating(),
         "run": ["$@evaluator.run()"],
@@ -73,7 +74,7 @@ def reading(trained: Trained) -> list[Config]:
     # As the trainer orders the axes; a picture's are exchanged by MONAI's readers, and here back again.
     reader = "scripts.reading.PictureReader"
     order: Config = {"_target_": "Transposed", "keys": "image", "indices": [0, 2, 1]}
-    if _of_volumes(trained):
+    if trained.takes_volumes:
         reader = "scripts.reading.VolumeReader"
         order = {"_target_": "Orientationd", "keys": "image", "axcodes": "SPL", "labels": None}
     return [
@@ -90,7 +91,3 @@ def reading(trained: Trained) -> list[Config]:
             "std": preprocessing.std,
         },
     ]
-
-
-def _of_volumes(trained: Trained) -> bool:
-    return len(trained.preprocessing.stored) == 3
