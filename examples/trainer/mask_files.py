@@ -22,6 +22,7 @@ from .scripts.dicom import pixel_sides
 from .scripts.files import NIFTI, is_nifti
 
 MOST = 64  # values of one mask
+HIGHEST = 2**16 - 1  # of them, in the files that are written
 LOSSY = {".jpg", ".jpeg", ".webp"}
 Found = tuple[Tensor, list[int]]
 
@@ -107,6 +108,8 @@ def _values(mask: Any) -> Integers:
         raise ValueError(
             f"it has the negative value {values.min()}. The background is 0, structures are above"
         )
+    if values.max() > HIGHEST:
+        raise ValueError(f"it has the value {values.max()}, and files of masks hold {HIGHEST} at most")
     count = len(np.unique(values))
     if count > MOST:
         raise ValueError(
@@ -168,7 +171,7 @@ def sides_of(item: Any) -> tuple[float, ...] | None:
 
 
 def mask_type(values: Sequence[int]) -> np.dtype[Any]:
-    """Give the type of files that can have some values: 8 bit, or 16 where one of them needs it."""
+    """Give the type of files that hold some values: 8 bit, or 16 where one of them needs it."""
     if max(values) > 255:
         return np.dtype(np.uint16)
     return np.dtype(np.uint8)
