@@ -11,7 +11,7 @@ import pandas as pd
 
 from .errors import TrainerError
 from .rows import PARTS, Rows, name_parts
-from .scripts.pixels import pixels_of
+from .scripts.files import pixels_of
 from .settings import Settings
 
 PREFIX = "hf:"

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
 
-from .dicom import SUFFIXES as DICOM
-from .dicom import looks_like_dicom, patient_of, read_dicom, read_series
 from .errors import TrainerError
-from .nifti import SUFFIXES as NIFTI
 from .nifti import read_nifti
-from .scripts.pixels import PICTURES, Bytes, as_image, dimensions_of, is_colour, read_picture, resize
+from .scripts.dicom import SUFFIXES as DICOM
+from .scripts.dicom import patient_of, read_series
+from .scripts.files import NIFTI, PICTURES, is_picture, read_file
+from .scripts.pixels import Bytes, as_image, dimensions_of, is_colour, require_dimensions, resize
 
 Integers = npt.NDArray[np.int64]
 
@@ -66,10 +66,7 @@ class Loaded:
 
 def is_image(path: Path) -> bool:
     """Say whether a file is read: by its suffix, or, as a PACS writes them, DICOM without one."""
-    if path.suffix.lower() in SUFFIXES or path.name.lower().endswith(NIFTI):
-        return True
-    nameless = path.suffix == "" or path.suffix[1:].isdigit()
-    return nameless and looks_like_dicom(path)
+    return is_picture(path) or path.name.lower().endswith(NIFTI)
 
 
 def load(
@@ -83,7 +80,7 @@ def load(
     Args:
         items: paths, folders of DICOM slices, arrays, or functions that give an array.
         size: the side in pixels.
-        stored: the shape to resize to instead, (H, W) or (D, H, W).
+        stored: the shape to resize to instead, (H, W) for images alone, (D, H, W) for volumes alone.
         skip_broken: leave out what cannot be read.
 
     Raises:
@@ -116,8 +113,11 @@ def _attempt(
     item: Any, size: int, stored: Sequence[int] | None
 ) -> tuple[Bytes, str, str, tuple[int, ...]] | str:
     """Give an image, its digest, its patient and its own shape, or what is wrong with it."""
+    dimensions = None
+    if stored is not None:
+        dimensions = len(stored)
     try:
-        array = decode(item)
+        array = decode(item, dimensions)
     except TrainerError as error:
         return str(error)
     patient = ""
@@ -127,16 +127,21 @@ def _attempt(
     return _shrunk(array, size, stored), digest(array), patient, shape
 
 
-def decode(item: Any) -> Bytes:
+def decode(item: Any, dimensions: int | None = None) -> Bytes:
     """Decode one image or volume of any depth to 8 bit.
 
+    Args:
+        item: a path, a folder of DICOM slices, an array, or a function that gives an array.
+        dimensions: 2 where an image is needed, 3 where a volume is.
+
     Raises:
-        TrainerError: it is no image, is damaged, or has more than one grey or RGB plane.
+        TrainerError: it is no image, is damaged, or is a volume where an image is needed, or the reverse.
     """
     try:
-        if isinstance(item, Path):
-            return as_image(read_values(item))
-        return as_image(item() if callable(item) else item)
+        array = as_image(_values_of(item))
+        if dimensions is not None:
+            require_dimensions(array, dimensions)
+        return array
     # Damaged files raise whatever their format's parser stumbles on.
     except Exception as error:
         if not isinstance(item, Path):
@@ -144,6 +149,13 @@ def decode(item: Any) -> Bytes:
         raise TrainerError(
             f"{item} could not be read as an image: {error}. Repair it, or take it out."
         ) from error
+
+
+def _values_of(item: Any) -> npt.NDArray[np.generic]:
+    if isinstance(item, Path):
+        return read_values(item)
+    values: npt.NDArray[np.generic] = item() if callable(item) else item
+    return values
 
 
 def stack(arrays: Sequence[Bytes]) -> Tensor:
@@ -168,7 +180,7 @@ def digest(array: Bytes) -> str:
 def _shrunk(array: Bytes, size: int, stored: Sequence[int] | None) -> Bytes:
     """Resize what is larger than needed at once, so that a set of large images never lies in memory."""
     dimensions = dimensions_of(array)
-    if stored is not None and len(stored) == dimensions:
+    if stored is not None:
         return resize(array, stored)
     if max(array.shape[:dimensions]) <= size:
         return array
@@ -206,6 +218,4 @@ def read_values(path: Path) -> npt.NDArray[np.generic]:
         return read_series(path)
     if path.name.lower().endswith(NIFTI):
         return read_nifti(path)
-    if path.suffix.lower() in DICOM or looks_like_dicom(path):
-        return read_dicom(path)
-    return read_picture(path)
+    return read_file(path)

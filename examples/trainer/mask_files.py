@@ -14,14 +14,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm.contrib.concurrent import thread_map
 
-from .dicom import SUFFIXES as DICOM
-from .dicom import pixel_sides
 from .errors import TrainerError
 from .images import Integers, read_values
-from .nifti import SUFFIXES as NIFTI
-from .nifti import canonical_affine, is_nifti, voxel_sides, write_nifti
+from .nifti import canonical_affine, voxel_sides, write_nifti
+from .scripts.dicom import SUFFIXES as DICOM
+from .scripts.dicom import pixel_sides
+from .scripts.files import NIFTI, is_nifti
 
 MOST = 64  # values of one mask
+HIGHEST = 2**16 - 1  # of them, in the files that are written
 LOSSY = {".jpg", ".jpeg", ".webp"}
 Found = tuple[Tensor, list[int]]
 
@@ -107,6 +108,8 @@ def _values(mask: Any) -> Integers:
         raise ValueError(
             f"it has the negative value {values.min()}. The background is 0, structures are above"
         )
+    if values.max() > HIGHEST:
+        raise ValueError(f"it has the value {values.max()}, and files of masks hold {HIGHEST} at most")
     count = len(np.unique(values))
     if count > MOST:
         raise ValueError(
@@ -167,25 +170,31 @@ def sides_of(item: Any) -> tuple[float, ...] | None:
     return pixel_sides(item) if isinstance(item, Path) else None
 
 
-def write_mask(mask: Integers, item: Any, path: Path) -> Path:
+def mask_type(values: Sequence[int]) -> np.dtype[Any]:
+    """Give the type of files that hold some values: 8 bit, or 16 where one of them needs it."""
+    if max(values) > 255:
+        return np.dtype(np.uint16)
+    return np.dtype(np.uint8)
+
+
+def write_mask(mask: npt.NDArray[Any], item: Any, path: Path) -> Path:
     """Write a mask in its image's geometry: NIfTI for NIfTI, TIFF for other volumes, else PNG; give the file.
 
     Args:
-        mask: (H, W) or (D, H, W), of the image's own size.
+        mask: (H, W) or (D, H, W), of the image's own size and of the file's type.
         item: the image's path.
         path: without a suffix.
     """
-    small: Integers = mask.astype(np.uint8 if mask.max(initial=0) < 256 else np.uint16)
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_nifti(item):
         path = path.with_name(path.name + ".nii.gz")
-        write_nifti(small, item, path)
-    elif small.ndim == 3:
+        write_nifti(mask, item, path)
+    elif mask.ndim == 3:
         path = path.with_name(path.name + ".tif")
-        tifffile.imwrite(path, small)
+        tifffile.imwrite(path, mask)
     else:
         path = path.with_name(path.name + ".png")
-        Image.fromarray(small).save(path)
+        Image.fromarray(mask).save(path)
     return path
 
 

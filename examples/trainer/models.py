@@ -14,6 +14,7 @@ from medpeft.architecture.head import find_head
 from .errors import TrainerError
 from .features import check_prefix
 from .flags import flag
+from .mask_networks import check_shapes, require_masks, with_decoder
 from .networks import (
     MONAI,
     TORCHVISION,
@@ -23,7 +24,6 @@ from .networks import (
     timm_network,
     torchvision_network,
 )
-from .segmenter import check_shapes, require_masks, with_decoder
 from .settings import Settings
 from .weights import Filled, load_weights
 

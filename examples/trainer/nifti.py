@@ -6,34 +6,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from monai.data.image_reader import NibabelReader
 
-SUFFIXES = (".nii", ".nii.gz")
-
-
-def is_nifti(item: object) -> bool:
-    """Say whether something is the path of such a file."""
-    return isinstance(item, Path) and item.name.lower().endswith(SUFFIXES)
+from .scripts.volumes import VolumeReader, slice_or_volume
 
 
 def read_nifti(path: Path) -> npt.NDArray[np.generic]:
-    """Read a volume (Z, Y, X): from the feet up, each slice seen from there.
+    """Read a volume (Z, Y, X): from the feet up, each slice seen from there; one of one slice as (Y, X).
 
     Raises:
         ImportError: nibabel is not installed.
         ValueError: it holds no volume.
     """
-    reader = NibabelReader(as_closest_canonical=True)
+    reader = VolumeReader(as_closest_canonical=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         values, _ = reader.get_data(reader.read(path))
-    if values.ndim != 3:
-        raise ValueError(f"it has the shape {values.shape}; one volume (X, Y, Z) is needed")
     # (X, Y, Z) of right, front, top → (Z, Y, X)
     volume = np.asarray(values).transpose(2, 1, 0)[:, ::-1, ::-1]
-    if len(volume) == 1:
-        volume = volume[0]
-    return np.ascontiguousarray(volume)
+    return np.ascontiguousarray(slice_or_volume(volume))
 
 
 def write_nifti(mask: npt.NDArray[Any], like: Path, path: Path) -> None:

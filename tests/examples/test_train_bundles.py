@@ -10,16 +10,19 @@ import pandas as pd
 import predict
 import pytest
 import torch
+from dicoms import dicom
 from PIL import Image
 from places import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_masks import disc, draw_balls, draw_discs
 from small_training import flags, messages, run
+from trainer.exports.bundle import ANSWERS
 from trainer.scripts import segmenter
+from trainer.tasks import TASKS
 
 # The fields that MONAI's specification of bundles asks for, and their types.
-SCHEMA = {
+OF_METADATA = {
     "type": "object",
     "required": ["schema", "version", "monai_version", "pytorch_version", "numpy_version", "task"],
     "properties": {
@@ -31,21 +34,40 @@ SCHEMA = {
 UNET = ["--model", "monai:UNet", "--model-option", "channels=[8,16]", "--model-option", "strides=[2]"]
 RESNET = ["--model", "monai:ResNet", "--model-option", "block_inplanes=[4,4,8,8]"]
 RESNET += ["--model-option", "block=basic", "--model-option", "layers=[1,1,1,1]"]
+CLEAN = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 PARTS = ("train", "val", "test")
+# What each run's network gives, as its README says.
+LOGITS = {
+    "classify": "a logit for each class",
+    "multilabel": "a logit for each finding",
+    "ordinal": "a logit for each grade but the highest",
+    "regress": "the quantity in standard deviations",
+    "segment": "a logit for the background and each structure",
+    "segment-3d": "a logit for the background and each structure",
+}
 
 
 def draw_table(folder, count=24):
-    """Discs in files of 8 and of 16 bit, in grey and in colour, with what is to be learned of each."""
+    """Discs in files of 8 and of 16 bit, in grey, in colour and as DICOM, with what is to be learned of each."""
     rng = np.random.default_rng(0)
     rows = []
     for i in range(count):
         image, mask = disc(32, rng)
-        kinds = {0: image, 1: image.astype(np.uint16) * 91, 2: np.stack([image, image // 2, image], -1)}
-        Image.fromarray(kinds[i // 3 % 3]).save(folder / f"{i}.png")
+        # Three files of each kind, one after another: one for each part.
+        kind = ("grey", "deep", "colour", "dicom")[i // 3 % 4]
+        deep = image.astype(np.uint16) * 91
+        name = f"{i}.png"
+        if kind == "dicom":
+            name = f"{i}.dcm"
+            dicom(folder / name, deep, WindowCenter=9000, WindowWidth=4000)
+        else:
+            pixels = {"grey": image, "deep": deep, "colour": np.stack([image, image // 2, image], -1)}
+            Image.fromarray(pixels[kind]).save(folder / name)
+        # Both grades among the odd as among the even.
+        grade = ("low", "low", "high", "high")[i % 4]
         size = int(mask.sum())
-        rows.append((f"{i}.png", PARTS[i % 3], str(i % 4 // 2), i % 2, size > 100, size))
+        rows.append((name, PARTS[i % 3], grade, i % 2, size > 100, size))
     table = pd.DataFrame(rows, columns=["path", "split", "grade", "odd", "large", "size"])
-    table["grade"] = table["grade"].map({"0": "low", "1": "high"})
     table[["odd", "large"]] = table[["odd", "large"]].astype(int)
     table.to_csv(folder / "table.csv", index=False)
     return folder
@@ -72,7 +94,7 @@ def bundles(stripes, tmp_path_factory):
     top = tmp_path_factory.mktemp("bundles")
     (top / "table").mkdir()
     table = draw_table(top / "table")
-    discs, volumes = draw_discs(top / "discs", side=40, value=7), draw_volumes(top / "volumes")
+    discs, volumes = draw_discs(top / "discs", side=40, value=300), draw_volumes(top / "volumes")
     labelled = ["--data", table / "table.csv"]
     given = {
         "classify": ["--method", "ssf"],
@@ -90,11 +112,10 @@ def bundles(stripes, tmp_path_factory):
         run(*flags(stripes, top / name), *words, "--lr", "1e-2", "--batch-size", 4, "--export", "bundle")
         places.append(f"{top / name}/export/bundle:{images.get(name, table)}:{top / name}/answers")
     schema = top / "schema.json"
-    schema.write_text(json.dumps(SCHEMA))
+    schema.write_text(json.dumps(OF_METADATA))
     alone = ROOT / "tests" / "support" / "monai_alone.py"
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, alone, schema, *places]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=clean)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=CLEAN)
     assert "ALL CHECKED" in done.stdout, done.stderr
     return top
 
@@ -136,12 +157,32 @@ def test_masks_of_a_bundle_are_those_of_predict_on_the_pixels_of_each_file(bundl
             written, like = nibabel.load(answer), nibabel.load(path)
             assert np.allclose(written.affine, like.affine)
             found, expected = np.asarray(written.dataobj), np.asarray(like.dataobj)
-        assert found.dtype == expected.dtype
+        assert found.dtype == expected.dtype == {"segment": "uint16", "segment-3d": "uint8"}[task]
         assert found.shape == expected.shape
         # Where two logits are equal but for rounding.
         assert (found != expected).mean() < 1e-3
         values |= set(np.unique(expected))
-    assert values == {"segment": {0, 7}, "segment-3d": {0, 1}}[task]
+    assert values == {"segment": {0, 300}, "segment-3d": {0, 1}}[task]
+
+
+@pytest.mark.parametrize(("task", "folder"), [("classify", None), ("segment", "discs/images")])
+def test_the_command_of_monai_writes_the_same_answers(bundles, stripes, tmp_path, task, folder):
+    pytest.importorskip("fire")
+    pytest.importorskip("ignite")
+    images = bundles / folder if folder else stripes
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
+    command += ["--dataset_dir", str(images), "--output_dir", str(tmp_path)]
+    bundle = bundles / task / "export" / "bundle"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=bundle, env=CLEAN)
+    assert done.returncode == 0, done.stderr
+    answers = [path for path in (bundles / task / "answers").rglob("*") if path.is_file()]
+    assert answers
+    for expected in answers:
+        found = tmp_path / expected.relative_to(bundles / task / "answers")
+        if found.suffix == ".csv":
+            pd.testing.assert_frame_equal(pd.read_csv(found), pd.read_csv(expected), atol=1e-5)
+        else:
+            assert np.array_equal(np.asarray(Image.open(found)), np.asarray(Image.open(expected)))
 
 
 def test_a_bundle_says_what_its_network_takes_and_gives(bundles):
@@ -160,11 +201,29 @@ def test_a_bundle_says_what_its_network_takes_and_gives(bundles):
     assert metadata["classify"]["task"] == "Classification of images: across, down"
 
 
-def test_what_is_to_be_filled_in_is_marked_and_the_trainer_is_no_part_of_a_bundle(bundles):
-    for task in ("classify", "multilabel", "ordinal", "regress", "segment", "segment-3d"):
+def test_every_task_has_an_answer_in_bundles():
+    assert ANSWERS.keys() == TASKS.keys()
+
+
+def test_the_output_of_the_network_alone_is_told_from_the_answers(bundles):
+    for task, words in LOGITS.items():
         folder = bundles / task / "export" / "bundle"
+        metadata = json.loads((folder / "configs" / "metadata.json").read_text())
+        assert metadata["network_data_format"]["outputs"]["pred"]["type"] != "probabilities"
+        readme = (folder / "docs" / "README.md").read_text()
+        assert f"The network alone, which `ckpt_export` writes, gives {words}" in readme
+
+
+def test_what_is_to_be_filled_in_is_marked(bundles):
+    for task in LOGITS:
         for name in ("LICENSE", "docs/README.md"):
-            assert "to be filled in by whoever" in (folder / name).read_text()
+            text = (bundles / task / "export" / "bundle" / name).read_text()
+            assert "to be filled in by whoever" in text
+
+
+def test_the_trainer_is_no_part_of_a_bundle(bundles):
+    for task in LOGITS:
+        folder = bundles / task / "export" / "bundle"
         for file in (folder / "configs" / "inference.json", *folder.glob("scripts/*.py")):
             assert "import medpeft" not in file.read_text()
             assert "from trainer" not in file.read_text()

@@ -2,16 +2,23 @@
 
 import csv
 import json
+import tomllib
+from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+from places import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_masks import draw_discs
 from small_training import flags, messages, run
 from trainer.data import Preprocessing
+from trainer.errors import TrainerError
+from trainer.exports.bundle import needed
+from trainer.exports.kinds import KINDS
 from trainer.exports.model import build
 from trainer.images import load
 
@@ -129,6 +136,44 @@ def test_what_cannot_be_exported_is_refused_before_an_image_is_read(
 ):
     monkeypatch.setattr("trainer.work.read_data", None)
     assert told in messages(capsys, *flags(stripes, tmp_path / "run"), *given)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_nothing_stays_of_an_export_that_fails(stripes, finished, capsys, monkeypatch, kind):
+    def write(trained, path):
+        if kind == "folder":
+            path.mkdir()
+            path = path / "file"
+        path.write_text("half of it")
+        raise TrainerError("It computes something else. It is not kept.")
+
+    monkeypatch.setitem(KINDS, "bundle", ("bundle", write))
+    given = flags(stripes, finished, "--method", "ssf", "--quiet", "--image-size", "32", "--export", "bundle")
+    assert "It is not kept" in messages(capsys, *given)
+    assert [path.name for path in (finished / "export").iterdir()] == ["merged.safetensors"]
+
+
+def test_an_onnx_file_that_computes_something_else_is_refused_and_not_kept(
+    stripes, finished, capsys, monkeypatch
+):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("trainer.exports.onnx.run_onnx", lambda path, images: torch.zeros(len(images), 2))
+    given = flags(stripes, finished, "--method", "ssf", "--quiet", "--image-size", "32", "--export", "onnx")
+    assert "The ONNX file computes something else than the model" in messages(capsys, *given)
+    assert [path.name for path in (finished / "export").iterdir()] == ["merged.safetensors"]
+
+
+def test_a_bundle_of_volumes_needs_nibabel_also_where_it_is_not_installed(monkeypatch):
+    def version(name):
+        if name == "nibabel":
+            raise PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr("trainer.exports.bundle.version", version)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    least = project["optional-dependencies"]["nifti"][0].partition(">=")[2]
+    assert needed(SimpleNamespace(takes_volumes=True))["nibabel"] == least
+    assert "nibabel" not in needed(SimpleNamespace(takes_volumes=False))
 
 
 def test_a_missing_package_is_named_with_what_installs_it(stripes, tmp_path, capsys, monkeypatch):

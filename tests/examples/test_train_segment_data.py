@@ -1,6 +1,7 @@
 """Masks as they are found: beside their images in several forms, and everything that can be wrong with them."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +10,7 @@ from small_training import checked, read
 from trainer.errors import TrainerError
 from trainer.sources import rows_of
 from trainer.splits import split
+from trainer.tasks import Segment
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 255, (12, 4, 8, 8))
@@ -251,3 +253,17 @@ def test_a_mask_that_lies_elsewhere_or_holds_probabilities_is_refused(tmp_path):
     nibabel.save(nibabel.Nifti1Image(mask.get_fdata() * 0.4, mask.affine), file)
     with pytest.raises(TrainerError, match="values between whole numbers, as probabilities"):
         read(tmp_path, task="segment")
+    nibabel.save(nibabel.Nifti1Image(mask.get_fdata() * 70000, mask.affine), file)
+    with pytest.raises(TrainerError, match="the value 70000, and files of masks hold 65535 at most"):
+        read(tmp_path, task="segment")
+
+
+def test_all_masks_that_are_written_have_the_type_that_the_highest_value_needs(tmp_path):
+    task = Segment(["tube"]).informed({"values": [300], "unit": "px", "dimensions": 2, "patch": None})
+    rows = pd.DataFrame({"item": ["a.png", "b.png"], "name": ["a.png", "b.png"], "shape": [(4, 4)] * 2})
+    # (B, S + 1, H, W): all background, and all structure
+    logits = torch.stack([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])])[:, :, None, None]
+    task.write(logits.expand(2, 2, 4, 4), rows, tmp_path)
+    for name, value in (("a", 0), ("b", 300)):
+        written = np.asarray(Image.open(tmp_path / f"{name}.png"))
+        assert (written.dtype, np.unique(written).tolist()) == (np.uint16, [value])

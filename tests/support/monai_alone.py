@@ -23,14 +23,16 @@ def check(schema, bundle, images, answers):
     parser.read_config(config)
     parser.read_meta(metadata)
     parser["dataset_dir"], parser["output_dir"] = images, answers
-    network, run, answer = map(parser.get_parsed_content, ("network", "inferer", "postprocessing"))
+    network, inferer, postprocessing = map(
+        parser.get_parsed_content, ("network", "inferer", "postprocessing")
+    )
     network.eval().load_state_dict(torch.load("models/model.pt", weights_only=True))
     found, paths = [], []
     for batch in parser.get_parsed_content("dataloader"):
         with torch.no_grad():
-            outputs = run(inputs=batch["image"], network=network)
+            outputs = inferer(inputs=batch["image"], network=network)
         for item in decollate_batch({"image": batch["image"], "pred": outputs}):
-            found.append(answer(item)["pred"])
+            found.append(postprocessing(item)["pred"])
             paths.append(item["image"].meta["filename_or_obj"])
     if "table" in parser:
         table = parser.get_parsed_content("table")
@@ -49,12 +51,13 @@ def check(schema, bundle, images, answers):
     assert torch.allclose(torch.jit.load("models/model.ts")(inputs), network(inputs), atol=1e-5)
 
 
-def main(schema, *places):
+def main(schema, *wanted):
     sys.modules.update(dict.fromkeys(ABSENT))
+    # The folder that the process is in, which changes, as `python -m` has it: there lies a bundle's `scripts`.
     sys.path[0] = ""
     warnings.simplefilter("ignore")
-    for place in places:
-        check(schema, *place.split(":"))
+    for bundle_images_answers in wanted:
+        check(schema, *bundle_images_answers.split(":"))
         # Each bundle brings scripts of its own.
         for name in [name for name in sys.modules if name.partition(".")[0] == "scripts"]:
             del sys.modules[name]

@@ -22,7 +22,8 @@ def draw_discs(folder, count=16, side=32, value=255):
     for i in range(count):
         image, mask = disc(side, rng)
         Image.fromarray(image).save(folder / "images" / f"{i}.png")
-        Image.fromarray(mask * value).save(folder / "masks" / f"{i}.png")
+        # 16 bit where the value needs them
+        Image.fromarray(mask.astype(np.min_scalar_type(value)) * value).save(folder / "masks" / f"{i}.png")
     return folder
 
 

@@ -13,11 +13,11 @@ class Answer(ABC):
     """The answer of a network to what its task asks, in the words of MONAI's bundles.
 
     Attributes:
-        question: what the task is called.
-        trained: the model.
+        task_name: what metadata.json calls the task.
+        trained: the model, merged.
     """
 
-    question: ClassVar[str]
+    task_name: ClassVar[str]
 
     def __init__(self, trained: Trained) -> None:
         self.trained = trained
@@ -38,7 +38,7 @@ class Answer(ABC):
     def postprocessing(self) -> list[Config]:
         """Give the transforms from the network's output `pred` of one image to the answer."""
 
-    def definitions(self) -> Config:
+    def entries(self) -> Config:
         """Give further entries of inference.json."""
         return {}
 
@@ -47,8 +47,12 @@ class Answer(ABC):
         return []
 
     @abstractmethod
-    def words(self) -> str:
-        """Say what is written."""
+    def what_is_written(self) -> str:
+        """Say for the README what the answers are."""
+
+    @abstractmethod
+    def what_the_network_gives(self) -> str:
+        """Say for the README what the output of the network alone is, such as that `ckpt_export` writes."""
 
 
 def described_tensor(
@@ -57,8 +61,8 @@ def described_tensor(
     """Describe an input or output for metadata.json.
 
     Args:
-        kind: such as image or probabilities.
-        form: such as segmentation.
+        kind: of those in MONAI's specification, such as image or tuples.
+        form: such as magnitude or labels.
         shape: of its space, empty where it has none.
         channels: what each is called.
         patch: whether it is a part of a larger one.

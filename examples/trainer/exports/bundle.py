@@ -9,7 +9,6 @@ docs/README.md, LICENSE to be read, and filled in
 
 import json
 import shutil
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from .. import scripts
 from ..origin import licence_of, origin_of
 from .answers import Answer, described_tensor
 from .inference import inference
-from .masks import Masks
-from .model import Trained, plain_network
+from .masks import Segmentations
+from .model import Trained, definition_of, merge
 from .predictions import Classes, Findings, Grades, Quantity
 
 # The newest, of https://github.com/Project-MONAI/MONAI-extra-test-data/releases/tag/0.8.1
@@ -36,8 +35,10 @@ ANSWERS: dict[str, type[Answer]] = {
     "multilabel": Findings,
     "ordinal": Grades,
     "regress": Quantity,
-    "segment": Masks,
+    "segment": Segmentations,
 }
+# Of what the trainer may be without, as pyproject.toml has it.
+LEAST = {"nibabel": "5.3"}
 TO_FILL_IN = "To be filled in by whoever gives this model to others."
 
 
@@ -45,25 +46,23 @@ def write_bundle(trained: Trained, path: Path) -> None:
     """Write the folder.
 
     Args:
-        trained: is merged.
+        trained: its model is merged by this, for good.
         path: a folder that is not there.
 
     Raises:
         TrainerError: the network cannot be built without medpeft.
     """
-    definition = plain_network(trained)
+    merge(trained)
+    definition = definition_of(trained)
     answer = ANSWERS[trained.settings.task](trained)
-    unfinished = path.with_name("bundle.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
     for name in ("configs", "models", "docs"):
-        (unfinished / name).mkdir(parents=True)
-    _write_json(unfinished / "configs" / "metadata.json", metadata(trained, answer))
-    _write_json(unfinished / "configs" / "inference.json", inference(trained, definition, answer))
-    shutil.copytree(SCRIPTS, unfinished / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-    torch.save(trained.model.state_dict(), unfinished / "models" / "model.pt")
-    (unfinished / "docs" / "README.md").write_text(readme(trained, answer), encoding="utf-8")
-    (unfinished / "LICENSE").write_text(licence(trained), encoding="utf-8")
-    unfinished.rename(path)
+        (path / name).mkdir(parents=True)
+    _write_json(path / "configs" / "metadata.json", metadata(trained, answer))
+    _write_json(path / "configs" / "inference.json", inference(trained, definition, answer))
+    shutil.copytree(SCRIPTS, path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    torch.save(trained.model.state_dict(), path / "models" / "model.pt")
+    (path / "docs" / "README.md").write_text(readme(trained, answer), encoding="utf-8")
+    (path / "LICENSE").write_text(licence(trained), encoding="utf-8")
 
 
 def metadata(trained: Trained, answer: Answer) -> dict[str, Any]:
@@ -71,9 +70,9 @@ def metadata(trained: Trained, answer: Answer) -> dict[str, Any]:
     settings, names = trained.settings, ", ".join(trained.task.names)
     shown = {name: trained.record["test"][name] for name in trained.task.words}
     channels = ["red", "green", "blue"]
-    if len(trained.input_shape) == 3:
+    if trained.takes_volumes:
         channels = ["grey", "grey", "grey"]
-    image = described_tensor("image", "magnitude", trained.input_shape, channels, answer.patched())
+    image = described_tensor("image", "magnitude", trained.network_shape, channels, answer.patched())
     return {
         "schema": SCHEMA,
         "version": "0.1.0",
@@ -83,7 +82,7 @@ def metadata(trained: Trained, answer: Answer) -> dict[str, Any]:
         "numpy_version": np.__version__,
         "required_packages_version": needed(trained),
         "name": f"{settings.model}, {names}",
-        "task": f"{answer.question}: {names}",
+        "task": f"{answer.task_name}: {names}",
         "description": f"{settings.model}, fine-tuned by {settings.method} and merged.",
         "authors": TO_FILL_IN,
         "copyright": TO_FILL_IN,
@@ -96,33 +95,40 @@ def metadata(trained: Trained, answer: Answer) -> dict[str, Any]:
 
 
 def needed(trained: Trained) -> dict[str, str]:
-    """Give the packages that the bundle needs beside MONAI, in the versions that are installed here."""
+    """Give the packages that the bundle needs beside MONAI; in the versions here, if they are installed."""
     packages = ["timm", "torchvision", "pillow", "tifffile"]
-    if len(trained.input_shape) == 3:
+    if trained.takes_volumes:
         packages = ["timm", "torchvision", "pillow", "nibabel"]
     versions = {}
     for name in packages:
-        # Volumes may have come from arrays, without nibabel.
-        with suppress(PackageNotFoundError):
+        # The volumes of the training may have been no files of NIfTI, and those of a bundle are.
+        try:
             versions[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            versions[name] = LEAST[name]
     return versions
 
 
 def readme(trained: Trained, answer: Answer) -> str:
     """Describe the bundle, and how it is used."""
     settings, names = trained.settings, ", ".join(trained.task.names)
-    side, shape = trained.preprocessing.image_size, ",".join(map(str, (1, 3, *trained.input_shape)))
-    read = f"Pictures (.png, .jpg, .tif and others) are read upright, grey or RGB, resized to {side} pixels"
-    if len(trained.input_shape) == 3:
-        read = f"Volumes (.nii, .nii.gz) are read from the feet up, and resized to {side} voxels a side"
+    side, shape = trained.preprocessing.image_size, ",".join(map(str, (1, 3, *trained.network_shape)))
+    read = f"""Pictures (.png, .jpg, .tif and others) are read upright, grey or RGB, resized to {side} pixels
+and normalised. What is deeper than 8 bit is stretched from its least to its largest value. DICOM files are
+shown as they say, which needs pydicom."""
+    if trained.takes_volumes:
+        read = f"""Volumes (.nii, .nii.gz, one a file) are read from the feet up, resized to {side} voxels
+a side and normalised. What is deeper than 8 bit is stretched from its least to its largest value. Series of
+DICOM must be converted before, to what the training saw of them."""
     return f"""# {settings.model} for {names}
 
 {settings.model}, fine-tuned by `{settings.method}` with medpeft's trainer, its adapters merged into plain
 weights. The scores and what they rest on are in `model-card.md` beside the run.
 
-{read},
-and normalised. What is deeper than 8 bit is stretched from its least to its largest value. DICOM must be
-converted before. {answer.words()}
+{read}
+
+{answer.what_is_written()}
+The network alone, which `ckpt_export` writes, gives {answer.what_the_network_gives()}.
 
     python -m monai.bundle run --config_file configs/inference.json \\
         --dataset_dir my/images --output_dir my/answers

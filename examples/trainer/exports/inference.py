@@ -1,7 +1,5 @@
 """inference.json of a bundle: the network, and how an image becomes its input and its output an answer."""
 
-from ..nifti import SUFFIXES as NIFTI
-from ..scripts.pixels import PICTURES
 from .answers import Answer, Config
 from .model import Trained
 
@@ -10,14 +8,15 @@ def inference(trained: Trained, definition: Config, answer: Answer) -> Config:
     """Give what MONAI's `ConfigParser` reads.
 
     Args:
-        trained: is merged.
-        definition: of the network, as `plain_network` gives it.
+        trained: its model has been merged.
+        definition: of the network, as `definition_of` gives it.
         answer: of the task.
     """
-    suffixes, batch_size = PICTURES, 8
-    if _of_volumes(trained):
-        suffixes, batch_size = NIFTI, 1
+    batch_size = 8
+    if trained.takes_volumes:
+        batch_size = 1
     return {
+        # What the expressions after a `$` name.
         "imports": ["$import numpy", "$import os", "$import torch"],
         "bundle_root": ".",
         "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
@@ -26,7 +25,7 @@ def inference(trained: Trained, definition: Config, answer: Answer) -> Config:
         "data": {
             "_target_": "scripts.reading.images_in",
             "folder": "@dataset_dir",
-            "suffixes": list(suffixes),
+            "volumes": trained.takes_volumes,
         },
         "network_def": definition,
         "network": "$@network_def.to(@device)",
@@ -40,7 +39,7 @@ def inference(trained: Trained, definition: Config, answer: Answer) -> Config:
         },
         "inferer": answer.inferer(),
         "postprocessing": {"_target_": "Compose", "transforms": answer.postprocessing()},
-        **answer.definitions(),
+        **answer.entries(),
         "handlers": [loading(), *answer.handlers()],
         "evaluator": evaluating(),
         "run": ["$@evaluator.run()"],
@@ -75,11 +74,11 @@ def reading(trained: Trained) -> list[Config]:
     # As the trainer orders the axes; a picture's are exchanged by MONAI's readers, and here back again.
     reader = "scripts.reading.PictureReader"
     order: Config = {"_target_": "Transposed", "keys": "image", "indices": [0, 2, 1]}
-    if _of_volumes(trained):
-        reader = "NibabelReader"
+    if trained.takes_volumes:
+        reader = "scripts.reading.VolumeReader"
         order = {"_target_": "Orientationd", "keys": "image", "axcodes": "SPL", "labels": None}
     return [
-        # Kept as the file has it: what is deeper than 8 bit is stretched, and what is not is not.
+        # None keeps the file's dtype: only what is deeper than 8 bit is stretched.
         {"_target_": "LoadImaged", "keys": "image", "reader": reader, "dtype": None},
         {"_target_": "EnsureChannelFirstd", "keys": "image"},
         order,
@@ -92,7 +91,3 @@ def reading(trained: Trained) -> list[Config]:
             "std": preprocessing.std,
         },
     ]
-
-
-def _of_volumes(trained: Trained) -> bool:
-    return len(trained.preprocessing.stored) == 3

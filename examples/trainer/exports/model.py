@@ -44,7 +44,6 @@ class Trained:
         preprocessing: from a file to the input.
         metadata: of the adapter's file.
         record: the metrics.
-        folder: of the run.
     """
 
     settings: Settings
@@ -53,18 +52,22 @@ class Trained:
     preprocessing: Preprocessing
     metadata: dict[str, Any]
     record: dict[str, Any]
-    folder: Path
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of what the model is run on, without channels: an image, or a patch of it."""
+    def takes_volumes(self) -> bool:
+        """Say whether the images are volumes."""
+        return len(self.preprocessing.stored) == 3
+
+    @property
+    def network_shape(self) -> tuple[int, ...]:
+        """Shape of what the network sees at once, without channels: an image, or a patch of it."""
         return trained_shape(self.settings, self.preprocessing)
 
     @property
     def example(self) -> Tensor:
         """Two inputs (2, 3, …), drawn from a seed of their own."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(2, 3, *self.input_shape, generator=generator)
+        return torch.randn(2, 3, *self.network_shape, generator=generator)
 
     def described(self) -> dict[str, str]:
         """Say in words and JSON how the model is used, for the header of a file."""
@@ -91,7 +94,7 @@ def trained_model(settings: Settings) -> Trained:
     model, _ = base_model(settings, task.outputs, len(preprocessing.stored))
     model = medpeft.load(model, file).eval()
     record = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    return Trained(settings, task, model, preprocessing, metadata, record, folder)
+    return Trained(settings, task, model, preprocessing, metadata, record)
 
 
 def merge(trained: Trained) -> None:
@@ -101,31 +104,32 @@ def merge(trained: Trained) -> None:
         medpeft.MedpeftError: the method has no equivalent weights.
     """
     with warnings.catch_warnings():
-        # A bias that merging creates is no fault in an ONNX file, and `plain_network` looks for it.
+        # A bias that merging creates is no fault in an ONNX file, and `definition_of` looks for it.
         warnings.filterwarnings("ignore", "merge created")
         medpeft.merge(trained.model, example_input=trained.example)
 
 
-def plain_network(trained: Trained) -> dict[str, Any]:
-    """Merge the model for good; give how one that takes its weights is built without medpeft.
+def definition_of(trained: Trained) -> dict[str, Any]:
+    """Find how a network that takes the weights of a merged model is built without medpeft.
 
     By timm, torchvision or MONAI, or, a model of timm with a decoder, by `scripts/segmenter.py`.
+
+    Args:
+        trained: its model has been merged.
 
     Returns:
         `_target_`, a function by its name, and its arguments, as MONAI's bundles write it.
 
     Raises:
         TrainerError: none of them builds one that computes the same.
-        medpeft.MedpeftError: the method has no equivalent weights.
     """
-    merge(trained)
     own = {name: value.shape for name, value in trained.model.state_dict().items()}
     differing: set[str] = set()
-    for definition in _definitions(trained):
+    for definition in _candidates(trained):
         try:
             with torch.device("meta"), NumbersOnCPU():
                 network = build(definition)
-        # One of several ways to name the channels; each network complains in its own way.
+        # Not every network has the argument `img_size`, and each complains in its own way.
         except (TypeError, ValueError):
             continue
         there = {name: value.shape for name, value in network.state_dict().items()}
@@ -159,7 +163,7 @@ def _computes_the_same(definition: dict[str, Any], trained: Trained) -> bool:
 
 
 def build(definition: dict[str, Any]) -> nn.Module:
-    """Build what `plain_network` gave."""
+    """Build what `definition_of` gave."""
     arguments = {name: value for name, value in definition.items() if name != "_target_"}
     target = definition["_target_"]
     make = BUILDERS.get(target) or getattr(monai.networks.nets, target.rpartition(".")[2])
@@ -167,17 +171,17 @@ def build(definition: dict[str, Any]) -> nn.Module:
     return network
 
 
-def _definitions(trained: Trained) -> Iterator[dict[str, Any]]:
+def _candidates(trained: Trained) -> Iterator[dict[str, Any]]:
     name, outputs = trained.settings.model, trained.task.outputs
     if name.startswith(MONAI):
         name = name.removeprefix(MONAI)
-        side, dimensions = trained.input_shape[0], len(trained.input_shape)
+        side, dimensions = trained.network_shape[0], len(trained.network_shape)
         _, keywords = monai_keywords(name, outputs, side, dimensions, trained.settings.model_option)
         yield {"_target_": f"monai.networks.nets.{name}", **keywords}
         return
     if name.startswith(TORCHVISION):
         name = name.removeprefix(TORCHVISION)
-        side, options = trained.input_shape[0], trained.settings.model_option
+        side, options = trained.network_shape[0], trained.settings.model_option
         keywords = torchvision_keywords(name, outputs, side, options)
         yield {"_target_": "torchvision.models.get_model", "name": name, **keywords}
         return
@@ -186,4 +190,4 @@ def _definitions(trained: Trained) -> Iterator[dict[str, Any]]:
         plain = {"_target_": "scripts.segmenter.build", "model_name": name, "outputs": outputs}
     plain |= trained.settings.model_option
     yield plain
-    yield {**plain, "img_size": trained.input_shape[0]}
+    yield {**plain, "img_size": trained.network_shape[0]}

@@ -1,6 +1,5 @@
 """An ONNX file with any number of images in a batch, compared with the model by onnxruntime."""
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ def write_onnx(trained: Trained, path: Path) -> None:
     """Write the model, merged where its method can be; its metadata say how it is used.
 
     Args:
-        trained: is merged, where it can be.
+        trained: its model is merged by this, for good, where it can be.
         path: a file that is not there.
 
     Raises:
@@ -28,20 +27,18 @@ def write_onnx(trained: Trained, path: Path) -> None:
 
     if not any(find(name).unmergeable for name in trained.settings.option):
         merge(trained)
-    unfinished = path.with_suffix(".unfinished")
     try:
-        _convert(trained, unfinished)
+        _convert(trained, path)
     # The exporter raises errors of its own for what it does not know.
     except Exception as error:
         raise TrainerError(
             f"torch cannot export {trained.settings.model} to ONNX: {type(error).__name__}: "
             f"{(str(error).splitlines() or [''])[0]}"
         ) from error
-    file = onnx.load(unfinished)
+    file = onnx.load(path)
     onnx.helper.set_model_props(file, trained.described())
-    onnx.save(file, unfinished)
-    _compare(trained, unfinished)
-    os.replace(unfinished, path)
+    onnx.save(file, path)
+    _compare(trained, path)
 
 
 def _convert(trained: Trained, path: Path) -> None:

@@ -11,7 +11,7 @@ class Row(Answer):
     """A line of a table."""
 
     @property
-    def places(self) -> list[str]:
+    def first_value_names(self) -> list[str]:
         """The names among which the first value is a position; by default it is none."""
         return []
 
@@ -22,7 +22,7 @@ class Row(Answer):
 
     @property
     def names(self) -> list[str]:
-        """What the outputs stand for."""
+        """The names of the task: classes, findings, grades or the quantity."""
         return self.trained.task.names
 
     @property
@@ -36,17 +36,17 @@ class Row(Answer):
         return [f"p({name})" for name in self.names]
 
     def output(self) -> Config:
-        """Give one value a name."""
-        return described_tensor("probabilities", "classes", [], self.names)
+        """Give one logit a name."""
+        return described_tensor("tuples", "logits", [], self.names)
 
-    def definitions(self) -> Config:
+    def entries(self) -> Config:
         """Give the table."""
         table = {
             "_target_": "scripts.table.Table",
             "file": "$os.path.join(@output_dir, 'predictions.csv')",
             "folder": "@dataset_dir",
             "columns": self.columns,
-            "names": self.places,
+            "first_value_names": self.first_value_names,
         }
         return {"table": table}
 
@@ -64,7 +64,7 @@ class Row(Answer):
 class Classes(Row):
     """The probability of each class, at the fitted temperature."""
 
-    question = "Classification of images"
+    task_name = "Classification of images"
 
     @property
     def columns(self) -> list[str]:
@@ -78,15 +78,20 @@ class Classes(Row):
             {"_target_": "Activationsd", "keys": "pred", "softmax": True},
         ]
 
-    def words(self) -> str:
+    def what_is_written(self) -> str:
         """Say what the columns are."""
         return "predictions.csv has the probability of each class, at the temperature that was fitted."
+
+    def what_the_network_gives(self) -> str:
+        """Say how the outputs become probabilities."""
+        temperature = f"{self.fitted['temperature']:.6g}"
+        return f"a logit for each class: divide by the temperature {temperature}, then take the softmax"
 
 
 class Findings(Row):
     """The probability of each finding, at the fitted temperature."""
 
-    question = "Findings in images"
+    task_name = "Findings in images"
 
     @property
     def columns(self) -> list[str]:
@@ -100,7 +105,7 @@ class Findings(Row):
             {"_target_": "Activationsd", "keys": "pred", "sigmoid": True},
         ]
 
-    def words(self) -> str:
+    def what_is_written(self) -> str:
         """Say what the columns are, and from where on a finding is there."""
         thresholds = []
         for name, threshold in zip(self.names, self.fitted["thresholds"], strict=True):
@@ -110,14 +115,19 @@ class Findings(Row):
             f"trainer's thresholds there is {', '.join(thresholds)} on."
         )
 
+    def what_the_network_gives(self) -> str:
+        """Say how the outputs become probabilities."""
+        temperature = f"{self.fitted['temperature']:.6g}"
+        return f"a logit for each finding: divide by the temperature {temperature}, then take the sigmoid"
+
 
 class Grades(Row):
     """The grade, and the probability of each."""
 
-    question = "Grading of images"
+    task_name = "Grading of images"
 
     @property
-    def places(self) -> list[str]:
+    def first_value_names(self) -> list[str]:
         """The grades."""
         return self.names
 
@@ -127,9 +137,9 @@ class Grades(Row):
         return ["prediction", *self.probabilities()]
 
     def output(self) -> Config:
-        """Give one conditional probability for each grade but the lowest."""
+        """Give one logit, of a conditional probability, for each grade but the highest."""
         above = [f"above {grade}, of those that are not below it" for grade in self.names[:-1]]
-        return described_tensor("probabilities", "classes", [], above)
+        return described_tensor("tuples", "logits", [], above)
 
     def postprocessing(self) -> list[Config]:
         """Give grade and probabilities."""
@@ -140,19 +150,27 @@ class Grades(Row):
         }
         return [changed(function)]
 
-    def words(self) -> str:
+    def what_is_written(self) -> str:
         """Say what the columns are."""
         return (
             "predictions.csv has the grade, and the probability of each grade at the temperature that was "
-            "fitted. Each output of the network says, of images that are not below a grade, whether they are "
-            "above it."
+            "fitted."
+        )
+
+    def what_the_network_gives(self) -> str:
+        """Say how the outputs become probabilities."""
+        return (
+            "a logit for each grade but the highest: its sigmoid is the probability, of images that are not "
+            "below the grade, to be above it. The grade is how many of the running products of these are "
+            "above 0.5; for the probability of each grade, divide the logits by the temperature "
+            f"{self.fitted['temperature']:.6g} first"
         )
 
 
 class Quantity(Row):
     """The quantity in its unit, and the interval that was fitted around it."""
 
-    question = "Measurement in images"
+    task_name = "Measurement in images"
 
     @property
     def columns(self) -> list[str]:
@@ -163,7 +181,7 @@ class Quantity(Row):
 
     def output(self) -> Config:
         """Give the quantity, which the network gives in standard deviations from the mean."""
-        return described_tensor("regression", "values", [], self.names)
+        return described_tensor("tuples", "standard deviations from the mean", [], self.names)
 
     def postprocessing(self) -> list[Config]:
         """Bring the output to its unit, and put the interval around it."""
@@ -174,7 +192,7 @@ class Quantity(Row):
             steps.append(changed(f"$lambda value: torch.cat([value, value - {half!r}, value + {half!r}])"))
         return steps
 
-    def words(self) -> str:
+    def what_is_written(self) -> str:
         """Say what the columns are."""
         text = f"predictions.csv has {self.names[0]}, in the unit of the labels"
         if half_width(self.fitted) is None:
@@ -183,6 +201,11 @@ class Quantity(Row):
         return (
             f"{text}, and the interval from low to high that is to hold the truth in {coverage:g} of images."
         )
+
+    def what_the_network_gives(self) -> str:
+        """Say how the output becomes a quantity."""
+        center, scale = self.fitted["center"], self.fitted["scale"]
+        return f"the quantity in standard deviations from the mean: times {scale:.6g}, plus {center:.6g}"
 
 
 def changed(function: str | Config) -> Config:

@@ -27,7 +27,11 @@ def probabilities_of(logits: Tensor) -> Tensor:
 
 
 def grade_and_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Give for one image (K - 1,) its grade and, at a temperature, the probability of each: (1 + K,)."""
+    """Give for one image (K - 1,) its grade and, at a temperature, the probability of each: (1 + K,).
+
+    A temperature is to change how sure a prediction is, and not the prediction, which was scored without one:
+    a product of probabilities can cross 0.5 where they change, so the grade is that of the logits themselves.
+    """
     # (K - 1,) → (1, K - 1)
     single = logits[None]
     return torch.cat([grades_of(single), probabilities_of(single / temperature)[0]])

@@ -4,69 +4,17 @@ An image is (H, W) or (H, W, 3), a volume (D, H, W) or (D, H, W, 3).
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from monai.transforms.spatial.array import Resize
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 Bytes = npt.NDArray[np.uint8]
-
-PICTURES: tuple[str, ...] = (
-    ".bmp",
-    ".gif",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
-
-
-def read_picture(path: Path) -> npt.NDArray[np.generic]:
-    """Decode a picture as it is, before it is brought to 8 bit.
-
-    Raises:
-        ValueError: it holds several pages.
-        OSError: it is none.
-    """
-    is_tiff = path.suffix.lower() in {".tif", ".tiff"}
-    try:
-        with Image.open(path) as opened:
-            pages = getattr(opened, "n_frames", 1)
-            if pages > 1:
-                raise ValueError(f"it holds {pages} pages; store each in a file of its own")
-            deep_colour = opened.mode.startswith("RGB") and ";16" in str(opened.tile)
-            if not deep_colour:
-                return pixels_of(opened)
-            if not is_tiff:
-                # Pillow keeps the upper 8 of 16 bits; a wider type has them stretched like others.
-                return pixels_of(opened).astype(np.uint16)
-    except UnidentifiedImageError:
-        if not is_tiff:
-            raise
-    # Not all who read pictures have it.
-    import tifffile
-
-    return np.asarray(tifffile.imread(path))
-
-
-def pixels_of(opened: Image.Image) -> npt.NDArray[np.generic]:
-    """Decode what Pillow has opened: upright, grey or RGB, values deeper than 8 bit as they are."""
-    image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith(("I", "F")):
-        return np.asarray(image)
-    if image.mode in {"1", "L", "LA"}:
-        return np.asarray(image.convert("L"))
-    return np.asarray(image.convert("RGB"))
 
 
 def as_image(array: npt.NDArray[np.generic]) -> Bytes:
@@ -143,7 +91,7 @@ def normalised(pixels: Tensor, size: Sequence[int], mean: Sequence[float], std: 
 
 
 def on_grid(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring logits (B, S + 1, …) to the size of masks, between whose pixels theirs lie."""
+    """Interpolate logits (B, S + 1, …) to the size of a mask."""
     if tuple(logits.shape[2:]) == tuple(size):
         return logits
     mode = {2: "bilinear", 3: "trilinear"}[len(size)]
@@ -153,6 +101,14 @@ def on_grid(logits: Tensor, size: Sequence[int]) -> Tensor:
 def dimensions_of(array: Bytes) -> int:
     """Say whether it is an image, 2, or a volume, 3."""
     return array.ndim - int(is_colour(array))
+
+
+def require_dimensions(array: Bytes, dimensions: int, name: str = "it") -> None:
+    """Raise a ValueError unless it is the image, 2, or the volume, 3, that a network takes."""
+    words = {2: "an image", 3: "a volume"}
+    found = dimensions_of(array)
+    if found != dimensions:
+        raise ValueError(f"{name} is {words[found]}, and the network takes {words[dimensions]}")
 
 
 def is_colour(array: npt.NDArray[np.generic]) -> bool:

@@ -1,6 +1,6 @@
 """From files to a network's input and back, for transforms of MONAI."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,36 +9,67 @@ from monai.data.image_reader import PILReader
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms.inverse import InvertibleTransform
 from monai.transforms.transform import MapTransform
+from monai.utils.misc import ensure_tuple
 from PIL import Image
 
-from .pixels import as_image, normalised, on_grid, read_picture, resize
+from .files import NIFTI, PICTURES, is_nifti, is_picture, read_file
+from .pixels import as_image, normalised, on_grid, require_dimensions, resize
+from .volumes import VolumeReader, slice_or_volume
+
+__all__ = ["PictureReader", "ToInputd", "VolumeReader", "images_in"]
 
 
-def images_in(folder: str, suffixes: Sequence[str]) -> list[dict[str, str]]:
+def images_in(folder: str, *, volumes: bool) -> list[dict[str, str]]:
     """List the images below a folder as MONAI's data sets take them, in order.
+
+    Args:
+        folder: their folder.
+        volumes: whether they are NIfTI; else they are pictures and DICOM files.
 
     Raises:
         ValueError: there are none.
     """
-    endings = tuple(suffixes)
-    paths = [path for path in sorted(Path(folder).rglob("*")) if path.name.lower().endswith(endings)]
+    is_wanted: Callable[[Path], bool] = is_picture
+    wanted = ", ".join((*PICTURES, "DICOM"))
+    if volumes:
+        is_wanted, wanted = is_nifti, ", ".join(NIFTI)
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and is_wanted(path)]
     if not paths:
-        raise ValueError(f"{folder} has no image ({', '.join(suffixes)}). Name a folder with --dataset_dir.")
+        raise ValueError(f"{folder} has no image ({wanted}). Name a folder with --dataset_dir.")
     return [{"image": str(path)} for path in paths]
 
 
 class PictureReader(PILReader):
-    """Reads pictures upright, as 8-bit grey or RGB; values of more bits are stretched to 8."""
+    """Reads pictures and DICOM files upright, as 8-bit grey or RGB.
 
-    def read(self, data: Any, **_: Any) -> Any:
-        """Read one picture, or a list of them."""
-        paths = data
-        if isinstance(data, (str, Path)):
-            paths = [data]
-        pictures = [Image.fromarray(as_image(read_picture(Path(path)))) for path in paths]
-        if len(pictures) == 1:
-            return pictures[0]
-        return pictures
+    Values of more bits are stretched to 8; those of DICOM are shown as the file says.
+    """
+
+    def read(self, data: Any, **_: Any) -> tuple[Any, ...]:
+        """Give the paths of one file, or a list of them; `get_data` decodes.
+
+        Where `read` fails, MONAI's `LoadImage` tries its other readers, which read files in other ways.
+        The keywords that MONAI allows for are those of `Image.open`, which has no part in this.
+        """
+        paths: tuple[Any, ...] = ensure_tuple(data)
+        return paths
+
+    def get_data(self, img: Any) -> Any:
+        """Decode what `read` gave; give the values and MONAI's metadata.
+
+        Raises:
+            ValueError: a file cannot be read, or holds several frames.
+        """
+        pictures = []
+        for path in img:
+            try:
+                pixels = as_image(read_file(Path(path)))
+                require_dimensions(pixels, 2)
+            # Damaged files raise whatever their format's parser stumbles on.
+            except Exception as error:
+                raise ValueError(f"{path} could not be read as an image: {error}") from error
+            pictures.append(Image.fromarray(pixels))
+        return super().get_data(pictures)
 
 
 class ToInputd(MapTransform, InvertibleTransform):
@@ -65,7 +96,11 @@ class ToInputd(MapTransform, InvertibleTransform):
         self.mean, self.std = list(mean), list(std)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Change the images; their affines stay those of the files' own voxels."""
+        """Change the images; their affines stay those of the files' own voxels.
+
+        Raises:
+            ValueError: a volume has one slice.
+        """
         changed = dict(data)
         for key in self.key_iterator(changed):
             image = changed[key]
@@ -73,21 +108,27 @@ class ToInputd(MapTransform, InvertibleTransform):
             values = image.as_tensor().movedim(0, -1).numpy()
             if values.shape[-1] == 1:
                 values = values[..., 0]
-            pixels = torch.tensor(resize(as_image(values), self.stored))
+            if len(self.stored) == 3:
+                values = slice_or_volume(values)
+            array = as_image(values)
+            require_dimensions(array, len(self.stored), image.meta["filename_or_obj"])
+            pixels = torch.tensor(resize(array, self.stored))
             # (…) → (1, …), (…, C) → (C, …)
             channels = pixels.reshape(*self.stored, -1).movedim(-1, 0)
-            own = normalised(channels, self.size, self.mean, self.std)
-            changed[key] = MetaTensor(own, meta=image.meta, applied_operations=image.applied_operations)
-            whole = tuple(image.shape[1:])
-            self.push_transform(changed[key], orig_size=whole)  # type: ignore[no-untyped-call]  # of MONAI
+            inputs = normalised(channels, self.size, self.mean, self.std)
+            changed[key] = MetaTensor(inputs, meta=image.meta, applied_operations=image.applied_operations)
+            shape = tuple(image.shape[1:])
+            self.push_transform(changed[key], orig_size=shape)  # type: ignore[no-untyped-call]  # of MONAI
         return changed
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Bring outputs (S + 1, …) to the size that the image had."""
         changed = dict(data)
         for key in self.key_iterator(changed):
-            whole = self.pop_transform(changed[key])["orig_size"]
+            shape = self.pop_transform(changed[key])["orig_size"]
             outputs = changed[key]
-            own = on_grid(outputs.as_tensor()[None], [int(side) for side in whole])[0]
-            changed[key] = MetaTensor(own, meta=outputs.meta, applied_operations=outputs.applied_operations)
+            logits = on_grid(outputs.as_tensor()[None], [int(side) for side in shape])[0]
+            changed[key] = MetaTensor(
+                logits, meta=outputs.meta, applied_operations=outputs.applied_operations
+            )
         return changed

@@ -16,19 +16,21 @@ class Table:
         file: to write.
         folder: of the images, whose paths below it are written.
         columns: of the values of an image, in their order.
-        names: of an image's first value, which is then a position among them: classes or grades.
+        first_value_names: where the first value of an image is a position among names, such as grades.
     """
 
-    def __init__(self, file: str, folder: str, columns: Sequence[str], names: Sequence[str] = ()) -> None:
+    def __init__(
+        self, file: str, folder: str, columns: Sequence[str], first_value_names: Sequence[str] = ()
+    ) -> None:
         self.file, self.folder = Path(file), folder
-        self.columns, self.names = list(columns), list(names)
+        self.columns, self.first_value_names = list(columns), list(first_value_names)
         self.rows: list[list[Any]] = []
 
     def save_batch(self, batch_data: Tensor, meta_data: Mapping[str, Sequence[str]]) -> None:
         """Keep the values (B, C) of images, whose paths are in `filename_or_obj`."""
         for values, path in zip(batch_data.tolist(), meta_data["filename_or_obj"], strict=True):
-            if self.names:
-                values[0] = self.names[int(values[0])]
+            if self.first_value_names:
+                values[0] = self.first_value_names[int(values[0])]
             self.rows.append([os.path.relpath(path, self.folder), *values])
 
     def finalize(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import TrainerError
 from ..images import complaint
-from ..mask_files import load_masks, without_suffix, write_mask
+from ..mask_files import load_masks, mask_type, without_suffix, write_mask
 from ..overlap import KEPT, dice_ce, measure
 from ..overlays import Example, draw_learning, draw_overlays, fullest_slice
 from ..scripts.pixels import on_grid
@@ -221,7 +221,8 @@ class Segment(Task):
 
     def write(self, outputs: Tensor, rows: pd.DataFrame, folder: Path) -> None:
         """Write the mask of each image in its own geometry, with the values of the training's masks."""
-        values = np.array([0, *self.details["values"]])
+        # One type for all, also for a mask without the structure that needs 16 bit.
+        values = np.array([0, *self.details["values"]], mask_type(self.details["values"]))
         for own, (_, row) in zip(outputs, rows.iterrows(), strict=True):
             mask = values[on_grid(own[None], row["shape"]).argmax(1)[0].numpy()]
             write_mask(mask, row["item"], folder / without_suffix(row["name"]))
