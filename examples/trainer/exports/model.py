@@ -158,8 +158,13 @@ def _computes_the_same(definition: dict[str, Any], trained: Trained) -> bool:
     # Of tensors of the same shapes, some networks take images of one size alone, and say so in their own way.
     except Exception:
         return False
+    return relative_difference(found, expected) < TOLERANCE
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Compute the largest difference between outputs, relative to the largest of those expected."""
     largest = float(expected.abs().max().clamp_min(1e-6))
-    return float((found - expected).abs().max()) < TOLERANCE * largest
+    return float((found - expected).abs().max()) / largest
 
 
 def build(definition: dict[str, Any]) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor
 from medpeft.adapters.registry import find
 
 from ..errors import TrainerError
-from .model import TOLERANCE, Trained, merge
+from .model import TOLERANCE, Trained, merge, relative_difference
 
 
 def write_onnx(trained: Trained, path: Path) -> None:
@@ -65,10 +65,7 @@ def _compare(trained: Trained, path: Path) -> None:
         images = torch.randn(
             count, *trained.example.shape[1:], generator=torch.Generator().manual_seed(count)
         )
-        expected = trained.model(images)
-        found = run_onnx(path, images)
-        largest = float(expected.abs().max().clamp_min(1e-6))
-        difference = float((found - expected).abs().max()) / largest
+        difference = relative_difference(run_onnx(path, images), trained.model(images))
         if not difference < TOLERANCE:
             raise TrainerError(
                 f"The ONNX file computes something else than the model: they differ by {difference:.1e} of "

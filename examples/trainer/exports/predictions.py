@@ -1,7 +1,7 @@
 """Answers that are a line of predictions.csv an image: classes, findings, a grade, a quantity."""
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from ..tasks.regress import half_width
 from .answers import Answer, Config, described_tensor
@@ -61,64 +61,60 @@ class Row(Answer):
         return [handler]
 
 
-class Classes(Row):
-    """The probability of each class, at the fitted temperature."""
+class Probabilities(Row):
+    """A probability for each class or finding, at the fitted temperature.
 
-    task_name = "Classification of images"
+    Attributes:
+        one: what each is called.
+        activation: what makes probabilities of logits.
+    """
+
+    one: ClassVar[str]
+    activation: ClassVar[str]
 
     @property
     def columns(self) -> list[str]:
-        """A probability a class."""
+        """A probability for each."""
         return self.probabilities()
 
     def postprocessing(self) -> list[Config]:
-        """Give softmax at the temperature."""
+        """Give the activation at the temperature."""
         return [
             changed(f"$lambda logits: logits / {self.fitted['temperature']!r}"),
-            {"_target_": "Activationsd", "keys": "pred", "softmax": True},
+            {"_target_": "Activationsd", "keys": "pred", self.activation: True},
         ]
 
     def what_is_written(self) -> str:
         """Say what the columns are."""
-        return "predictions.csv has the probability of each class, at the temperature that was fitted."
+        return f"predictions.csv has the probability of each {self.one}, at the temperature that was fitted."
 
     def what_the_network_gives(self) -> str:
         """Say how the outputs become probabilities."""
-        temperature = f"{self.fitted['temperature']:.6g}"
-        return f"a logit for each class: divide by the temperature {temperature}, then take the softmax"
+        return (
+            f"a logit for each {self.one}: divide by the temperature {self.fitted['temperature']:.6g}, then "
+            f"take the {self.activation}"
+        )
 
 
-class Findings(Row):
-    """The probability of each finding, at the fitted temperature."""
+class Classes(Probabilities):
+    """The probability of each class."""
+
+    task_name = "Classification of images"
+    one, activation = "class", "softmax"
+
+
+class Findings(Probabilities):
+    """The probability of each finding, each for itself."""
 
     task_name = "Findings in images"
-
-    @property
-    def columns(self) -> list[str]:
-        """A probability a finding."""
-        return self.probabilities()
-
-    def postprocessing(self) -> list[Config]:
-        """Give the sigmoid at the temperature."""
-        return [
-            changed(f"$lambda logits: logits / {self.fitted['temperature']!r}"),
-            {"_target_": "Activationsd", "keys": "pred", "sigmoid": True},
-        ]
+    one, activation = "finding", "sigmoid"
 
     def what_is_written(self) -> str:
         """Say what the columns are, and from where on a finding is there."""
         thresholds = []
         for name, threshold in zip(self.names, self.fitted["thresholds"], strict=True):
             thresholds.append(f"{name} from {threshold:.4g}")
-        return (
-            "predictions.csv has the probability of each finding, at the temperature that was fitted. By the "
-            f"trainer's thresholds there is {', '.join(thresholds)} on."
-        )
-
-    def what_the_network_gives(self) -> str:
-        """Say how the outputs become probabilities."""
-        temperature = f"{self.fitted['temperature']:.6g}"
-        return f"a logit for each finding: divide by the temperature {temperature}, then take the sigmoid"
+        return f"{super().what_is_written()} By the trainer's thresholds there is {', '.join(thresholds)} on."
 
 
 class Grades(Row):
