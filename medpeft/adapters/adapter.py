@@ -169,7 +169,7 @@ class SecondPlace(Adapter):
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:
-    """Return `module.name`, like `getattr`, but of a parameter in a tenth of the time.
+    """Return `module.name`, like `getattr`, but of a parameter in a quarter of the time.
 
     As there, an attribute of a stand-in comes before the parameter that it hides.
     """

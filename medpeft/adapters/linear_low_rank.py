@@ -1,7 +1,7 @@
 """A frozen linear layer and its low-rank change in one step, W·x + b + s·B·A·x.
 
-As two steps they give autograd two gradients of the same input, which it has to add: for the layer and the
-change to be one step saves writing one of them and reading both, some five per cent of a step of a ViT.
+As two steps they give autograd two gradients of the same input, which it has to add. In one step the second
+is accumulated into the first. That saves writing one and reading both, some five per cent of a ViT's step.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def linear_with_low_rank(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is torch's own, which no subclass computes otherwise; a fake one stands for one."""
+    """Whether a tensor is torch's own, and no subclass that computes in its own way.
+
+    Fake tensors are allowed: they stand for plain ones.
+    """
     return type(tensor) in _PLAIN or is_fake(tensor)
 
 
@@ -82,16 +85,16 @@ def _joined(
     even: EvenRows | None,
 ) -> Tensor:
     y = F.linear(x, weight, bias)
-    if y._is_view():  # Of one vector `F.linear` returns a view, into which nobody may write.
+    if y._is_view():  # For an input of one vector `F.linear` returns a view, into which nobody may write.
         y = y.clone(memory_format=torch.contiguous_format)
     return add_to_channels(y, hidden, up, scale, parts, even)
 
 
 class LowRankLinear(torch.autograd.Function):
-    """`linear_with_low_rank` with gradients; keeps x and h = A·xᵀ.
+    """`linear_with_low_rank` with gradients; keeps x if A trains, h = A·xᵀ if B trains, and no output.
 
-    It returns h too. What was made inside and only kept would be a constant in second derivatives; what came
-    out of the function is not.
+    It returns h too, so that autograd knows that h depends on x and A. Kept without being an output, it would
+    be a constant in second derivatives.
     """
 
     @staticmethod
@@ -120,7 +123,10 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_of_hidden: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, b, A and B; that of h is zero but for second derivatives."""
+        """Gradients of x, b, A and B.
+
+        `grad_of_hidden` is zero in a first backward. It brings what second derivatives send through h.
+        """
         x, hidden, weight, down, up = ctx.saved_tensors
         needs_x, _, needs_bias, needs_down, needs_up = ctx.needs_input_grad[:5]
         rows = grad.reshape(-1, grad.shape[-1])  # (…, O) → (N, O)
@@ -128,9 +134,9 @@ class LowRankLinear(torch.autograd.Function):
         if needs_bias:
             grad_bias = rows.sum(0)
         if needs_up:
-            grad_up = _gradient_of_ups(rows, hidden, ctx.scale, ctx.parts)
+            grad_up = _gradient_of_up_of_parts(rows, hidden, ctx.scale, ctx.parts)
         if needs_x or needs_down:
-            grad_hidden = _gradient_of_hiddens(rows, up, ctx.scale, ctx.parts) + grad_of_hidden
+            grad_hidden = _gradient_of_hidden_of_parts(rows, up, ctx.scale, ctx.parts) + grad_of_hidden
         if needs_down:
             grad_down = torch.mm(grad_hidden, x.reshape(-1, x.shape[-1]))  # (r, N), (N, I) → (r, I)
         if needs_x:
@@ -139,7 +145,7 @@ class LowRankLinear(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_down, grad_up, None, None, None
 
 
-def _gradient_of_hiddens(rows: Tensor, up: Tensor, scale: float, parts: tuple[Rows, ...]) -> Tensor:
+def _gradient_of_hidden_of_parts(rows: Tensor, up: Tensor, scale: float, parts: tuple[Rows, ...]) -> Tensor:
     """Gradient of the h of all parts, (parts·r, N), from that of the output, (N, O)."""
     if not parts:
         return gradient_of_hidden(rows, up, scale)
@@ -149,7 +155,7 @@ def _gradient_of_hiddens(rows: Tensor, up: Tensor, scale: float, parts: tuple[Ro
     return torch.cat(gradients)
 
 
-def _gradient_of_ups(rows: Tensor, hidden: Tensor, scale: float, parts: tuple[Rows, ...]) -> Tensor:
+def _gradient_of_up_of_parts(rows: Tensor, hidden: Tensor, scale: float, parts: tuple[Rows, ...]) -> Tensor:
     """Gradient of the B of all parts, (channels of the parts, r), from that of the output, (N, O)."""
     if not parts:
         return gradient_of_up(rows, hidden, scale)
