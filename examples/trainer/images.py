@@ -20,7 +20,7 @@ from .errors import TrainerError
 from .nifti import read_nifti
 from .scripts.dicom import SUFFIXES as DICOM
 from .scripts.dicom import patient_of, read_series
-from .scripts.files import NIFTI, PICTURES, is_picture, read_file
+from .scripts.files import PICTURES, is_nifti, is_picture, read_file
 from .scripts.pixels import Bytes, as_image, dimensions_of, is_colour, require_dimensions, resize
 
 Integers = npt.NDArray[np.int64]
@@ -66,7 +66,7 @@ class Loaded:
 
 def is_image(path: Path) -> bool:
     """Say whether a file is read: by its suffix, or, as a PACS writes them, DICOM without one."""
-    return is_picture(path) or path.name.lower().endswith(NIFTI)
+    return is_picture(path) or is_nifti(path)
 
 
 def load(
@@ -216,6 +216,6 @@ def read_values(path: Path) -> npt.NDArray[np.generic]:
     """Decode a file as it is, before it is brought to 8 bit."""
     if path.is_dir():
         return read_series(path)
-    if path.name.lower().endswith(NIFTI):
+    if is_nifti(path):
         return read_nifti(path)
     return read_file(path)
