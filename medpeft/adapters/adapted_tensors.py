@@ -23,7 +23,7 @@ def adapted_tensors(
         x: Its input, if that is known.
         without: An adapter to leave out, because it acts on the output this time.
     """
-    on_weight: list[Any] = [adapters._modules[name] for name in adapters.on_weight]
+    on_weight: list[Any] = [adapters._modules[name] for name in adapters.order.on_weight]
     if without is not None:
         on_weight.remove(without)
     dtype, device = _dtype_and_device(layer, on_weight, x)

@@ -127,7 +127,10 @@ class FlexibleAdapter(Adapter):
 
 
 class JoiningAdapter(Adapter):
-    """An adapter of the output that can compute a layer and its change in one step, which costs less."""
+    """An adapter of the output or the weight that can compute a layer with its change in one step.
+
+    That costs less. It is asked where it is the first to act on the layer.
+    """
 
     def with_layer(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """Compute the adapted output from the layer's input; None where layer and `forward` must do it.

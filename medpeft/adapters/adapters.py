@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,54 @@ from torch import Tensor, nn
 
 from ..architecture.layers import as_kept, outputs_first, own_tensor
 from .adapter import Adapter, DroppingAdapter, FlexibleAdapter, JoiningAdapter, SecondPlace
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Which of a layer's adapters act where, by their names, in the order in which they act.
+
+    A forward asks all of it at every layer, so it is one small object.
+
+    Attributes:
+        entering: Those that change the input. One that also changes the output goes in first and comes out
+            last, like brackets.
+        on_weight: Those that change the weight.
+        flexible: The `FlexibleAdapter` in `on_weight`, "" for none.
+        dropping: The `DroppingAdapter` in `on_weight` that drops something, "" for none.
+        leaving: Those that change the output.
+        joining: The one that acts on the layer first, if it is a `JoiningAdapter`: the only one in
+            `on_weight`, or where that is empty the first in `leaving`; "" for none.
+        leaving_later: Those in `leaving` that act after it.
+    """
+
+    entering: tuple[str, ...]
+    on_weight: tuple[str, ...]
+    flexible: str
+    dropping: str
+    leaving: tuple[str, ...]
+    joining: str
+    leaving_later: tuple[str, ...]
+
+    @classmethod
+    def of(cls, acting: Mapping[str, Adapter]) -> Order:
+        """Find the places of adapters, which come in their order in the layer."""
+        on_weight = tuple(name for name, adapter in acting.items() if "weight" in adapter.acts_on)
+        leaving = tuple(name for name, adapter in acting.items() if "output" in adapter.acts_on)
+        flexible = dropping = joining = ""
+        for name in on_weight:
+            adapter = acting[name]
+            if isinstance(adapter, FlexibleAdapter) and not flexible:
+                flexible = name
+            if isinstance(adapter, DroppingAdapter) and adapter.drops:
+                dropping = name
+        on_layer = [*on_weight, *leaving]
+        if on_layer and len(on_weight) <= 1 and isinstance(acting[on_layer[0]], JoiningAdapter):
+            joining = on_layer[0]
+        inputs = [name for name, adapter in acting.items() if "input" in adapter.acts_on]
+        brackets = [name for name in inputs if name in leaving]
+        leaving_later = tuple(name for name in leaving if name != joining)
+        entering = (*[name for name in inputs if name not in brackets], *brackets[::-1])
+        return cls(entering, on_weight, flexible, dropping, leaving, joining, leaving_later)
 
 
 class Adapters(nn.ModuleDict):
@@ -20,21 +69,13 @@ class Adapters(nn.ModuleDict):
     Attributes:
         enabled: Whether they act: False within `disabled` and `merged`.
         strength: Share of each one's change that acts: 1 but within `scaled`.
-        entering: Names of the adapters that change the input, in order. One that also changes the output
-            goes in first and comes out last, like brackets.
-        on_weight: Names of the adapters that change the weight, in order.
-        flexible: Name of the `FlexibleAdapter` in `on_weight`, "" for none.
-        dropping: Name of the `DroppingAdapter` in `on_weight` that drops something, "" for none.
-        leaving: Names of the adapters that change the output, in order.
-        joining: Name of the first one of `leaving` if it is a `JoiningAdapter` and none is in `on_weight`, ""
-            for none.
+        order: Which of them act where.
         installation: Key of the installation that they came with, "" if that is not known; see `Wiring`.
     """
 
     # Of the class too, for models that were pickled before.
     strength: float = 1.0
     installation: str = ""
-    joining: str = ""
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         # An input adapter computes W'·R·x. Merging gives the same only if additive changes of W come first:
@@ -49,25 +90,14 @@ class Adapters(nn.ModuleDict):
         self.enabled, self.strength = True, 1.0
         self.let_act(names)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of torch's
+        if "order" not in state:  # Of a model that was pickled before.
+            self.let_act([name for name, _ in self.adapters()])
+
     def let_act(self, names: Collection[str]) -> None:
         """Let those adapters act that have one of these names, in the order of all of them."""
-        acting = {name: adapter for name, adapter in self.adapters() if name in names}
-        self.on_weight = [name for name, adapter in acting.items() if "weight" in adapter.acts_on]
-        self.flexible = next(
-            (name for name in self.on_weight if isinstance(acting[name], FlexibleAdapter)), ""
-        )
-        self.dropping = ""
-        for name in self.on_weight:
-            adapter = acting[name]
-            if isinstance(adapter, DroppingAdapter) and adapter.drops:
-                self.dropping = name
-        self.leaving = [name for name, adapter in acting.items() if "output" in adapter.acts_on]
-        self.joining = ""
-        if self.leaving and not self.on_weight and isinstance(acting[self.leaving[0]], JoiningAdapter):
-            self.joining = self.leaving[0]
-        inputs = [name for name, adapter in acting.items() if "input" in adapter.acts_on]
-        brackets = [name for name in inputs if name in self.leaving]
-        self.entering = [name for name in inputs if name not in brackets] + brackets[::-1]
+        self.order = Order.of({name: adapter for name, adapter in self.adapters() if name in names})
 
     def forward(self, x: Any) -> Any:
         """Return `x`: an adapted `nn.Sequential` runs its adapters as if they were its last layer."""
@@ -81,9 +111,12 @@ class Adapters(nn.ModuleDict):
 
     def in_merging_order(self) -> list[Adapter]:
         """List all adapters in merging order. Input adapters are merged last to first."""
-        inputs = [name for name in self.entering if name not in self.leaving and name not in self.on_weight]
+        order = self.order
+        inputs = [
+            name for name in order.entering if name not in order.leaving and name not in order.on_weight
+        ]
         by_name = dict(self.adapters())
-        in_order = [by_name[name] for name in (*self.on_weight, *self.leaving, *reversed(inputs))]
+        in_order = [by_name[name] for name in (*order.on_weight, *order.leaving, *reversed(inputs))]
         # A second place has no weight to change: the first place decides whether it can be merged.
         return [adapter for adapter in in_order if not isinstance(adapter, SecondPlace)]
 

@@ -61,7 +61,7 @@ def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
         # the model, this is one that somebody has wrapped.
         if running.begin(layer, token):
             wiring = wiring_of(layer) or wiring
-        require_present(layer, wiring.paths)
+        require_present(layer, wiring.paths, wiring.branches)
         return adapted_forward(layer, replace(wiring, root=False), *args, **kwargs)
     finally:
         running.end(layer, token)
@@ -117,26 +117,27 @@ def _run_adapted(
     layer: nn.Module, adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Pass an input through the input adapters, the layer, and the output adapters."""
-    if adapters.entering and (args or kwargs):
+    order = adapters.order
+    if order.entering and (args or kwargs):
         args, kwargs = _enter(adapters, wiring, args, kwargs)
     x: Any = None  # The layer's first input, as the input adapters have left it.
     if args:
         x = args[0]
     elif kwargs:
         x = kwargs[_first_name(kwargs, wiring)]
-    leaving = adapters.leaving
+    leaving = order.leaving
     output: Any = None
-    if adapters.joining and wiring.direct and len(args) == 1 and not kwargs:
-        output = _run_joined(layer, adapters, x)
+    if order.joining and wiring.direct and len(args) == 1 and not kwargs:
+        output = _run_joined(layer, adapters, adapters._modules[order.joining], x)
     if output is not None:
-        leaving = leaving[1:]  # The first has acted.
-    elif not adapters.on_weight and wiring.direct:
+        leaving = order.leaving_later
+    elif not order.on_weight and wiring.direct:
         output = type(layer).forward(layer, *args, **kwargs)
-    elif not adapters.on_weight:
+    elif not order.on_weight:
         output = _run(layer, wiring, {}, args, kwargs)
-    elif adapters.dropping and adapters._modules[adapters.dropping].training:
+    elif order.dropping and adapters._modules[order.dropping].training:
         output = _run_dropping(layer, adapters, wiring, args, kwargs)
-    elif not adapters.flexible or not isinstance(x, Tensor):
+    elif not order.flexible or not isinstance(x, Tensor):
         tensors = adapted_tensors(layer, adapters, x)
         output = _run(layer, wiring, tensors, args, kwargs)
     else:
@@ -151,9 +152,8 @@ def _run_adapted(
     return y
 
 
-def _run_joined(layer: nn.Module, adapters: Adapters, x: Any) -> Tensor | None:
-    """Run a layer and the first adapter of its output in one step; None where they are to be two."""
-    adapter: Any = adapters._modules[adapters.joining]
+def _run_joined(layer: nn.Module, adapters: Adapters, adapter: Any, x: Any) -> Tensor | None:
+    """Run a layer and the adapter that acts on it first in one step; None where they are to be two."""
     if adapters.strength != 1 or is_observed(adapter) or not isinstance(x, Tensor):
         return None
     joined: Tensor | None = adapter.with_layer(layer, x)
@@ -171,7 +171,7 @@ def _enter(
     else:
         first, names = _first_name(kwargs, wiring), []
         x = others.pop(first)
-    for name in adapters.entering:
+    for name in adapters.order.entering:
         adapter: Adapter = adapters._modules[name]  # type: ignore[assignment]  # these names are of adapters
         x = adapters.part_of(x, adapter.enter(x, others))
     if args:
@@ -209,7 +209,7 @@ def _run_dropping(
 
     It is W·x + b + (W' − W)·dropout(x), where W' has that change and W, b have those of all other adapters.
     """
-    dropping: Any = adapters._modules[adapters.dropping]
+    dropping: Any = adapters._modules[adapters.order.dropping]
     without = adapted_tensors(layer, adapters, without=dropping)
     output = _run(layer, wiring, without, args, kwargs)
     change = adapted_tensors(layer, adapters)
@@ -234,15 +234,16 @@ def _run_flexibly(
     x: Tensor,
 ) -> Any:
     """Run a layer that has a flexible adapter, in the form that the adapter chooses for this input."""
-    flexible: Any = adapters._modules[adapters.flexible]
+    order = adapters.order
+    flexible: Any = adapters._modules[order.flexible]
     form = flexible.form(x, own_tensor(layer, flexible._weight))
     # An adapter that follows it on the weight, such as DoRA, must see the weight that it has changed.
-    if form == "output" and adapters.on_weight[-1] == adapters.flexible:
+    if form == "output" and order.on_weight[-1] == order.flexible:
         tensors = adapted_tensors(layer, adapters, x, without=flexible)
         output = _run(layer, wiring, tensors, args, kwargs)
         return _leave(adapters, flexible, x, output)
     # `compute` takes the place of the layer, which it cannot where another adapter changes the weight.
-    if form == "compute" and len(adapters.on_weight) == 1 and adapters.strength == 1:
+    if form == "compute" and len(order.on_weight) == 1 and adapters.strength == 1:
         return flexible.compute(x, own_tensor(layer, flexible._bias))
     return _run(layer, wiring, adapted_tensors(layer, adapters, x), args, kwargs)
 
@@ -263,7 +264,7 @@ def _run(
     for path in wiring.reads:
         layer_below = layer.get_submodule(path)
         adapters = acting(layer_below)
-        if adapters is not None and adapters.on_weight:
+        if adapters is not None and adapters.order.on_weight:
             changes[path] = adapted_tensors(layer_below, adapters)
     return run_with(layer, changes, wiring.previous, args, kwargs)
 

@@ -13,17 +13,38 @@ from ..errors import MedpeftError, listed
 Path = tuple[str, ...]
 """Names of the modules on the way from the model to one inside it; split, as every forward follows them."""
 
+Branch = tuple[str, bool, tuple["Branch", ...]]
+"""A child by its name, whether it is wired, and the branches below it."""
+
 # Under these names a wrapper holds what it wraps: torch.compile, checkpointing, FSDP, DataParallel and DDP.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 
-def require_present(model: nn.Module, paths: tuple[Path, ...]) -> None:
+def grown(paths: tuple[Path, ...]) -> tuple[Branch, ...]:
+    """Join paths into a tree, in which every module stands once: a forward walks it in half of the time.
+
+    >>> grown((("0", "conv"), ("0", "norm")))
+    (('0', False, (('conv', True, ()), ('norm', True, ()))),)
+    """
+    below: dict[str, list[Path]] = {}
+    for first, *rest in paths:
+        below.setdefault(first, []).append(tuple(rest))
+    branches = []
+    for name, rests in below.items():
+        branches.append((name, () in rests, grown(tuple(rest for rest in rests if rest))))
+    return tuple(branches)
+
+
+def require_present(model: nn.Module, paths: tuple[Path, ...], branches: tuple[Branch, ...] = ()) -> None:
     """Raise `MedpeftError` if a module that was wired is no longer there, and another has taken its place.
 
     Args:
         model: The model.
         paths: Where modules were wired.
+        branches: The same as a tree, if it is at hand.
     """
+    if branches and _are_wired(model, branches):
+        return
     lost = lost_modules(model, paths)
     if lost:
         raise MedpeftError(
@@ -44,6 +65,18 @@ def lost_modules(model: nn.Module, paths: tuple[Path, ...]) -> list[str]:
         if name not in wired and not _is_cut_off(model, path):
             lost.append(name)
     return lost
+
+
+def _are_wired(module: nn.Module, branches: tuple[Branch, ...]) -> bool:
+    """Whether every wired module below one is there, with a forward that was put on it."""
+    children = module._modules
+    for name, is_wired, below in branches:
+        child = children.get(name)
+        if child is None or (is_wired and "forward" not in child.__dict__):
+            return False
+        if below and not _are_wired(child, below):
+            return False
+    return True
 
 
 def _is_wired_at(model: nn.Module, path: Path) -> bool:

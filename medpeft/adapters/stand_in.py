@@ -9,7 +9,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..architecture.weight_reads import sets_attributes
 from .wiring import Wiring, acting, wiring_of
@@ -50,6 +50,18 @@ def run_with(
     cls: Any = type(layer)  # mypy does not see that a class is hashable.
     if not torch.compiler.is_compiling() and sets_attributes(cls):
         _keep_attributes(layer, copy, changes)
+    return output
+
+
+def run_norm_with(norm: nn.Module, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """Run the forward of a norm's class with another weight and bias: `run_with` where nothing is to be asked.
+
+    The forward sets no attribute of the norm; see `weight_reads.sets_attributes`.
+    """
+    copy = sharing_all(norm)
+    copy.__dict__["weight"] = weight
+    copy.__dict__["bias"] = bias
+    output: Tensor = type(norm).forward(copy, x)
     return output
 
 
@@ -106,7 +118,9 @@ def _stand_in_below(module: nn.Module, changes: Changes) -> nn.Module:
     wiring = wiring_of(module)
     adapters = acting(module)
     covered = wiring is not None and wiring.previous is None and set(wiring.reads) <= set(changes)
-    if covered and (adapters is None or ("" in changes and not adapters.leaving and not adapters.entering)):
+    if covered and (
+        adapters is None or ("" in changes and not adapters.order.leaving and not adapters.order.entering)
+    ):
         copy.__dict__.pop("forward", None)
     return copy
 

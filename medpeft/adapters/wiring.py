@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import MedpeftError
 from .adapters import Adapters
 from .handover import Handover
-from .presence import Path
+from .presence import Branch, Path, grown
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Wiring:
         direct: Whether the forward of its class can run on the layer itself: there is no previous forward, no
             weight read below, no override.
         paths: On the model, where all modules are on which its adapters depend; see `presence.py`.
+        branches: The same places as a tree.
         installation: Key of the installation that it came with. A forward of an earlier one, which somebody
             has wrapped and the present one calls, lets no adapters act: they have acted already.
     """
@@ -50,6 +51,7 @@ class Wiring:
     apart: bool = False
     direct: bool = False
     paths: tuple[Path, ...] = ()
+    branches: tuple[Branch, ...] = ()
     installation: str = ""
 
 
@@ -74,7 +76,7 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
     Args:
         layer: The layer.
         forward: A function of a module, `(layer, wiring, *args, **kwargs)`.
-        wiring: Facts about the layer. `input_names`, `previous` and `direct` are filled in.
+        wiring: Facts about the layer. `input_names`, `previous`, `direct` and `branches` are filled in.
     """
     slot, present, previous = _slot(layer), wiring_of(layer), None
     if present is not None:
@@ -83,7 +85,9 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
         previous = layer.__dict__.get("forward")
     input_names = _input_names(type(layer))  # type: ignore[arg-type]  # a class is hashable
     direct = previous is None and not wiring.reads and not wiring.overrides
-    filled_in = replace(wiring, input_names=input_names, previous=previous, direct=direct)
+    filled_in = replace(
+        wiring, input_names=input_names, previous=previous, direct=direct, branches=grown(wiring.paths)
+    )
     layer.__dict__[slot] = _bound(forward, layer, filled_in)
     layer.__dict__["_replicate_for_data_parallel"] = functools.partial(replicated, layer)
     layer.__dict__["__prepare_scriptable__"] = refuse_script

@@ -122,7 +122,7 @@ def _lost_forwards(adapted: Adapted) -> Iterator[Finding]:
     hint = "was the layer converted, or its forward deleted?"
     for name, layer, adapters in adapted.layers:
         wired = [layer] if any(True for _ in adapters.adapters()) else []
-        if adapters.on_weight:
+        if adapters.order.on_weight:
             wired += [network.modules[reader.name] for reader in network.readers(layer, *layer._parameters)]
         if not all(map(is_wired, wired)):
             yield Finding(name, f"has lost the forward of its adapters ({hint}); convert first, then apply")

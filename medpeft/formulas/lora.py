@@ -194,7 +194,7 @@ class LoRA(DroppingAdapter, JoiningAdapter):
 
     def with_layer(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """Compute a linear layer and the change in one step, where nothing is dropped."""
-        if not self.fits_kernels or (self.drops and self.dropout.training):
+        if not self.fits_kernels or self.acts_on == ON_WEIGHT or (self.drops and self.dropout.training):
             return None
         down, up = tensor_of(self, "down"), tensor_of(self, "up")
         return linear_with_low_rank(layer, x, down, up, self.scale, self.rows, self.even_rows)

@@ -7,15 +7,16 @@ Lian, Zhou, Feng & Wang, "Scaling & Shifting Your Features: A New Baseline for E
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.adapter import ON_WEIGHT, Adapter, along, scale_columns
-from ..adapters.in_place import in_place, writes_fresh_output
+from ..adapters.adapter import ON_WEIGHT, JoiningAdapter, along, scale_columns, tensor_of
+from ..adapters.in_place import eager, in_place, writes_fresh_output
 from ..adapters.registry import register
 from ..adapters.scale_shift import Recovery, scale_shift
+from ..adapters.stand_in import run_norm_with
 from ..architecture.layers import (
     channel_axis,
     is_scaling_norm,
@@ -24,6 +25,7 @@ from ..architecture.layers import (
 )
 from ..architecture.network import Network
 from ..architecture.site import Site
+from ..architecture.weight_reads import sets_attributes
 
 # Kinds of layers by the option `sites`.
 _KINDS = {
@@ -41,7 +43,7 @@ _KINDS = {
     takes_complex=True,
     by_image=True,
 )
-class SSF(Adapter):
+class SSF(JoiningAdapter):
     """Scale and shift of every layer's output, per channel: y·γ + β.
 
     Args:
@@ -73,11 +75,14 @@ class SSF(Adapter):
         if keep_outputs is None:
             keep_outputs = site.draft.overwritten
         self.recovery = Recovery()
-        self.writes_in_place = writes_fresh_output(site.layer) and not keep_outputs
+        self.has_stock_layer = writes_fresh_output(site.layer)
+        self.writes_in_place = self.has_stock_layer and not keep_outputs
         # A norm's own weight and bias take it for nothing, before the activation that timm fuses into some
         # norms.
         if site.kind == "norm" and not rounds_otherwise_with_weights(site.layer):
             self.acts_on = ON_WEIGHT
+        kind_of_layer: Any = type(site.layer)  # mypy does not see that a class is hashable.
+        self.runs_norm = site.kind == "norm" and not sets_attributes(kind_of_layer)
 
     def _draw(self, generator: torch.Generator | None) -> None:
         """Draw γ and β near the identity, as the official code does."""
@@ -100,11 +105,23 @@ class SSF(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute y·γ + β on the channel axis of `y`."""
-        scale, shift = self.scale, self.shift
+        scale, shift = tensor_of(self, "scale"), tensor_of(self, "shift")
         assert shift is not None  # It is None only where a parent reads the weight.
         if self.writes_in_place and in_place(y):
-            return scale_shift(y, scale, shift, self.axis, self.recovery, self.scale._version)
+            return scale_shift(y, scale, shift, self.axis, self.recovery, scale._version)
         return (y * along(scale, y, self.axis) + along(shift, y, self.axis)).to(y.dtype)
+
+    def with_layer(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """Compute a norm with the weight and bias that `merged` gives it, or a layer of torch's and y·γ + β."""
+        if self.has_stock_layer:
+            return self.forward(x, type(layer).forward(layer, x))
+        if not self.runs_norm or self.acts_on != ON_WEIGHT or not eager(x):
+            return None
+        weight, bias = tensor_of(layer, "weight"), tensor_of(layer, "bias")
+        scale, shift = tensor_of(self, "scale"), tensor_of(self, "shift")
+        if weight is None or bias is None or not weight.dtype == scale.dtype == x.dtype:
+            return None
+        return run_norm_with(layer, weight * scale, torch.addcmul(shift, bias, scale), x)
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Compute W·γ over the output channels, and b·γ + β."""

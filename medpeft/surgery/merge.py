@@ -191,7 +191,7 @@ def _merged_into(layer: nn.Module, adapters: Adapters) -> dict[str, Tensor]:
     in_order = adapters.in_merging_order()
     for adapter in in_order:
         require_own(layer, (adapter._weight, adapter._bias))
-    if standardises(layer) and (adapters.leaving or adapters.entering):
+    if standardises(layer) and (adapters.order.leaving or adapters.order.entering):
         raise MedpeftError(
             f"{type(layer).__name__} standardises its weight, which undoes what is merged into it"
         )

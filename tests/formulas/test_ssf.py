@@ -104,3 +104,92 @@ def test_ssf_of_the_official_initialisation_is_near_the_identity():
     assert abs(adapter.shift.mean()) < 2e-3
     assert 0.018 < adapter.scale.std() < 0.022
     assert 0.018 < adapter.shift.std() < 0.022
+
+
+def norms_beside_each_other(norm, dtype, training):
+    """An adapted norm, and a copy of it whose adapter is watched, so that it goes the general way."""
+    model = nn.Sequential(copy.deepcopy(norm)).to(dtype)
+    medpeft.apply(model, "ssf", head=None, batchnorm="adapt")
+    with torch.no_grad():
+        model[0].adapters.ssf.scale.add_(drawn(6).to(dtype))
+        model[0].adapters.ssf.shift.add_(drawn(6, seed=2).to(dtype))
+    model.train(training)
+    watched = copy.deepcopy(model)
+    watched[0].adapters.ssf.register_forward_hook(lambda *_: None)
+    return model, watched
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.LayerNorm(6), (2, 5, 6)),
+        (nn.LayerNorm(6, bias=False), (2, 5, 6)),
+        (nn.LayerNorm(6, elementwise_affine=False), (2, 5, 6)),
+        (nn.BatchNorm2d(6), (2, 6, 4, 4)),
+        (nn.GroupNorm(2, 6), (2, 6, 4, 4)),
+    ],
+    ids=str,
+)
+def test_ssf_of_a_norm_in_one_step_gives_the_bits_of_the_general_way(norm, shape, training, dtype):
+    model, watched = norms_beside_each_other(norm, dtype, training)
+    x = drawn(*shape).to(dtype)
+
+    found, expected = model(x), watched(x)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+
+    assert torch.equal(found, expected)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (watched.get_parameter(name).grad is None)
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, watched.get_parameter(name).grad), name
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, watched.get_buffer(name)), name
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), watched.eval()(x))
+
+
+def test_ssf_asks_a_norm_and_a_layer_in_one_step_and_under_autocast_in_two(monkeypatch):
+    from medpeft.formulas.ssf import SSF
+
+    answers, plain = [], SSF.with_layer
+
+    def watched(self, layer, x):
+        answers.append(plain(self, layer, x))
+        return answers[-1]
+
+    monkeypatch.setattr(SSF, "with_layer", watched)
+    model = medpeft.apply(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)), "ssf", head=None)
+    x = torch.randn(2, 6)
+    model(x)
+    assert all(isinstance(answer, torch.Tensor) for answer in answers)
+    assert len(answers) == 2
+    answers.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert answers[0] is None, "autocast casts a weight otherwise than the norm's own"
+
+
+def test_a_joining_adapter_on_the_weight_is_followed_by_those_on_the_output(own_registry):
+    norm, x = nn.Sequential(nn.LayerNorm(6)), torch.randn(2, 6)
+
+    @medpeft.register("twice_the_output")
+    class Twice(medpeft.Adapter):
+        """Twice the output."""
+
+        layers = (nn.LayerNorm,)
+
+        def __init__(self, site):
+            super().__init__(site)
+            self.factor = nn.Parameter(torch.full((), 2.0))
+
+        def forward(self, x, y):
+            return y * self.factor
+
+    expected = 2 * norm(x)
+    medpeft.apply(norm, "ssf+twice_the_output", head=None)
+    assert norm[0].adapters.order.joining == "ssf"
+    assert norm[0].adapters.order.leaving_later == ("twice_the_output",)
+    torch.testing.assert_close(norm(x), expected)
