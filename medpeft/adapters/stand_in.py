@@ -54,7 +54,7 @@ def run_with(
 
 
 def run_norm_with(norm: nn.Module, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """Run the forward of a norm's class with another weight and bias: `run_with` where nothing is to be asked.
+    """Run the forward of a norm's class with another weight and bias: `run_with` where no question is open.
 
     The forward sets no attribute of the norm; see `weight_reads.sets_attributes`.
     """

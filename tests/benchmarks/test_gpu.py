@@ -21,6 +21,7 @@ TRIED = [
 ]
 
 
+@pytest.mark.slow
 def test_one_command_gives_a_table_and_a_file(tmp_path):
     out = tmp_path / "gpu.json"
     command = [str(ROOT / "benchmarks" / "gpu.sh"), *TRIED, "--json", str(out)]

@@ -46,6 +46,7 @@ SAMPLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", SAMPLE)
 def test_every_method_works_or_is_refused_with_a_reason(arch):
     with torch.device("meta"):

@@ -17,6 +17,8 @@ from study_process import start, wait_for_end
 from trainer.run import run
 from trainer.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32", "--train-fraction", "0.2"]
 SETTINGS = {
     "model": "test_efficientnet",

@@ -21,6 +21,8 @@ from trainer.exports.bundle import ANSWERS
 from trainer.scripts import segmenter
 from trainer.tasks import TASKS
 
+pytestmark = pytest.mark.slow
+
 # The fields that MONAI's specification of bundles asks for, and their types.
 OF_METADATA = {
     "type": "object",
