@@ -18,7 +18,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from trainer.brain import brain_rows
+from trainer.data.brain import brain_rows
 
 VALUES = {"grey": 1, "white": 2}  # in the masks of the default volumes
 

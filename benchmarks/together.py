@@ -29,7 +29,7 @@ from medpeft.reports.costs import costs
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
-from trainer.several import Several
+from trainer.training.several import Several
 
 KEPT = ", prefix kept"
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -22,10 +22,10 @@ from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from trainer.card import command_of
-from trainer.data import Batch
+from trainer.data.batches import Batch
 from trainer.errors import TrainerError
 from trainer.flags import spelled
+from trainer.results.card import command_of
 from trainer.settings import Settings
 from trainer.work import Work, parts_of, prepare
 

@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
-from trainer.data import Preprocessing
+from trainer.data.batches import Preprocessing
+from trainer.data.rows import Rows
+from trainer.data.sources import rows_to_predict
 from trainer.errors import TrainerError
+from trainer.files.images import Integers, load
 from trainer.flags import spelled
-from trainer.images import Integers, load
-from trainer.models import build_model, segmenting
-from trainer.results import write_predictions
-from trainer.rows import Rows
+from trainer.networks.model import build_model, segmenting
+from trainer.networks.weights import load_weights
+from trainer.results.results import write_predictions
 from trainer.settings import Settings
-from trainer.sources import rows_to_predict
 from trainer.tasks import TASKS, Outcome, Task
-from trainer.weights import load_weights
 
 import medpeft
 

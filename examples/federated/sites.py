@@ -9,10 +9,10 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 from torchvision.transforms import v2
+from trainer.data.rows import Images, read_images
+from trainer.data.sources import rows_of
 from trainer.errors import TrainerError
-from trainer.images import Integers
-from trainer.rows import Images, read_images
-from trainer.sources import rows_of
+from trainer.files.images import Integers
 
 from .settings import Settings
 

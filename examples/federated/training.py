@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from trainer.augmentation import augmentation
-from trainer.data import Preprocessing
-from trainer.models import adapted_model, input_statistics
-from trainer.scores import score
+from trainer.data.augmentation import augmentation
+from trainer.data.batches import Preprocessing
+from trainer.judging.scores import score
+from trainer.networks.model import adapted_model, input_statistics
 
 import medpeft
 

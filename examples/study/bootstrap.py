@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from trainer.quick import Floats, auroc, confusion_of, macro_f1
+from trainer.judging.quick import Floats, auroc, confusion_of, macro_f1
 
 AT_ONCE = 250  # draws, for which the weights of all images lie in memory
 

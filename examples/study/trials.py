@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 from torch import nn
 from trainer.errors import TrainerError
-from trainer.models import without_memory
+from trainer.networks.model import without_memory
 from trainer.settings import Settings
 
 import medpeft

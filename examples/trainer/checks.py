@@ -9,7 +9,7 @@ import torch
 
 from .errors import TrainerError
 from .flags import flag, read_bytes
-from .thresholds import read_rule
+from .judging.thresholds import read_rule
 
 if TYPE_CHECKING:
     from .settings import Settings

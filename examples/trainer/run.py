@@ -13,15 +13,14 @@ import torch
 
 import medpeft
 
-from .card import versions, write_card
-from .data import DataModule
+from .data.batches import DataModule
 from .exports import check_exports, export
-from .gallery import MOST, draw_gallery, without_checkpointing
-from .lightning_trainer import make_trainer, quietly
-from .memory import within_memory
-from .models import check_model
-from .module import Finetuning
-from .results import (
+from .judging.subgroups import gaps
+from .networks.memory import within_memory
+from .networks.model import check_model
+from .results.card import versions, write_card
+from .results.gallery import MOST, draw_gallery, without_checkpointing
+from .results.results import (
     begin,
     describe,
     earlier,
@@ -31,8 +30,9 @@ from .results import (
     write_results,
 )
 from .settings import Settings
-from .subgroups import gaps
 from .tasks import TASKS, Mistake, Outcome
+from .training.lightning_trainer import make_trainer, quietly
+from .training.module import Finetuning
 from .work import Work, describe_work, parts_of, prepare, say
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from .checks import check_data, check_run, check_task, check_values
 from .errors import TrainerError
 from .flags import flag, options_of, read_value
-from .thresholds import YOUDEN
+from .judging.thresholds import YOUDEN
 
 DEFAULT = "tf_efficientnet_lite0"
 

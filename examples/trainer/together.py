@@ -15,15 +15,15 @@ from torch import Tensor, nn
 import medpeft
 from medpeft.reports.costs import costs
 
-from .data import Batch, DataModule
+from .data.batches import Batch, DataModule
 from .errors import TrainerError
-from .lightning_trainer import bare_trainer, make_trainer, quietly
-from .models import check_model, where_adapted, without_memory
-from .module import Finetuning
-from .results import begin, earlier
+from .networks.model import check_model, where_adapted, without_memory
+from .results.results import begin, earlier
 from .run import conclude, evaluate, fit, how_it_went, run, untrained
 from .settings import Settings
-from .several import Several
+from .training.lightning_trainer import bare_trainer, make_trainer, quietly
+from .training.module import Finetuning
+from .training.several import Several
 from .work import Work, describe_work, prepare, say
 
 # At most this share of the operations that the runs do one by one. Between it and 1, what is saved in

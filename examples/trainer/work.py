@@ -10,18 +10,18 @@ from torch import nn
 
 import medpeft
 
-from .data import FeaturePart, Part, Preprocessing
-from .features import cached_parts
-from .images import Integers
-from .joint import masked_parts
-from .models import adapt, base_model, input_statistics
-from .origin import weights_of
-from .results import saved_bytes
-from .rows import Images
+from .data.batches import FeaturePart, Part, Preprocessing
+from .data.features import cached_parts
+from .data.joint import masked_parts
+from .data.rows import Images
+from .data.sources import read_data
+from .data.splits import divided_groups, split
+from .data.starts import batches, looks_at_images
+from .files.images import Integers
+from .networks.model import adapt, base_model, input_statistics
+from .networks.origin import weights_of
+from .results.results import saved_bytes
 from .settings import Settings
-from .sources import read_data
-from .splits import divided_groups, split
-from .starts import batches, looks_at_images
 from .tasks import TASKS, Task
 
 

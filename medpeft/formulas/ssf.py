@@ -112,7 +112,7 @@ class SSF(JoiningAdapter):
         return (y * along(scale, y, self.axis) + along(shift, y, self.axis)).to(y.dtype)
 
     def with_layer(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """Compute a norm with the weight and bias that `merged` gives it, or a layer of torch's and y·γ + β."""
+        """Compute a norm with the weight and bias that `merged` gives it; a layer of torch's and y·γ + β."""
         if self.has_stock_layer:
             return self.forward(x, type(layer).forward(layer, x))
         if not self.runs_norm or self.acts_on != ON_WEIGHT or not eager(x):

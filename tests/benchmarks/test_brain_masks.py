@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 import torch
 from small_training import checked
-from trainer.rows import Rows
-from trainer.sources import read_data
+from trainer.data.rows import Rows
+from trainer.data.sources import read_data
 
 
 def test_each_tissue_is_a_task_of_its_own_on_the_same_images(tmp_path, monkeypatch):

@@ -16,10 +16,10 @@ from small_training import draw_stripes, flags, messages, parsed, run
 from timm.models import save_for_hf
 from torch import nn
 from trainer.errors import TrainerError
-from trainer.models import adapted_model, build_model, check_model, input_statistics, without_memory
-from trainer.networks import WHEELS, NumbersOnCPU, from_wheel, parameters_of, resolved
+from trainer.networks.model import adapted_model, build_model, check_model, input_statistics, without_memory
+from trainer.networks.names import WHEELS, NumbersOnCPU, from_wheel, parameters_of, resolved
+from trainer.networks.weights import digest
 from trainer.settings import Settings
-from trainer.weights import digest
 
 import medpeft
 from medpeft.architecture.head import find_head

@@ -9,9 +9,9 @@ from monai.networks.nets import SwinUNETR
 from small_weights import prefixed, same_trunk, saved, trunk, vit
 from timm.models.vision_transformer import checkpoint_filter_fn
 from trainer.errors import TrainerError
-from trainer.models import adapted_model, build_model
+from trainer.networks.model import adapted_model, build_model
+from trainer.networks.weights import fill, load_weights
 from trainer.settings import Settings
-from trainer.weights import fill, load_weights
 
 import medpeft
 

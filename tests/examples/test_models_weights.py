@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from small_training import draw_stripes, messages, run
 from small_weights import prefixed, same_trunk, saved, trunk, vit
 from trainer.errors import TrainerError
-from trainer.models import check_model
+from trainer.networks.model import check_model
+from trainer.networks.weights import digest, fill, load_weights
 from trainer.settings import Settings
-from trainer.weights import digest, fill, load_weights
 
 import medpeft
 

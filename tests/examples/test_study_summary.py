@@ -17,7 +17,7 @@ from study.summary import (
     summarise,
     verdict_of,
 )
-from trainer.quick import macro_f1
+from trainer.judging.quick import macro_f1
 
 
 def record(

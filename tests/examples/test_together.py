@@ -13,8 +13,8 @@ from study.groups import grouped
 from study.trials import Trial
 from trainer.run import run
 from trainer.settings import Settings
-from trainer.several import Several
 from trainer.together import train_together, why_apart
+from trainer.training.several import Several
 
 RATES = (1e-3, 1e-1)
 SMALL = {

@@ -13,11 +13,11 @@ import train
 from PIL import Image
 from safetensors import safe_open
 from small_training import checked, flags, messages, run
-from trainer.data import Part, Preprocessing
-from trainer.models import build_model
-from trainer.scores import scaled, score
-from trainer.sources import read_data
-from trainer.splits import split
+from trainer.data.batches import Part, Preprocessing
+from trainer.data.sources import read_data
+from trainer.data.splits import split
+from trainer.judging.scores import scaled, score
+from trainer.networks.model import build_model
 
 import medpeft
 

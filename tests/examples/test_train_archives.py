@@ -5,9 +5,9 @@ import pytest
 from pictures import RNG, grey
 from PIL import Image
 from small_training import checked, read
+from trainer.data.sources import read_data
+from trainer.data.splits import split
 from trainer.errors import TrainerError
-from trainer.sources import read_data
-from trainer.splits import split
 
 
 def medmnist(path, shape=(28, 28), classes=3, **changed):

@@ -8,10 +8,10 @@ import pytest
 from monai.bundle import ConfigParser
 from pictures import grey, write
 from PIL import Image
-from trainer.data import Preprocessing
+from trainer.data.batches import Preprocessing
 from trainer.errors import TrainerError
 from trainer.exports.inference import reading
-from trainer.images import load
+from trainer.files.images import load
 
 # One of the readers that MONAI registers, which no bundle uses.
 pytestmark = pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader")

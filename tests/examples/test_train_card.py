@@ -5,8 +5,8 @@ import shlex
 
 import pytest
 from small_training import draw_stripes, parsed, run
-from trainer.card import command_of, markdown, write_card
-from trainer.claim import ITEMS, answers, open_items
+from trainer.results.card import command_of, markdown, write_card
+from trainer.results.claim import ITEMS, answers, open_items
 from trainer.settings import Settings
 from trainer.tasks.classify import Classify
 

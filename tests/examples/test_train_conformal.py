@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from trainer.conformal import (
+from trainer.judging.conformal import (
     conformal_quantile,
     coverage_of,
     describe_sets,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from small_training import checked
-from trainer.data import DataModule, EpochOrder, Part, Preprocessing
-from trainer.rows import Images
+from trainer.data.batches import DataModule, EpochOrder, Part, Preprocessing
+from trainer.data.rows import Images
 
 
 def images(count, shape=(8, 8)):

@@ -15,9 +15,9 @@ import train
 from safetensors.torch import load_file
 from small_training import messages
 from torch import nn
-from trainer.module import warmup_cosine
 from trainer.run import run as run_settings
 from trainer.settings import Settings
+from trainer.training.module import warmup_cosine
 
 SCRIPT = Path(train.__file__)
 FOLDERS = os.pathsep.join(map(str, (SCRIPT.parent, SCRIPT.parents[1])))

@@ -10,7 +10,7 @@ from dicoms import dicom
 from pictures import RNG, grey
 from small_training import read
 from trainer.errors import TrainerError
-from trainer.images import decode
+from trainer.files.images import decode
 
 # Hounsfield units from −1024 on, stored as 0, 1, 2, …: the range of a CT.
 STORED = np.arange(0, 2048, 2048 // 400, dtype=np.uint16)[:400].reshape(20, 20)

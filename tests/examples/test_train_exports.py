@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from small_masks import draw_discs
 from small_training import flags, messages, run
-from trainer.data import Preprocessing
+from trainer.data.batches import Preprocessing
 from trainer.errors import TrainerError
 from trainer.exports.bundle import needed
 from trainer.exports.kinds import KINDS
 from trainer.exports.model import build
-from trainer.images import load
+from trainer.files.images import load
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 from small_training import checked, flags, messages, run
-from trainer.memory import within_memory
+from trainer.networks.memory import within_memory
 
 import medpeft
 

@@ -8,10 +8,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from trainer.figures import draw_reliability, draw_training
-from trainer.figures_curves import Curve, draw_curves
+from trainer.judging.thresholds import measures_at
+from trainer.pictures.figures import draw_reliability, draw_training
+from trainer.pictures.figures_curves import Curve, draw_curves
 from trainer.tasks.classify import Classify
-from trainer.thresholds import measures_at
 
 
 @pytest.fixture

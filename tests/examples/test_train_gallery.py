@@ -7,9 +7,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
-from trainer.data import Preprocessing
-from trainer.gallery import draw_gallery, without_checkpointing
-from trainer.gradcam import gradcam
+from trainer.data.batches import Preprocessing
+from trainer.pictures.gradcam import gradcam
+from trainer.results.gallery import draw_gallery, without_checkpointing
 from trainer.tasks import Mistake, Outcome
 from trainer.tasks.classify import Classify
 

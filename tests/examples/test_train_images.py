@@ -9,7 +9,7 @@ import tifffile
 from pictures import RNG, grey, write
 from PIL import Image
 from trainer.errors import TrainerError
-from trainer.images import decode, load
+from trainer.files.images import decode, load
 from trainer.scripts.pixels import to_uint8
 
 

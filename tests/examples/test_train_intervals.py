@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, f1_score, matthews_corrcoef, roc_auc_score
-from trainer.quick import shown_scores
-from trainer.resampling import describe_draws, draws_of, intervals
-from trainer.scores import score
+from trainer.judging.quick import shown_scores
+from trainer.judging.resampling import describe_draws, draws_of, intervals
+from trainer.judging.scores import score
 from trainer.tasks import Outcome
 from trainer.tasks.classify import Classify
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_training import messages
 from trainer.errors import TrainerError
-from trainer.models import build_model, checkpoint_activations, input_statistics
+from trainer.networks.model import build_model, checkpoint_activations, input_statistics
 
 import medpeft
 

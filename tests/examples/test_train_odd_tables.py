@@ -3,8 +3,8 @@
 import pytest
 from pictures import grey, write
 from small_training import read
+from trainer.data.tables import read_table
 from trainer.errors import TrainerError
-from trainer.tables import read_table
 
 
 def images_below(folder, count=8):

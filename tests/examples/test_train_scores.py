@@ -14,7 +14,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 from torch.nn.functional import one_hot
-from trainer.scores import fit_temperature, score, without_nan
+from trainer.judging.scores import fit_temperature, score, without_nan
 from trainer.tasks import Outcome
 from trainer.tasks.classify import Classify
 

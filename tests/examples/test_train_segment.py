@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from small_masks import draw_balls, draw_discs, save
 from small_training import checked, parsed, run
-from trainer.models import adapted_model, build_model
+from trainer.networks.model import adapted_model, build_model
 from trainer.run import run as run_settings
 
 import medpeft

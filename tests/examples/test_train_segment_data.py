@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from small_masks import draw_balls, draw_discs, save
 from small_training import checked, read
+from trainer.data.sources import rows_of
+from trainer.data.splits import split
 from trainer.errors import TrainerError
-from trainer.sources import rows_of
-from trainer.splits import split
 from trainer.tasks import Segment
 
 RNG = np.random.default_rng(0)

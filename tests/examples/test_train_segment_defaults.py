@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from small_training import checked, messages
-from trainer.sources import read_data
+from trainer.data.sources import read_data
 
 # Default data
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from small_masks import disc
-from trainer.data import Preprocessing
-from trainer.joint import MaskedPart
-from trainer.rows import Images
-from trainer.structures import Masks
+from trainer.data.batches import Preprocessing
+from trainer.data.joint import MaskedPart
+from trainer.data.rows import Images
+from trainer.files.structures import Masks
 
 
 def part_of(dimensions, augment, side=24, patch=None, share=1.0):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import binary_erosion
-from trainer.overlap import KEPT, dice_ce, distances, measure
-from trainer.structures import UNKNOWN
+from trainer.files.structures import UNKNOWN
+from trainer.judging.overlap import KEPT, dice_ce, distances, measure
 from trainer.tasks import Outcome
 from trainer.tasks.segment import Segment
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from small_training import checked
+from trainer.data.rows import Images
+from trainer.data.splits import divided_groups, join_groups, split, training_subset
 from trainer.errors import TrainerError
-from trainer.rows import Images
-from trainer.splits import divided_groups, join_groups, split, training_subset
 
 
 def images_of(labels, groups=None, parts=None):

@@ -7,9 +7,9 @@ import predict
 import pytest
 import torch
 from small_training import checked, flags, read, run
-from trainer import starts
-from trainer.data import Preprocessing
-from trainer.models import check_model
+from trainer.data import starts
+from trainer.data.batches import Preprocessing
+from trainer.networks.model import check_model
 from trainer.work import prepare
 
 MODEL = ("--model", "test_vit", "--method", "lora", "--option", "init=eva", "--option", "rank=2")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from trainer.subgroups import describe_worst, gaps
+from trainer.judging.subgroups import describe_worst, gaps
 from trainer.tasks import Outcome
 from trainer.tasks.classify import Classify
 

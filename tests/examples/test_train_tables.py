@@ -9,7 +9,7 @@ from pictures import grey, write
 from places import ROOT
 from small_training import read
 from trainer.errors import TrainerError
-from trainer.images import decode
+from trainer.files.images import decode
 
 BUSI = ROOT.parent / "shared" / "data" / "busi"
 

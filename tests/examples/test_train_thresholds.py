@@ -7,9 +7,9 @@ import torch
 from sklearn.metrics import precision_score, recall_score, roc_curve
 from small_training import messages
 from trainer.errors import TrainerError
+from trainer.judging.thresholds import describe_rule, fit_threshold, measures_at, read_rule
 from trainer.tasks import Outcome
 from trainer.tasks.classify import Classify
-from trainer.thresholds import describe_rule, fit_threshold, measures_at, read_rule
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from small_training import checked
-from trainer.sources import read_data
-from trainer.splits import split
-from trainer.tissue import PATCH, patch_corners
+from trainer.data.sources import read_data
+from trainer.data.splits import split
+from trainer.data.tissue import PATCH, patch_corners
 
 
 def test_half_of_the_tissue_patches_are_stained():

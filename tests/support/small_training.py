@@ -3,9 +3,9 @@
 import numpy as np
 import train
 from PIL import Image
+from trainer.data.sources import read_data
 from trainer.run import run as run_settings
 from trainer.settings import Settings
-from trainer.sources import read_data
 
 TINY = ["--model", "test_efficientnet", "--no-pretrained", "--image-size", "32"]
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .. import scripts
-from ..origin import licence_of, origin_of
+from ..networks.origin import licence_of, origin_of
 from .answers import Answer, described_tensor
 from .inference import inference
 from .masks import Segmentations

@@ -8,7 +8,7 @@ from pathlib import Path
 from medpeft.adapters.registry import find
 
 from ..errors import TrainerError
-from ..networks import LAYERS
+from ..networks.names import LAYERS
 from ..settings import Settings
 from .bundle import write_bundle
 from .merged import write_merged

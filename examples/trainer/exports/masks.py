@@ -1,6 +1,6 @@
 """Answers that are a mask an image, written in the geometry of its file."""
 
-from ..mask_files import mask_type
+from ..files.mask_files import mask_type
 from ..tasks.segment import SLIDING, Segment
 from .answers import Answer, Config, described_tensor
 

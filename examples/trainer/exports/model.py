@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import medpeft
 
-from ..data import Preprocessing
+from ..data.batches import Preprocessing
 from ..errors import TrainerError
-from ..models import base_model
-from ..networks import MONAI, TORCHVISION, NumbersOnCPU, monai_keywords, torchvision_keywords
+from ..networks.model import base_model
+from ..networks.names import MONAI, TORCHVISION, NumbersOnCPU, monai_keywords, torchvision_keywords
 from ..scripts import segmenter
 from ..settings import Settings
 from ..tasks import TASKS, Task

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..conformal import coverage_of, describe_sets, fit_cutoff, score_sets, sets_of
-from ..figures import draw_reliability, draw_training, titled
-from ..figures_curves import Curve, draw_curves
-from ..images import Integers
-from ..quick import Floats, shown_scores
-from ..scores import SHOWN, calibration_error, class_tables, fit_temperature, macro_f1, scaled, score
+from ..files.images import Integers
+from ..judging.conformal import coverage_of, describe_sets, fit_cutoff, score_sets, sets_of
+from ..judging.quick import Floats, shown_scores
+from ..judging.scores import SHOWN, calibration_error, class_tables, fit_temperature, macro_f1, scaled, score
+from ..judging.thresholds import describe_rule, fit_threshold, measures_at, operating_table
+from ..pictures.figures import draw_reliability, draw_training, titled
+from ..pictures.figures_curves import Curve, draw_curves
 from ..settings import Settings
-from ..thresholds import describe_rule, fit_threshold, measures_at, operating_table
 from .names import check_classes, number_classes
 from .one_label import OneLabel
 from .outcome import Mistake, Outcome, Targets

@@ -13,12 +13,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from ..errors import TrainerError
-from ..figures import draw_history
-from ..figures_curves import Curve, draw_curves
-from ..images import Integers
-from ..scores import fit_temperature, score_class
+from ..files.images import Integers
+from ..judging.scores import fit_temperature, score_class
+from ..judging.thresholds import describe_rule, fit_threshold
+from ..pictures.figures import draw_history
+from ..pictures.figures_curves import Curve, draw_curves
 from ..settings import Settings
-from ..thresholds import describe_rule, fit_threshold
 from .names import check_spelling
 from .outcome import Outcome, Targets
 from .task import Task

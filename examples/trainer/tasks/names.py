@@ -7,7 +7,7 @@ from contextlib import suppress
 import numpy as np
 
 from ..errors import TrainerError
-from ..images import Integers
+from ..files.images import Integers
 
 
 def number_classes(names: Sequence[str]) -> tuple[Integers, list[str]]:

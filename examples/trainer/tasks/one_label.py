@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..conformal import sets_of
+from ..judging.conformal import sets_of
 from .task import Task
 
 

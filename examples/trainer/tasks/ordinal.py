@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from ..conformal import describe_sets, fit_cutoff, score_sets, sets_of
 from ..errors import TrainerError
-from ..figures import draw_training
-from ..images import Integers
-from ..quick import Floats
-from ..scores import fit_temperature, macro_f1
+from ..files.images import Integers
+from ..judging.conformal import describe_sets, fit_cutoff, score_sets, sets_of
+from ..judging.quick import Floats
+from ..judging.scores import fit_temperature, macro_f1
+from ..pictures.figures import draw_training
 from ..scripts.grades import grades_of, probabilities_of
 from ..settings import Settings
 from .names import check_classes, number_classes

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..images import Integers
+from ..files.images import Integers
 
 
 @dataclass

@@ -13,10 +13,10 @@ from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_err
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
-from ..conformal import conformal_quantile
 from ..errors import TrainerError
-from ..figures import draw_agreement, draw_history
-from ..images import Integers
+from ..files.images import Integers
+from ..judging.conformal import conformal_quantile
+from ..pictures.figures import draw_agreement, draw_history
 from ..settings import Settings
 from .outcome import Outcome, Targets
 from .task import Task

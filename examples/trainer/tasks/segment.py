@@ -11,13 +11,9 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
 from ..errors import TrainerError
-from ..images import complaint
-from ..mask_files import load_masks, mask_type, without_suffix, write_mask
-from ..overlap import KEPT, dice_ce, measure
-from ..overlays import Example, draw_learning, draw_overlays, fullest_slice
-from ..scripts.pixels import on_grid
-from ..settings import Settings
-from ..structures import (
+from ..files.images import complaint
+from ..files.mask_files import load_masks, mask_type, without_suffix, write_mask
+from ..files.structures import (
     UNKNOWN,
     Masks,
     default_names,
@@ -27,6 +23,10 @@ from ..structures import (
     sides_in,
     structures_of,
 )
+from ..judging.overlap import KEPT, dice_ce, measure
+from ..pictures.overlays import Example, draw_learning, draw_overlays, fullest_slice
+from ..scripts.pixels import on_grid
+from ..settings import Settings
 from .outcome import Outcome, Targets
 from .task import Task
 

@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..images import Integers
-from ..quick import Floats
-from ..resampling import describe_draws
-from ..resampling import intervals as intervals_of
+from ..files.images import Integers
+from ..judging.quick import Floats
+from ..judging.resampling import describe_draws
+from ..judging.resampling import intervals as intervals_of
+from ..judging.subgroups import describe_worst
 from ..settings import Settings
-from ..subgroups import describe_worst
 from .outcome import Mistake, Outcome, Targets
 
 

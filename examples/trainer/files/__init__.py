@@ -1,0 +1,1 @@
+"""What is in files: pictures, DICOM, NIfTI and masks as pixels."""

@@ -1,0 +1,1 @@
+"""How good answers are: scores, thresholds, intervals, gaps between subgroups."""

@@ -1,0 +1,1 @@
+"""What Lightning trains, one run or several at once."""
