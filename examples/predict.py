@@ -26,7 +26,7 @@ from trainer.files.images import Integers, load
 from trainer.flags import spelled
 from trainer.networks.model import build_model, segmenting
 from trainer.networks.weights import load_weights
-from trainer.results.results import write_predictions
+from trainer.results.folder import write_predictions
 from trainer.settings import Settings
 from trainer.tasks import TASKS, Outcome, Task
 

@@ -19,16 +19,15 @@ from .judging.subgroups import gaps
 from .networks.memory import within_memory
 from .networks.model import check_model
 from .results.card import versions, write_card
-from .results.gallery import MOST, draw_gallery, without_checkpointing
-from .results.results import (
+from .results.cost import forget_peak, peak_memory
+from .results.folder import (
     begin,
     describe,
     earlier,
-    forget_peak,
-    peak_memory,
     save_adapter,
     write_results,
 )
+from .results.gallery import SHOWN_MISTAKES, draw_gallery, without_checkpointing
 from .settings import Settings
 from .tasks import TASKS, Mistake, Outcome
 from .training.lightning_trainer import make_trainer, quietly
@@ -49,7 +48,7 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
     Raises:
         TrainerError, medpeft.MedpeftError: data, model, method or settings do not fit.
     """
-    begun = time.perf_counter()
+    start = time.perf_counter()
     settings = settings.checked()
     check_exports(settings)
     if settings.memory is not None:
@@ -57,8 +56,8 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
         say(settings, note)
     finished = earlier(settings)
     if finished is not None:
-        kind = TASKS[settings.task]
-        score = f"{kind.words[kind.score]} {finished['test'][kind.score]:.4f}"
+        task = TASKS[settings.task]
+        score = f"{task.words[task.score]} {finished['test'][task.score]:.4f}"
         say(settings, f"{settings.output} has this run already: {score}")
         export_model(settings)
         return finished
@@ -73,8 +72,8 @@ def run(settings: Settings, *, callbacks: Sequence[lightning.Callback] = ()) -> 
         say(settings, describe(record["images"], work.images, work.found))
         say(settings, f"\n{medpeft.report(work.model)}\n")
         module = train(work, trainer)
-        record |= what_it_took(module) | how_it_went(module) | evaluate(work, module)
-        record["seconds"] = time.perf_counter() - begun
+        record |= describe_cost(module) | describe_history(module) | evaluate(work, module)
+        record["seconds"] = time.perf_counter() - start
         return conclude(work, trainer, module, record)
 
 
@@ -89,8 +88,10 @@ def train(work: Work, trainer: lightning.Trainer) -> Finetuning:
     forget_peak(device)
     fit(trainer, module, data, last)
     module.peak = peak_memory(device)
-    trainer.validate(module, data, folder / "best.ckpt", verbose=False)
-    trainer.test(module, data, folder / "best.ckpt", verbose=False)
+    # Each loads the best epoch's weights into the model, which are then those that are saved.
+    best = folder / "best.ckpt"
+    trainer.validate(module, data, best, verbose=False)
+    trainer.test(module, data, best, verbose=False)
     return module
 
 
@@ -124,7 +125,7 @@ def fit(
         raise KeyboardInterrupt from error
 
 
-def what_it_took(module: Finetuning) -> dict[str, Any]:
+def describe_cost(module: Finetuning) -> dict[str, Any]:
     """Give the cost of the training."""
     return {
         "step_seconds": median(module.step_seconds) * module.settings.accumulate,
@@ -133,7 +134,7 @@ def what_it_took(module: Finetuning) -> dict[str, Any]:
     }
 
 
-def how_it_went(module: Finetuning) -> dict[str, Any]:
+def describe_history(module: Finetuning) -> dict[str, Any]:
     """Give the history of the training."""
     return {
         "best_epoch": module.best_epoch,
@@ -152,7 +153,7 @@ def outcome_of(module: Finetuning, part: str, fitted: dict[str, Any]) -> Outcome
 def evaluate(work: Work, module: Finetuning) -> dict[str, Any]:
     """Fit what the predictions need to the validation part, and score that part and the test with it."""
     fitted = work.task.fit(*module.outputs["val"])
-    validation = outcome_of(module, "val", fitted)
+    validation = outcome_of(module, "val", fitted)  # It sees what is added to `fitted` from here on.
     fitted |= work.task.fit_thresholds(validation, work.settings.threshold)
     fitted |= work.task.fit_sets(validation, work.settings.coverage)
     result: dict[str, Any] = {"fitted": fitted}
@@ -188,7 +189,9 @@ def conclude(
     if trainer.is_global_zero:
         names = [work.images.names[i] for i in rows]
         mistakes = task.mistakes(test)
-        record["mistakes"] = [{"path": names[one.row], "words": one.words} for one in mistakes[:MOST]]
+        record["mistakes"] = [
+            {"path": names[one.row], "words": one.words} for one in mistakes[:SHOWN_MISTAKES]
+        ]
         if mistakes and not settings.no_figures:
             draw_mistakes(work, mistakes)
         write_card(settings, task, record)

@@ -18,8 +18,8 @@ from medpeft.reports.costs import costs
 from .data.batches import Batch, DataModule
 from .errors import TrainerError
 from .networks.model import check_model, where_adapted, without_memory
-from .results.results import begin, earlier
-from .run import conclude, evaluate, fit, how_it_went, run, untrained
+from .results.folder import begin, earlier
+from .run import conclude, describe_history, evaluate, fit, run, untrained
 from .settings import Settings
 from .training.lightning_trainer import bare_trainer, make_trainer, quietly
 from .training.module import Finetuning
@@ -184,7 +184,7 @@ def _end(
     work = replace(work, settings=finetuning.settings)
     with quietly():
         trainer = make_trainer(finetuning.settings, finetuning.watched)
-        record = describe_work(work, trainer) | how_it_went(finetuning) | {"together": shared}
+        record = describe_work(work, trainer) | describe_history(finetuning) | {"together": shared}
         trainer.validate(finetuning, data, verbose=False)
         trainer.test(finetuning, data, verbose=False)
         for logger in trainer.loggers:

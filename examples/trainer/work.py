@@ -20,20 +20,20 @@ from .data.starts import batches, looks_at_images
 from .files.images import Integers
 from .networks.model import adapt, base_model, input_statistics
 from .networks.origin import weights_of
-from .results.results import saved_bytes
+from .results.cost import bytes_kept_for_backward
 from .settings import Settings
 from .tasks import TASKS, Task
 
 
 @dataclass
 class Work:
-    """What one run works with.
+    """The objects of one run.
 
     Attributes:
         settings: checked.
         task: what is asked of the images.
         images: the data.
-        found: the positions of the images in each part.
+        found: where in `images` those of each part are, by "train", "val" and "test".
         model: adapted.
         preprocessing: from a file to the model's input.
     """
@@ -57,10 +57,10 @@ def prepare(settings: Settings) -> Work:
     model, filled = base_model(settings, task.outputs, len(stored))
     mean, std = input_statistics(model)
     preprocessing = Preprocessing(stored, settings.image_size, mean, std)
-    data = None
+    looked_at = None
     if looks_at_images(settings.option):
-        data = batches(images, found["train"], preprocessing, settings)
-    model = adapt(settings, model, filled, data)
+        looked_at = batches(images, found["train"], preprocessing, settings)
+    model = adapt(settings, model, filled, looked_at)
     return Work(settings, task, images, found, model, preprocessing)
 
 
@@ -81,7 +81,9 @@ def describe_work(work: Work, trainer: lightning.Trainer) -> dict[str, Any]:
         "weights": weights_of(settings, work.model),
         "parameters": medpeft.report(work.model).total,
         "trainable": sum(p.numel() for p in work.model.parameters() if p.requires_grad),
-        "saved_bytes": saved_bytes(work.model, at_once, trained_shape(settings, work.preprocessing)),
+        "saved_bytes": bytes_kept_for_backward(
+            work.model, at_once, trained_shape(settings, work.preprocessing)
+        ),
     }
 
 

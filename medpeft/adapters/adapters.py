@@ -20,8 +20,8 @@ class Order:
     A forward asks all of it at every layer, so it is one small object.
 
     Attributes:
-        entering: Those that change the input. One that also changes the output goes in first and comes out
-            last, like brackets.
+        entering: Those that change the input. First those that change nothing else; then those that change
+            the output too, in reverse, like brackets: the last to come in is the first in `leaving`.
         on_weight: Those that change the weight.
         flexible: The `FlexibleAdapter` in `on_weight`, "" for none.
         dropping: The `DroppingAdapter` in `on_weight` that drops something, "" for none.
@@ -47,13 +47,18 @@ class Order:
         flexible = dropping = joining = ""
         for name in on_weight:
             adapter = acting[name]
-            if isinstance(adapter, FlexibleAdapter) and not flexible:
+            if isinstance(adapter, FlexibleAdapter) and not flexible:  # One alone can choose its form.
                 flexible = name
             if isinstance(adapter, DroppingAdapter) and adapter.drops:
                 dropping = name
-        on_layer = [*on_weight, *leaving]
-        if on_layer and len(on_weight) <= 1 and isinstance(acting[on_layer[0]], JoiningAdapter):
-            joining = on_layer[0]
+        if len(on_weight) == 1:
+            first = on_weight[0]
+        elif leaving and not on_weight:
+            first = leaving[0]
+        else:
+            first = ""
+        if first and isinstance(acting[first], JoiningAdapter):
+            joining = first
         inputs = [name for name, adapter in acting.items() if "input" in adapter.acts_on]
         brackets = [name for name in inputs if name in leaving]
         leaving_later = tuple(name for name in leaving if name != joining)
@@ -80,12 +85,13 @@ class Adapters(nn.ModuleDict):
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         # An input adapter computes W'·R·x. Merging gives the same only if additive changes of W come first:
         # (W + ΔW)·R. The second place of an adapter of another layer comes after the layer's own adapters.
-        def order(name: str) -> tuple[bool, bool, bool]:
+        def turn(name: str) -> tuple[bool, bool, bool]:
             adapter = adapters[name]
             second = isinstance(adapter, SecondPlace)
-            return "output" in adapter.acts_on, second, type(adapter).enter is not Adapter.enter
+            has_input_face = type(adapter).enter is not Adapter.enter
+            return "output" in adapter.acts_on, second, has_input_face
 
-        names = sorted(adapters, key=order)
+        names = sorted(adapters, key=turn)
         super().__init__({name: adapters[name] for name in names})
         self.enabled, self.strength = True, 1.0
         self.let_act(names)
@@ -121,9 +127,10 @@ class Adapters(nn.ModuleDict):
         return [adapter for adapter in in_order if not isinstance(adapter, SecondPlace)]
 
     def part_of(self, before: Tensor | None, after: Tensor | None, name: str = "") -> Tensor | None:
-        """Take part of a change: before + strength · (after − before).
+        """Blend what was before a change with what is after it: before + strength · (after − before).
 
-        A layer without a weight computes as with one of ones, and one without a bias as with one of zeros.
+        Where there was nothing before, a layer without a weight computes as with one of ones, and one without
+        a bias as with one of zeros; `name` tells which.
         """
         if self.strength == 1 or after is None or after is before:
             return after
@@ -131,14 +138,14 @@ class Adapters(nn.ModuleDict):
             before = torch.zeros_like(after) if name.endswith("bias") else torch.ones_like(after)
         return before + self.strength * (after - before)
 
-    def merged_tensors(self, layer: nn.Module, adapters: Iterable[Adapter]) -> dict[str, Tensor]:
+    def merged_tensors(self, layer: nn.Module, in_order: Iterable[Adapter]) -> dict[str, Tensor]:
         """Compute the tensors of the layer that `Adapter.merged` changes, by name.
 
         Raises:
             MedpeftError: an adapter cannot act on the weight; the message gives its reason.
         """
         changed: dict[str, Tensor] = {}
-        for adapter in adapters:
+        for adapter in in_order:
             weight = changed.get(adapter._weight, own_tensor(layer, adapter._weight))
             if weight is not None:
                 weight = outputs_first(layer, weight)

@@ -57,8 +57,8 @@ def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
         share_within_replica(layer)
     token = running.Token()
     try:
-        # A switch may have wired the model anew since this forward was looked up. Within another forward of
-        # the model, this is one that somebody has wrapped.
+        # A switch that this forward waited for may have wired the model anew. Inside another forward of the
+        # model, or inside a switch, the wiring stays that of this call.
         if running.begin(layer, token):
             wiring = wiring_of(layer) or wiring
         require_present(layer, wiring.paths, wiring.branches)
@@ -119,7 +119,7 @@ def _run_adapted(
     """Pass an input through the input adapters, the layer, and the output adapters."""
     order = adapters.order
     if order.entering and (args or kwargs):
-        args, kwargs = _enter(adapters, wiring, args, kwargs)
+        args, kwargs = _change_inputs(adapters, wiring, args, kwargs)
     x: Any = None  # The layer's first input, as the input adapters have left it.
     if args:
         x = args[0]
@@ -146,7 +146,7 @@ def _run_adapted(
         return output
     y = output[0] if isinstance(output, tuple) else output
     for name in leaving:
-        y = _leave(adapters, adapters._modules[name], x, y)
+        y = _change_output(adapters, adapters._modules[name], x, y)
     if isinstance(output, tuple):
         return (y, *output[1:])
     return y
@@ -160,7 +160,7 @@ def _run_joined(layer: nn.Module, adapters: Adapters, adapter: Any, x: Any) -> T
     return joined
 
 
-def _enter(
+def _change_inputs(
     adapters: Adapters, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Let the adapters change the layer's inputs."""
@@ -180,7 +180,7 @@ def _enter(
     return (), {first: x, **others}
 
 
-def _leave(adapters: Adapters, adapter: Any, x: Any, y: Tensor) -> Any:
+def _change_output(adapters: Adapters, adapter: Any, x: Any, y: Tensor) -> Any:
     """Let an adapter change the layer's output, into which it may write."""
     if adapters.strength == 1:
         return adapter(x, y)
@@ -241,7 +241,7 @@ def _run_flexibly(
     if form == "output" and order.on_weight[-1] == order.flexible:
         tensors = adapted_tensors(layer, adapters, x, without=flexible)
         output = _run(layer, wiring, tensors, args, kwargs)
-        return _leave(adapters, flexible, x, output)
+        return _change_output(adapters, flexible, x, output)
     # `compute` takes the place of the layer, which it cannot where another adapter changes the weight.
     if form == "compute" and len(order.on_weight) == 1 and adapters.strength == 1:
         return flexible.compute(x, own_tensor(layer, flexible._bias))

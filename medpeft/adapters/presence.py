@@ -1,4 +1,6 @@
-"""Adapters whose layer was replaced since `apply`: the model's own forward looks for them.
+"""Adapters whose layer was replaced since `apply`: the model's own forward misses them.
+
+A layer that was wired has a `forward` of its own, and a new one in its place has none.
 
 Tools that quantise, fuse or convert make new layers of the old ones' weights and leave the adapters behind
 without a word.
@@ -20,10 +22,10 @@ Branch = tuple[str, bool, tuple["Branch", ...]]
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 
-def grown(paths: tuple[Path, ...]) -> tuple[Branch, ...]:
+def tree_of(paths: tuple[Path, ...]) -> tuple[Branch, ...]:
     """Join paths into a tree, in which every module stands once: a forward walks it in half of the time.
 
-    >>> grown((("0", "conv"), ("0", "norm")))
+    >>> tree_of((("0", "conv"), ("0", "norm")))
     (('0', False, (('conv', True, ()), ('norm', True, ()))),)
     """
     below: dict[str, list[Path]] = {}
@@ -31,7 +33,8 @@ def grown(paths: tuple[Path, ...]) -> tuple[Branch, ...]:
         below.setdefault(first, []).append(tuple(rest))
     branches = []
     for name, rests in below.items():
-        branches.append((name, () in rests, grown(tuple(rest for rest in rests if rest))))
+        is_wired = () in rests  # A path that ends here.
+        branches.append((name, is_wired, tree_of(tuple(rest for rest in rests if rest))))
     return tuple(branches)
 
 
@@ -41,7 +44,7 @@ def require_present(model: nn.Module, paths: tuple[Path, ...], branches: tuple[B
     Args:
         model: The model.
         paths: Where modules were wired.
-        branches: The same as a tree, if it is at hand.
+        branches: The same as a tree, which is quicker to walk; empty where it is not at hand.
     """
     if branches and _are_wired(model, branches):
         return
@@ -54,7 +57,10 @@ def require_present(model: nn.Module, paths: tuple[Path, ...], branches: tuple[B
 
 
 def lost_modules(model: nn.Module, paths: tuple[Path, ...]) -> list[str]:
-    """List the modules that were wired and are no longer there, by the name that they had."""
+    """List the modules that were wired and are no longer there, by the name that they had.
+
+    One that a wrapper has moved counts as there, and one of a list that was shortened is not missed.
+    """
     missing = [path for path in paths if not _is_wired_at(model, path)]
     if not missing:
         return []
@@ -104,7 +110,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _is_cut_off(model: nn.Module, path: Path) -> bool:
-    """Whether a list of modules was shortened there: its end is gone, and nothing has taken its place."""
+    """Whether a list of modules has nothing any more at this place, as where it was shortened."""
     module = model
     for name in path:
         child = module._modules.get(name)

@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import MedpeftError
 from .adapters import Adapters
 from .handover import Handover
-from .presence import Branch, Path, grown
+from .presence import Branch, Path, tree_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
     input_names = _input_names(type(layer))  # type: ignore[arg-type]  # a class is hashable
     direct = previous is None and not wiring.reads and not wiring.overrides
     filled_in = replace(
-        wiring, input_names=input_names, previous=previous, direct=direct, branches=grown(wiring.paths)
+        wiring, input_names=input_names, previous=previous, direct=direct, branches=tree_of(wiring.paths)
     )
     layer.__dict__[slot] = _bound(forward, layer, filled_in)
     layer.__dict__["_replicate_for_data_parallel"] = functools.partial(replicated, layer)

@@ -77,12 +77,12 @@ class SSF(JoiningAdapter):
         self.recovery = Recovery()
         self.has_stock_layer = writes_fresh_output(site.layer)
         self.writes_in_place = self.has_stock_layer and not keep_outputs
-        # A norm's own weight and bias take it for nothing, before the activation that timm fuses into some
-        # norms.
+        # A norm's own weight and bias take the change free of cost, and before the activation that timm fuses
+        # into some norms.
         if site.kind == "norm" and not rounds_otherwise_with_weights(site.layer):
             self.acts_on = ON_WEIGHT
         kind_of_layer: Any = type(site.layer)  # mypy does not see that a class is hashable.
-        self.runs_norm = site.kind == "norm" and not sets_attributes(kind_of_layer)
+        self.joins_norm = site.kind == "norm" and not sets_attributes(kind_of_layer)
 
     def _draw(self, generator: torch.Generator | None) -> None:
         """Draw γ and β near the identity, as the official code does."""
@@ -112,10 +112,10 @@ class SSF(JoiningAdapter):
         return (y * along(scale, y, self.axis) + along(shift, y, self.axis)).to(y.dtype)
 
     def with_layer(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """Compute a norm with the weight and bias that `merged` gives it; a layer of torch's and y·γ + β."""
+        """Compute in one step one of torch's layers and y·γ + β, or a norm with w·γ and b·γ + β."""
         if self.has_stock_layer:
             return self.forward(x, type(layer).forward(layer, x))
-        if not self.runs_norm or self.acts_on != ON_WEIGHT or not eager(x):
+        if not self.joins_norm or self.acts_on != ON_WEIGHT or not eager(x):
             return None
         weight, bias = tensor_of(layer, "weight"), tensor_of(layer, "bias")
         scale, shift = tensor_of(self, "scale"), tensor_of(self, "shift")

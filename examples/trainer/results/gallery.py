@@ -15,7 +15,7 @@ from ..data.batches import Preprocessing
 from ..pictures.gradcam import gradcam
 from ..tasks import Mistake
 
-MOST, COLUMNS = 12, 4
+SHOWN_MISTAKES, COLUMNS = 12, 4
 
 
 def draw_gallery(
@@ -36,7 +36,7 @@ def draw_gallery(
         preprocessing: from pixels to the input.
         path: the PNG to write.
     """
-    shown = list(mistakes)[:MOST]
+    shown = list(mistakes)[:SHOWN_MISTAKES]
     columns = min(COLUMNS, len(shown))
     lines = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(4.3 * columns, 0.8 + 2.8 * lines), dpi=110, layout=ConstrainedLayoutEngine())

@@ -18,7 +18,7 @@ from ..judging.thresholds import describe_rule, fit_threshold, measures_at, oper
 from ..pictures.figures import draw_reliability, draw_training, titled
 from ..pictures.figures_curves import Curve, draw_curves
 from ..settings import Settings
-from .names import check_classes, number_classes
+from .class_names import check_classes, number_classes
 from .one_label import OneLabel
 from .outcome import Mistake, Outcome, Targets
 

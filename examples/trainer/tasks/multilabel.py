@@ -19,7 +19,7 @@ from ..judging.thresholds import describe_rule, fit_threshold
 from ..pictures.figures import draw_history
 from ..pictures.figures_curves import Curve, draw_curves
 from ..settings import Settings
-from .names import check_spelling
+from .class_names import check_spelling
 from .outcome import Outcome, Targets
 from .task import Task
 

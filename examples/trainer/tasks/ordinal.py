@@ -25,7 +25,7 @@ from ..judging.scores import fit_temperature, macro_f1
 from ..pictures.figures import draw_training
 from ..scripts.grades import grades_of, probabilities_of
 from ..settings import Settings
-from .names import check_classes, number_classes
+from .class_names import check_classes, number_classes
 from .one_label import OneLabel
 from .outcome import Outcome, Targets
 

@@ -1,20 +1,16 @@
-"""What a run leaves: the adapter, its settings and scores, every prediction, the figures; what it cost."""
+"""What a run leaves: the adapter, its settings and scores, every prediction, the figures."""
 
 import json
-import resource
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 import yaml
 from torch import nn
 
 import medpeft
-from medpeft.reports.costs import costs
 
 from ..data.batches import Preprocessing
 from ..data.rows import Images
@@ -27,7 +23,6 @@ from ..settings import Settings
 from ..tasks import Outcome, Task
 
 FINISHED, SETTINGS = "metrics.json", "settings.yaml"
-_RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def earlier(settings: Settings) -> dict[str, Any] | None:
@@ -160,42 +155,3 @@ def describe(counts: dict[str, dict[str, int]], images: Images, found: dict[str,
             "than one part of the split that the data bring, so its scores flatter the model."
         )
     return "\n".join(lines)
-
-
-def forget_peak(device: torch.device) -> None:
-    """Begin a new peak of memory, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    # Linux: 5 sets the peak of the resident set back to what is resident now (proc_pid_clear_refs, man 5).
-    try:
-        _RESET.write_text("5")
-    except OSError:
-        return
-
-
-def peak_memory(device: torch.device) -> tuple[int, str]:
-    """Give the peak in bytes, and what was measured."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device), "CUDA allocations"
-    try:
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024, "resident set of the process"
-    except (OSError, StopIteration):
-        # In KiB, but in bytes on macOS; of the whole life of the process.
-        scale = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale, "resident set of the process"
-
-
-def saved_bytes(model: nn.Module, batch: int, shape: tuple[int, ...]) -> int | None:
-    """Count the bytes that one training step keeps for backward, None where the model cannot tell.
-
-    Args:
-        model: after `medpeft.apply`.
-        batch: images of a step.
-        shape: of one, in pixels.
-    """
-    try:
-        return costs(model, torch.empty(batch, 3, *shape)).saved_bytes
-    except medpeft.MedpeftError:
-        return None
