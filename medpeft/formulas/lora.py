@@ -167,6 +167,7 @@ class LoRA(DroppingAdapter, JoiningAdapter):
         parts_lie_whole = parts_lie_whole and (site.kind == "linear" or not self.rows)
         adds_product_alone = not self.starts_from_weight and self.bias is None
         self.fits_kernels = parts_lie_whole and adds_product_alone and writes_fresh_output(site.layer)
+        self.joins = self.fits_kernels and self.acts_on != ON_WEIGHT
 
     @staticmethod
     def _can_drop(site: Site) -> bool:
@@ -194,7 +195,7 @@ class LoRA(DroppingAdapter, JoiningAdapter):
 
     def with_layer(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """Compute a linear layer and the change in one step, where nothing is dropped."""
-        if not self.fits_kernels or self.acts_on == ON_WEIGHT or (self.drops and self.dropout.training):
+        if not self.joins or (self.drops and self.dropout.training):
             return None
         down, up = tensor_of(self, "down"), tensor_of(self, "up")
         return linear_with_low_rank(layer, x, down, up, self.scale, self.rows, self.even_rows)
