@@ -38,13 +38,13 @@ from .wiring import Wiring, acting, wiring_of
 def adapted_forward(layer: nn.Module, wiring: Wiring, /, *args: Any, **kwargs: Any) -> Any:
     """Run an adapted layer: change its input, run it with changed weights, change its output."""
     if wiring.root and not torch.compiler.is_compiling():
-        return _counted(layer, wiring, args, kwargs)
+        return _run_counted(layer, wiring, args, kwargs)
     if wiring.handovers:
         return _run_with_handovers(layer, wiring, args, kwargs)
     return _run_acting(layer, wiring, args, kwargs)
 
 
-def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run the whole model, counted as running.
 
     A switch of all its layers waits until no other thread runs it; a forward that begins meanwhile waits for
@@ -62,7 +62,9 @@ def _counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs: di
         if running.begin(layer, token):
             wiring = wiring_of(layer) or wiring
         require_present(layer, wiring.paths, wiring.branches)
-        return adapted_forward(layer, replace(wiring, root=False), *args, **kwargs)
+        if wiring.handovers:
+            return _run_with_handovers(layer, wiring, args, kwargs)
+        return _run_acting(layer, wiring, args, kwargs)
     finally:
         running.end(layer, token)
 
