@@ -61,7 +61,7 @@ def _run_counted(layer: nn.Module, wiring: Wiring, args: tuple[Any, ...], kwargs
         # model, or inside a switch, the wiring stays that of this call.
         if running.begin(layer, token):
             wiring = wiring_of(layer) or wiring
-        require_present(layer, wiring.paths, wiring.branches)
+        require_present(layer, wiring.branches)
         if wiring.handovers:
             return _run_with_handovers(layer, wiring, args, kwargs)
         return _run_acting(layer, wiring, args, kwargs)

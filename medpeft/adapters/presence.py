@@ -8,47 +8,51 @@ without a word.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from ..errors import MedpeftError, listed
 
 Path = tuple[str, ...]
-"""Names of the modules on the way from the model to one inside it; split, as every forward follows them."""
+"""Names of the modules on the way from the model to one inside it."""
 
-Branch = tuple[str, bool, tuple["Branch", ...]]
-"""A child by its name, whether it is wired, and the branches below it."""
+Branch = tuple[str, Path, tuple["Branch", ...]]
+"""A child's name; its path, if it is wired, else (); and the branches below it."""
 
 # Under these names a wrapper holds what it wraps: torch.compile, checkpointing, FSDP, DataParallel and DDP.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 
-def tree_of(paths: tuple[Path, ...]) -> tuple[Branch, ...]:
-    """Join paths into a tree, in which every module stands once: a forward walks it in half of the time.
+def branches_to(paths: Iterable[Path], above: Path = ()) -> tuple[Branch, ...]:
+    """Join the paths of wired modules into a tree, since every forward looks at each module on the way once.
 
-    >>> tree_of((("0", "conv"), ("0", "norm")))
-    (('0', False, (('conv', True, ()), ('norm', True, ()))),)
+    Args:
+        paths: Of the modules, from the one where the branches begin.
+        above: Path of that one.
+
+    >>> branches_to([("0", "conv"), ("0", "norm")])
+    (('0', (), (('conv', ('0', 'conv'), ()), ('norm', ('0', 'norm'), ()))),)
     """
     below: dict[str, list[Path]] = {}
     for first, *rest in paths:
         below.setdefault(first, []).append(tuple(rest))
     branches = []
     for name, rests in below.items():
-        is_wired = () in rests  # A path that ends here.
-        branches.append((name, is_wired, tree_of(tuple(rest for rest in rests if rest))))
+        path = (*above, name)
+        wired_at = path if () in rests else ()  # An empty rest is that of a path which ends here.
+        branches.append((name, wired_at, branches_to([rest for rest in rests if rest], path)))
     return tuple(branches)
 
 
-def require_present(model: nn.Module, paths: tuple[Path, ...], branches: tuple[Branch, ...] = ()) -> None:
+def require_present(model: nn.Module, branches: tuple[Branch, ...]) -> None:
     """Raise `MedpeftError` if a module that was wired is no longer there, and another has taken its place.
 
     Args:
         model: The model.
-        paths: Where modules were wired.
-        branches: The same as a tree, which is quicker to walk; empty where it is not at hand.
+        branches: Where modules were wired.
     """
-    if branches and _are_wired(model, branches):
-        return
-    lost = lost_modules(model, paths)
+    lost = lost_modules(model, branches)
     if lost:
         raise MedpeftError(
             f"{listed(lost, most=1)} has lost its adapters since apply: was the layer replaced, quantised, "
@@ -56,12 +60,13 @@ def require_present(model: nn.Module, paths: tuple[Path, ...], branches: tuple[B
         )
 
 
-def lost_modules(model: nn.Module, paths: tuple[Path, ...]) -> list[str]:
+def lost_modules(model: nn.Module, branches: tuple[Branch, ...]) -> list[str]:
     """List the modules that were wired and are no longer there, by the name that they had.
 
     One that a wrapper has moved counts as there, and one of a list that was shortened is not missed.
     """
-    missing = [path for path in paths if not _is_wired_at(model, path)]
+    missing: list[Path] = []
+    _add_missing(model, branches, missing)
     if not missing:
         return []
     wired = _wired_names(model)
@@ -73,27 +78,22 @@ def lost_modules(model: nn.Module, paths: tuple[Path, ...]) -> list[str]:
     return lost
 
 
-def _are_wired(module: nn.Module, branches: tuple[Branch, ...]) -> bool:
-    """Whether every wired module below one is there, with a forward that was put on it."""
-    children = module._modules
-    for name, is_wired, below in branches:
-        child = children.get(name)
-        if child is None or (is_wired and "forward" not in child.__dict__):
-            return False
-        if below and not _are_wired(child, below):
-            return False
-    return True
+def _add_missing(module: nn.Module | None, branches: tuple[Branch, ...], missing: list[Path]) -> None:
+    """Add the paths at which there is no module with a forward that was put on it.
 
-
-def _is_wired_at(model: nn.Module, path: Path) -> bool:
-    """Whether there is a module at this path with a forward that was put on it."""
-    module = model
-    for name in path:
-        child = module._modules.get(name)
-        if child is None:
-            return False
-        module = child
-    return "forward" in module.__dict__
+    Args:
+        module: Where the branches begin; None where there is none any more.
+        branches: Of it.
+        missing: To add to.
+    """
+    for name, wired_at, below in branches:
+        child = None
+        if module is not None:
+            child = module._modules.get(name)
+        if wired_at and (child is None or "forward" not in child.__dict__):
+            missing.append(wired_at)
+        if below:
+            _add_missing(child, below, missing)
 
 
 def _wired_names(model: nn.Module) -> set[str]:

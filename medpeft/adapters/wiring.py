@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import MedpeftError
 from .adapters import Adapters
 from .handover import Handover
-from .presence import Branch, Path, tree_of
+from .presence import Branch
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Wiring:
         apart: Whether its bias trains apart from its weight; see `bias_gradients.py`.
         direct: Whether the forward of its class can run on the layer itself: there is no previous forward, no
             weight read below, no override.
-        paths: On the model, where all modules are on which its adapters depend; see `presence.py`.
-        branches: The same places as a tree.
+        branches: On the model, the ways to all modules on which its adapters depend; see `presence.py`.
         installation: Key of the installation that it came with. A forward of an earlier one, which somebody
             has wrapped and the present one calls, lets no adapters act: they have acted already.
     """
@@ -50,7 +49,6 @@ class Wiring:
     handovers: tuple[Handover, ...] = ()
     apart: bool = False
     direct: bool = False
-    paths: tuple[Path, ...] = ()
     branches: tuple[Branch, ...] = ()
     installation: str = ""
 
@@ -76,7 +74,7 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
     Args:
         layer: The layer.
         forward: A function of a module, `(layer, wiring, *args, **kwargs)`.
-        wiring: Facts about the layer. `input_names`, `previous`, `direct` and `branches` are filled in.
+        wiring: Facts about the layer. `input_names`, `previous` and `direct` are filled in.
     """
     slot, present, previous = _slot(layer), wiring_of(layer), None
     if present is not None:
@@ -85,9 +83,7 @@ def wire(layer: nn.Module, forward: Callable[..., Any], wiring: Wiring) -> None:
         previous = layer.__dict__.get("forward")
     input_names = _input_names(type(layer))  # type: ignore[arg-type]  # a class is hashable
     direct = previous is None and not wiring.reads and not wiring.overrides
-    filled_in = replace(
-        wiring, input_names=input_names, previous=previous, direct=direct, branches=tree_of(wiring.paths)
-    )
+    filled_in = replace(wiring, input_names=input_names, previous=previous, direct=direct)
     layer.__dict__[slot] = _bound(forward, layer, filled_in)
     layer.__dict__["_replicate_for_data_parallel"] = functools.partial(replicated, layer)
     layer.__dict__["__prepare_scriptable__"] = refuse_script
@@ -157,12 +153,12 @@ def is_wired(layer: nn.Module) -> bool:
     return wiring_of(layer) is not None or callable(layer.__dict__.get("forward"))
 
 
-def paths_of(model: nn.Module) -> tuple[Path, ...]:
-    """List where the modules are on which a model's adapters depend, as far as it is known."""
+def branches_of(model: nn.Module) -> tuple[Branch, ...]:
+    """Return the ways to the modules on which a model's adapters depend, as far as they are known."""
     wiring = wiring_of(model)
     if wiring is None:
         return ()
-    return wiring.paths
+    return wiring.branches
 
 
 def replicated(layer: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ from ..adapters.aside import recovered
 from ..adapters.presence import lost_modules
 from ..adapters.record import Adapted
 from ..adapters.samples import changes_since_apply
-from ..adapters.wiring import paths_of
+from ..adapters.wiring import branches_of
 from ..architecture.layers import within
 from ..architecture.network import Network
 from ..errors import MedpeftError
@@ -94,7 +94,7 @@ def check(model: nn.Module, example_input: Any, *, optimizer: torch.optim.Optimi
     adapted = recovered(model, "check")
     changes = changes_since_apply(model, adapted.record) if adapted.acting else {}
     findings = findings_since_apply(adapted, changes, optimizer)
-    if findings and lost_modules(model, paths_of(model)):  # It would not run.
+    if findings and lost_modules(model, branches_of(model)):  # It would not run.
         raise MedpeftError(_message(model, findings))
     without_effect, notes = _without_effect(model, example_input)
     notes += notes_since_apply(changes)

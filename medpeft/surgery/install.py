@@ -13,7 +13,7 @@ from ..adapters.adapters import Adapters
 from ..adapters.bias_gradients import trains_apart
 from ..adapters.forward import adapted_forward
 from ..adapters.handover import Handover
-from ..adapters.presence import Path
+from ..adapters.presence import Branch, Path, branches_to
 from ..adapters.registry import Method
 from ..adapters.sharing import register_shared
 from ..adapters.wiring import Wiring, unwire, wire
@@ -98,9 +98,9 @@ def _wirings(model: nn.Module, built: list[Built]) -> Iterator[tuple[nn.Module, 
         read_below = tuple(reads.get(module, ()))
         overrides = _WITH_A_HOOK if module in unfused else {}
         opened = tuple(handovers.get(module, ()))
-        paths: tuple[Path, ...] = ()
+        branches: tuple[Branch, ...] = ()
         if module is model:
-            paths = _paths(modules, {*reads, *handovers, *unfused})
+            branches = branches_to(_paths(modules, {*reads, *handovers, *unfused}))
         yield (
             module,
             Wiring(
@@ -109,14 +109,14 @@ def _wirings(model: nn.Module, built: list[Built]) -> Iterator[tuple[nn.Module, 
                 overrides=overrides,
                 handovers=opened,
                 apart=module in apart,
-                paths=paths,
+                branches=branches,
             ),
         )
 
 
-def _paths(modules: dict[str, nn.Module], wired: set[nn.Module]) -> tuple[Path, ...]:
+def _paths(modules: dict[str, nn.Module], wired: set[nn.Module]) -> list[Path]:
     """List where modules are below the model."""
-    return tuple(tuple(name.split(".")) for name, module in modules.items() if name and module in wired)
+    return [tuple(name.split(".")) for name, module in modules.items() if name and module in wired]
 
 
 def _handovers(modules: dict[str, nn.Module], built: list[Built]) -> dict[nn.Module, list[Handover]]:

@@ -20,7 +20,7 @@ from ..adapters.presence import require_present
 from ..adapters.record import Adapted, own_tensors
 from ..adapters.registry import find
 from ..adapters.samples import changes_since_apply, made_of_other_weights
-from ..adapters.wiring import paths_of
+from ..adapters.wiring import branches_of
 from ..architecture.convolution import standardises
 from ..architecture.layers import is_differentiable, own_tensor
 from ..errors import MedpeftError, require
@@ -157,7 +157,7 @@ def _merged_tensors(adapted: Adapted, min_kept: float) -> list[Merged]:
         MedpeftError: a layer cannot be merged; every such layer is named with the reason.
     """
     reshard(adapted.model)
-    require_present(adapted.model, paths_of(adapted.model))
+    require_present(adapted.model, branches_of(adapted.model))
     merged_tensors: list[Merged] = []
     problems: list[str] = []
     others = places(adapted.model)
