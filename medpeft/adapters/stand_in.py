@@ -9,7 +9,7 @@ from types import MethodType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..architecture.weight_reads import sets_attributes
 from .wiring import Wiring, acting, wiring_of
@@ -53,18 +53,6 @@ def run_with(
     return output
 
 
-def run_norm_with(norm: nn.Module, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """Run the forward of a norm's class with another weight and bias: `run_with` where no question is open.
-
-    The forward sets no attribute of the norm; see `weight_reads.sets_attributes`.
-    """
-    copy = sharing_all(norm)
-    copy.__dict__["weight"] = weight
-    copy.__dict__["bias"] = bias
-    output: Tensor = type(norm).forward(copy, x)
-    return output
-
-
 def stand_in(module: nn.Module, changes: Changes) -> nn.Module:
     """Make an object of the module's class that shares everything with the module but some tensors.
 
@@ -73,7 +61,8 @@ def stand_in(module: nn.Module, changes: Changes) -> nn.Module:
     copy = sharing_all(module)
     # A plain attribute hides a registered tensor: nn.Module asks its own dicts only for what is not there.
     copy.__dict__.update(changes.get("", {}))
-    replace_below(copy, changes, _stand_in_below)
+    if changes.keys() != {""}:
+        replace_below(copy, changes, _stand_in_below)
     return copy
 
 

@@ -71,6 +71,7 @@ class LoRA(DroppingAdapter, JoiningAdapter):
 
     up_start: Tensor
     down_start: Tensor
+    joins: bool = False  # Of the class too, for models that were pickled before.
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from ..adapters.adapter import ON_WEIGHT, JoiningAdapter, along, scale_columns, 
 from ..adapters.in_place import eager, in_place, writes_fresh_output
 from ..adapters.registry import register
 from ..adapters.scale_shift import Recovery, scale_shift
-from ..adapters.stand_in import run_norm_with
+from ..adapters.stand_in import stand_in
 from ..architecture.layers import (
     channel_axis,
     is_scaling_norm,
@@ -55,6 +55,10 @@ class SSF(JoiningAdapter):
             module that may work in place, by `inplace=True` or by the source of its forward.
     """
 
+    # Of the class too, for models that were pickled before.
+    joins_norm: bool = False
+    joins_layer: bool = False
+
     def __init__(
         self,
         site: Site,
@@ -75,14 +79,16 @@ class SSF(JoiningAdapter):
         if keep_outputs is None:
             keep_outputs = site.draft.overwritten
         self.recovery = Recovery()
-        self.has_stock_layer = writes_fresh_output(site.layer)
-        self.writes_in_place = self.has_stock_layer and not keep_outputs
+        has_stock_layer = writes_fresh_output(site.layer)
+        self.writes_in_place = has_stock_layer and not keep_outputs
         # A norm's own weight and bias take the change free of cost, and before the activation that timm fuses
         # into some norms.
         if site.kind == "norm" and not rounds_otherwise_with_weights(site.layer):
             self.acts_on = ON_WEIGHT
         kind_of_layer: Any = type(site.layer)  # mypy does not see that a class is hashable.
-        self.joins_norm = site.kind == "norm" and not sets_attributes(kind_of_layer)
+        is_changed_norm = site.kind == "norm" and self.acts_on == ON_WEIGHT and self.shift is not None
+        self.joins_norm = is_changed_norm and not sets_attributes(kind_of_layer)
+        self.joins_layer = has_stock_layer and self.acts_on != ON_WEIGHT
 
     def _draw(self, generator: torch.Generator | None) -> None:
         """Draw γ and β near the identity, as the official code does."""
@@ -113,19 +119,26 @@ class SSF(JoiningAdapter):
 
     def with_layer(self, layer: nn.Module, x: Tensor) -> Tensor | None:
         """Compute in one step one of torch's layers and y·γ + β, or a norm with w·γ and b·γ + β."""
-        if self.has_stock_layer:
+        if self.joins_norm:
+            return self._norm_with(layer, x)
+        if self.joins_layer:
             return self.forward(x, type(layer).forward(layer, x))
-        if not self.joins_norm or self.acts_on != ON_WEIGHT or not eager(x):
+        return None
+
+    def _norm_with(self, norm: nn.Module, x: Tensor) -> Tensor | None:
+        """Compute a norm with the weight and bias of `merged`; None where these may have to be cast."""
+        weight, scale = tensor_of(norm, "weight"), tensor_of(self, "scale")
+        if weight is None or not weight.dtype == scale.dtype == x.dtype or not eager(x):
             return None
-        weight, bias = tensor_of(layer, "weight"), tensor_of(layer, "bias")
-        scale, shift = tensor_of(self, "scale"), tensor_of(self, "shift")
-        if weight is None or bias is None or not weight.dtype == scale.dtype == x.dtype:
-            return None
-        return run_norm_with(layer, weight * scale, torch.addcmul(shift, bias, scale), x)
+        new_weight, new_bias = self.merged(weight, tensor_of(norm, "bias"))
+        # What `run_with` does for a class whose forward sets no attribute.
+        copy = stand_in(norm, {"": {"weight": new_weight, "bias": new_bias}})
+        output: Tensor = type(norm).forward(copy, x)
+        return output
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Compute W·γ over the output channels, and b·γ + β."""
-        scale, shift = self.scale, self.shift
+        scale, shift = tensor_of(self, "scale"), tensor_of(self, "shift")
         if bias is not None and shift is not None:
             return self._scaled(weight, scale), torch.addcmul(shift, bias, scale)
         return self._scaled(weight, scale), shift

@@ -1,10 +1,12 @@
 """SSF against its formula, written out in NumPy and float64."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from layer_oracles import applied, assert_computes, base_convolution, drawn, numbers
+from models import make, randomise_adapters
 from torch import nn
 
 import medpeft
@@ -193,3 +195,27 @@ def test_a_joining_adapter_on_the_weight_is_followed_by_those_on_the_output(own_
     assert norm[0].adapters.order.joining == "ssf"
     assert norm[0].adapters.order.leaving_later == ("twice_the_output",)
     torch.testing.assert_close(norm(x), expected)
+
+
+def test_ssf_of_a_weight_that_a_parent_reads_acts_on_it_in_a_call_of_the_layer_too():
+    model = randomise_adapters(medpeft.apply(make("beit"), "ssf"))
+    qkv = next(module for name, module in model.named_modules() if name.endswith("attn.qkv"))
+    x = torch.randn(2, qkv.in_features, dtype=qkv.weight.dtype)
+
+    assert qkv.adapters.ssf.shift is None
+    weight = qkv.weight * qkv.adapters.ssf.scale[:, None]
+    assert torch.equal(qkv(x), nn.functional.linear(x, weight, qkv.bias))
+
+
+def test_ssf_that_was_pickled_before_there_was_one_step_computes_the_same():
+    layers = nn.Linear(6, 8), nn.LayerNorm(8)
+    model, x = medpeft.apply(nn.Sequential(*layers), "ssf", head=None), torch.randn(4, 6)
+    older = copy.deepcopy(randomise_adapters(model))
+    for layer in older:
+        del layer.adapters.__dict__["order"]
+        del layer.adapters.ssf.__dict__["joins_norm"]
+        del layer.adapters.ssf.__dict__["joins_layer"]
+    older = pickle.loads(pickle.dumps(older))
+
+    assert older[1].adapters.ssf.with_layer(older[1], torch.randn(4, 8)) is None
+    assert torch.equal(older(x), model(x))
