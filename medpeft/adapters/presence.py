@@ -18,18 +18,18 @@ Path = tuple[str, ...]
 """Names of the modules on the way from the model to one inside it."""
 
 Branch = tuple[str, Path, tuple["Branch", ...]]
-"""A child's name; its path, if it is wired, else (); and the branches below it."""
+"""A child's name; its path if it is wired, else (); and the branches below it."""
 
 # Under these names a wrapper holds what it wraps: torch.compile, checkpointing, FSDP, DataParallel and DDP.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 
 
 def branches_to(paths: Iterable[Path], above: Path = ()) -> tuple[Branch, ...]:
-    """Join the paths of wired modules into a tree, since every forward looks at each module on the way once.
+    """Join the paths of wired modules into a tree: so a forward visits once what is above several of them.
 
     Args:
-        paths: Of the modules, from the one where the branches begin.
-        above: Path of that one.
+        paths: Paths of the modules, from the module where the branches begin.
+        above: Path of that module.
 
     >>> branches_to([("0", "conv"), ("0", "norm")])
     (('0', (), (('conv', ('0', 'conv'), ()), ('norm', ('0', 'norm'), ()))),)
@@ -46,7 +46,7 @@ def branches_to(paths: Iterable[Path], above: Path = ()) -> tuple[Branch, ...]:
 
 
 def require_present(model: nn.Module, branches: tuple[Branch, ...]) -> None:
-    """Raise `MedpeftError` if a module that was wired is no longer there, and another has taken its place.
+    """Raise `MedpeftError` if a module that was wired is gone or was replaced.
 
     Args:
         model: The model.
@@ -63,7 +63,8 @@ def require_present(model: nn.Module, branches: tuple[Branch, ...]) -> None:
 def lost_modules(model: nn.Module, branches: tuple[Branch, ...]) -> list[str]:
     """List the modules that were wired and are no longer there, by the name that they had.
 
-    One that a wrapper has moved counts as there, and one of a list that was shortened is not missed.
+    One that a wrapper has moved counts as there, and one that was taken out of a container does not count as
+    lost.
     """
     missing: list[Path] = []
     _add_missing(model, branches, missing)
@@ -83,8 +84,8 @@ def _add_missing(module: nn.Module | None, branches: tuple[Branch, ...], missing
 
     Args:
         module: Where the branches begin; None where there is none any more.
-        branches: Of it.
-        missing: To add to.
+        branches: Those below the module.
+        missing: The list to add to.
     """
     for name, wired_at, below in branches:
         child = None
@@ -110,7 +111,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _is_cut_off(model: nn.Module, path: Path) -> bool:
-    """Whether a list of modules has nothing any more at this place, as where it was shortened."""
+    """Whether a container of modules has nothing any more at this place, as where a list was shortened."""
     module = model
     for name in path:
         child = module._modules.get(name)

@@ -55,7 +55,7 @@ class SSF(JoiningAdapter):
             module that may work in place, by `inplace=True` or by the source of its forward.
     """
 
-    # Of the class too, for models that were pickled before.
+    # For models that were pickled before there were these attributes.
     joins_norm: bool = False
     joins_layer: bool = False
 
@@ -79,16 +79,17 @@ class SSF(JoiningAdapter):
         if keep_outputs is None:
             keep_outputs = site.draft.overwritten
         self.recovery = Recovery()
-        has_stock_layer = writes_fresh_output(site.layer)
-        self.writes_in_place = has_stock_layer and not keep_outputs
-        # A norm's own weight and bias take the change free of cost, and before the activation that timm fuses
+        fresh_output = writes_fresh_output(site.layer)
+        self.writes_in_place = fresh_output and not keep_outputs
+        # A norm's own weight and bias absorb γ and β free of cost, and before the activation that timm fuses
         # into some norms.
         if site.kind == "norm" and not rounds_otherwise_with_weights(site.layer):
             self.acts_on = ON_WEIGHT
-        kind_of_layer: Any = type(site.layer)  # mypy does not see that a class is hashable.
         is_changed_norm = site.kind == "norm" and self.acts_on == ON_WEIGHT and self.shift is not None
-        self.joins_norm = is_changed_norm and not sets_attributes(kind_of_layer)
-        self.joins_layer = has_stock_layer and self.acts_on != ON_WEIGHT
+        # An attribute that the forward sets would stay on the stand-in of `_norm_with`.
+        cls: Any = type(site.layer)  # mypy does not see that a class is hashable.
+        self.joins_norm = is_changed_norm and not sets_attributes(cls)
+        self.joins_layer = fresh_output and self.acts_on != ON_WEIGHT
 
     def _draw(self, generator: torch.Generator | None) -> None:
         """Draw γ and β near the identity, as the official code does."""
@@ -112,13 +113,13 @@ class SSF(JoiningAdapter):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Compute y·γ + β on the channel axis of `y`."""
         scale, shift = tensor_of(self, "scale"), tensor_of(self, "shift")
-        assert shift is not None  # It is None only where a parent reads the weight.
+        assert shift is not None  # It is None only where a parent reads the weight, and this does not run.
         if self.writes_in_place and in_place(y):
             return scale_shift(y, scale, shift, self.axis, self.recovery, scale._version)
         return (y * along(scale, y, self.axis) + along(shift, y, self.axis)).to(y.dtype)
 
     def with_layer(self, layer: nn.Module, x: Tensor) -> Tensor | None:
-        """Compute in one step one of torch's layers and y·γ + β, or a norm with w·γ and b·γ + β."""
+        """Compute a norm with w·γ and b·γ + β, or one of torch's layers and then y·γ + β."""
         if self.joins_norm:
             return self._norm_with(layer, x)
         if self.joins_layer:
@@ -131,13 +132,13 @@ class SSF(JoiningAdapter):
         if weight is None or not weight.dtype == scale.dtype == x.dtype or not eager(x):
             return None
         new_weight, new_bias = self.merged(weight, tensor_of(norm, "bias"))
-        # What `run_with` does for a class whose forward sets no attribute.
+        # A short cut of `stand_in.run_with`, which asks more of the class than is open here.
         copy = stand_in(norm, {"": {"weight": new_weight, "bias": new_bias}})
         output: Tensor = type(norm).forward(copy, x)
         return output
 
     def merged(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Compute W·γ over the output channels, and b·γ + β."""
+        """Compute W·γ over the output channels, and b·γ + β; without a β None, which leaves b as it is."""
         scale, shift = tensor_of(self, "scale"), tensor_of(self, "shift")
         if bias is not None and shift is not None:
             return self._scaled(weight, scale), torch.addcmul(shift, bias, scale)
